@@ -1,0 +1,2 @@
+//! The `qrelay` command.
+fn main() {}
