@@ -1,1 +1,12 @@
-//! x
+//! What the processes of qrelay have in common.
+//!
+//! Protocols ([`qmqp`], [`endpoint`], …) take bytes and return values; they do
+//! no I/O. [`ipc`] is how the processes talk. [`sys`] is the operating system,
+//! and the only place with unsafe code in the whole project.
+
+pub mod endpoint;
+pub mod ipc;
+pub mod network;
+pub mod qmqp;
+pub mod settings;
+pub mod sys;

@@ -1,1 +1,5 @@
-//! x
+//! Zygote and workers of qrelay.
+
+pub mod action;
+pub mod deadline;
+pub mod mail;

@@ -1,0 +1,259 @@
+//! The messages between supervisor, zygote and workers.
+//!
+//! One message is one datagram on a `SOCK_SEQPACKET` pair. The two directions
+//! of a pair carry different types, and [`super::channel::Channel`] holds a
+//! pair's end by both, so sending the wrong way doesn't compile. Descriptors
+//! travel beside a message: which, is said with it.
+//!
+//! # Failure
+//! Decoding foreign bytes yields an error, never a panic; whoever gets one
+//! ends the process at the other end.
+
+use std::borrow::Cow;
+use std::net::IpAddr;
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use crate::qmqp::Status;
+use crate::settings::Declaration;
+
+/// Messages of one direction; the view borrows from the buffer it was decoded from.
+pub trait Direction {
+    /// The message as read from or written to a datagram.
+    type Message<'a>: Serialize + Deserialize<'a>;
+}
+
+/// Names a connection, from its dispatch to its `Done`; unique while the supervisor lives.
+pub type JobId = u64;
+/// Names a worker; unique while the supervisor lives.
+pub type WorkerId = u64;
+
+/// Who is at the other end of a client's connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum Peer {
+    /// A local process, from SO_PEERCRED. `pid` is `None` in a foreign pid namespace.
+    Local {
+        /// Process id.
+        pid: Option<i32>,
+        /// User id.
+        uid: u32,
+        /// Group id.
+        gid: u32,
+    },
+    /// A client on an IP network; IPv4-mapped addresses are already IPv4.
+    Remote(IpAddr),
+}
+
+/// Supervisor → worker on the job socket.
+#[derive(Debug)]
+pub enum ToJobs {}
+impl Direction for ToJobs {
+    type Message<'a> = Job;
+}
+
+/// An accepted connection for a worker; carries the client's socket.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Job {
+    /// For every later message about it.
+    pub job: JobId,
+    /// Index into [`Declaration::listeners`] of the worker's generation.
+    pub listener: u32,
+    /// The client.
+    pub peer: Peer,
+    /// When it was accepted: nanoseconds of CLOCK_BOOTTIME, comparable with
+    /// process start times in /proc.
+    pub accepted: u64,
+}
+
+/// Worker → supervisor on the job socket.
+#[derive(Debug)]
+pub enum ToReports {}
+impl Direction for ToReports {
+    type Message<'a> = Report<'a>;
+}
+
+/// What a worker tells about its jobs.
+#[derive(Debug, Serialize, Deserialize)]
+pub enum Report<'a> {
+    /// The worker can take jobs. Sent once.
+    Ready,
+    /// A child program, leader of its own process group, runs for this job.
+    Child {
+        /// The mail it handles.
+        job: JobId,
+        /// Its process id, equal to its process group.
+        pid: i32,
+    },
+    /// That child has been reaped.
+    ChildGone {
+        /// The mail it handled.
+        job: JobId,
+    },
+    /// The job's action has a time limit of its own, which a drain waits for.
+    Timeout {
+        /// The mail.
+        job: JobId,
+        /// Milliseconds from now.
+        milliseconds: u64,
+    },
+    /// The client's socket is answered and finished with.
+    Done {
+        /// The mail.
+        job: JobId,
+        /// What to log, absent when the connection brought no complete request.
+        #[serde(borrow)]
+        record: Option<MailRecord<'a>>,
+    },
+}
+
+/// One finished mail, as logged by the supervisor.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct MailRecord<'a> {
+    /// Envelope sender as relayed.
+    #[serde(borrow)]
+    pub sender: Cow<'a, str>,
+    /// Envelope recipients as relayed, escaped and separated by commas as in a
+    /// Pond record, cut to at most 32 KiB.
+    #[serde(borrow)]
+    pub recipients: Cow<'a, str>,
+    /// How many recipients there are in all.
+    pub recipient_count: u32,
+    /// How many of them `recipients` leaves out.
+    pub recipients_cut: u32,
+    /// The account the script set.
+    #[serde(borrow)]
+    pub account: Option<Cow<'a, str>>,
+    /// What was done: `connect`, `exec`, `exec_raw`, `discard`, `reject`, `defer`, or `-`
+    /// when the request or the handler failed before that.
+    #[serde(borrow)]
+    pub action: Cow<'a, str>,
+    /// Address or program the mail went to.
+    #[serde(borrow)]
+    pub next_hop: Option<Cow<'a, str>>,
+    /// The answer; `None` when the client left before it was due.
+    pub status: Option<Status>,
+    /// The answer's text, printable.
+    #[serde(borrow)]
+    pub text: Cow<'a, str>,
+    /// Bytes of the message with inserted header lines.
+    pub size: u64,
+    /// Bytes of the request's payload.
+    pub received: u64,
+    /// Bytes sent to the next hop: payload with inserted lines, 0 if it wasn't tried.
+    pub sent: u64,
+    /// Microseconds from accept to answer.
+    pub duration: u64,
+    /// The handler never ran; such a mail has no Pond record.
+    pub refused: bool,
+}
+
+/// Supervisor → worker on the control socket.
+#[derive(Debug)]
+pub enum ToControl {}
+impl Direction for ToControl {
+    type Message<'a> = Control;
+}
+
+/// Orders for a worker. The end of this socket means that the supervisor is gone.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub enum Control {
+    /// Answer at once with a [`Pong`].
+    Ping {
+        /// Comes back in the answer.
+        sequence: u64,
+    },
+}
+
+/// Worker → supervisor on the control socket.
+#[derive(Debug)]
+pub enum FromControl {}
+impl Direction for FromControl {
+    type Message<'a> = Pong;
+}
+
+/// How a worker is, sent by its control thread without taking any lock.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Pong {
+    /// Of the ping.
+    pub sequence: u64,
+    /// Milliseconds that Lua has been held by the call that runs now, 0 when free.
+    pub held: u64,
+    /// The job that holds it, 0 when unknown.
+    pub job: JobId,
+    /// The Lua state hit its memory limit even after a collection: replace this worker.
+    pub exhausted: bool,
+}
+
+/// Supervisor → zygote.
+#[derive(Debug)]
+pub enum ToZygote {}
+impl Direction for ToZygote {
+    type Message<'a> = ZygoteOrder;
+}
+
+/// Orders for a zygote, in the order in which they are sent.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub enum ZygoteOrder {
+    /// First of all: run the script, answer `Declared` or `Failed`.
+    Load {
+        /// Absolute path of config.lua.
+        config: PathBuf,
+        /// Call the script's `reload` afterwards.
+        reload: bool,
+        /// FileDescriptorNames of the sockets that systemd passed, one entry each.
+        systemd: Vec<String>,
+        /// Prefix of every mail's id, unique to this run of the supervisor.
+        instance: String,
+    },
+    /// Fork a worker; carries its job socket and its control socket, in this order.
+    Fork {
+        /// Its name.
+        worker: WorkerId,
+    },
+    /// Fork a standby of this zygote; carries that one's channel.
+    Standby,
+}
+
+/// Zygote → supervisor.
+#[derive(Debug)]
+pub enum FromZygote {}
+impl Direction for FromZygote {
+    type Message<'a> = ZygoteReport;
+}
+
+/// What a zygote answers.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub enum ZygoteReport {
+    /// The script ran; this is what it wants.
+    Declared(Box<Declaration>),
+    /// The script can't be used; the text has file, line and cause.
+    Failed {
+        /// For the administrator.
+        message: String,
+    },
+    /// The worker runs, as a child of the supervisor.
+    Forked {
+        /// As ordered.
+        worker: WorkerId,
+        /// Its process id.
+        pid: i32,
+    },
+    /// The worker could not be forked.
+    ForkFailed {
+        /// As ordered.
+        worker: WorkerId,
+        /// The cause.
+        message: String,
+    },
+    /// The standby runs, as a child of the supervisor.
+    StandbyForked {
+        /// Its process id.
+        pid: i32,
+    },
+    /// The standby could not be forked.
+    StandbyFailed {
+        /// The cause.
+        message: String,
+    },
+}

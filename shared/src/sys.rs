@@ -1,0 +1,6 @@
+//! The operating system where nix has no safe call for it: the only module
+//! with unsafe code. Each function is small, safe to call, and says why its
+//! unsafe part is sound.
+
+pub mod fdpass;
+pub mod process;

@@ -1,0 +1,118 @@
+//! Forking without exec, for the zygote, and process-wide switches of the C library.
+
+use std::io::{Read, Write};
+use std::os::fd::{FromRawFd, OwnedFd};
+
+use nix::errno::Errno;
+use nix::sys::wait::waitpid;
+use nix::unistd::{ForkResult, Pid, fork};
+
+/// Which side of a fork this is.
+#[derive(Debug)]
+pub enum Forked {
+    /// The caller goes on; the new process is a child of the nearest subreaper.
+    Parent(Pid),
+    /// The new process. It must never return into the caller's loop.
+    Child,
+}
+
+/// Why there is no new process.
+#[derive(Debug, thiserror::Error)]
+pub enum ForkError {
+    /// Forking now would leave locks held by threads that don't exist in the child.
+    #[error("{0} threads are running; a fork needs a single one")]
+    Threads(usize),
+    /// fork(2), pipe(2) or their kind.
+    #[error("{0}: {1}")]
+    Os(&'static str, Errno),
+    /// The intermediate process ended without telling the new one's pid.
+    #[error("the intermediate process ended early")]
+    Lost,
+}
+
+/// How many threads this process has, from /proc/self/task.
+fn threads() -> usize {
+    std::fs::read_dir("/proc/self/task").map_or(1, |entries| entries.count())
+}
+
+/// Forks twice, so that the new process becomes a child of the subreaper.
+///
+/// # Errors
+/// See [`ForkError`]; nothing is left behind then.
+pub fn fork_orphan() -> Result<Forked, ForkError> {
+    let count = threads();
+    if count != 1 {
+        return Err(ForkError::Threads(count));
+    }
+    flush_stdio();
+    let (read, write) =
+        nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC).map_err(|e| ForkError::Os("pipe", e))?;
+    // SAFETY: the process has one thread, so the child finds every lock free and
+    // may go on as an ordinary process.
+    match unsafe { fork() }.map_err(|e| ForkError::Os("fork", e))? {
+        ForkResult::Child => intermediate(std::fs::File::from(write)),
+        ForkResult::Parent { child } => {
+            drop(write);
+            let mut bytes = [0; 4];
+            let told = std::fs::File::from(read).read_exact(&mut bytes);
+            while waitpid(child, None) == Err(Errno::EINTR) {}
+            told.map_err(|_| ForkError::Lost)?;
+            match i32::from_ne_bytes(bytes) {
+                pid if pid > 0 => Ok(Forked::Parent(Pid::from_raw(pid))),
+                error => Err(ForkError::Os("fork", Errno::from_raw(-error))),
+            }
+        }
+    }
+}
+
+/// Forks the process that stays, tells its pid (or the negative errno) and ends.
+fn intermediate(mut pipe: std::fs::File) -> Result<Forked, ForkError> {
+    // SAFETY: as above, still a single thread.
+    let answer = match unsafe { fork() } {
+        Ok(ForkResult::Child) => return Ok(Forked::Child),
+        Ok(ForkResult::Parent { child }) => child.as_raw(),
+        Err(error) => -(error as i32),
+    };
+    let told = pipe.write_all(&answer.to_ne_bytes());
+    exit_now(i32::from(told.is_err()))
+}
+
+/// Ends this process without running anything that was registered for its end.
+pub fn exit_now(status: i32) -> ! {
+    // SAFETY: _exit has no preconditions.
+    unsafe { libc::_exit(status) }
+}
+
+/// Writes out what C's stdio has buffered, so that a fork doesn't double it.
+pub fn flush_stdio() {
+    // SAFETY: NULL means every open output stream.
+    unsafe { libc::fflush(std::ptr::null_mut()) };
+}
+
+/// Caps glibc's arenas and keeps large buffers out of them, so that memory
+/// stays flat however many threads come and go.
+pub fn tame_malloc() {
+    // SAFETY: mallopt only sets parameters; called before threads exist.
+    unsafe {
+        libc::mallopt(libc::M_ARENA_MAX, 2);
+        libc::mallopt(libc::M_MMAP_THRESHOLD, 256 * 1024);
+        libc::mallopt(libc::M_TRIM_THRESHOLD, 512 * 1024);
+    }
+}
+
+/// Takes standard input as a descriptor of its own, close-on-exec, and leaves
+/// /dev/null in its place.
+///
+/// # Errors
+/// As fcntl(2), open(2), dup2(2).
+pub fn take_stdin() -> Result<OwnedFd, Errno> {
+    let taken = nix::fcntl::fcntl(
+        std::io::stdin(),
+        nix::fcntl::FcntlArg::F_DUPFD_CLOEXEC(3),
+    )?;
+    let null = std::fs::File::open("/dev/null")
+        .map_err(|e| Errno::from_raw(e.raw_os_error().unwrap_or(libc::EIO)))?;
+    nix::unistd::dup2_stdin(null)?;
+    // SAFETY: F_DUPFD_CLOEXEC has just made this descriptor, nobody else owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(taken) })
+}

@@ -1,0 +1,73 @@
+//! What a handler decided, as plain data: neither Lua nor I/O.
+//!
+//! An action belongs to no mail and may be returned for many, so it is cheap to share.
+
+use std::ffi::CString;
+use std::sync::Arc;
+use std::time::Duration;
+
+use qrelay_shared::endpoint::Endpoint;
+
+/// The decision about one mail.
+#[derive(Debug, Clone)]
+pub enum Action {
+    /// Relay by QMQP.
+    Connect(Arc<Connect>),
+    /// Run a program that speaks QMQP on its stdin and stdout.
+    Exec(Arc<Exec>),
+    /// Run a program that reads the bare message.
+    ExecRaw(Arc<Exec>),
+    /// Pretend delivery (`K`), with this text instead of `discarded`.
+    Discard(Option<Arc<str>>),
+    /// Refuse for good (`D`), with this text instead of `rejected`.
+    Reject(Option<Arc<str>>),
+    /// Refuse for now (`Z`), with this text instead of `deferred`.
+    Defer(Option<Arc<str>>),
+}
+
+/// Where to relay, and how long to try.
+#[derive(Debug)]
+pub struct Connect {
+    /// Tried in this order until one accepts the connection; never empty.
+    pub addresses: Vec<Endpoint>,
+    /// Try them in random order instead.
+    pub random: bool,
+    /// Replaces the mail's deadline, for all addresses together.
+    pub timeout: Option<Duration>,
+    /// Per address, instead of the setting.
+    pub connect_timeout: Option<Duration>,
+}
+
+/// Which program to run.
+#[derive(Debug)]
+pub struct Exec {
+    /// Path of the program (contains a `/`), then its arguments.
+    pub arguments: Vec<CString>,
+    /// The whole environment, as `NAME=value`.
+    pub environment: Vec<CString>,
+    /// Replaces the mail's deadline.
+    pub timeout: Option<Duration>,
+}
+
+impl Action {
+    /// The action's name in the log.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Connect(_) => "connect",
+            Self::Exec(_) => "exec",
+            Self::ExecRaw(_) => "exec_raw",
+            Self::Discard(_) => "discard",
+            Self::Reject(_) => "reject",
+            Self::Defer(_) => "defer",
+        }
+    }
+
+    /// The time limit that the script gave to this action.
+    pub fn timeout(&self) -> Option<Duration> {
+        match self {
+            Self::Connect(connect) => connect.timeout,
+            Self::Exec(exec) | Self::ExecRaw(exec) => exec.timeout,
+            Self::Discard(_) | Self::Reject(_) | Self::Defer(_) => None,
+        }
+    }
+}

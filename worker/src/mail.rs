@@ -1,0 +1,39 @@
+//! One mail on its way through a worker: the request as received and what the
+//! handler changed about it. No Lua, no I/O.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use qrelay_shared::ipc::message::Peer;
+use qrelay_shared::qmqp::Request;
+
+/// A complete, valid request with its context.
+#[derive(Debug)]
+pub struct Mail {
+    /// Unique, in every log line about this mail.
+    pub id: String,
+    /// The supervisor's number of the job.
+    pub job: u64,
+    /// The whole request as received; the ranges of `request` point into it.
+    pub buffer: Vec<u8>,
+    /// Where message, sender and recipients are in `buffer`.
+    pub request: Request,
+    /// The sender, if the handler replaced it.
+    pub sender: Option<Vec<u8>>,
+    /// The recipients, if the handler replaced them.
+    pub recipients: Option<Vec<Vec<u8>>>,
+    /// The account, if the handler set it.
+    pub account: Option<String>,
+    /// Inserted header lines without line ends, in the order of the calls.
+    pub inserted: Vec<String>,
+    /// Ranges of `buffer` that are left out when relaying: whole fields, sorted, disjoint.
+    pub removed: Vec<std::ops::Range<usize>>,
+    /// The client.
+    pub peer: Peer,
+    /// The client's socket, for SO_PEERPIDFD.
+    pub socket: Arc<OwnedFd>,
+    /// When the connection was accepted: nanoseconds of CLOCK_BOOTTIME.
+    pub accepted: u64,
+    /// The listener's address as written in the configuration.
+    pub listener: Arc<str>,
+}
