@@ -5,7 +5,9 @@
 //! and the only place with unsafe code in the whole project.
 
 pub mod endpoint;
+pub mod exit;
 pub mod ipc;
+pub mod log;
 pub mod network;
 pub mod qmqp;
 pub mod settings;

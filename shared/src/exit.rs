@@ -1,0 +1,24 @@
+//! The exit statuses of every command, from sysexits.h, in one table.
+
+/// Why a command ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Exit {
+    /// It did what was asked.
+    Success = 0,
+    /// EX_USAGE: the command line is wrong.
+    Usage = 64,
+    /// EX_UNAVAILABLE: a mail was refused for good.
+    Unavailable = 69,
+    /// EX_OSERR: the system refused something, such as a socket that is in use.
+    System = 71,
+    /// EX_TEMPFAIL: a mail was refused for now, or nobody answered.
+    Temporary = 75,
+    /// EX_CONFIG: config.lua can't be used.
+    Config = 78,
+}
+
+impl From<Exit> for std::process::ExitCode {
+    fn from(exit: Exit) -> Self {
+        Self::from(exit as u8)
+    }
+}
