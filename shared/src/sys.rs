@@ -2,5 +2,6 @@
 //! with unsafe code. Each function is small, safe to call, and says why its
 //! unsafe part is sound.
 
+pub mod activation;
 pub mod fdpass;
 pub mod process;

@@ -97,6 +97,11 @@ pub enum Report<'a> {
         /// Milliseconds from now.
         milliseconds: u64,
     },
+    /// The job's message came without its socket: the worker has no descriptor free.
+    Lost {
+        /// The mail.
+        job: JobId,
+    },
     /// The client's socket is answered and finished with.
     Done {
         /// The mail.

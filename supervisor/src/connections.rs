@@ -1,0 +1,318 @@
+//! The clients' connections, from accept to close.
+//!
+//! A connection is *pending* until its first byte, then *waiting* for a credit,
+//! then *dispatched*: a worker has the socket and the supervisor keeps a
+//! duplicate, so that it can answer should the worker die. *Lingering* is what
+//! comes after an answer of the supervisor's own: the rest of the request is
+//! read and dropped, since closing with unread data would reset the connection
+//! and eat the answer.
+//!
+//! # Failure
+//! Nothing here waits for a client, and no client is left without an end: each
+//! state but *dispatched* has a time limit.
+
+use std::collections::{BTreeSet, HashMap};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::sys::socket::{MsgFlags, Shutdown, getsockopt, recv, send, shutdown, sockopt};
+use qrelay_shared::ipc::message::{JobId, Peer, WorkerId};
+use qrelay_shared::qmqp::Reply;
+
+use crate::event::{ListenerId, Source, Watcher};
+use crate::fairness::Client;
+use crate::generation::GenerationId;
+use crate::listeners::{Listener, Socket, canonical};
+
+/// Connections that are not with a worker; beyond, the kernel's backlog has to hold them.
+pub const MAX_HELD: usize = 4096;
+/// How long the rest of an answered request is read.
+const LINGER: Duration = Duration::from_secs(2);
+/// Connections taken from one listener before the others get their turn.
+const ACCEPT_BATCH: usize = 64;
+
+/// Where a connection is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum State {
+    /// Its first byte hasn't come.
+    Pending,
+    /// It waits for a credit.
+    Waiting,
+    /// This worker has it.
+    Dispatched(WorkerId),
+    /// It has been answered.
+    Lingering,
+}
+
+/// One client's connection.
+#[derive(Debug)]
+pub struct Connection {
+    /// The socket; after dispatch, a duplicate.
+    pub fd: OwnedFd,
+    /// The client.
+    pub peer: Peer,
+    /// Where it came in.
+    pub listener: ListenerId,
+    /// When it came in.
+    pub accepted: Instant,
+    /// The same in nanoseconds of CLOCK_BOOTTIME.
+    pub accepted_boottime: u64,
+    /// Where it is now.
+    pub state: State,
+    /// Its listener is gone: the generation, and the listener's number in it, that must serve it.
+    pub last_chance: Option<(GenerationId, u32)>,
+    until: Option<Instant>,
+    watched: bool,
+}
+
+/// What became of an attempt to accept.
+#[derive(Debug)]
+pub enum Accepted {
+    /// The backlog may hold more.
+    More,
+    /// The backlog is empty.
+    Empty,
+    /// Out of descriptors or memory.
+    Exhausted(io::Error),
+}
+
+/// All connections.
+#[derive(Debug, Default)]
+pub struct Connections {
+    table: HashMap<JobId, Connection>,
+    timers: BTreeSet<(Instant, JobId)>,
+    clients: HashMap<Client, u32>,
+    last: JobId,
+    dispatched: usize,
+}
+
+impl Connections {
+    /// Accepts a batch from a listener; the new ones are in no list yet but `new`.
+    pub fn accept(
+        &mut self,
+        id: ListenerId,
+        listener: &Listener,
+        new: &mut Vec<JobId>,
+    ) -> Accepted {
+        let now = Instant::now();
+        let boottime = boottime();
+        for _ in 0..ACCEPT_BATCH {
+            let (fd, peer) = match accept_one(&listener.socket) {
+                Ok(accepted) => accepted,
+                Err(error) => match error.raw_os_error().map(Errno::from_raw) {
+                    // EINVAL: it has been shut down.
+                    Some(Errno::EAGAIN | Errno::EINVAL) => return Accepted::Empty,
+                    Some(Errno::EMFILE | Errno::ENFILE | Errno::ENOMEM | Errno::ENOBUFS) => {
+                        return Accepted::Exhausted(error);
+                    }
+                    // That client is gone, or its error is pending: the next one may be fine.
+                    _ => continue,
+                },
+            };
+            self.last += 1;
+            *self.clients.entry(peer.into()).or_default() += 1;
+            self.table.insert(
+                self.last,
+                Connection {
+                    fd,
+                    peer,
+                    listener: id,
+                    accepted: now,
+                    accepted_boottime: boottime,
+                    state: State::Pending,
+                    last_chance: None,
+                    until: None,
+                    watched: false,
+                },
+            );
+            new.push(self.last);
+        }
+        Accepted::More
+    }
+
+    /// One of them.
+    pub fn get(&self, id: JobId) -> Option<&Connection> {
+        self.table.get(&id)
+    }
+
+    /// Those that are not with a worker.
+    pub fn held(&self) -> usize {
+        self.table.len() - self.dispatched
+    }
+
+    /// Those of clients whose request no worker has yet.
+    pub fn unserved(&self) -> impl Iterator<Item = (JobId, &mut Connection)> {
+        self.table
+            .iter_mut()
+            .filter(|(_, c)| matches!(c.state, State::Pending | State::Waiting))
+            .map(|(&id, connection)| (id, connection))
+    }
+
+    /// Whether no connection is left for a worker of this generation but those it has.
+    pub fn none_unserved(&self, wanted: impl Fn(&Connection) -> bool) -> bool {
+        self.held() == 0
+            || !self
+                .table
+                .values()
+                .any(|c| matches!(c.state, State::Pending | State::Waiting) && wanted(c))
+    }
+
+    /// Open connections of the same client as this one's.
+    pub fn of_client(&self, peer: Peer) -> u32 {
+        self.clients.get(&peer.into()).copied().unwrap_or(0)
+    }
+
+    /// Looks whether the client has sent something. `None`: it has closed, or is gone.
+    pub fn peek(&self, id: JobId) -> Option<bool> {
+        let connection = self.table.get(&id)?;
+        let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
+        match recv(connection.fd.as_raw_fd(), &mut [0], flags) {
+            Ok(0) => None,
+            Ok(_) => Some(true),
+            Err(Errno::EAGAIN | Errno::EINTR) => Some(false),
+            Err(_) => None,
+        }
+    }
+
+    /// Waits for its first byte until the time given.
+    ///
+    /// # Errors
+    /// It can't be watched.
+    pub fn pend(&mut self, id: JobId, until: Instant, watcher: &Watcher) -> Result<(), Errno> {
+        if let Some(connection) = self.table.get_mut(&id) {
+            watcher.add(connection.fd.as_fd(), Source::Connection(id))?;
+            connection.watched = true;
+            self.set_timer(id, Some(until));
+        }
+        Ok(())
+    }
+
+    /// It waits for a credit, until the time given.
+    pub fn wait(&mut self, id: JobId, until: Instant, watcher: &Watcher) {
+        self.unwatch(id, watcher);
+        if let Some(connection) = self.table.get_mut(&id) {
+            if matches!(connection.state, State::Dispatched(_)) {
+                self.dispatched -= 1;
+            }
+            connection.state = State::Waiting;
+            self.set_timer(id, Some(until));
+        }
+    }
+
+    /// A worker has it now.
+    pub fn dispatched(&mut self, id: JobId, worker: WorkerId, watcher: &Watcher) {
+        self.unwatch(id, watcher);
+        self.set_timer(id, None);
+        if let Some(connection) = self.table.get_mut(&id) {
+            connection.state = State::Dispatched(worker);
+            self.dispatched += 1;
+        }
+    }
+
+    /// Answers for the supervisor and lingers.
+    pub fn answer(&mut self, id: JobId, reply: &Reply, watcher: &Watcher) {
+        let Some(connection) = self.table.get_mut(&id) else { return };
+        let fd = connection.fd.as_raw_fd();
+        // A client that is gone, or that the worker had answered just before it died,
+        // can't be told: that is no failure.
+        let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
+        let _ = send(fd, &reply.encode(), flags);
+        let _ = shutdown(fd, Shutdown::Write);
+        if matches!(connection.state, State::Dispatched(_)) {
+            self.dispatched -= 1;
+        }
+        connection.state = State::Lingering;
+        let watched = connection.watched
+            || watcher.add(connection.fd.as_fd(), Source::Connection(id)).is_ok();
+        connection.watched = watched;
+        self.set_timer(id, Some(Instant::now() + LINGER));
+        if !watched {
+            self.drop_input(id, watcher);
+        }
+    }
+
+    /// Reads and drops what an answered client still sends; closes at its end.
+    pub fn drop_input(&mut self, id: JobId, watcher: &Watcher) {
+        let Some(connection) = self.table.get(&id) else { return };
+        let mut scratch = [0; 16 * 1024];
+        for _ in 0..16 {
+            match recv(connection.fd.as_raw_fd(), &mut scratch, MsgFlags::MSG_DONTWAIT) {
+                Err(Errno::EAGAIN | Errno::EINTR) => return,
+                Ok(0) | Err(_) => return self.close(id, watcher),
+                Ok(_) => {}
+            }
+        }
+    }
+
+    /// Forgets a connection and closes our descriptor.
+    pub fn close(&mut self, id: JobId, watcher: &Watcher) {
+        self.unwatch(id, watcher);
+        self.set_timer(id, None);
+        let Some(connection) = self.table.remove(&id) else { return };
+        if matches!(connection.state, State::Dispatched(_)) {
+            self.dispatched -= 1;
+        }
+        let client = Client::from(connection.peer);
+        if let Some(count) = self.clients.get_mut(&client) {
+            *count -= 1;
+            if *count == 0 {
+                self.clients.remove(&client);
+            }
+        }
+    }
+
+    fn unwatch(&mut self, id: JobId, watcher: &Watcher) {
+        if let Some(connection) = self.table.get_mut(&id).filter(|c| c.watched) {
+            watcher.remove(connection.fd.as_fd());
+            connection.watched = false;
+        }
+    }
+
+    fn set_timer(&mut self, id: JobId, until: Option<Instant>) {
+        let Some(connection) = self.table.get_mut(&id) else { return };
+        if let Some(old) = connection.until.take() {
+            self.timers.remove(&(old, id));
+        }
+        if let Some(until) = until {
+            connection.until = Some(until);
+            self.timers.insert((until, id));
+        }
+    }
+
+    /// A connection whose time is over.
+    pub fn overdue(&self, now: Instant) -> Option<JobId> {
+        self.timers.first().filter(|(until, _)| *until <= now).map(|&(_, id)| id)
+    }
+
+    /// When [`Self::overdue`] has one.
+    pub fn next_deadline(&self) -> Option<Instant> {
+        self.timers.first().map(|&(until, _)| until)
+    }
+}
+
+fn accept_one(socket: &Socket) -> io::Result<(OwnedFd, Peer)> {
+    match socket {
+        Socket::Unix(listener) => {
+            let fd = OwnedFd::from(listener.accept()?.0);
+            let credentials = getsockopt(&fd, sockopt::PeerCredentials)?;
+            let peer = Peer::Local {
+                // 0: it lives in a pid namespace that we can't see.
+                pid: Some(credentials.pid()).filter(|&pid| pid > 0),
+                uid: credentials.uid(),
+                gid: credentials.gid(),
+            };
+            Ok((fd, peer))
+        }
+        Socket::Tcp(listener) => {
+            let (stream, address) = listener.accept()?;
+            Ok((stream.into(), Peer::Remote(canonical(address))))
+        }
+    }
+}
+
+fn boottime() -> u64 {
+    nix::time::clock_gettime(nix::time::ClockId::CLOCK_BOOTTIME)
+        .map_or(0, |time| time.tv_sec() as u64 * 1_000_000_000 + time.tv_nsec() as u64)
+}

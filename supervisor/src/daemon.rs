@@ -1,0 +1,352 @@
+//! The supervisor's life: start, serve, reload, stop.
+//!
+//! [`Daemon`] owns everything; each of its duties is an `impl` in the file named
+//! after it: `dispatch` (clients to workers), `workers` (their processes and
+//! reports), `rollout` (generations and zygotes). Decisions come from the pure
+//! modules `pool` and `generation`.
+//!
+//! # Failure
+//! Before READY, a failure ends the start with one message and an exit status.
+//! Afterwards nothing ends the daemon but SIGTERM and SIGINT.
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use nix::sys::prctl;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::sys::signal::Signal;
+use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid, waitpid};
+use nix::unistd::Pid;
+use qrelay_shared::exit::Exit;
+use qrelay_shared::ipc::channel::RecvBuffer;
+use qrelay_shared::ipc::message::{JobId, WorkerId};
+use qrelay_shared::qmqp::Reply;
+use slog::{Level, Logger, error, info, warn};
+
+use crate::connections::Connections;
+use crate::dispatch::TRY_AGAIN;
+use crate::event::{Source, Watcher, ZygoteId};
+use crate::generation::{GenerationId, Generations};
+use crate::listeners::Listeners;
+use crate::orphans::Orphans;
+use crate::pool::Pool;
+use crate::rollout::Generation;
+use crate::signals::Signals;
+use crate::systemd::Systemd;
+use crate::throttle::Throttle;
+use crate::workers::Worker;
+use crate::zygote::Zygote;
+
+/// Longest sleep of the loop when nothing is due.
+const IDLE: Duration = Duration::from_secs(60);
+
+/// What the command line says.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Absolute path of config.lua.
+    pub config: PathBuf,
+    /// What is logged.
+    pub level: Level,
+    /// How long a script may take to declare itself.
+    pub boot_timeout: Duration,
+}
+
+/// Where the daemon is in its life.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Phase {
+    /// Not ready yet.
+    Starting,
+    /// READY.
+    Serving,
+    /// Finishing; killed at the deadline.
+    Stopping { deadline: Instant },
+    /// Nothing is left to do.
+    Ended(Exit),
+}
+
+/// The supervisor.
+pub struct Daemon {
+    pub(crate) log: Logger,
+    pub(crate) options: Options,
+    /// Makes this run's mail ids unique.
+    pub(crate) instance: String,
+    pub(crate) phase: Phase,
+    pub(crate) watcher: Watcher,
+    pub(crate) signals: Signals,
+    pub(crate) systemd: Systemd,
+    pub(crate) buffer: Option<RecvBuffer>,
+
+    pub(crate) listeners: Listeners,
+    pub(crate) connections: Connections,
+    /// Listeners are unwatched until then.
+    pub(crate) disarmed: Option<Instant>,
+    pub(crate) exhausted: Throttle,
+    /// Scratch lists, kept for their memory.
+    pub(crate) accepted: Vec<JobId>,
+
+    pub(crate) pool: Pool,
+    pub(crate) workers: BTreeMap<WorkerId, Worker>,
+    pub(crate) generations: Generations,
+    pub(crate) loaded: BTreeMap<GenerationId, Generation>,
+    pub(crate) zygotes: BTreeMap<ZygoteId, Zygote>,
+    pub(crate) last_zygote: ZygoteId,
+    /// Children that ended before we knew what they were.
+    pub(crate) strangers: HashMap<Pid, WaitStatus>,
+    /// Programs that dead workers left behind.
+    pub(crate) orphans: Orphans,
+}
+
+/// Runs the daemon to its end.
+pub fn run(options: Options) -> Exit {
+    let log = qrelay_shared::log::init(options.level, "qrelay");
+    match Daemon::start(options, log.clone()) {
+        Ok(mut daemon) => daemon.serve(),
+        Err(message) => {
+            error!(log, "cannot start: {message}");
+            Exit::System
+        }
+    }
+}
+
+impl Daemon {
+    /// Takes over signals and passed sockets, and begins with the first generation.
+    fn start(options: Options, log: Logger) -> Result<Self, String> {
+        let passed = qrelay_shared::sys::activation::take()?;
+        prctl::set_child_subreaper(true).map_err(|error| format!("PR_SET_CHILD_SUBREAPER: {error}"))?;
+        // Only the name in ps; the process works without it.
+        let _ = prctl::set_name(c"qrelay");
+        raise_descriptor_limit();
+        let now = Instant::now();
+        let signals = Signals::register().map_err(|error| format!("signals: {error}"))?;
+        let watcher = Watcher::new().map_err(|error| format!("epoll: {error}"))?;
+        watcher.add(&signals, Source::Signals).map_err(|error| format!("epoll: {error}"))?;
+        let mut daemon = Self {
+            generations: Generations::new(options.boot_timeout),
+            log,
+            options,
+            instance: instance(),
+            phase: Phase::Starting,
+            watcher,
+            signals,
+            systemd: Systemd::new(now),
+            buffer: Some(RecvBuffer::new()),
+            listeners: Listeners::default(),
+            connections: Connections::default(),
+            disarmed: None,
+            exhausted: Throttle::new(Duration::from_secs(1)),
+            accepted: Vec::new(),
+            pool: Pool::default(),
+            workers: BTreeMap::new(),
+            loaded: BTreeMap::new(),
+            zygotes: BTreeMap::new(),
+            last_zygote: 0,
+            strangers: HashMap::new(),
+            orphans: Orphans::default(),
+        };
+        daemon.listeners.adopt(passed).map_err(|error| error.to_string())?;
+        info!(daemon.log, "qrelay {} starts", env!("CARGO_PKG_VERSION");
+            "config" => daemon.options.config.display());
+        let commands = daemon.generations.boot(now);
+        daemon.roll_out(commands, now);
+        Ok(daemon)
+    }
+
+    /// The event loop.
+    fn serve(&mut self) -> Exit {
+        let mut sources = Vec::new();
+        loop {
+            if let Phase::Ended(exit) = self.phase {
+                self.clean_up();
+                return exit;
+            }
+            let now = Instant::now();
+            let timeout = self.next_deadline().map_or(IDLE, |at| at.saturating_duration_since(now));
+            if let Err(error) = self.watcher.wait(timeout, &mut sources) {
+                error!(self.log, "epoll_wait: {error}");
+                self.phase = Phase::Ended(Exit::System);
+            }
+            for source in sources.drain(..) {
+                self.handle(source);
+            }
+            self.tick(Instant::now());
+            self.dispatch_waiting();
+        }
+    }
+
+    fn handle(&mut self, source: Source) {
+        match source {
+            Source::Signals => self.on_signals(),
+            Source::Listener(id) => self.on_listener(id),
+            Source::Connection(id) => self.on_connection(id),
+            Source::Jobs(worker) => self.on_reports(worker),
+            Source::Control(worker) => self.on_pong(worker),
+            Source::Zygote(zygote) => self.on_zygote(zygote),
+        }
+    }
+
+    fn on_signals(&mut self) {
+        let now = Instant::now();
+        let pending = self.signals.take();
+        if pending.child {
+            self.reap(now);
+        }
+        if pending.stop {
+            self.stop(now);
+        }
+        if pending.reload {
+            info!(self.log, "reload requested");
+            let commands = self.generations.reload(now);
+            self.roll_out(commands, now);
+        }
+    }
+
+    /// Does everything that is due.
+    fn tick(&mut self, now: Instant) {
+        self.systemd.tick(now);
+        self.connections_due(now);
+        self.workers_due(now);
+        self.rollout_due(now);
+        self.orphans.kill_overdue(now);
+        self.stopping_due(now);
+    }
+
+    fn next_deadline(&self) -> Option<Instant> {
+        let stopping = match self.phase {
+            Phase::Stopping { deadline } => Some(deadline),
+            _ => None,
+        };
+        [
+            self.systemd.next_tick(),
+            self.connections.next_deadline(),
+            self.disarmed,
+            self.pool.next_tick(),
+            self.generations.next_tick(),
+            self.orphans.next_deadline(),
+            stopping,
+        ]
+        .into_iter()
+        .flatten()
+        .min()
+    }
+
+    /// SIGTERM: drain. A second one: at once.
+    fn stop(&mut self, now: Instant) {
+        match self.phase {
+            Phase::Stopping { .. } => {
+                warn!(self.log, "told to stop a second time: killing what is left";
+                    "in_flight" => self.pool.in_flight());
+                self.phase = Phase::Stopping { deadline: now };
+            }
+            Phase::Starting | Phase::Serving => {
+                let drain = self.drain_timeout();
+                info!(self.log, "stopping"; "in_flight" => self.pool.in_flight(),
+                    "drain_timeout" => drain.as_secs_f64());
+                self.phase = Phase::Stopping { deadline: now + drain };
+                self.systemd.stopping(format!("Stopping: {} mails in flight", self.pool.in_flight()), now);
+                let commands = self.generations.stop();
+                self.roll_out(commands, now);
+                self.close_listeners();
+            }
+            Phase::Ended(_) => {}
+        }
+    }
+
+    fn drain_timeout(&self) -> Duration {
+        self.loaded
+            .values()
+            .map(|generation| generation.declaration.settings.drain_timeout)
+            .max()
+            .unwrap_or(Duration::ZERO)
+    }
+
+    fn stopping_due(&mut self, now: Instant) {
+        let Phase::Stopping { deadline } = self.phase else { return };
+        let deadline = self.pool.latest_explicit().map_or(deadline, |until| match deadline > now {
+            true => deadline.max(until),
+            false => deadline,
+        });
+        self.retire_finished(now);
+        if self.workers.is_empty() && self.orphans.is_empty() {
+            self.phase = Phase::Ended(Exit::Success);
+        } else if deadline <= now {
+            self.kill_all_workers();
+            self.phase = Phase::Stopping { deadline: now + Duration::from_millis(100) };
+        }
+    }
+
+    /// Reaps every child that has ended.
+    fn reap(&mut self, now: Instant) {
+        let flags = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT;
+        while let Ok(status) = waitid(Id::All, flags) {
+            let Some(pid) = status.pid() else { return };
+            // Its process group can be named only until it is reaped.
+            let orphan_of = self.orphans.reaping(pid);
+            if waitpid(pid, Some(WaitPidFlag::WNOHANG)).is_err() {
+                return;
+            }
+            if let Some(job) = orphan_of {
+                self.answer_orphan(job);
+            } else if let Some(worker) = self.worker_of(pid) {
+                self.take_last_reports(worker);
+                self.worker_ended(worker, Some(status), now);
+            } else if !self.zygote_ended(pid, status, now) {
+                self.remember_stranger(pid, status);
+            }
+        }
+    }
+
+    /// The program of a mail whose worker died has ended: its client may try again.
+    fn answer_orphan(&mut self, job: JobId) {
+        self.connections.answer(job, &Reply::temporary(TRY_AGAIN), &self.watcher);
+    }
+
+    /// A child that isn't known may be a worker whose pid its zygote has yet to tell.
+    fn remember_stranger(&mut self, pid: Pid, status: WaitStatus) {
+        if self.workers.values().any(|worker| worker.pid.is_none()) {
+            self.strangers.insert(pid, status);
+        } else {
+            self.strangers.clear();
+        }
+    }
+
+    /// Ends what is left when the loop has ended.
+    fn clean_up(&mut self) {
+        self.close_listeners();
+        self.kill_all_workers();
+        for zygote in std::mem::take(&mut self.zygotes).into_values() {
+            if let Some(pid) = zygote.pid {
+                // It may have ended by itself.
+                let _ = nix::sys::signal::kill(pid, Signal::SIGKILL);
+                let _ = waitpid(pid, None);
+            }
+        }
+        for (_, worker) in std::mem::take(&mut self.workers) {
+            if let Some(pid) = worker.pid {
+                let _ = waitpid(pid, None);
+            }
+        }
+        if self.phase == Phase::Ended(Exit::Success) {
+            info!(self.log, "stopped");
+        }
+    }
+}
+
+/// As many descriptors as the hard limit allows; workers and programs that they
+/// run inherit it.
+fn raise_descriptor_limit() {
+    if let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE)
+        && soft < hard
+    {
+        // It works with the soft limit too, for fewer clients.
+        let _ = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
+    }
+}
+
+/// Seconds since the epoch and the process id: unique to this run on this host.
+fn instance() -> String {
+    let seconds = std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .map_or(0, |since| since.as_secs());
+    format!("{seconds:x}-{:x}", std::process::id())
+}

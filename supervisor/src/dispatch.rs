@@ -1,0 +1,241 @@
+//! From a listener's backlog to a worker's job socket.
+//!
+//! # Failure
+//! Out of descriptors, memory or credits, the listeners are unwatched (a
+//! level-triggered watched one would spin) until a job is done or 100 ms are
+//! over. A worker's job socket that takes no more counts as no credit.
+
+use std::os::fd::AsFd;
+use std::time::{Duration, Instant};
+
+use qrelay_shared::ipc::channel::SendError;
+use qrelay_shared::ipc::message::{Job, JobId, Peer, WorkerId};
+use qrelay_shared::qmqp::Reply;
+use qrelay_shared::settings::Settings;
+use slog::{info, warn};
+
+use crate::connections::{Accepted, MAX_HELD, State};
+use crate::daemon::{Daemon, Phase};
+use crate::event::{ListenerId, Source};
+use crate::fairness::Client;
+
+/// How long listeners stay unwatched, unless a job is done before.
+const DISARM: Duration = Duration::from_millis(100);
+
+/// What a client is told when no worker could finish its mail.
+pub(crate) const TRY_AGAIN: &str = "try again later";
+
+impl Daemon {
+    /// Connections may be waiting in a listener's backlog.
+    pub(crate) fn on_listener(&mut self, id: ListenerId) {
+        if self.connections.held() >= MAX_HELD {
+            return self.disarm("too many connections wait");
+        }
+        let mut new = std::mem::take(&mut self.accepted);
+        if let Some(listener) = self.listeners.get(id)
+            && let Accepted::Exhausted(error) = self.connections.accept(id, listener, &mut new)
+        {
+            self.disarm(&format!("accept: {error}"));
+        }
+        // Looked at only now: by the end of the batch most have sent their request.
+        for job in new.drain(..) {
+            self.admit(job);
+        }
+        self.accepted = new;
+        self.dispatch_waiting();
+    }
+
+    /// Accepts all that is in a backlog, before the listener is closed.
+    pub(crate) fn accept_all(&mut self, id: ListenerId) {
+        let mut new = Vec::new();
+        if let Some(listener) = self.listeners.get(id) {
+            while matches!(self.connections.accept(id, listener, &mut new), Accepted::More) {}
+        }
+        for job in new {
+            self.admit(job);
+        }
+    }
+
+    /// Decides about a new connection: refuse, serve, or wait for its first byte.
+    fn admit(&mut self, job: JobId) {
+        let Some(connection) = self.connections.get(job) else { return };
+        let (peer, listener) = (connection.peer, connection.listener);
+        let Some(settings) = self.current_settings() else {
+            return self.refuse(job, Reply::temporary(TRY_AGAIN));
+        };
+        let (limit, client_timeout) = (settings.max_connections_per_uid, settings.client_timeout);
+        if let Peer::Remote(address) = peer
+            && !self.listeners.get(listener).is_some_and(|listener| listener.allows(address))
+        {
+            info!(self.log, "connection refused: address not allowed"; "peer" => address);
+            return self.refuse(job, Reply::temporary("access denied"));
+        }
+        if let Peer::Local { uid, .. } = peer
+            && limit > 0
+            && self.connections.of_client(peer) > limit
+        {
+            info!(self.log, "connection refused: max_connections_per_uid"; "uid" => uid, "limit" => limit);
+            return self.refuse(job, Reply::temporary(TRY_AGAIN));
+        }
+        match self.connections.peek(job) {
+            None => self.connections.close(job, &self.watcher),
+            Some(true) => self.make_ready(job),
+            Some(false) => {
+                let until = Instant::now() + client_timeout;
+                if let Err(error) = self.connections.pend(job, until, &self.watcher) {
+                    self.disarm(&format!("epoll_ctl: {error}"));
+                    self.refuse(job, Reply::temporary(TRY_AGAIN));
+                }
+            }
+        }
+    }
+
+    fn refuse(&mut self, job: JobId, reply: Reply) {
+        self.connections.answer(job, &reply, &self.watcher);
+    }
+
+    pub(crate) fn current_settings(&self) -> Option<&Settings> {
+        let current = self.generations.current()?;
+        self.loaded.get(&current).map(|generation| &generation.declaration.settings)
+    }
+
+    /// The connection has data: it waits for a credit.
+    fn make_ready(&mut self, job: JobId) {
+        let Some(connection) = self.connections.get(job) else { return };
+        let client = Client::from(connection.peer);
+        if let Some((generation, number)) = connection.last_chance {
+            return self.serve_last(job, client, generation, number);
+        }
+        let patience = self.current_settings().map_or(Duration::ZERO, |s| s.relay_timeout);
+        self.connections.wait(job, connection.accepted + patience, &self.watcher);
+        self.pool.wait(client, job);
+    }
+
+    /// A connection of a listener that is gone: only an old generation can serve it.
+    pub(crate) fn serve_last(&mut self, job: JobId, client: Client, generation: u64, number: u32) {
+        match self.pool.overflow(generation, client, job) {
+            Some(worker) if self.hand_over(job, worker, number).is_ok() => {}
+            _ => {
+                self.pool.abort(job);
+                self.refuse(job, Reply::temporary(TRY_AGAIN));
+            }
+        }
+    }
+
+    /// Dispatches as many waiting connections as there are credits.
+    pub(crate) fn dispatch_waiting(&mut self) {
+        while let Some((job, worker)) = self.pool.next() {
+            let number = self.connections.get(job).and_then(|connection| {
+                let generation = self.pool.generation_of(worker)?;
+                self.listeners.get(connection.listener)?.number(generation)
+            });
+            let Some(number) = number else {
+                self.pool.abort(job);
+                self.refuse(job, Reply::temporary(TRY_AGAIN));
+                continue;
+            };
+            if let Err(error) = self.hand_over(job, worker, number) {
+                self.pool.bounced(job);
+                if !matches!(error, SendError::Full | SendError::Closed) {
+                    self.disarm(&format!("dispatch: {error}"));
+                }
+                return;
+            }
+        }
+    }
+
+    /// Passes the socket; on failure nothing has changed.
+    fn hand_over(&mut self, job: JobId, worker: WorkerId, listener: u32) -> Result<(), SendError> {
+        let (Some(connection), Some(link)) = (self.connections.get(job), self.workers.get(&worker))
+        else {
+            return Err(SendError::Closed);
+        };
+        let message = Job {
+            job,
+            listener,
+            peer: connection.peer,
+            accepted: connection.accepted_boottime,
+        };
+        link.jobs.try_send(&message, &[connection.fd.as_fd()])?;
+        self.connections.dispatched(job, worker, &self.watcher);
+        Ok(())
+    }
+
+    /// A pending client has sent something, or a lingering one goes on.
+    pub(crate) fn on_connection(&mut self, job: JobId) {
+        match self.connections.get(job).map(|connection| connection.state) {
+            Some(State::Lingering) => self.connections.drop_input(job, &self.watcher),
+            Some(State::Pending) => match self.connections.peek(job) {
+                None => self.connections.close(job, &self.watcher),
+                Some(true) => self.make_ready(job),
+                Some(false) => {}
+            },
+            _ => {}
+        }
+    }
+
+    /// Ends the connections whose time is over, and watches the listeners again.
+    pub(crate) fn connections_due(&mut self, now: Instant) {
+        while let Some(job) = self.connections.overdue(now) {
+            let Some(connection) = self.connections.get(job) else { return };
+            let client = Client::from(connection.peer);
+            match connection.state {
+                State::Pending => self.refuse(job, Reply::temporary("request timed out")),
+                State::Waiting => {
+                    warn!(self.log, "no worker was free in time"; "client" => ?client);
+                    self.pool.forget(client, job);
+                    self.refuse(job, Reply::temporary(TRY_AGAIN));
+                }
+                State::Lingering | State::Dispatched(_) => {
+                    self.connections.close(job, &self.watcher);
+                }
+            }
+        }
+        if self.disarmed.is_some_and(|until| until <= now) {
+            self.rearm();
+        }
+    }
+
+    /// Stops accepting for a while.
+    fn disarm(&mut self, cause: &str) {
+        let now = Instant::now();
+        if let Some(suppressed) = self.exhausted.pass(now) {
+            warn!(self.log, "not accepting for a moment: {cause}";
+                "held" => self.connections.held(), "in_flight" => self.pool.in_flight(),
+                "suppressed" => suppressed);
+        }
+        self.disarmed = Some(now + DISARM);
+        for (_, listener) in self.listeners.iter_mut() {
+            if std::mem::take(&mut listener.watched) {
+                self.watcher.remove(&listener.socket);
+            }
+        }
+    }
+
+    /// Accepts again, if it had been stopped.
+    pub(crate) fn rearm(&mut self) {
+        if self.disarmed.take().is_some() {
+            self.watch_listeners();
+        }
+    }
+
+    /// Watches the current generation's listeners.
+    pub(crate) fn watch_listeners(&mut self) {
+        if matches!(self.phase, Phase::Stopping { .. } | Phase::Ended(_)) {
+            return;
+        }
+        let Some(current) = self.generations.current() else { return };
+        let mut failed = None;
+        for (id, listener) in self.listeners.iter_mut() {
+            if !listener.watched && listener.number(current).is_some() {
+                match self.watcher.add(&listener.socket, Source::Listener(id)) {
+                    Ok(()) => listener.watched = true,
+                    Err(error) => failed = Some(error),
+                }
+            }
+        }
+        if let Some(error) = failed {
+            self.disarm(&format!("epoll_ctl: {error}"));
+        }
+    }
+}

@@ -1,0 +1,133 @@
+//! The epoll loop's view of descriptors: what is watched, and under which name
+//! it comes back.
+
+use std::os::fd::AsFd;
+use std::time::Duration;
+
+use nix::errno::Errno;
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+use qrelay_shared::ipc::message::{JobId, WorkerId};
+
+/// Names a listening socket while the supervisor lives.
+pub type ListenerId = u64;
+/// Names a zygote or standby while the supervisor lives.
+pub type ZygoteId = u64;
+
+/// What became ready.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Source {
+    /// The pipe that signal handlers write to.
+    Signals,
+    /// Connections to accept.
+    Listener(ListenerId),
+    /// A client that had sent nothing yet, or is being read to its end.
+    Connection(JobId),
+    /// Reports of a worker.
+    Jobs(WorkerId),
+    /// Pongs of a worker.
+    Control(WorkerId),
+    /// Reports of a zygote.
+    Zygote(ZygoteId),
+}
+
+const SHIFT: u32 = 56;
+
+impl Source {
+    fn pack(self) -> u64 {
+        let (kind, id) = match self {
+            Self::Signals => (0, 0),
+            Self::Listener(id) => (1, id),
+            Self::Connection(id) => (2, id),
+            Self::Jobs(id) => (3, id),
+            Self::Control(id) => (4, id),
+            Self::Zygote(id) => (5, id),
+        };
+        kind << SHIFT | id
+    }
+
+    fn unpack(data: u64) -> Self {
+        let id = data & ((1 << SHIFT) - 1);
+        match data >> SHIFT {
+            1 => Self::Listener(id),
+            2 => Self::Connection(id),
+            3 => Self::Jobs(id),
+            4 => Self::Control(id),
+            5 => Self::Zygote(id),
+            _ => Self::Signals,
+        }
+    }
+}
+
+/// The set of watched descriptors; level-triggered, for reading.
+#[derive(Debug)]
+pub struct Watcher {
+    epoll: Epoll,
+    events: Vec<EpollEvent>,
+}
+
+impl Watcher {
+    /// Watches nothing yet.
+    ///
+    /// # Errors
+    /// Out of descriptors or memory.
+    pub fn new() -> Result<Self, Errno> {
+        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
+        Ok(Self { epoll, events: vec![EpollEvent::empty(); 256] })
+    }
+
+    /// Starts to watch.
+    ///
+    /// # Errors
+    /// Out of memory or over fs.epoll.max_user_watches.
+    pub fn add(&self, fd: impl AsFd, source: Source) -> Result<(), Errno> {
+        let flags = EpollFlags::EPOLLIN | EpollFlags::EPOLLRDHUP;
+        self.epoll.add(fd, EpollEvent::new(flags, source.pack()))
+    }
+
+    /// Stops to watch. A descriptor whose socket other processes share must be
+    /// taken out before it is closed: its registration would live on.
+    pub fn remove(&self, fd: impl AsFd) {
+        // ENOENT, when it wasn't watched, is what the caller wants.
+        let _ = self.epoll.delete(fd);
+    }
+
+    /// Waits for something to happen, and puts it into `sources`.
+    ///
+    /// # Errors
+    /// None that is known; EINTR counts as nothing.
+    pub fn wait(
+        &mut self,
+        timeout: Duration,
+        sources: &mut Vec<Source>,
+    ) -> Result<(), Errno> {
+        sources.clear();
+        // Rounded up, so that a timer is due when the wait for it ends.
+        let milliseconds = timeout.as_micros().div_ceil(1000).min(60_000) as u16;
+        let count = match self.epoll.wait(&mut self.events, EpollTimeout::from(milliseconds)) {
+            Ok(count) => count,
+            Err(Errno::EINTR) => 0,
+            Err(error) => return Err(error),
+        };
+        sources.extend(self.events.iter().take(count).map(|event| Source::unpack(event.data())));
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sources_survive_packing() {
+        for source in [
+            Source::Signals,
+            Source::Listener(3),
+            Source::Connection(1 << 40),
+            Source::Jobs(7),
+            Source::Control(7),
+            Source::Zygote(1),
+        ] {
+            assert_eq!(Source::unpack(source.pack()), source);
+        }
+    }
+}

@@ -1,0 +1,79 @@
+//! What systemd is told (sd_notify(3)), and when the watchdog wants to hear from us.
+//!
+//! # Failure
+//! Without NOTIFY_SOCKET all of this does nothing; a message that can't be sent
+//! is lost, as systemd would lose it too.
+
+use std::time::{Duration, Instant};
+
+use libsystemd::daemon::{NotifyState, notify, watchdog_enabled};
+
+/// How often systemd is asked for more time while draining, and how much.
+const EXTEND_EVERY: Duration = Duration::from_secs(2);
+const EXTEND_BY: Duration = Duration::from_secs(10);
+
+/// The line to systemd.
+#[derive(Debug)]
+pub struct Systemd {
+    watchdog: Option<Duration>,
+    next_watchdog: Option<Instant>,
+    next_extension: Option<Instant>,
+}
+
+impl Systemd {
+    /// Reads the environment.
+    pub fn new(now: Instant) -> Self {
+        let watchdog = watchdog_enabled(false).map(|interval| interval / 2);
+        Self { watchdog, next_watchdog: watchdog.map(|_| now), next_extension: None }
+    }
+
+    /// The daemon serves; after a reload too.
+    pub fn ready(&self, status: String) {
+        tell(&[NotifyState::Ready, NotifyState::Status(status)]);
+    }
+
+    /// A reload begins. The time is what `Type=notify-reload` asks for.
+    pub fn reloading(&self) {
+        let microseconds = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC)
+            .map_or(0, |time| time.tv_sec() as u64 * 1_000_000 + time.tv_nsec() as u64 / 1000);
+        tell(&[
+            NotifyState::Reloading,
+            NotifyState::Other(format!("MONOTONIC_USEC={microseconds}")),
+        ]);
+    }
+
+    /// One line for `systemctl status`.
+    pub fn status(&self, status: String) {
+        tell(&[NotifyState::Status(status)]);
+    }
+
+    /// The daemon stops; time is extended until it has.
+    pub fn stopping(&mut self, status: String, now: Instant) {
+        tell(&[NotifyState::Stopping, NotifyState::Status(status)]);
+        self.next_extension = Some(now);
+    }
+
+    /// Feeds the watchdog and asks for time, when due. Called by a turn of the loop.
+    pub fn tick(&mut self, now: Instant) {
+        if let (Some(at), Some(interval)) = (self.next_watchdog, self.watchdog)
+            && at <= now
+        {
+            tell(&[NotifyState::Watchdog]);
+            self.next_watchdog = Some(now + interval);
+        }
+        if self.next_extension.is_some_and(|at| at <= now) {
+            let microseconds = EXTEND_BY.as_micros();
+            tell(&[NotifyState::Other(format!("EXTEND_TIMEOUT_USEC={microseconds}"))]);
+            self.next_extension = Some(now + EXTEND_EVERY);
+        }
+    }
+
+    /// When [`Self::tick`] has something to do.
+    pub fn next_tick(&self) -> Option<Instant> {
+        self.next_watchdog.into_iter().chain(self.next_extension).min()
+    }
+}
+
+fn tell(states: &[NotifyState]) {
+    let _ = notify(false, states);
+}

@@ -1,0 +1,43 @@
+//! At most one log line per interval about something that may happen in a flood. Pure.
+
+use std::time::{Duration, Instant};
+
+/// Lets one through per interval and counts the rest.
+#[derive(Debug)]
+pub struct Throttle {
+    interval: Duration,
+    next: Option<Instant>,
+    suppressed: u64,
+}
+
+impl Throttle {
+    /// None has come yet.
+    pub fn new(interval: Duration) -> Self {
+        Self { interval, next: None, suppressed: 0 }
+    }
+
+    /// Whether this one may be logged; if so, how many before it were not.
+    pub fn pass(&mut self, now: Instant) -> Option<u64> {
+        if self.next.is_some_and(|next| now < next) {
+            self.suppressed += 1;
+            return None;
+        }
+        self.next = Some(now + self.interval);
+        Some(std::mem::take(&mut self.suppressed))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_per_interval() {
+        let start = Instant::now();
+        let mut throttle = Throttle::new(Duration::from_secs(1));
+        assert_eq!(throttle.pass(start), Some(0));
+        assert_eq!(throttle.pass(start), None);
+        assert_eq!(throttle.pass(start + Duration::from_millis(999)), None);
+        assert_eq!(throttle.pass(start + Duration::from_secs(1)), Some(2));
+    }
+}
