@@ -29,7 +29,8 @@ const JOURNAL: &str = "/run/systemd/journal/socket";
 /// Makes the process's logger; `process` names it in every line. Call it again
 /// after a fork.
 pub fn init(level: Level, process: &'static str) -> Logger {
-    let output = Output { process, pid: std::process::id(), sink: Sink::open(), lost: AtomicU64::new(0) };
+    let output =
+        Output { process, pid: std::process::id(), sink: Sink::open(), lost: AtomicU64::new(0) };
     Logger::root(slog::LevelFilter::new(output, level).fuse(), slog::o!())
 }
 
@@ -102,7 +103,9 @@ impl Drain for Output {
         let _ = record.kv().serialize(record, &mut fields);
         let _ = values.serialize(record, &mut fields);
         let lost = self.lost.swap(0, Ordering::Relaxed);
-        if lost > 0 && !self.emit(Level::Warning, "log lines were lost", &Fields::single("lost", lost)) {
+        if lost > 0
+            && !self.emit(Level::Warning, "log lines were lost", &Fields::single("lost", lost))
+        {
             self.lost.fetch_add(lost, Ordering::Relaxed);
         }
         let message = Escaped(record.msg()).to_string();

@@ -100,12 +100,8 @@ impl<Out: Direction, In: Direction> Channel<Out, In> {
     /// # Errors
     /// Out of descriptors or memory.
     pub fn pair() -> Result<(Self, Channel<In, Out>), Errno> {
-        let (a, b) = socketpair(
-            AddressFamily::Unix,
-            SockType::SeqPacket,
-            None,
-            SockFlag::SOCK_CLOEXEC,
-        )?;
+        let (a, b) =
+            socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?;
         Ok((Self::from_fd(a), Channel::from_fd(b)))
     }
 
@@ -118,7 +114,11 @@ impl<Out: Direction, In: Direction> Channel<Out, In> {
     ///
     /// # Errors
     /// See [`SendError`]; never `Full`.
-    pub fn send(&self, message: &Out::Message<'_>, fds: &[BorrowedFd<'_>]) -> Result<(), SendError> {
+    pub fn send(
+        &self,
+        message: &Out::Message<'_>,
+        fds: &[BorrowedFd<'_>],
+    ) -> Result<(), SendError> {
         self.send_flags(message, fds, MsgFlags::MSG_NOSIGNAL)
     }
 
@@ -160,13 +160,7 @@ impl<Out: Direction, In: Direction> Channel<Out, In> {
         let rights = [ControlMessage::ScmRights(&raw[..count])];
         let control: &[ControlMessage<'_>] = if count == 0 { &[] } else { &rights };
         loop {
-            match sendmsg::<()>(
-                self.fd.as_raw_fd(),
-                &[IoSlice::new(bytes)],
-                control,
-                flags,
-                None,
-            ) {
+            match sendmsg::<()>(self.fd.as_raw_fd(), &[IoSlice::new(bytes)], control, flags, None) {
                 Ok(_) => return Ok(()),
                 Err(Errno::EINTR) => {}
                 Err(Errno::EAGAIN) => return Err(SendError::Full),

@@ -106,10 +106,7 @@ pub fn tame_malloc() {
 /// # Errors
 /// As fcntl(2), open(2), dup2(2).
 pub fn take_stdin() -> Result<OwnedFd, Errno> {
-    let taken = nix::fcntl::fcntl(
-        std::io::stdin(),
-        nix::fcntl::FcntlArg::F_DUPFD_CLOEXEC(3),
-    )?;
+    let taken = nix::fcntl::fcntl(std::io::stdin(), nix::fcntl::FcntlArg::F_DUPFD_CLOEXEC(3))?;
     let null = std::fs::File::open("/dev/null")
         .map_err(|e| Errno::from_raw(e.raw_os_error().unwrap_or(libc::EIO)))?;
     nix::unistd::dup2_stdin(null)?;

@@ -1,0 +1,255 @@
+//! E-mail addresses: which ones are accepted, and how foreign text is shown.
+//!
+//! Contract: an address is `local@domain`, at most 254 bytes (RFC 5321 4.5.3.1.3, less the angle
+//! brackets), split at the last `@`. The local part has at most 64 bytes and is a dot-atom of RFC
+//! 5322 atext, or a quoted string of the bytes 33–126 without `"`. The domain consists of labels
+//! of letters, digits, `-` and `_` (which exist in the wild), or is an address literal (RFC 5321
+//! 4.1.3). Everything is linear in the length of its input.
+//!
+//! # Failure
+//! The checks answer yes or no. The functions that make text printable take any bytes.
+
+use std::fmt::Write;
+use std::net::{Ipv4Addr, Ipv6Addr};
+
+/// Longest address in bytes.
+pub const MAX_ADDRESS: usize = 254;
+/// Longest local part in bytes, quotes included (RFC 5321 4.5.3.1.1).
+pub const MAX_LOCAL_PART: usize = 64;
+/// Longest label of a domain name in bytes (RFC 1035 2.3.4).
+const MAX_LABEL: usize = 63;
+
+/// Is this an address that mail can be sent to?
+pub fn is_valid(addr: &[u8]) -> bool {
+    if addr.len() > MAX_ADDRESS {
+        return false;
+    }
+    let Some(at) = memchr::memrchr(b'@', addr) else { return false };
+    is_local_part(&addr[..at]) && is_domain(&addr[at + 1..])
+}
+
+/// Is this valid as a sender? The empty one (the null reverse-path of bounces, RFC 5321 4.5.5) is.
+pub fn is_valid_sender(addr: &[u8]) -> bool {
+    addr.is_empty() || is_valid(addr)
+}
+
+fn is_local_part(local: &[u8]) -> bool {
+    local.len() <= MAX_LOCAL_PART && (is_dot_atom(local) || is_quoted_string(local))
+}
+
+fn is_dot_atom(text: &[u8]) -> bool {
+    text.split(|&b| b == b'.').all(|atom| !atom.is_empty() && atom.iter().all(|&b| is_atext(b)))
+}
+
+/// RFC 5322 3.2.3, atext.
+fn is_atext(byte: u8) -> bool {
+    byte.is_ascii_alphanumeric() || b"!#$%&'*+-/=?^_`{|}~".contains(&byte)
+}
+
+fn is_quoted_string(text: &[u8]) -> bool {
+    let [b'"', inner @ .., b'"'] = text else { return false };
+    !inner.is_empty() && inner.iter().all(|&b| b.is_ascii_graphic() && b != b'"')
+}
+
+fn is_domain(domain: &[u8]) -> bool {
+    if let [b'[', inner @ .., b']'] = domain {
+        is_address_literal(inner)
+    } else {
+        is_domain_name(domain)
+    }
+}
+
+/// What stands between the brackets: an IPv4 address, or `IPv6:` (in any case, as ABNF has it) and
+/// an IPv6 address.
+fn is_address_literal(inner: &[u8]) -> bool {
+    let Ok(text) = str::from_utf8(inner) else { return false };
+    match text.split_at_checked(5) {
+        Some((tag, v6)) if tag.eq_ignore_ascii_case("IPv6:") => v6.parse::<Ipv6Addr>().is_ok(),
+        _ => text.parse::<Ipv4Addr>().is_ok(),
+    }
+}
+
+/// Labels of letters, digits, `-` and `_`, 1–63 bytes each, that neither start nor end with `-`.
+pub(crate) fn is_domain_name(name: &[u8]) -> bool {
+    name.split(|&b| b == b'.').all(is_label)
+}
+
+fn is_label(label: &[u8]) -> bool {
+    (1..=MAX_LABEL).contains(&label.len())
+        && label.iter().all(|&b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_')
+        && !label.starts_with(b"-")
+        && !label.ends_with(b"-")
+}
+
+/// An address as it appears in logs and Pond records, where `<`, `>` and `,` delimit addresses.
+///
+/// `\`, `<`, `>`, `,` and bytes that are no UTF-8 become `\xNN`, control characters `?`.
+pub fn escape_for_log(addr: &[u8]) -> String {
+    let mut out = String::with_capacity(addr.len());
+    for chunk in addr.utf8_chunks() {
+        for c in chunk.valid().chars() {
+            if matches!(c, '\\' | '<' | '>' | ',') {
+                push_escaped(&mut out, c as u8);
+            } else {
+                out.push(shown(c));
+            }
+        }
+        chunk.invalid().iter().for_each(|&byte| push_escaped(&mut out, byte));
+    }
+    out
+}
+
+fn push_escaped(out: &mut String, byte: u8) {
+    // Writing to a `String` can't fail.
+    let _ = write!(out, "\\x{byte:02x}");
+}
+
+/// Foreign text (a reply, a name) as one printable line: control characters become `?`, bytes that
+/// are no UTF-8 the replacement character U+FFFD.
+pub fn printable(text: &[u8]) -> String {
+    String::from_utf8_lossy(text).chars().map(shown).collect()
+}
+
+/// `?` for what would change a terminal or break a line instead of showing something: the control
+/// characters of ASCII and Latin-1, Unicode's line separators, and its overrides of direction.
+fn shown(c: char) -> char {
+    let hidden = c.is_control()
+        || matches!(c, '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}' | '\u{200e}' | '\u{200f}');
+    if hidden { '?' } else { c }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn accepts() {
+        let table = [
+            "a@b",
+            "root@localhost",
+            "first.last@example.com",
+            "user+tag@example.co.uk",
+            "!#$%&'*+-/=?^_`{|}~@example.com",
+            "\"a@b\"@example.com",
+            "\"..\"@example.com",
+            "\"back\\slash\"@example.com",
+            "\"<>,;:\"@example.com",
+            "a@_dmarc.example.com",
+            "a@under_score.example",
+            "a@1.2.3.4",
+            "a@xn--nxasmq6b",
+            "a@a--b.c-d",
+            "a@[192.0.2.1]",
+            "a@[IPv6:2001:db8::1]",
+            "a@[ipv6:::1]",
+            "a@[IPv6:::ffff:192.0.2.1]",
+        ];
+        for addr in table {
+            assert!(is_valid(addr.as_bytes()), "{addr}");
+            assert!(is_valid_sender(addr.as_bytes()), "{addr}");
+        }
+    }
+
+    #[test]
+    fn refuses() {
+        let table: &[&[u8]] = &[
+            b"",
+            b"@",
+            b"a",
+            b"a@",
+            b"@b",
+            b"a@b@c",
+            b".a@b",
+            b"a.@b",
+            b"a..b@c",
+            b"a b@c",
+            b"a\tb@c",
+            b"a\0b@c",
+            b"a\n@c",
+            b"a@c\n",
+            b" a@c",
+            b"a@c ",
+            b"a@b c",
+            b"<a@b>",
+            b"a,b@c",
+            b"a;b@c",
+            b"a\\b@c",
+            b"\"\"@c",
+            b"\"@c",
+            b"\"a@c",
+            b"a\"@c",
+            b"\"a\"b\"@c",
+            b"\"a b\"@c",
+            b"\"a\x7f\"@c",
+            b"\"a\"b@c",
+            b"a@.b",
+            b"a@b.",
+            b"a@b..c",
+            b"a@-b",
+            b"a@b-",
+            b"a@b.-c",
+            b"a@b/c",
+            b"a@b:25",
+            b"\xc3\xa4@b",
+            b"a@\xc3\xa4",
+            b"a@\xff",
+            b"a@[]",
+            b"a@[192.0.2]",
+            b"a@[192.0.2.256]",
+            b"a@[192.0.2.1",
+            b"a@192.0.2.1]",
+            b"a@[2001:db8::1]",
+            b"a@[IPv6:]",
+            b"a@[IPv6:192.0.2.1]",
+            b"a@[IPv6:fe80::1%1]",
+            b"a@[IPv6]",
+            b"a@[\xff\xff\xff\xff\xff\xff]",
+            b"a@[x-tag:abc]",
+        ];
+        for addr in table {
+            assert!(!is_valid(addr), "{}", String::from_utf8_lossy(addr));
+            assert_eq!(is_valid_sender(addr), addr.is_empty());
+        }
+    }
+
+    #[test]
+    fn lengths() {
+        let local = |n: usize| format!("{}@b", "a".repeat(n));
+        assert!(is_valid(local(64).as_bytes()));
+        assert!(!is_valid(local(65).as_bytes()));
+        let quoted = |n: usize| format!("\"{}\"@b", "a".repeat(n));
+        assert!(is_valid(quoted(62).as_bytes()));
+        assert!(!is_valid(quoted(63).as_bytes()));
+        let label = |n: usize| format!("a@{}.b", "a".repeat(n));
+        assert!(is_valid(label(63).as_bytes()));
+        assert!(!is_valid(label(64).as_bytes()));
+        let whole = |n: usize| format!("{}{}", "a@", "b.".repeat(n)) + "bb";
+        assert_eq!(whole(125).len(), 254);
+        assert!(is_valid(whole(125).as_bytes()));
+        assert!(!is_valid((whole(125) + "b").as_bytes()));
+    }
+
+    #[test]
+    fn shows_addresses() {
+        let table: &[(&[u8], &str)] = &[
+            (b"", ""),
+            (b"a@b", "a@b"),
+            (b"a,b<c>d\\e@f", "a\\x2cb\\x3cc\\x3ed\\x5ce@f"),
+            (b"a\0b\r\nc\x7f\x1b[1m", "a?b??c??[1m"),
+            ("ä@b".as_bytes(), "ä@b"),
+            (b"\xff\xc3@b", "\\xff\\xc3@b"),
+            ("a\u{85}\u{202e}\u{2028}b".as_bytes(), "a???b"),
+        ];
+        for (addr, expected) in table {
+            assert_eq!(escape_for_log(addr), *expected);
+        }
+    }
+
+    #[test]
+    fn shows_text() {
+        assert_eq!(printable(b"ok <a>, \\ b"), "ok <a>, \\ b");
+        assert_eq!(printable(b"a\r\n\tb\0\x1b\x7f"), "a???b???");
+        assert_eq!(printable(b"\xffx"), "\u{fffd}x");
+        assert_eq!(printable("grün \u{9b}".as_bytes()), "grün ?");
+    }
+}

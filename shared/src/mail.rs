@@ -1,0 +1,263 @@
+//! The header of a raw message (RFC 5322 2.2), without changing or copying it.
+//!
+//! Contract: a header consists of fields, a field of a line and the folded lines after it (those
+//! that begin with a space or tab). Lines end in LF or CRLF. The header ends at the first empty
+//! line, or with the message. What is no field — a line without a colon, or with a name that is
+//! none — is passed over, together with its folded lines: stopping there would hide the fields
+//! behind it, and some next hop would still see them. Time is linear in the size of the header.
+//!
+//! # Failure
+//! None: any bytes are a message, if perhaps one without fields.
+
+use std::ops::Range;
+
+use memchr::memchr;
+
+/// Bytes of a value that [`header_value`] and [`headers`] return at most: a Lua pattern on a
+/// hostile megabyte would hang a worker.
+pub const MAX_HEADER_VALUE: usize = 8192;
+/// Values that [`headers`] returns at most.
+pub const MAX_HEADERS: usize = 1000;
+
+/// One header field, as ranges into the message.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Field {
+    /// The name, without colon.
+    pub name: Range<usize>,
+    /// Everything after the colon, still folded, the last line's end included.
+    pub value: Range<usize>,
+}
+
+impl Field {
+    /// The whole field with its folded lines and the end of the last one.
+    pub fn whole(&self) -> Range<usize> {
+        self.name.start..self.value.end
+    }
+}
+
+/// The fields of a message's header, in their order.
+pub fn fields(message: &[u8]) -> Fields<'_> {
+    Fields { message, at: 0 }
+}
+
+/// Iterator over the fields of a header; see [`fields`].
+#[derive(Debug, Clone)]
+pub struct Fields<'a> {
+    message: &'a [u8],
+    at: usize,
+}
+
+impl Iterator for Fields<'_> {
+    type Item = Field;
+
+    fn next(&mut self) -> Option<Field> {
+        loop {
+            let start = self.at;
+            let first = self.line();
+            if matches!(&self.message[first.clone()], b"" | b"\n" | b"\r\n") {
+                // Asked again, the end stays the end.
+                self.at = start;
+                return None;
+            }
+            while matches!(self.message.get(self.at), Some(b' ' | b'\t')) {
+                self.line();
+            }
+            if let Some(name) = field_name(&self.message[first]) {
+                let name_end = start + name.len;
+                let value = start + name.colon + 1..self.at;
+                return Some(Field { name: start..name_end, value });
+            }
+        }
+    }
+}
+
+impl Fields<'_> {
+    /// Steps over one line, and says where it is, its end included.
+    fn line(&mut self) -> Range<usize> {
+        let start = self.at;
+        let rest = &self.message[start..];
+        self.at = start + memchr(b'\n', rest).map_or(rest.len(), |lf| lf + 1);
+        start..self.at
+    }
+}
+
+struct Name {
+    len: usize,
+    colon: usize,
+}
+
+/// Spaces between name and colon are obsolete (RFC 5322 4.5), but next hops accept them.
+fn field_name(line: &[u8]) -> Option<Name> {
+    let colon = memchr(b':', line)?;
+    let name = line[..colon].trim_ascii_end();
+    valid_header_name(name).then_some(Name { len: name.len(), colon })
+}
+
+/// The fields of that name; case doesn't matter.
+fn named<'a>(message: &'a [u8], name: &'a [u8]) -> impl Iterator<Item = Field> + 'a {
+    fields(message).filter(move |field| message[field.name.clone()].eq_ignore_ascii_case(name))
+}
+
+/// The value of the first field of that name, unfolded, without the white space around it, and
+/// at most [`MAX_HEADER_VALUE`] bytes of it.
+pub fn header_value(message: &[u8], name: &[u8]) -> Option<Vec<u8>> {
+    named(message, name).next().map(|field| unfold(&message[field.value]))
+}
+
+/// The values of all fields of that name, each as from [`header_value`], at most [`MAX_HEADERS`].
+pub fn headers(message: &[u8], name: &[u8]) -> Vec<Vec<u8>> {
+    named(message, name).take(MAX_HEADERS).map(|field| unfold(&message[field.value])).collect()
+}
+
+/// Where all fields of that name are, folded lines and line ends included: leaving these bytes out
+/// removes the fields.
+pub fn field_ranges(message: &[u8], name: &[u8]) -> Vec<Range<usize>> {
+    named(message, name).map(|field| field.whole()).collect()
+}
+
+/// How many hops a message has been through: its `Received` fields (RFC 5321 6.3).
+pub fn received_count(message: &[u8]) -> usize {
+    named(message, b"Received").count()
+}
+
+/// Removes line ends, keeps the white space that follows them (RFC 5322 2.2.3).
+fn unfold(value: &[u8]) -> Vec<u8> {
+    let mut out = Vec::new();
+    for line in value.trim_ascii().split(|&b| b == b'\n') {
+        let line = line.strip_suffix(b"\r").unwrap_or(line);
+        let room = MAX_HEADER_VALUE - out.len();
+        out.extend_from_slice(&line[..line.len().min(room)]);
+        if line.len() >= room {
+            break;
+        }
+    }
+    out.truncate(out.trim_ascii_end().len());
+    out
+}
+
+/// Is this a field name: one or more of the bytes 33–126 without `:` (RFC 5322 3.6.8)?
+pub fn valid_header_name(name: &[u8]) -> bool {
+    !name.is_empty() && name.iter().all(|&b| b.is_ascii_graphic() && b != b':')
+}
+
+/// May this be the value of an inserted field: printable ASCII, spaces included, and nothing else,
+/// so that it can't bring in further lines?
+pub fn valid_header_value(value: &[u8]) -> bool {
+    value.iter().all(|&b| b == b' ' || b.is_ascii_graphic())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn list(message: &[u8]) -> Vec<(&[u8], &[u8])> {
+        fields(message).map(|f| (&message[f.name], &message[f.value])).collect()
+    }
+
+    #[test]
+    fn finds_fields() {
+        type Expected<'a> = &'a [(&'a [u8], &'a [u8])];
+        let table: &[(&[u8], Expected)] = &[
+            (b"", &[]),
+            (b"\n", &[]),
+            (b"\r\n", &[]),
+            (b"\nA: b\n", &[]),
+            (b"A: b", &[(b"A", b" b")]),
+            (b"A: b\n", &[(b"A", b" b\n")]),
+            (b"A:b\r\nC:d\r\n\r\nE:f\r\n", &[(b"A", b"b\r\n"), (b"C", b"d\r\n")]),
+            (b"A:b\nC:d\n\nE:f\n", &[(b"A", b"b\n"), (b"C", b"d\n")]),
+            (b"A:b\r\nC:d\n\r\nE:f\n", &[(b"A", b"b\r\n"), (b"C", b"d\n")]),
+            (b"A: b\n c\n\td\nE: f\n", &[(b"A", b" b\n c\n\td\n"), (b"E", b" f\n")]),
+            // A line of white space is folded, not empty.
+            (b"A: b\n \nC: d\n", &[(b"A", b" b\n \n"), (b"C", b" d\n")]),
+            (b"A:\n", &[(b"A", b"\n")]),
+            (b"A:", &[(b"A", b"")]),
+            (b"A : b\nC\t: d\n", &[(b"A", b" b\n"), (b"C", b" d\n")]),
+            (b"A:b:c\n", &[(b"A", b"b:c\n")]),
+            // What is no field, is passed over.
+            (b"From x y\nA: b\n", &[(b"A", b" b\n")]),
+            (b">From x 12:00\nA: b\n", &[(b"A", b" b\n")]),
+            (b" folded: x\nA: b\n", &[(b"A", b" b\n")]),
+            (b"garbage\n folded: x\nA: b\n", &[(b"A", b" b\n")]),
+            (b": x\nA: b\n", &[(b"A", b" b\n")]),
+            (b"\xff: x\nA: b\n", &[(b"A", b" b\n")]),
+            (b"\0\0:\0\nA: \0\n", &[(b"A", b" \0\n")]),
+            // A bare CR ends nothing.
+            (b"A: b\rC: d\n\r\n", &[(b"A", b" b\rC: d\n")]),
+            (b"\r\r\nA: b\n", &[(b"A", b" b\n")]),
+            (b"A: b\n\r", &[(b"A", b" b\n")]),
+        ];
+        for (message, expected) in table {
+            assert_eq!(list(message), *expected, "{}", String::from_utf8_lossy(message));
+        }
+    }
+
+    #[test]
+    fn the_end_stays_the_end() {
+        let mut fields = fields(b"A: b\n\nC: d\n");
+        assert!(fields.next().is_some());
+        assert!(fields.next().is_none());
+        assert!(fields.next().is_none());
+    }
+
+    #[test]
+    fn reads_values() {
+        let message = b"Subject:  a\r\n  b\r\n\tc \r\nsubject: second\r\nEmpty:\r\nBlank: \r\n \r\n\r\nBody: x\r\n";
+        assert_eq!(header_value(message, b"subject").as_deref(), Some(&b"a  b\tc"[..]));
+        assert_eq!(headers(message, b"SUBJECT"), [&b"a  b\tc"[..], b"second"]);
+        assert_eq!(header_value(message, b"Empty").as_deref(), Some(&b""[..]));
+        assert_eq!(header_value(message, b"Blank").as_deref(), Some(&b""[..]));
+        assert_eq!(header_value(message, b"Body"), None);
+        assert_eq!(header_value(message, b""), None);
+        assert_eq!(header_value(message, b"Sub"), None);
+        assert!(headers(message, b"nothing").is_empty());
+    }
+
+    #[test]
+    fn values_are_bounded() {
+        let long = [b"A: ", &[b'x'; 10_000][..], b"\n"].concat();
+        assert_eq!(header_value(&long, b"a").map(|v| v.len()), Some(MAX_HEADER_VALUE));
+        let folded = [b"A: x".to_vec(), b"\r\n y".repeat(10_000), b"\r\n".to_vec()].concat();
+        let value = header_value(&folded, b"a").expect("there");
+        assert!(value.len() <= MAX_HEADER_VALUE && value.starts_with(b"x y y y"));
+        let exact = [b"A: ", &[b'x'; MAX_HEADER_VALUE][..], b"\n y\n"].concat();
+        assert_eq!(header_value(&exact, b"a").map(|v| v.len()), Some(MAX_HEADER_VALUE));
+        assert_eq!(headers(&b"A: b\n".repeat(1001), b"A").len(), MAX_HEADERS);
+    }
+
+    #[test]
+    fn ranges_remove_fields() {
+        let message = b"X-A: 1\r\n folded\r\nB: 2\r\nx-a : 3\nC: 4\n\nX-A: body\n";
+        let ranges = field_ranges(message, b"X-A");
+        assert_eq!(ranges, [0..17, 23..31]);
+        let mut left = message.to_vec();
+        for range in ranges.into_iter().rev() {
+            left.drain(range);
+        }
+        assert_eq!(left, b"B: 2\r\nC: 4\n\nX-A: body\n");
+    }
+
+    #[test]
+    fn counts_hops() {
+        let message =
+            b"Received: a\n b\nreceived: c\nX-Received: d\nReceived-SPF: e\n\nReceived: f\n";
+        assert_eq!(received_count(message), 2);
+        assert_eq!(received_count(b""), 0);
+    }
+
+    #[test]
+    fn judges_names_and_values() {
+        for name in ["A", "X-Cgroup", "!~", "a,b"] {
+            assert!(valid_header_name(name.as_bytes()), "{name}");
+        }
+        for name in ["", "A:", "A B", "A\n", "\x7f", "ä"] {
+            assert!(!valid_header_name(name.as_bytes()), "{name}");
+        }
+        for value in ["", " ", "a b", "~!:\\\""] {
+            assert!(valid_header_value(value.as_bytes()), "{value}");
+        }
+        for value in ["a\r\nB: c", "\n", "\t", "\0", "\x7f", "ä"] {
+            assert!(!valid_header_value(value.as_bytes()), "{value}");
+        }
+    }
+}

@@ -1,0 +1,252 @@
+//! Where `qrelay sink` puts a mail: the terminal, one file, or a directory.
+//!
+//! Contract: [`Store::put`] returns only when the mail is where it belongs, on disk (synced) where
+//! there is one: only then may `K` be sent. A file in a directory appears complete or not at all.
+//! A file that is appended to keeps whole mails only: what a failed write left is cut off. The
+//! terminal gets no control characters but line ends and tabs.
+//!
+//! # Failure
+//! `io::Error`; nothing of the mail is left behind.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use qrelay_shared::address::{escape_for_log, printable};
+
+/// A mail as received.
+#[derive(Debug, Clone, Copy)]
+pub struct Mail<'a> {
+    /// Header, empty line, body.
+    pub message: &'a [u8],
+    /// Envelope sender.
+    pub sender: &'a [u8],
+    /// Envelope recipients.
+    pub recipients: &'a [&'a [u8]],
+}
+
+/// The place for mails.
+#[derive(Debug)]
+pub enum Store {
+    /// Shown on stdout.
+    Terminal,
+    /// Appended to one file, in mbox format (RFC 4155, with `>From ` quoting that can be undone).
+    File(Mutex<File>),
+    /// One file per mail.
+    Directory {
+        /// The directory.
+        path: PathBuf,
+        /// Tells mails of one second apart.
+        serial: AtomicU64,
+    },
+}
+
+impl Store {
+    /// Opens what `output` names: an existing directory, or else a file, which is made if needed.
+    pub fn open(output: Option<&Path>) -> io::Result<Self> {
+        let Some(path) = output else { return Ok(Self::Terminal) };
+        if path.is_dir() {
+            return Ok(Self::Directory { path: path.to_owned(), serial: AtomicU64::new(0) });
+        }
+        let file = OpenOptions::new().append(true).create(true).open(path)?;
+        Ok(Self::File(Mutex::new(file)))
+    }
+
+    /// Stores or shows a mail.
+    pub fn put(&self, mail: &Mail<'_>) -> io::Result<()> {
+        match self {
+            Self::Terminal => io::stdout().lock().write_all(shown(mail).as_bytes()),
+            Self::File(file) => {
+                append(&mut file.lock().unwrap_or_else(PoisonError::into_inner), &mbox(mail))
+            }
+            Self::Directory { path, serial } => {
+                let serial = serial.fetch_add(1, Ordering::Relaxed);
+                create(path, &file_name(serial), &with_envelope(mail))
+            }
+        }
+    }
+}
+
+fn seconds() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}
+
+/// Sorts by time, and is unique among processes that share a directory.
+fn file_name(serial: u64) -> String {
+    format!("{}.{}-{serial}.eml", seconds(), std::process::id())
+}
+
+fn append(file: &mut File, text: &[u8]) -> io::Result<()> {
+    let before = file.metadata()?.len();
+    let result = file.write_all(text).and_then(|()| file.sync_data());
+    if result.is_err() {
+        // A pipe or a terminal can't be cut, and has no partial mail to keep clean of.
+        let _ = file.set_len(before);
+    }
+    result
+}
+
+fn create(directory: &Path, name: &str, text: &[u8]) -> io::Result<()> {
+    let temporary = directory.join(format!(".{name}.tmp"));
+    let result = write_synced(&temporary, text)
+        .and_then(|()| fs::rename(&temporary, directory.join(name)))
+        .and_then(|()| File::open(directory)?.sync_all());
+    if result.is_err() {
+        let _ = fs::remove_file(&temporary);
+    }
+    result
+}
+
+fn write_synced(path: &Path, text: &[u8]) -> io::Result<()> {
+    let mut file = OpenOptions::new().write(true).create_new(true).open(path)?;
+    file.write_all(text)?;
+    file.sync_all()
+}
+
+/// The envelope as the header lines that a final delivery adds (RFC 5321 4.4), then the message.
+fn with_envelope(mail: &Mail<'_>) -> Vec<u8> {
+    let mut text = [b"Return-Path: <", mail.sender, b">\n"].concat();
+    for recipient in mail.recipients {
+        text.extend_from_slice(&[b"Delivered-To: ", *recipient, b"\n"].concat());
+    }
+    text.extend_from_slice(mail.message);
+    text
+}
+
+fn mbox(mail: &Mail<'_>) -> Vec<u8> {
+    let sender = if mail.sender.is_empty() { b"MAILER-DAEMON" } else { mail.sender };
+    let mut text = [b"From ", sender, b" ", ctime(seconds()).as_bytes(), b"\n"].concat();
+    for line in with_envelope(mail).split_inclusive(|&byte| byte == b'\n') {
+        let quoted = line.iter().position(|&byte| byte != b'>').unwrap_or(line.len());
+        if line[quoted..].starts_with(b"From ") {
+            text.push(b'>');
+        }
+        text.extend_from_slice(line);
+    }
+    if !text.ends_with(b"\n") {
+        text.push(b'\n');
+    }
+    text.push(b'\n');
+    text
+}
+
+fn shown(mail: &Mail<'_>) -> String {
+    let recipients: Vec<_> = mail.recipients.iter().map(|r| escape_for_log(r)).collect();
+    let mut text = format!(
+        "--- from=<{}> to=<{}> {} bytes\n",
+        escape_for_log(mail.sender),
+        recipients.join(">,<"),
+        mail.message.len()
+    );
+    for line in mail.message.split_inclusive(|&byte| byte == b'\n') {
+        let line = line.strip_suffix(b"\n").unwrap_or(line);
+        let line = line.strip_suffix(b"\r").unwrap_or(line);
+        let columns: Vec<_> = line.split(|&byte| byte == b'\t').map(printable).collect();
+        text.push_str(&columns.join("\t"));
+        text.push('\n');
+    }
+    text
+}
+
+/// A time in UTC as ctime(3) writes it, which mbox readers expect in the `From ` line.
+fn ctime(seconds: u64) -> String {
+    const DAYS: [&str; 7] = ["Thu", "Fri", "Sat", "Sun", "Mon", "Tue", "Wed"];
+    const MONTHS: [&str; 12] =
+        ["Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec"];
+    let days = seconds / 86_400;
+    let (year, month, day) = civil(days);
+    let clock = seconds % 86_400;
+    format!(
+        "{} {} {day:2} {:02}:{:02}:{:02} {year}",
+        DAYS[(days % 7) as usize],
+        MONTHS[month],
+        clock / 3600,
+        clock / 60 % 60,
+        clock % 60
+    )
+}
+
+/// Year, month (from 0) and day (from 1) of a number of days since 1970-01-01.
+fn civil(mut days: u64) -> (u64, usize, u64) {
+    let leap = |year: u64| {
+        year.is_multiple_of(4) && (!year.is_multiple_of(100) || year.is_multiple_of(400))
+    };
+    let mut year = 1970;
+    while days >= 365 + u64::from(leap(year)) {
+        days -= 365 + u64::from(leap(year));
+        year += 1;
+    }
+    let february = 28 + u64::from(leap(year));
+    let mut month = 0;
+    for length in [31, february, 31, 30, 31, 30, 31, 31, 30, 31, 30] {
+        if days < length {
+            break;
+        }
+        days -= length;
+        month += 1;
+    }
+    (year, month, days + 1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MAIL: Mail<'_> = Mail {
+        message: b"Subject: x\r\n\r\n\x1b[31mred\tand\nFrom here\n>From there",
+        sender: b"s@example.com",
+        recipients: &[b"a@example.com", b"b@example.com"],
+    };
+
+    #[test]
+    fn terminal_gets_no_control_characters() {
+        assert_eq!(
+            shown(&MAIL),
+            "--- from=<s@example.com> to=<a@example.com>,<b@example.com> 48 bytes\n\
+             Subject: x\n\n?[31mred\tand\nFrom here\n>From there\n"
+        );
+    }
+
+    #[test]
+    fn mbox_quotes_and_separates() {
+        let text = String::from_utf8(mbox(&MAIL)).expect("ASCII");
+        assert!(text.starts_with("From s@example.com "), "{text}");
+        assert!(text.ends_with("\n>From here\n>>From there\n\n"), "{text}");
+        assert!(text.contains("\nReturn-Path: <s@example.com>\nDelivered-To: a@example.com\n"));
+    }
+
+    #[test]
+    fn dates() {
+        assert_eq!(ctime(0), "Thu Jan  1 00:00:00 1970");
+        assert_eq!(ctime(951_782_399), "Mon Feb 28 23:59:59 2000");
+        assert_eq!(ctime(951_782_400), "Tue Feb 29 00:00:00 2000");
+        assert_eq!(ctime(1_709_251_199), "Thu Feb 29 23:59:59 2024");
+        assert_eq!(ctime(4_107_542_399), "Sun Feb 28 23:59:59 2100");
+        assert_eq!(ctime(4_107_542_400), "Mon Mar  1 00:00:00 2100");
+    }
+
+    #[test]
+    fn files_hold_whole_mails() {
+        let directory = std::env::temp_dir().join(format!("qrelay-store-{}", std::process::id()));
+        fs::create_dir_all(&directory).expect("temp dir");
+        let store = Store::open(Some(&directory)).expect("directory");
+        store.put(&MAIL).and_then(|()| store.put(&MAIL)).expect("stored");
+        let names: Vec<_> = fs::read_dir(&directory)
+            .expect("directory")
+            .map(|entry| entry.expect("entry").path())
+            .collect();
+        assert_eq!(names.len(), 2, "{names:?}");
+        assert!(fs::read(&names[0]).expect("mail").ends_with(MAIL.message));
+
+        let file = directory.join("mbox");
+        for _ in 0..2 {
+            Store::open(Some(&file)).and_then(|store| store.put(&MAIL)).expect("appended");
+        }
+        let text = fs::read_to_string(&file).expect("ASCII");
+        assert_eq!(text.matches("\n\nFrom ").count(), 1, "{text}");
+        fs::remove_dir_all(&directory).expect("cleaned up");
+    }
+}

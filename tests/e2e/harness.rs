@@ -1,0 +1,23 @@
+//! What the scenarios are written with.
+//!
+//! [`Site`] is a temporary directory with a config.lua, [`Daemon`] a running qrelay, [`Client`] a
+//! QMQP client that can do everything wrong, [`Sink`] a next hop that can too.
+//!
+//! # Failure
+//! Everything panics with what was expected and what was seen: these are tests.
+
+pub mod client;
+pub mod daemon;
+pub mod mail;
+pub mod notify;
+pub mod processes;
+pub mod record;
+pub mod sink;
+pub mod target;
+
+pub use client::{Client, Outcome, submit};
+pub use daemon::{Daemon, Site, run};
+pub use mail::Mail;
+pub use record::{Gate, PATIENCE, Record, eventually};
+pub use sink::{Reply, Sink};
+pub use target::Target;

@@ -1,0 +1,229 @@
+//! A QMQP client that can do everything right and everything wrong.
+//!
+//! Contract: [`Client::outcome`] reads to the end of the connection and says what the client was
+//! told, in the terms of the specification: one reply (the first netstring counts), silence, a
+//! reset, garbage, or nothing in time.
+
+use std::fmt;
+use std::io::{self, Read, Write};
+use std::net::{Shutdown, TcpStream};
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+
+use super::mail::{Mail, split};
+use super::record::PATIENCE;
+use super::target::Target;
+
+/// A connection.
+#[derive(Debug)]
+pub enum Stream {
+    /// Local.
+    Unix(UnixStream),
+    /// TCP.
+    Tcp(TcpStream),
+}
+
+impl Stream {
+    /// Limits every single read.
+    pub fn set_read_timeout(&self, timeout: Duration) {
+        let timeout = Some(timeout.max(Duration::from_millis(1)));
+        match self {
+            Self::Unix(stream) => stream.set_read_timeout(timeout),
+            Self::Tcp(stream) => stream.set_read_timeout(timeout),
+        }
+        .expect("read timeout");
+    }
+
+    /// Limits every single write.
+    pub fn set_write_timeout(&self, timeout: Duration) {
+        let timeout = Some(timeout.max(Duration::from_millis(1)));
+        match self {
+            Self::Unix(stream) => stream.set_write_timeout(timeout),
+            Self::Tcp(stream) => stream.set_write_timeout(timeout),
+        }
+        .expect("write timeout");
+    }
+
+    /// Shuts down one or both directions; a connection that is gone already is no error.
+    pub fn shutdown(&self, how: Shutdown) {
+        let _ = match self {
+            Self::Unix(stream) => stream.shutdown(how),
+            Self::Tcp(stream) => stream.shutdown(how),
+        };
+    }
+
+    /// Closes by a reset instead of an end. (A local socket resets when it is closed unread.)
+    pub fn reset(self) {
+        if let Self::Tcp(stream) = &self {
+            let linger = nix::libc::linger { l_onoff: 1, l_linger: 0 };
+            nix::sys::socket::setsockopt(stream, nix::sys::socket::sockopt::Linger, &linger)
+                .expect("SO_LINGER");
+        }
+    }
+}
+
+impl Read for Stream {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        match self {
+            Self::Unix(stream) => stream.read(buf),
+            Self::Tcp(stream) => stream.read(buf),
+        }
+    }
+}
+
+impl Write for Stream {
+    fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
+        match self {
+            Self::Unix(stream) => stream.write(buf),
+            Self::Tcp(stream) => stream.write(buf),
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// What a client was told.
+#[derive(Clone, PartialEq, Eq)]
+pub enum Outcome {
+    /// A reply; status byte and text. What followed the first netstring is not looked at.
+    Reply(Vec<u8>),
+    /// The connection was closed without a byte.
+    Silence,
+    /// The connection was reset before a complete reply.
+    Reset,
+    /// Bytes that aren't a reply.
+    Garbage(Vec<u8>),
+    /// Nothing, or not enough, in time.
+    Timeout,
+    /// A complete reply, but then a reset: other clients could have lost it.
+    ReplyThenReset(Vec<u8>),
+}
+
+impl fmt::Display for Outcome {
+    /// The reply as it is, such as `Kok`; everything else in angle brackets.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Reply(reply) => f.write_str(&String::from_utf8_lossy(reply)),
+            Self::Silence => f.write_str("<silence>"),
+            Self::Reset => f.write_str("<reset>"),
+            Self::Garbage(bytes) => write!(f, "<garbage {:?}>", String::from_utf8_lossy(bytes)),
+            Self::Timeout => f.write_str("<no answer in time>"),
+            Self::ReplyThenReset(reply) => {
+                write!(f, "<{:?}, then reset>", String::from_utf8_lossy(reply))
+            }
+        }
+    }
+}
+
+impl fmt::Debug for Outcome {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+impl Outcome {
+    /// The status byte, or `-` when there is no clean reply.
+    pub fn status(&self) -> char {
+        match self {
+            Self::Reply(reply) => char::from(reply[0]),
+            _ => '-',
+        }
+    }
+}
+
+impl PartialEq<&str> for Outcome {
+    fn eq(&self, other: &&str) -> bool {
+        self.to_string() == *other
+    }
+}
+
+/// A client's end of a connection.
+#[derive(Debug)]
+pub struct Client {
+    /// The connection, for what the methods don't offer.
+    pub stream: Stream,
+}
+
+impl Client {
+    /// Connects.
+    #[track_caller]
+    pub fn connect(to: impl Into<Target>) -> Self {
+        let to = to.into();
+        match to.connect() {
+            Ok(stream) => {
+                stream.set_write_timeout(PATIENCE);
+                Self { stream }
+            }
+            Err(error) => panic!("connect to {to}: {error}"),
+        }
+    }
+
+    /// Sends all of `bytes`; how the server likes them shows in the outcome.
+    pub fn send(&mut self, bytes: &[u8]) -> &mut Self {
+        let _ = self.stream.write_all(bytes);
+        self
+    }
+
+    /// Sends all of `bytes` and says whether that worked.
+    pub fn try_send(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.stream.write_all(bytes)
+    }
+
+    /// Shuts down the sending side.
+    pub fn half_close(&mut self) -> &mut Self {
+        self.stream.shutdown(Shutdown::Write);
+        self
+    }
+
+    /// Reads to the end of the connection.
+    pub fn outcome(&mut self) -> Outcome {
+        self.outcome_within(PATIENCE)
+    }
+
+    /// Reads to the end of the connection, at most for `timeout`.
+    pub fn outcome_within(&mut self, timeout: Duration) -> Outcome {
+        let deadline = Instant::now() + timeout;
+        let mut received = Vec::new();
+        let mut chunk = [0; 4096];
+        let mut reset = false;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Outcome::Timeout;
+            }
+            self.stream.set_read_timeout(left);
+            match self.stream.read(&mut chunk) {
+                Ok(0) => break,
+                Ok(count) => received.extend_from_slice(&chunk[..count]),
+                Err(error) if error.kind() == io::ErrorKind::ConnectionReset => {
+                    reset = true;
+                    break;
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => panic!("reading a reply: {error}"),
+            }
+        }
+        judge(received, reset)
+    }
+}
+
+fn judge(received: Vec<u8>, reset: bool) -> Outcome {
+    match split(&received) {
+        Some((reply @ [b'K' | b'Z' | b'D', ..], _)) if reset => {
+            Outcome::ReplyThenReset(reply.to_vec())
+        }
+        Some((reply @ [b'K' | b'Z' | b'D', ..], _)) => Outcome::Reply(reply.to_vec()),
+        _ if reset => Outcome::Reset,
+        _ if received.is_empty() => Outcome::Silence,
+        _ => Outcome::Garbage(received),
+    }
+}
+
+/// Sends one mail and says what became of it.
+#[track_caller]
+pub fn submit(to: impl Into<Target>, mail: &Mail) -> Outcome {
+    Client::connect(to).send(&mail.request()).outcome()
+}

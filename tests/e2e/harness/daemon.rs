@@ -1,0 +1,359 @@
+//! A running qrelay, its temporary directory, and what it leaves behind.
+//!
+//! Contract: readiness is learnt from `READY=1` on a notification socket, never from log text. All
+//! that the daemon writes to stderr is kept. When a [`Daemon`] is dropped, its processes are
+//! killed, wherever they are; a test that fails prints what was logged.
+
+use std::io::{BufRead, BufReader};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use nix::sys::signal::Signal;
+use tempfile::TempDir;
+
+use super::notify::Notify;
+use super::processes::{self, Process, TAG};
+use super::record::{PATIENCE, Record, eventually, within};
+
+/// The binary under test.
+pub const QRELAY: &str = env!("CARGO_BIN_EXE_qrelay");
+
+/// A temporary directory with a configuration.
+#[derive(Debug)]
+pub struct Site {
+    dir: TempDir,
+}
+
+impl Site {
+    /// An empty directory that every user may enter.
+    pub fn new() -> Self {
+        let dir = TempDir::with_prefix("qrelay-e2e-").expect("temporary directory");
+        let mode = std::fs::Permissions::from_mode(0o755);
+        std::fs::set_permissions(dir.path(), mode).expect("mode");
+        Self { dir }
+    }
+
+    /// A directory whose config.lua is `config`, every `$DIR` in it being the directory.
+    pub fn with(config: &str) -> Self {
+        let site = Self::new();
+        site.configure(config);
+        site
+    }
+
+    /// A path in the directory.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// The directory.
+    pub fn dir(&self) -> &Path {
+        self.dir.path()
+    }
+
+    /// Replaces config.lua, in one step.
+    pub fn configure(&self, config: &str) {
+        let text = config.replace("$DIR", self.dir.path().to_str().expect("UTF-8"));
+        std::fs::write(self.path("config.new"), text).expect("config");
+        std::fs::rename(self.path("config.new"), self.path("config.lua")).expect("config");
+    }
+
+    /// The command that runs the daemon here, for what [`Launch`] doesn't offer.
+    pub fn launch(self) -> Launch {
+        let mut command = Command::new(QRELAY);
+        command.arg("--config").arg(self.path("config.lua"));
+        Launch { site: self, command, notify: None }
+    }
+
+    /// Starts the daemon and waits until it is ready.
+    #[track_caller]
+    pub fn start(self) -> Daemon {
+        self.launch().ready()
+    }
+
+    /// The names of what is in the directory, but for what the harness itself put there.
+    pub fn leftovers(&self) -> Vec<String> {
+        let entries = std::fs::read_dir(self.dir()).expect("directory");
+        let name = |entry: std::io::Result<std::fs::DirEntry>| {
+            entry.expect("entry").file_name().to_string_lossy().into_owned()
+        };
+        let mut names: Vec<_> = entries.map(name).collect();
+        names.retain(|name| name != "config.lua" && name != "notify");
+        names.sort();
+        names
+    }
+}
+
+/// A daemon about to be started.
+#[derive(Debug)]
+pub struct Launch {
+    site: Site,
+    command: Command,
+    notify: Option<PathBuf>,
+}
+
+impl Launch {
+    /// Adds an argument.
+    pub fn arg(mut self, arg: impl AsRef<std::ffi::OsStr>) -> Self {
+        self.command.arg(arg);
+        self
+    }
+
+    /// Sets an environment variable.
+    pub fn env(mut self, name: &str, value: &str) -> Self {
+        self.command.env(name, value);
+        self
+    }
+
+    /// Runs the daemon by way of another program, which gets the daemon's command line as its
+    /// last arguments and executes it.
+    pub fn through(mut self, wrapper: &[&str]) -> Self {
+        let mut command = Command::new(wrapper[0]);
+        command.args(&wrapper[1..]).arg(self.command.get_program()).args(self.command.get_args());
+        for (name, value) in self.command.get_envs() {
+            if let Some(value) = value {
+                command.env(name, value);
+            }
+        }
+        self.command = command;
+        self
+    }
+
+    /// The command, for stdin, stdout and working directory.
+    pub fn command(&mut self) -> &mut Command {
+        &mut self.command
+    }
+
+    /// The directory.
+    pub fn site(&self) -> &Site {
+        &self.site
+    }
+
+    /// Starts the daemon without waiting for anything.
+    #[track_caller]
+    pub fn spawn(self) -> Daemon {
+        let Self { site, mut command, notify } = self;
+        let notify_path = notify.unwrap_or_else(|| site.path("notify"));
+        let notify = Notify::bind(&notify_path);
+        let tag = unique_tag();
+        command.env("NOTIFY_SOCKET", &notify_path).env(TAG, &tag);
+        command.stderr(Stdio::piped()).process_group(0);
+        let mut child = command.spawn().expect("the binary runs");
+        let log = Arc::new(Record::default());
+        if let Some(stderr) = child.stderr.take() {
+            let record = log.clone();
+            std::thread::spawn(move || keep_lines(stderr, &record));
+        }
+        Daemon { child, site, log, notify, tag }
+    }
+
+    /// Starts the daemon and waits until it is ready.
+    #[track_caller]
+    pub fn ready(self) -> Daemon {
+        let mut daemon = self.spawn();
+        daemon.wait_ready();
+        daemon
+    }
+}
+
+fn unique_tag() -> String {
+    static SERIAL: AtomicU32 = AtomicU32::new(0);
+    format!("{}-{}", std::process::id(), SERIAL.fetch_add(1, Ordering::Relaxed))
+}
+
+fn keep_lines(stderr: impl std::io::Read, record: &Record<String>) {
+    let mut lines = BufReader::new(stderr);
+    let mut line = Vec::new();
+    while matches!(lines.read_until(b'\n', &mut line), Ok(1..)) {
+        record.push(String::from_utf8_lossy(&line).trim_end_matches('\n').to_owned());
+        line.clear();
+    }
+}
+
+/// A daemon that was started.
+#[derive(Debug)]
+pub struct Daemon {
+    child: Child,
+    site: Site,
+    log: Arc<Record<String>>,
+    notify: Notify,
+    tag: String,
+}
+
+impl Daemon {
+    /// Starts a daemon with this configuration, `$DIR` being its directory, and waits for it.
+    #[track_caller]
+    pub fn start(config: &str) -> Self {
+        Site::with(config).start()
+    }
+
+    /// Waits for `READY=1`.
+    #[track_caller]
+    pub fn wait_ready(&mut self) {
+        let ready = within(PATIENCE, || {
+            let ready = self.notify.all().iter().any(|line| line == "READY=1");
+            (ready || self.exited().is_some()).then_some(ready)
+        });
+        assert_eq!(ready, Some(true), "not ready; exit {:?}; log:\n{}", self.exited(), self.text());
+    }
+
+    /// Process id of the supervisor.
+    pub fn pid(&self) -> i32 {
+        self.child.id().cast_signed()
+    }
+
+    /// Its directory.
+    pub fn site(&self) -> &Site {
+        &self.site
+    }
+
+    /// A path in its directory.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.site.path(name)
+    }
+
+    /// What it told the service manager.
+    pub fn notify(&self) -> &Notify {
+        &self.notify
+    }
+
+    /// Sends a signal to the supervisor.
+    pub fn signal(&self, signal: Signal) {
+        processes::signal(self.pid(), signal);
+    }
+
+    /// SIGHUP, then waits until the reload is over; says whether it worked.
+    #[track_caller]
+    pub fn reload(&self) -> bool {
+        let mark = self.notify.mark();
+        self.signal(Signal::SIGHUP);
+        self.notify.after(mark, "RELOADING=1", |line| line == "RELOADING=1");
+        self.notify.after(mark, "READY=1 after RELOADING=1", |line| line == "READY=1");
+        let notices = self.notify.all();
+        !notices[mark..].iter().any(|line| line.starts_with("STATUS=") && line.contains("fail"))
+    }
+
+    /// All log lines so far.
+    pub fn text(&self) -> String {
+        self.log.all().join("\n")
+    }
+
+    /// Waits for a log line that contains `part`.
+    #[track_caller]
+    pub fn wait_for_log(&self, part: &str) -> String {
+        let found = self
+            .log
+            .wait_for(PATIENCE, |lines| lines.iter().find(|line| line.contains(part)).cloned());
+        match found {
+            Some(line) => line,
+            None => panic!("no {part:?} in the log:\n{}", self.text()),
+        }
+    }
+
+    /// How many log lines contain `part`.
+    pub fn count_log(&self, part: &str) -> usize {
+        self.log.all().iter().filter(|line| line.contains(part)).count()
+    }
+
+    /// The workers' pids, those of draining generations included.
+    pub fn workers(&self) -> Vec<i32> {
+        processes::children_named(self.pid(), "qrelay-worker")
+    }
+
+    /// Zygotes' and standbys' pids.
+    pub fn zygotes(&self) -> Vec<i32> {
+        processes::children_named(self.pid(), "qrelay-zygote")
+    }
+
+    /// All processes of this daemon, orphans included.
+    pub fn processes(&self) -> Vec<Process> {
+        processes::tagged(&self.tag)
+    }
+
+    /// Waits until there are exactly `count` workers and none of them is one of `not`.
+    #[track_caller]
+    pub fn wait_for_workers(&self, count: usize, not: &[i32]) -> Vec<i32> {
+        eventually("the workers", || {
+            let workers = self.workers();
+            let new = workers.iter().all(|pid| !not.contains(pid));
+            (new && workers.len() == count).then_some(workers)
+        })
+    }
+
+    /// How many descriptors the supervisor has open.
+    pub fn fd_count(&self) -> usize {
+        processes::descriptors(self.pid()).len()
+    }
+
+    /// The exit status, if it has ended.
+    pub fn exited(&mut self) -> Option<ExitStatus> {
+        self.child.try_wait().expect("wait")
+    }
+
+    /// Waits for its end.
+    #[track_caller]
+    pub fn wait_exit(&mut self) -> ExitStatus {
+        eventually("the daemon's exit", || self.child.try_wait().expect("wait"))
+    }
+
+    /// The same with a time limit.
+    pub fn exit_within(&mut self, timeout: Duration) -> Option<ExitStatus> {
+        within(timeout, || self.child.try_wait().expect("wait"))
+    }
+
+    /// SIGTERM, waits for a clean end, and checks that nothing is left: no process, no socket.
+    #[track_caller]
+    pub fn stop(&mut self) {
+        self.signal(Signal::SIGTERM);
+        let status = self.wait_exit();
+        assert_eq!(status.code(), Some(0), "exit status; log:\n{}", self.text());
+        self.assert_nothing_left();
+    }
+
+    /// No process of the daemon lives, and no socket or lock file of it is there.
+    #[track_caller]
+    pub fn assert_nothing_left(&self) {
+        let none = within(PATIENCE, || self.processes().is_empty().then_some(()));
+        assert!(none.is_some(), "processes left: {:?}", self.processes());
+        let sockets: Vec<_> = self
+            .site
+            .leftovers()
+            .into_iter()
+            .filter(|name| is_socket(&self.site.path(name)) && !name.starts_with("out"))
+            .collect();
+        assert_eq!(sockets, Vec::<String>::new(), "sockets left");
+    }
+}
+
+/// Whether a socket file is there.
+pub fn is_socket(path: &Path) -> bool {
+    use std::os::unix::fs::FileTypeExt;
+    path.symlink_metadata().is_ok_and(|found| found.file_type().is_socket())
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        for _ in 0..100 {
+            let left = self.processes();
+            if left.is_empty() {
+                break;
+            }
+            left.iter().for_each(|process| processes::signal(process.pid, Signal::SIGKILL));
+        }
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        if std::thread::panicking() {
+            eprintln!("--- log of the daemon ---\n{}\n---", self.text());
+            eprintln!("--- notices --- {:?}", self.notify.all());
+        }
+    }
+}
+
+/// Runs the binary to its end with these arguments and nothing on stdin.
+pub fn run(args: &[&str]) -> Output {
+    Command::new(QRELAY).args(args).stdin(Stdio::null()).output().expect("the binary runs")
+}

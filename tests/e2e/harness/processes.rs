@@ -1,0 +1,103 @@
+//! What /proc says about the processes of a daemon.
+//!
+//! Contract: the processes of one daemon are found by an environment variable that the harness
+//! gives it and that all its processes inherit, so that orphans are found too.
+
+use std::fs;
+use std::path::PathBuf;
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+/// The variable that marks a daemon's processes.
+pub const TAG: &str = "QRELAY_TEST_TAG";
+
+/// A process as seen at one moment.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Process {
+    /// Its id.
+    pub pid: i32,
+    /// Its parent's id.
+    pub parent: i32,
+    /// Its name, at most 15 bytes.
+    pub name: String,
+    /// `R`, `S`, `T`, `Z`, …
+    pub state: char,
+}
+
+/// The process, if there is one; zombies count.
+pub fn look(pid: i32) -> Option<Process> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    let (head, tail) = (stat.find('(')?, stat.rfind(')')?);
+    let mut fields = stat[tail + 1..].split_whitespace();
+    Some(Process {
+        pid,
+        name: stat[head + 1..tail].into(),
+        state: fields.next()?.chars().next()?,
+        parent: fields.next()?.parse().ok()?,
+    })
+}
+
+fn pids() -> impl Iterator<Item = i32> {
+    let entries = fs::read_dir("/proc").expect("/proc");
+    entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
+}
+
+/// All processes that carry `tag`. A zombie has no environment, and isn't found.
+pub fn tagged(tag: &str) -> Vec<Process> {
+    let wanted = format!("{TAG}={tag}");
+    let carries = |pid: i32| {
+        let environment = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+        environment.split(|&byte| byte == 0).any(|entry| entry == wanted.as_bytes())
+    };
+    pids().filter(|&pid| carries(pid)).filter_map(look).collect()
+}
+
+/// The children of `parent`, zombies included.
+pub fn children(parent: i32) -> Vec<Process> {
+    pids().filter_map(look).filter(|process| process.parent == parent).collect()
+}
+
+/// The children of `parent` that are called `name`, in order of pid.
+pub fn children_named(parent: i32, name: &str) -> Vec<i32> {
+    let alive = |process: &Process| process.name == name && process.state != 'Z';
+    let mut found: Vec<_> = children(parent).into_iter().filter(alive).map(|p| p.pid).collect();
+    found.sort_unstable();
+    found
+}
+
+/// What the descriptors of a process point to.
+pub fn descriptors(pid: i32) -> Vec<(u32, PathBuf)> {
+    let Ok(entries) = fs::read_dir(format!("/proc/{pid}/fd")) else { return Vec::new() };
+    let mut found: Vec<_> = entries
+        .filter_map(|entry| {
+            let entry = entry.ok()?;
+            let number = entry.file_name().to_str()?.parse().ok()?;
+            Some((number, fs::read_link(entry.path()).ok()?))
+        })
+        .collect();
+    found.sort();
+    found
+}
+
+/// A number of bytes from a file such as `status` or `smaps_rollup` of a process.
+pub fn memory(pid: i32, file: &str, key: &str) -> u64 {
+    let text = fs::read_to_string(format!("/proc/{pid}/{file}")).expect("process is there");
+    let line = text.lines().find_map(|line| line.strip_prefix(key)).expect("key is there");
+    let number = line.trim_start_matches(':').trim().trim_end_matches(" kB");
+    number.parse::<u64>().expect("a number") * 1024
+}
+
+/// User and system time of a process so far, in clock ticks of 10 ms.
+pub fn cpu_ticks(pid: i32) -> u64 {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).expect("process is there");
+    let tail = &stat[stat.rfind(')').expect("name") + 1..];
+    let fields: Vec<_> = tail.split_whitespace().collect();
+    // utime and stime are fields 14 and 15 of proc_pid_stat(5); the third is the first here.
+    [11, 12].iter().map(|&at| fields[at].parse::<u64>().expect("a number")).sum()
+}
+
+/// Sends a signal; a process that is gone is no error.
+pub fn signal(pid: i32, signal: Signal) {
+    let _ = kill(Pid::from_raw(pid), signal);
+}

@@ -1,0 +1,236 @@
+//! A next hop that records what it gets and answers what it is told to.
+//!
+//! Contract: one thread per connection. A mail is recorded when its request has been read
+//! completely, before the answer goes out.
+
+use std::fmt;
+use std::io::{Read, Write};
+use std::net::{Shutdown, TcpListener};
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::client::Stream;
+use super::mail::{Mail, netstring, split};
+use super::record::{Gate, PATIENCE, Record};
+use super::target::{Listener, Target};
+
+/// What the sink does after it has read a request.
+#[derive(Debug, Clone)]
+pub enum Reply {
+    /// A netstring of this, such as `Kok`.
+    Text(String),
+    /// These bytes as they are.
+    Raw(Vec<u8>),
+    /// Nothing: close.
+    Close,
+    /// Nothing at all until the peer gives up.
+    Silence,
+}
+
+impl Reply {
+    /// A well-formed reply.
+    pub fn text(text: &str) -> Self {
+        Self::Text(text.into())
+    }
+}
+
+/// What the sink does with a connection.
+#[derive(Clone)]
+pub enum Behaviour {
+    /// Reads the request, records the mail, answers.
+    Answer(Arc<dyn Fn(&Mail) -> Reply + Send + Sync>),
+    /// Writes these bytes at once, then reads to the end.
+    Early(Vec<u8>),
+    /// Reads this many bytes, writes those, and closes with the rest unread.
+    Abort(usize, Vec<u8>),
+    /// Reads nothing, ever, until the peer gives up.
+    Deaf,
+}
+
+impl fmt::Debug for Behaviour {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Answer(_) => "Answer",
+            Self::Early(_) => "Early",
+            Self::Abort(..) => "Abort",
+            Self::Deaf => "Deaf",
+        })
+    }
+}
+
+/// What the connections share.
+#[derive(Debug)]
+struct Shared {
+    mails: Record<Mail>,
+    connections: Record<()>,
+    behaviour: Behaviour,
+}
+
+/// A running next hop; it ends when dropped.
+#[derive(Debug)]
+pub struct Sink {
+    listener: Arc<Listener>,
+    address: Target,
+    shared: Arc<Shared>,
+}
+
+impl Sink {
+    /// Listens at `address` and does `behaviour` with everybody.
+    pub fn start(address: impl Into<Target>, behaviour: Behaviour) -> Self {
+        let address = address.into();
+        let listener = match address.listen() {
+            Ok(listener) => Arc::new(listener),
+            Err(error) => panic!("listen on {address}: {error}"),
+        };
+        Self::serve(listener, address, behaviour)
+    }
+
+    /// Listens on a free port of loopback.
+    pub fn tcp(behaviour: Behaviour) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("bind port 0");
+        let address = listener.local_addr().expect("local address").into();
+        Self::serve(Arc::new(Listener::Tcp(listener)), address, behaviour)
+    }
+
+    /// Answers every mail with the same text.
+    pub fn answering(address: impl Into<Target>, text: &str) -> Self {
+        let text = text.to_owned();
+        Self::start(address, answer(move |_| Reply::Text(text.clone())))
+    }
+
+    /// Accepts every mail, but answers only when the gate is open.
+    pub fn gated(address: impl Into<Target>) -> (Self, Arc<Gate>) {
+        let gate = Arc::new(Gate::default());
+        let held = gate.clone();
+        let behaviour = answer(move |_| {
+            held.pass();
+            Reply::text("Kok")
+        });
+        (Self::start(address, behaviour), gate)
+    }
+
+    fn serve(listener: Arc<Listener>, address: Target, behaviour: Behaviour) -> Self {
+        let shared = Arc::new(Shared {
+            mails: Record::default(),
+            connections: Record::default(),
+            behaviour,
+        });
+        let (accepting, serving) = (listener.clone(), shared.clone());
+        std::thread::spawn(move || {
+            while let Ok(stream) = accepting.accept() {
+                let shared = serving.clone();
+                shared.connections.push(());
+                std::thread::spawn(move || connection(stream, &shared));
+            }
+        });
+        Self { listener, address, shared }
+    }
+
+    /// Where it listens.
+    pub fn address(&self) -> &Target {
+        &self.address
+    }
+
+    /// All mails so far.
+    pub fn mails(&self) -> Vec<Mail> {
+        self.shared.mails.all()
+    }
+
+    /// The record of mails, for waiting.
+    pub fn record(&self) -> &Record<Mail> {
+        &self.shared.mails
+    }
+
+    /// How many connections there have been.
+    pub fn connections(&self) -> &Record<()> {
+        &self.shared.connections
+    }
+
+    /// The only mail there is.
+    #[track_caller]
+    pub fn only(&self) -> Mail {
+        let mut mails = self.mails();
+        assert_eq!(mails.len(), 1, "mails in the sink: {mails:?}");
+        mails.remove(0)
+    }
+}
+
+impl Drop for Sink {
+    fn drop(&mut self) {
+        self.listener.stop();
+    }
+}
+
+/// The behaviour that reads, records, and answers what `reply` says.
+pub fn answer(reply: impl Fn(&Mail) -> Reply + Send + Sync + 'static) -> Behaviour {
+    Behaviour::Answer(Arc::new(reply))
+}
+
+fn connection(mut stream: Stream, shared: &Shared) {
+    stream.set_read_timeout(3 * PATIENCE);
+    match &shared.behaviour {
+        Behaviour::Answer(reply) => {
+            let Some(mail) = read_request(&mut stream) else { return };
+            shared.mails.push(mail.clone());
+            match reply(&mail) {
+                Reply::Text(text) => drop(stream.write_all(&netstring(text.as_bytes()))),
+                Reply::Raw(bytes) => drop(stream.write_all(&bytes)),
+                Reply::Close => {}
+                Reply::Silence => wait_for_end(&mut stream),
+            }
+        }
+        Behaviour::Early(bytes) => {
+            drop(stream.write_all(bytes));
+            stream.shutdown(Shutdown::Write);
+            wait_for_end(&mut stream);
+        }
+        Behaviour::Abort(count, bytes) => {
+            let mut sink = vec![0; *count];
+            drop(stream.read_exact(&mut sink));
+            drop(stream.write_all(bytes));
+        }
+        Behaviour::Deaf => wait_for_hangup(&stream),
+    }
+}
+
+fn wait_for_end(stream: &mut Stream) {
+    let mut chunk = [0; 65_536];
+    while matches!(stream.read(&mut chunk), Ok(1..)) {}
+}
+
+/// Waits until the peer closes, without reading what it sent.
+fn wait_for_hangup(stream: &Stream) {
+    use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+    use std::os::fd::AsFd;
+    let fd = match stream {
+        Stream::Unix(stream) => stream.as_fd(),
+        Stream::Tcp(stream) => stream.as_fd(),
+    };
+    let timeout = PollTimeout::try_from(3 * PATIENCE).expect("fits");
+    let _ =
+        poll(&mut [PollFd::new(fd, PollFlags::from_bits_retain(nix::libc::POLLRDHUP))], timeout);
+}
+
+/// Reads one request without waiting for the peer to close.
+fn read_request(stream: &mut Stream) -> Option<Mail> {
+    let mut input = Vec::new();
+    let mut chunk = vec![0; 65_536];
+    loop {
+        match stream.read(&mut chunk) {
+            Ok(count @ 1..) => input.extend_from_slice(&chunk[..count]),
+            _ => return None,
+        }
+        if let Some((payload, _)) = split(&input) {
+            return Mail::parse(payload);
+        }
+    }
+}
+
+/// A pause of a next hop that thinks: what a slow one is, not a wait for a condition.
+pub fn slowly(pause: Duration, text: &str) -> Behaviour {
+    let text = text.to_owned();
+    answer(move |_| {
+        std::thread::sleep(pause);
+        Reply::Text(text.clone())
+    })
+}

@@ -1,0 +1,15 @@
+//! End-to-end tests: the real binary, driven from outside, one file per scenario.
+//!
+//! Contract: every test starts its own daemons in its own temporary directory, waits for
+//! conditions and never for a fixed time, and looks at what is left afterwards. The tests know
+//! QMQP and the design documents, but none of the code under test. They need root (other users'
+//! clients) and the packages that `tests/run` installs; what is missing fails them.
+//!
+//! # Failure
+//! A failing test prints what its daemons logged.
+
+#![forbid(unsafe_code)]
+
+mod harness;
+
+mod cli;
