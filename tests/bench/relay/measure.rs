@@ -99,7 +99,9 @@ fn slot(subject: &Subject, sink: &Sink, extent: &Extent) -> Result<Slot, BenchEr
         size: extent.size,
         duration: extent.slot,
     })?;
-    Ok(Slot { outcome, cpu: subject.cpu() - before.0, sink_cpu: sink.cpu() - before.1 })
+    // A process that dies between the two readings can make the sum smaller.
+    let cpu = subject.cpu().saturating_sub(before.0);
+    Ok(Slot { outcome, cpu, sink_cpu: sink.cpu().saturating_sub(before.1) })
 }
 
 /// Median of some numbers; 0 for none.
