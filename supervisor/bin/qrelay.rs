@@ -1,2 +1,37 @@
-//! The `qrelay` command.
-fn main() {}
+//! The `qrelay` command: one binary for the supervisor, its zygotes and the
+//! tools around them. What each command does is in the crates; this only chooses.
+
+#![forbid(unsafe_code)]
+
+use std::process::ExitCode;
+
+use qrelay_shared::exit::Exit;
+use qrelay_supervisor::cli::{self, Command};
+use qrelay_supervisor::client::{send, sink};
+use qrelay_supervisor::daemon;
+
+fn main() -> ExitCode {
+    let exit = match cli::parse() {
+        Err(exit) => exit,
+        Ok(Command::Run(options)) => daemon::run(options),
+        Ok(Command::Zygote(level)) => qrelay_worker::zygote::main(level),
+        Ok(Command::Check(config, level)) => check(&config, level),
+        Ok(Command::Send(options)) => send::run(&options),
+        Ok(Command::Sink(options)) => sink::run(&options),
+    };
+    exit.into()
+}
+
+fn check(config: &std::path::Path, level: slog::Level) -> Exit {
+    let logger = qrelay_shared::log::init(level, "qrelay");
+    match qrelay_worker::check::check(config, logger) {
+        Ok(text) => {
+            print!("{text}");
+            Exit::Success
+        }
+        Err(error) => {
+            eprintln!("qrelay: {error}");
+            Exit::Config
+        }
+    }
+}

@@ -143,7 +143,7 @@ impl Connections {
     }
 
     /// Those of clients whose request no worker has yet.
-    pub fn unserved(&self) -> impl Iterator<Item = (JobId, &mut Connection)> {
+    pub fn unserved(&mut self) -> impl Iterator<Item = (JobId, &mut Connection)> {
         self.table
             .iter_mut()
             .filter(|(_, c)| matches!(c.state, State::Pending | State::Waiting))

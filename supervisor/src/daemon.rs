@@ -113,7 +113,8 @@ impl Daemon {
     /// Takes over signals and passed sockets, and begins with the first generation.
     fn start(options: Options, log: Logger) -> Result<Self, String> {
         let passed = qrelay_shared::sys::activation::take()?;
-        prctl::set_child_subreaper(true).map_err(|error| format!("PR_SET_CHILD_SUBREAPER: {error}"))?;
+        prctl::set_child_subreaper(true)
+            .map_err(|error| format!("PR_SET_CHILD_SUBREAPER: {error}"))?;
         // Only the name in ps; the process works without it.
         let _ = prctl::set_name(c"qrelay");
         raise_descriptor_limit();
@@ -243,7 +244,8 @@ impl Daemon {
                 info!(self.log, "stopping"; "in_flight" => self.pool.in_flight(),
                     "drain_timeout" => drain.as_secs_f64());
                 self.phase = Phase::Stopping { deadline: now + drain };
-                self.systemd.stopping(format!("Stopping: {} mails in flight", self.pool.in_flight()), now);
+                self.systemd
+                    .stopping(format!("Stopping: {} mails in flight", self.pool.in_flight()), now);
                 let commands = self.generations.stop();
                 self.roll_out(commands, now);
                 self.close_listeners();

@@ -67,7 +67,7 @@ impl Daemon {
         if let Peer::Remote(address) = peer
             && !self.listeners.get(listener).is_some_and(|listener| listener.allows(address))
         {
-            info!(self.log, "connection refused: address not allowed"; "peer" => address);
+            info!(self.log, "connection refused: address not allowed"; "peer" => %address);
             return self.refuse(job, Reply::temporary("access denied"));
         }
         if let Peer::Local { uid, .. } = peer
@@ -124,7 +124,7 @@ impl Daemon {
 
     /// Dispatches as many waiting connections as there are credits.
     pub(crate) fn dispatch_waiting(&mut self) {
-        while let Some((job, worker)) = self.pool.next() {
+        while let Some((job, worker)) = self.pool.next_dispatch() {
             let number = self.connections.get(job).and_then(|connection| {
                 let generation = self.pool.generation_of(worker)?;
                 self.listeners.get(connection.listener)?.number(generation)
@@ -150,12 +150,8 @@ impl Daemon {
         else {
             return Err(SendError::Closed);
         };
-        let message = Job {
-            job,
-            listener,
-            peer: connection.peer,
-            accepted: connection.accepted_boottime,
-        };
+        let message =
+            Job { job, listener, peer: connection.peer, accepted: connection.accepted_boottime };
         link.jobs.try_send(&message, &[connection.fd.as_fd()])?;
         self.connections.dispatched(job, worker, &self.watcher);
         Ok(())

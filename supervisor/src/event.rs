@@ -95,11 +95,7 @@ impl Watcher {
     ///
     /// # Errors
     /// None that is known; EINTR counts as nothing.
-    pub fn wait(
-        &mut self,
-        timeout: Duration,
-        sources: &mut Vec<Source>,
-    ) -> Result<(), Errno> {
+    pub fn wait(&mut self, timeout: Duration, sources: &mut Vec<Source>) -> Result<(), Errno> {
         sources.clear();
         // Rounded up, so that a timer is due when the wait for it ends.
         let milliseconds = timeout.as_micros().div_ceil(1000).min(60_000) as u16;

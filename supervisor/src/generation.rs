@@ -151,8 +151,7 @@ impl Generations {
 
     /// The attempt can't succeed: its script, its listeners or its zygote failed.
     pub fn failed(&mut self, generation: GenerationId, now: Instant) -> Vec<Command> {
-        let Some(attempt) = self.attempt.take_if(|attempt| attempt.generation == generation)
-        else {
+        let Some(attempt) = self.attempt.take_if(|attempt| attempt.generation == generation) else {
             return Vec::new();
         };
         if attempt.cause == Cause::Recovery {

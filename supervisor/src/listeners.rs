@@ -15,7 +15,10 @@ use std::net::{IpAddr, SocketAddr, TcpListener};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 
-use nix::sys::socket::{AddressFamily, Shutdown, SockType, SockaddrLike, SockaddrStorage, getsockname, getsockopt, listen, shutdown, sockopt};
+use nix::sys::socket::{
+    AddressFamily, Shutdown, SockType, SockaddrLike, SockaddrStorage, getsockname, getsockopt,
+    listen, shutdown, sockopt,
+};
 use qrelay_shared::settings::{Declaration, ListenAddress, ListenerDecl};
 
 use self::bind::{BindError, SocketFile, backlog, bind_abstract, bind_inet, bind_path};
@@ -163,9 +166,7 @@ impl Listeners {
                 let (socket, file) = bind_path(path, declared)?;
                 (Socket::Unix(socket), Some(file))
             }
-            ListenAddress::Abstract(name) => {
-                (Socket::Unix(bind_abstract(name, declared)?), None)
-            }
+            ListenAddress::Abstract(name) => (Socket::Unix(bind_abstract(name, declared)?), None),
             ListenAddress::Inet(address) => (Socket::Tcp(bind_inet(*address, declared)?), None),
             ListenAddress::Systemd(_) => return Ok(()),
         };
@@ -191,8 +192,12 @@ impl Listeners {
         address: &ListenAddress,
         declaration: &Declaration,
     ) {
-        let named: BTreeSet<_> =
-            declaration.listeners.iter().map(|declared| &declared.address).filter_map(name).collect();
+        let named: BTreeSet<_> = declaration
+            .listeners
+            .iter()
+            .map(|declared| &declared.address)
+            .filter_map(name)
+            .collect();
         for listener in self.table.values_mut().filter(|listener| listener.adopted) {
             let claimed = match name(address) {
                 Some(_) => listener.address == *address,

@@ -23,7 +23,9 @@ impl KV for Fields<'_> {
                     out.emit_i32("pid", *pid)?;
                 }
             }
-            Some(Peer::Remote(address)) => out.emit_arguments("peer", &format_args!("{address}"))?,
+            Some(Peer::Remote(address)) => {
+                out.emit_arguments("peer", &format_args!("{address}"))?
+            }
             None => {}
         }
         if let Some(account) = &mail.account {

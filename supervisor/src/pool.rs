@@ -136,7 +136,12 @@ pub struct Pool {
 
 impl Pool {
     /// Starts the workers of a generation. It gets no jobs before [`Self::switch`].
-    pub fn start(&mut self, generation: GenerationId, settings: &Settings, now: Instant) -> Vec<Command> {
+    pub fn start(
+        &mut self,
+        generation: GenerationId,
+        settings: &Settings,
+        now: Instant,
+    ) -> Vec<Command> {
         let group = Group {
             target: settings.workers as usize,
             credit: settings.worker_connections as usize,
@@ -211,8 +216,7 @@ impl Pool {
         let Some(worker) = self.workers.get_mut(&id).filter(|worker| worker.active()) else {
             return Vec::new();
         };
-        let drain =
-            self.groups.get(&worker.generation).map_or(Duration::ZERO, |g| g.drain_timeout);
+        let drain = self.groups.get(&worker.generation).map_or(Duration::ZERO, |g| g.drain_timeout);
         let deadline = worker.explicit_until.map_or(now + drain, |until| until.max(now + drain));
         worker.state = State::Retiring { deadline };
         vec![Command::Shut(id)]
@@ -254,7 +258,7 @@ impl Pool {
     }
 
     /// The next job to dispatch and the worker to send it to.
-    pub fn next(&mut self) -> Option<(JobId, WorkerId)> {
+    pub fn next_dispatch(&mut self) -> Option<(JobId, WorkerId)> {
         if self.fairness.waiting() == 0 {
             return None;
         }
@@ -359,7 +363,13 @@ impl Pool {
     }
 
     /// A worker has answered a ping.
-    pub fn pong(&mut self, worker: WorkerId, held: Duration, exhausted: bool, now: Instant) -> Option<Hang> {
+    pub fn pong(
+        &mut self,
+        worker: WorkerId,
+        held: Duration,
+        exhausted: bool,
+        now: Instant,
+    ) -> Option<Hang> {
         let entry = self.workers.get_mut(&worker)?;
         entry.unanswered = 0;
         entry.held = held;
@@ -426,7 +436,9 @@ impl Pool {
     pub fn starting(&self, generation: GenerationId) -> Vec<WorkerId> {
         self.workers
             .iter()
-            .filter(|(_, w)| w.generation == generation && matches!(w.state, State::Starting { .. }))
+            .filter(|(_, w)| {
+                w.generation == generation && matches!(w.state, State::Starting { .. })
+            })
             .map(|(&id, _)| id)
             .collect()
     }
@@ -435,7 +447,9 @@ impl Pool {
     pub fn serving(&self) -> usize {
         self.workers
             .values()
-            .filter(|worker| Some(worker.generation) == self.current && worker.state == State::Ready)
+            .filter(|worker| {
+                Some(worker.generation) == self.current && worker.state == State::Ready
+            })
             .count()
     }
 

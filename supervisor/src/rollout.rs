@@ -63,7 +63,12 @@ impl Daemon {
         let zygote = match Zygote::spawn(generation, self.options.level) {
             Ok(zygote) => zygote,
             Err(error) => {
-                return self.fail(generation, Exit::System, format!("cannot start a zygote: {error}"), now);
+                return self.fail(
+                    generation,
+                    Exit::System,
+                    format!("cannot start a zygote: {error}"),
+                    now,
+                );
             }
         };
         let order = ZygoteOrder::Load {
@@ -113,12 +118,7 @@ impl Daemon {
         }
     }
 
-    fn on_zygote_report(
-        &mut self,
-        generation: GenerationId,
-        report: ZygoteReport,
-        now: Instant,
-    ) {
+    fn on_zygote_report(&mut self, generation: GenerationId, report: ZygoteReport, now: Instant) {
         match report {
             ZygoteReport::Declared(declaration) => {
                 if let Some(entry) = self.loaded.get_mut(&generation) {
@@ -136,7 +136,9 @@ impl Daemon {
                 warn!(self.log, "cannot fork a worker: {message}"; "worker" => worker);
                 self.worker_ended(worker, None, now);
             }
-            ZygoteReport::StandbyForked { pid } => self.standby_forked(generation, Pid::from_raw(pid), now),
+            ZygoteReport::StandbyForked { pid } => {
+                self.standby_forked(generation, Pid::from_raw(pid), now)
+            }
             ZygoteReport::StandbyFailed { message } => {
                 warn!(self.log, "cannot fork a standby: {message}"; "generation" => generation);
                 if let Some(standby) = self.loaded.get(&generation).and_then(|g| g.standby) {
@@ -151,15 +153,14 @@ impl Daemon {
         let Some(entry) = self.loaded.get_mut(&generation) else { return };
         entry.standby_due = None;
         let Some(zygote) = entry.zygote.and_then(|id| self.zygotes.get(&id)) else { return };
-        let sent = ZygoteChannel::pair().map_err(|error| error.to_string()).and_then(
-            |(ours, theirs)| {
+        let sent =
+            ZygoteChannel::pair().map_err(|error| error.to_string()).and_then(|(ours, theirs)| {
                 zygote
                     .channel
                     .try_send(&ZygoteOrder::Standby, &[theirs.as_fd()])
                     .map_err(|error| error.to_string())?;
                 Ok(ours)
-            },
-        );
+            });
         match sent {
             Ok(channel) => {
                 let id = self.add_zygote(Zygote { generation, pid: None, channel });
@@ -263,7 +264,11 @@ impl Daemon {
         }
     }
 
-    fn try_fork_worker(&mut self, generation: GenerationId, worker: WorkerId) -> Result<(), String> {
+    fn try_fork_worker(
+        &mut self,
+        generation: GenerationId,
+        worker: WorkerId,
+    ) -> Result<(), String> {
         let zygote = self
             .loaded
             .get(&generation)
@@ -433,8 +438,8 @@ impl Daemon {
         let commands = self.pool.retire(generation, now);
         self.command(commands, now);
         let failure = self.loaded.get_mut(&generation).and_then(|entry| entry.failure.take());
-        let (exit, message) =
-            failure.unwrap_or_else(|| (Exit::System, "its workers died before they were ready".into()));
+        let (exit, message) = failure
+            .unwrap_or_else(|| (Exit::System, "its workers died before they were ready".into()));
         match cause {
             _ if matches!(self.phase, Phase::Stopping { .. }) => {}
             Cause::Boot => {

@@ -36,12 +36,8 @@ impl Signals {
     pub fn register() -> io::Result<Self> {
         let (pipe, writer) = UnixStream::pair()?;
         pipe.set_nonblocking(true)?;
-        let signals = Self {
-            pipe,
-            stop: Arc::default(),
-            reload: Arc::default(),
-            child: Arc::default(),
-        };
+        let signals =
+            Self { pipe, stop: Arc::default(), reload: Arc::default(), child: Arc::default() };
         for (signal, flag) in [
             (SIGTERM, &signals.stop),
             (SIGINT, &signals.stop),

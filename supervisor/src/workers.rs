@@ -72,7 +72,7 @@ impl Daemon {
     }
 
     /// Only a child that hasn't been reaped is signalled, so no other process can be hit.
-    fn signal_worker(&mut self, worker: WorkerId, signal: Signal) {
+    pub(crate) fn signal_worker(&mut self, worker: WorkerId, signal: Signal) {
         if let Some(pid) = self.workers.get(&worker).and_then(|link| link.pid) {
             let _ = kill(pid, signal);
         } else {
@@ -223,14 +223,19 @@ impl Daemon {
     }
 
     /// What the worker managed to report before it died counts.
-    fn take_last_reports(&mut self, worker: WorkerId) {
+    pub(crate) fn take_last_reports(&mut self, worker: WorkerId) {
         let Some(mut buffer) = self.buffer.take() else { return };
         let _ = self.read_reports(worker, &mut buffer);
         self.buffer = Some(buffer);
     }
 
     /// The process is gone: its programs are ended, its clients answered, and it is replaced.
-    pub(crate) fn worker_ended(&mut self, worker: WorkerId, status: Option<WaitStatus>, now: Instant) {
+    pub(crate) fn worker_ended(
+        &mut self,
+        worker: WorkerId,
+        status: Option<WaitStatus>,
+        now: Instant,
+    ) {
         let Some(link) = self.workers.remove(&worker) else { return };
         self.watcher.remove(&link.jobs);
         self.watcher.remove(&link.control);

@@ -31,8 +31,14 @@ pub struct Zygote {
 }
 
 /// Environment of the supervisor's that no child may take for its own.
-const SYSTEMD_VARIABLES: [&str; 6] =
-    ["NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES"];
+const SYSTEMD_VARIABLES: [&str; 6] = [
+    "NOTIFY_SOCKET",
+    "WATCHDOG_USEC",
+    "WATCHDOG_PID",
+    "LISTEN_FDS",
+    "LISTEN_PID",
+    "LISTEN_FDNAMES",
+];
 
 impl Zygote {
     /// Executes a fresh process image.
@@ -42,7 +48,9 @@ impl Zygote {
     pub fn spawn(generation: GenerationId, level: Level) -> io::Result<Self> {
         let (ours, theirs) = ZygoteChannel::pair()?;
         let mut command = Command::new(Path::new("/proc/self/exe"));
-        command.args(["--log-level", level.as_str(), "zygote"]).stdin(Stdio::from(OwnedFd::from(theirs)));
+        command
+            .args(["--log-level", level.as_str(), "zygote"])
+            .stdin(Stdio::from(OwnedFd::from(theirs)));
         for name in SYSTEMD_VARIABLES {
             command.env_remove(name);
         }

@@ -109,9 +109,9 @@ pub fn bind_path(
     umask(old);
     bound.map_err(os("bind", &shown))?;
     let file = SocketFile::of(path).map_err(os("inspect", &shown))?;
-    let finished = file.apply(declared).and_then(|()| {
-        listen(&socket, backlog(declared)).map_err(os("listen on", &shown))
-    });
+    let finished = file
+        .apply(declared)
+        .and_then(|()| listen(&socket, backlog(declared)).map_err(os("listen on", &shown)));
     drop(lock);
     match finished {
         Ok(()) => Ok((UnixListener::from(socket), file)),
@@ -156,7 +156,10 @@ pub fn bind_inet(address: SocketAddr, declared: &ListenerDecl) -> Result<TcpList
 
 /// The kernel's queue for a listener.
 pub fn backlog(declared: &ListenerDecl) -> Backlog {
-    i32::try_from(declared.backlog).ok().and_then(|n| Backlog::new(n).ok()).unwrap_or(Backlog::MAXALLOWABLE)
+    i32::try_from(declared.backlog)
+        .ok()
+        .and_then(|n| Backlog::new(n).ok())
+        .unwrap_or(Backlog::MAXALLOWABLE)
 }
 
 fn bind_and_listen(

@@ -1,0 +1,128 @@
+//! Tables for the reload's state machine.
+
+use super::*;
+
+const LIMIT: Duration = Duration::from_secs(30);
+
+/// Generation 1 serves.
+fn serving(now: Instant) -> Generations {
+    let mut generations = Generations::new(LIMIT);
+    assert_eq!(generations.boot(now), [Command::Load(1, Cause::Boot)]);
+    assert_eq!(generations.declared(1), [Command::Start(1)]);
+    assert_eq!(generations.worker_ready(1, now), [Command::Switch(1, None)]);
+    generations
+}
+
+/// A reload that works.
+fn reload(generations: &mut Generations, generation: GenerationId, now: Instant) -> Vec<Command> {
+    assert_eq!(generations.reload(now), [Command::Load(generation, Cause::Reload)]);
+    generations.declared(generation);
+    generations.worker_ready(generation, now)
+}
+
+#[test]
+fn a_reload_switches_and_drains() {
+    let now = Instant::now();
+    let mut generations = serving(now);
+    assert_eq!(reload(&mut generations, 2, now), [Command::Switch(2, Some(1))]);
+    assert_eq!(generations.current(), Some(2));
+    assert!(generations.worker_ready(2, now).is_empty(), "later workers change nothing");
+    assert!(generations.drained(1, now).is_empty());
+    assert!(generations.draining().is_empty());
+}
+
+#[test]
+fn a_failure_leaves_the_old_generation() {
+    let now = Instant::now();
+    let mut generations = serving(now);
+    generations.reload(now);
+    assert_eq!(generations.failed(2, now), [Command::Abandon(2, Cause::Reload)]);
+    assert!(generations.failed(2, now).is_empty(), "once");
+    assert_eq!(generations.current(), Some(1));
+    assert_eq!(reload(&mut generations, 3, now), [Command::Switch(3, Some(1))]);
+}
+
+#[test]
+fn a_script_that_does_not_declare_in_time_fails() {
+    let now = Instant::now();
+    let mut generations = serving(now);
+    generations.reload(now);
+    assert_eq!(generations.next_tick(), Some(now + LIMIT));
+    assert_eq!(generations.tick(now + LIMIT), (vec![Command::Abandon(2, Cause::Reload)], Some(2)));
+}
+
+#[test]
+fn orders_during_an_attempt_cause_exactly_one_more() {
+    let now = Instant::now();
+    let mut generations = serving(now);
+    generations.reload(now);
+    assert!(generations.reload(now).is_empty() && generations.reload(now).is_empty());
+    generations.declared(2);
+    assert_eq!(
+        generations.worker_ready(2, now),
+        [Command::Switch(2, Some(1)), Command::Load(3, Cause::Reload)]
+    );
+    generations.declared(3);
+    assert_eq!(generations.worker_ready(3, now), [Command::Switch(3, Some(2))]);
+}
+
+#[test]
+fn an_order_before_ready_waits_for_it() {
+    let now = Instant::now();
+    let mut generations = Generations::new(LIMIT);
+    generations.boot(now);
+    assert!(generations.reload(now).is_empty());
+    generations.declared(1);
+    assert_eq!(
+        generations.worker_ready(1, now),
+        [Command::Switch(1, None), Command::Load(2, Cause::Reload)]
+    );
+}
+
+#[test]
+fn too_many_that_drain_make_a_reload_wait() {
+    let now = Instant::now();
+    let mut generations = serving(now);
+    for generation in 2..=5 {
+        reload(&mut generations, generation, now);
+    }
+    assert_eq!(generations.draining().len(), MAX_DRAINING);
+    assert!(generations.reload(now).is_empty());
+    assert_eq!(generations.drained(3, now), [Command::Load(6, Cause::Reload)]);
+}
+
+#[test]
+fn early_deaths_end_the_attempt() {
+    let now = Instant::now();
+    let mut generations = Generations::new(LIMIT);
+    generations.boot(now);
+    generations.declared(1);
+    for _ in 1..MAX_EARLY_DEATHS {
+        assert!(generations.worker_died(1, now).is_empty());
+    }
+    assert_eq!(generations.worker_died(1, now), [Command::Abandon(1, Cause::Boot)]);
+}
+
+#[test]
+fn a_lost_zygote_is_recovered_with_backoff_and_without_calling_reload() {
+    let now = Instant::now();
+    let mut generations = serving(now);
+    generations.zygotes_lost(1, now);
+    let first = generations.next_tick().expect("a time is set");
+    assert!(generations.tick(now).0.is_empty());
+    assert_eq!(generations.tick(first).0, [Command::Load(2, Cause::Recovery)]);
+    assert_eq!(generations.failed(2, first), [Command::Abandon(2, Cause::Recovery)]);
+    let second = generations.next_tick().expect("it is tried again");
+    assert!(second - first > first - now);
+    assert_eq!(generations.current(), Some(1));
+}
+
+#[test]
+fn stopping_gives_up_the_attempt_and_ignores_orders() {
+    let now = Instant::now();
+    let mut generations = serving(now);
+    generations.reload(now);
+    assert_eq!(generations.stop(), [Command::Abandon(2, Cause::Reload)]);
+    assert!(generations.reload(now).is_empty());
+    assert_eq!(generations.next_tick(), None);
+}

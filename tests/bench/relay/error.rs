@@ -1,0 +1,37 @@
+//! Why a benchmark run ends without a result.
+//!
+//! Contract: one enum for the whole benchmark; `main` prints it and exits with status 1.
+//!
+//! # Failure
+//! Each variant says what the person who started the benchmark can do about it.
+
+use std::{io, path::PathBuf, process::ExitStatus};
+
+/// An error of the benchmark itself or of a program that it measures.
+#[derive(Debug, thiserror::Error)]
+pub enum BenchError {
+    /// The operating system refused something that the benchmark needs.
+    #[error("{what}: {source}")]
+    System { what: String, source: io::Error },
+    /// A measured program ended on its own.
+    #[error("{name} ended with {status} before it answered a mail (its messages: --log FILE)")]
+    Ended { name: String, status: ExitStatus },
+    /// A measured program runs, but its first mail got no `K` in time.
+    #[error("{name} didn't answer K on {socket}: {last}", socket = socket.display())]
+    NoAnswer { name: String, socket: PathBuf, last: String },
+    /// The C relay can't be compiled.
+    #[error("gcc can't compile {source_file}: {status}", source_file = source_file.display())]
+    Compiler { source_file: PathBuf, status: ExitStatus },
+    /// The load generator or the sink said something unexpected.
+    #[error("{role} reported {line:?}")]
+    Report { role: &'static str, line: String },
+    /// Mails were answered with something other than `K`, so that no number means anything.
+    #[error("{0} answers were not K")]
+    NotAccepted(u64),
+}
+
+/// Adds what was being done to an I/O error.
+pub fn system<E: Into<io::Error>>(what: impl Into<String>) -> impl FnOnce(E) -> BenchError {
+    let what = what.into();
+    move |source| BenchError::System { what, source: source.into() }
+}

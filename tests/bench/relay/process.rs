@@ -1,0 +1,270 @@
+//! The programs of a run: starts them, waits until they answer, ends them.
+//!
+//! Contract: a `Subject` is a relay that has answered a mail with `K`; it and the sink live until they are
+//! dropped. The parts that the benchmark brings along (load generator, sink, bare relay) are its own
+//! executable, run again with `ROLE` as first argument: only as processes of their own can their CPU time be
+//! told apart.
+//!
+//! # Failure
+//! A program that can't be started, ends early or doesn't answer within `START` is an error that names it.
+//! One that doesn't end within `STOP` of SIGTERM is killed, with a message.
+
+use std::{
+    env,
+    fs::{self, File},
+    io::{self, BufRead, BufReader},
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    thread,
+    time::{Duration, Instant},
+};
+
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+
+use crate::{
+    bare,
+    error::{BenchError, system},
+    load,
+    outcome::Outcome,
+    usage,
+};
+
+/// First argument of the executable when it runs as a part of a benchmark.
+pub const ROLE: &str = "--role";
+
+/// How long a program may take to its first answer.
+const START: Duration = Duration::from_secs(30);
+
+/// How long a program may take to end after SIGTERM.
+const STOP: Duration = Duration::from_secs(20);
+
+/// Between two looks at a condition that no event announces.
+const POLL: Duration = Duration::from_millis(1);
+
+/// A relay that can be measured.
+#[derive(Clone, Debug)]
+pub enum Program {
+    /// The bare relay of this benchmark.
+    Bare,
+    /// The bare relay in C, compiled already.
+    Floor(PathBuf),
+    /// qrelay with this script.
+    Qrelay { script: &'static str, log: Option<PathBuf> },
+}
+
+impl Program {
+    fn command(&self, dir: &Path, socket: &Path, port: u16) -> Result<Command, BenchError> {
+        Ok(match self {
+            Self::Bare => {
+                let mut command = role("bare")?;
+                command.arg(socket).arg(port.to_string());
+                command
+            }
+            Self::Floor(executable) => {
+                let mut command = Command::new(executable);
+                command.arg(socket).arg(bare::THREADS.to_string()).arg(port.to_string());
+                command
+            }
+            Self::Qrelay { script, log } => {
+                let mut command = Command::new(env!("CARGO_BIN_EXE_qrelay"));
+                command.arg("--config").arg(write_config(dir, socket, port, script)?);
+                command.stderr(log_file(log.as_deref())?);
+                command
+            }
+        })
+    }
+}
+
+/// A command that runs this executable in a role.
+fn role(name: &str) -> Result<Command, BenchError> {
+    let executable = env::current_exe().map_err(system("own executable"))?;
+    let mut command = Command::new(executable);
+    command.arg(ROLE).arg(name);
+    Ok(command)
+}
+
+fn write_config(dir: &Path, socket: &Path, port: u16, script: &str) -> Result<PathBuf, BenchError> {
+    let path = dir.join("config.lua");
+    let text = format!(
+        "local socket = '{}'\nlocal next_hop = '127.0.0.1:{port}'\n{script}",
+        socket.display()
+    );
+    fs::write(&path, text).map_err(system(path.display().to_string()))?;
+    Ok(path)
+}
+
+/// Where qrelay's log goes: one line per mail is written in any case.
+fn log_file(path: Option<&Path>) -> Result<File, BenchError> {
+    let path = path.unwrap_or(Path::new("/dev/null"));
+    let file = File::options().append(true).create(true).open(path);
+    file.map_err(system(path.display().to_string()))
+}
+
+/// A running program, ended when it is dropped.
+struct Process {
+    child: Child,
+}
+
+impl Process {
+    fn spawn(mut command: Command) -> Result<Self, BenchError> {
+        let child = command.stdin(Stdio::null()).spawn();
+        let what = command.get_program().to_string_lossy().into_owned();
+        Ok(Self { child: child.map_err(system(what))? })
+    }
+
+    fn ended_within(&mut self, time: Duration) -> bool {
+        let deadline = Instant::now() + time;
+        while Instant::now() < deadline {
+            if !matches!(self.child.try_wait(), Ok(None)) {
+                return true;
+            }
+            thread::sleep(POLL);
+        }
+        false
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let pid = self.child.id();
+        // A child that isn't waited for yet keeps its pid, so the signal can't hit another process.
+        let _ = kill(Pid::from_raw(pid.cast_signed()), Signal::SIGTERM);
+        if !self.ended_within(STOP) {
+            eprintln!("process {pid} didn't end within {STOP:?} of SIGTERM: killed");
+            let _ = self.child.kill();
+            let _ = self.child.wait();
+        }
+    }
+}
+
+/// A relay under test that has answered its first mail.
+pub struct Subject {
+    /// Name in the report.
+    pub name: &'static str,
+    /// Time from starting the program to its first answer.
+    pub start: Duration,
+    /// Where it listens.
+    pub socket: PathBuf,
+    process: Process,
+}
+
+impl Subject {
+    /// Starts `program` in a directory of its own below `dir` and waits for its first `K`.
+    pub fn start(
+        name: &'static str,
+        program: &Program,
+        dir: &Path,
+        port: u16,
+    ) -> Result<Self, BenchError> {
+        let dir = tempfile::tempdir_in(dir).map_err(system("temporary directory"))?.keep();
+        let socket = dir.join("q.sock");
+        let mut command = program.command(&dir, &socket, port)?;
+        command.stdout(Stdio::null());
+        let begin = Instant::now();
+        let mut process = Process::spawn(command)?;
+        wait_for_answer(name, &mut process, &socket, begin)?;
+        Ok(Self { name, start: begin.elapsed(), socket, process })
+    }
+
+    /// CPU time used so far by the program and all its children.
+    pub fn cpu(&self) -> Duration {
+        usage::cpu(self.process.child.id())
+    }
+
+    /// Memory of each of its processes, the first one's first.
+    pub fn memory(&self) -> Vec<usage::Memory> {
+        usage::memory(self.process.child.id())
+    }
+}
+
+fn wait_for_answer(
+    name: &str,
+    process: &mut Process,
+    socket: &Path,
+    begin: Instant,
+) -> Result<(), BenchError> {
+    loop {
+        let last = match load::submit(socket, 2048) {
+            Ok(answer) if answer.split(|byte| *byte == b':').nth(1).is_some_and(is_accepted) => {
+                return Ok(());
+            }
+            Ok(answer) => String::from_utf8_lossy(&answer).into_owned(),
+            Err(error) => error.to_string(),
+        };
+        let status = process.child.try_wait().map_err(system(name))?;
+        if let Some(status) = status {
+            return Err(BenchError::Ended { name: name.to_owned(), status });
+        }
+        if begin.elapsed() > START {
+            let socket = socket.to_owned();
+            return Err(BenchError::NoAnswer { name: name.to_owned(), socket, last });
+        }
+        thread::sleep(POLL);
+    }
+}
+
+fn is_accepted(text: &[u8]) -> bool {
+    text.starts_with(b"K")
+}
+
+/// The running next hop.
+pub struct Sink {
+    /// Its port on 127.0.0.1.
+    pub port: u16,
+    process: Process,
+}
+
+impl Sink {
+    /// Starts the sink with that many threads and waits for its port.
+    pub fn start(threads: usize) -> Result<Self, BenchError> {
+        let mut command = role("sink")?;
+        command.arg(threads.to_string()).stdout(Stdio::piped());
+        let mut process = Process::spawn(command)?;
+        let mut line = String::new();
+        if let Some(stdout) = process.child.stdout.take() {
+            BufReader::new(stdout).read_line(&mut line).map_err(system("sink"))?;
+        }
+        let port = line.trim().parse();
+        let port = port.map_err(|_| BenchError::Report { role: "sink", line })?;
+        Ok(Self { port, process })
+    }
+
+    /// CPU time used so far.
+    pub fn cpu(&self) -> Duration {
+        usage::cpu(self.process.child.id())
+    }
+}
+
+/// Runs the load generator in a process of its own.
+pub fn generate(plan: &load::Plan<'_>) -> Result<Outcome, BenchError> {
+    let mut command = role("load")?;
+    command.arg(plan.socket);
+    for number in [plan.clients, plan.threads, plan.size] {
+        command.arg(number.to_string());
+    }
+    command.arg(plan.duration.as_micros().to_string());
+    let output = command.stderr(Stdio::inherit()).output().map_err(system("load generator"))?;
+    let line = String::from_utf8_lossy(&output.stdout).trim_end().to_owned();
+    line.parse().map_err(|line| BenchError::Report { role: "load generator", line })
+}
+
+/// Compiles the bare relay in C into `dir`; None if there is no source or no gcc.
+pub fn compile_floor(dir: &Path) -> Result<Option<PathBuf>, BenchError> {
+    let beside = Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared/bench/floor.c");
+    let source_file = env::var_os("QRELAY_FLOOR_C").map_or(beside, PathBuf::from);
+    if !source_file.exists() {
+        return Ok(None);
+    }
+    let executable = dir.join("floor");
+    let mut gcc = Command::new("gcc");
+    gcc.args(["-O2", "-w", "-pthread", "-o"]).arg(&executable).arg(&source_file);
+    match gcc.status() {
+        Ok(status) if status.success() => Ok(Some(executable)),
+        Ok(status) => Err(BenchError::Compiler { source_file, status }),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(system("gcc")(error)),
+    }
+}

@@ -1,0 +1,93 @@
+//! What a process and everything below it have used, as /proc tells.
+//!
+//! Contract: reads only. CPU time counts the living processes of the tree and all children that these have
+//! reaped, so that a worker that dies between two readings isn't lost.
+//!
+//! # Failure
+//! A process that ends while it is read is left out; its parent has its time at the next reading.
+
+use std::{collections::HashMap, fs, time::Duration};
+
+use nix::unistd::{SysconfVar, sysconf};
+
+/// Numbers of one process from /proc/PID/stat.
+struct Stat {
+    parent: u32,
+    name: String,
+    ticks: u64,
+}
+
+/// Memory of one process, in KiB.
+#[derive(Clone, Debug)]
+pub struct Memory {
+    /// Process id.
+    pub pid: u32,
+    /// Process name (comm).
+    pub name: String,
+    /// Resident set.
+    pub resident: u64,
+    /// The part of it that no other process shares (`Private_*` of smaps_rollup).
+    pub private: u64,
+}
+
+/// User and system time of `root` and all processes below it.
+pub fn cpu(root: u32) -> Duration {
+    let ticks: u64 = tree(root).iter().map(|(_, stat)| stat.ticks).sum();
+    let hertz = sysconf(SysconfVar::CLK_TCK).ok().flatten().unwrap_or(100).unsigned_abs();
+    Duration::from_micros(ticks * 1_000_000 / hertz)
+}
+
+/// Memory of `root` and of all processes below it, `root` first.
+pub fn memory(root: u32) -> Vec<Memory> {
+    tree(root)
+        .into_iter()
+        .filter_map(|(pid, stat)| {
+            let rollup = fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).ok()?;
+            Some(Memory {
+                pid,
+                name: stat.name,
+                resident: sum_of(&rollup, "Rss:"),
+                private: sum_of(&rollup, "Private_"),
+            })
+        })
+        .collect()
+}
+
+/// Sum of the KiB in the lines that start with `prefix`.
+fn sum_of(rollup: &str, prefix: &str) -> u64 {
+    let lines = rollup.lines().filter(|line| line.starts_with(prefix));
+    lines.filter_map(|line| line.split_ascii_whitespace().nth(1)?.parse::<u64>().ok()).sum()
+}
+
+/// `root` and the processes below it, each after its parent.
+fn tree(root: u32) -> Vec<(u32, Stat)> {
+    let mut all = processes();
+    let mut found: Vec<(u32, Stat)> = all.remove_entry(&root).into_iter().collect();
+    let mut next = 0;
+    while next < found.len() {
+        let parent = found[next].0;
+        let mut children: Vec<u32> =
+            all.iter().filter(|(_, stat)| stat.parent == parent).map(|(pid, _)| *pid).collect();
+        children.sort_unstable();
+        found.extend(children.iter().filter_map(|pid| all.remove_entry(pid)));
+        next += 1;
+    }
+    found
+}
+
+fn processes() -> HashMap<u32, Stat> {
+    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+    let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    pids.filter_map(|pid: u32| Some((pid, stat(pid)?))).collect()
+}
+
+fn stat(pid: u32) -> Option<Stat> {
+    let text = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    let (front, back) = text.rsplit_once(')')?;
+    let (_, name) = front.split_once('(')?;
+    // proc_pid_stat(5): field 3 (state) comes first here; 4 is ppid, 14 to 17 are utime, stime, cutime and
+    // cstime in clock ticks.
+    let fields: Vec<&str> = back.split_ascii_whitespace().collect();
+    let ticks = fields.get(11..15)?.iter().filter_map(|ticks| ticks.parse::<u64>().ok()).sum();
+    Some(Stat { parent: fields.get(1)?.parse().ok()?, name: name.to_owned(), ticks })
+}
