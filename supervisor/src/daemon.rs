@@ -269,10 +269,12 @@ impl Daemon {
             false => deadline,
         });
         self.retire_finished(now);
-        if self.workers.is_empty() && self.orphans.is_empty() {
+        let answered = self.connections.held() == 0 && self.orphans.is_empty();
+        if self.workers.is_empty() && answered {
             self.phase = Phase::Ended(Exit::Success);
         } else if deadline <= now {
             self.kill_all_workers();
+            self.orphans.kill_all();
             self.phase = Phase::Stopping { deadline: now + Duration::from_millis(100) };
         }
     }

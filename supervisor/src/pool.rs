@@ -410,7 +410,7 @@ impl Pool {
                 .count();
             let needed = group.target + usize::from(group.recycling.is_some());
             if !group.retiring && active + group.respawn.len() < needed {
-                let wait = match worker.mails > 0 || !unexpected {
+                let wait = match worker.mails > 0 {
                     true => Duration::ZERO,
                     false => group.backoff.failed(),
                 };

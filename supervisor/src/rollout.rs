@@ -259,8 +259,7 @@ impl Daemon {
         let result = self.try_fork_worker(generation, worker);
         if let Err(error) = result {
             debug!(self.log, "cannot ask for a worker: {error}"; "worker" => worker);
-            self.workers.remove(&worker);
-            self.pool.died(worker, true, now);
+            self.worker_ended(worker, None, now);
         }
     }
 

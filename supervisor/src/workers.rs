@@ -236,12 +236,15 @@ impl Daemon {
         status: Option<WaitStatus>,
         now: Instant,
     ) {
-        let Some(link) = self.workers.remove(&worker) else { return };
-        self.watcher.remove(&link.jobs);
-        self.watcher.remove(&link.control);
+        let link = self.workers.remove(&worker);
         let Some(death) = self.pool.died(worker, status.is_none(), now) else { return };
-        self.log_death(worker, link.pid, status, &death);
-        let busy = self.orphans.adopt(&link.children, now);
+        let mut busy = Vec::new();
+        if let Some(link) = link {
+            self.watcher.remove(&link.jobs);
+            self.watcher.remove(&link.control);
+            self.log_death(worker, link.pid, status, &death);
+            busy = self.orphans.adopt(&link.children, now);
+        }
         for &job in &death.jobs {
             self.log_lost(worker, job);
             if !busy.contains(&job) {
