@@ -4,4 +4,5 @@
 
 pub mod activation;
 pub mod fdpass;
+pub mod net;
 pub mod process;

@@ -1,5 +1,27 @@
-//! Zygote and workers of qrelay.
+//! Zygote and workers of qrelay: Lua decides about mails, threads with blocking I/O carry out
+//! what it decided.
+//!
+//! [`zygote`] is the process that evaluates config.lua and forks; [`process`] is a worker's
+//! life; [`serve`] and [`threads`] are its threads; [`session`] is one connection, from
+//! [`request`] to [`reply`], with [`relay`] between them; [`lua`] is everything about the script.
 
 pub mod action;
+pub mod control;
 pub mod deadline;
+mod io;
+mod logging;
+pub mod lua;
 pub mod mail;
+pub mod memory;
+pub mod peer;
+pub mod process;
+pub mod record;
+pub mod relay;
+pub mod reply;
+pub mod report;
+pub mod request;
+pub mod script;
+pub mod serve;
+pub mod session;
+pub mod threads;
+pub mod zygote;

@@ -37,3 +37,33 @@ pub struct Mail {
     /// The listener's address as written in the configuration.
     pub listener: Arc<str>,
 }
+
+#[cfg(test)]
+pub(crate) mod test {
+    //! Mails for unit tests.
+
+    use super::*;
+    use qrelay_shared::qmqp::{Limits, encode_request, parse};
+
+    /// A mail from pid 1, uid 2 whose socket leads nowhere.
+    pub(crate) fn mail(message: &[u8], sender: &[u8], recipients: &[&[u8]]) -> Mail {
+        let buffer = encode_request(message, sender, recipients);
+        let request = parse(&buffer, &Limits { max_size: 1 << 30 }).expect("valid");
+        let (socket, _) = std::os::unix::net::UnixStream::pair().expect("pair");
+        Mail {
+            id: "test-1".into(),
+            job: 1,
+            buffer,
+            request,
+            sender: None,
+            recipients: None,
+            account: None,
+            inserted: Vec::new(),
+            removed: Vec::new(),
+            peer: Peer::Local { pid: Some(1), uid: 2, gid: 3 },
+            socket: Arc::new(socket.into()),
+            accepted: 0,
+            listener: "/test".into(),
+        }
+    }
+}

@@ -97,16 +97,17 @@ pub enum Report<'a> {
         /// Milliseconds from now.
         milliseconds: u64,
     },
-    /// The job's message came without its socket: the worker has no descriptor free.
+    /// The job came without its socket, because this process had no descriptor free:
+    /// the client is to be answered from the supervisor's duplicate. No `Done` follows.
     Lost {
-        /// The mail.
+        /// The job.
         job: JobId,
     },
     /// The client's socket is answered and finished with.
     Done {
         /// The mail.
         job: JobId,
-        /// What to log, absent when the connection brought no complete request.
+        /// What to log, absent when the client left, or was lost, before an answer was due.
         #[serde(borrow)]
         record: Option<MailRecord<'a>>,
     },
@@ -115,11 +116,11 @@ pub enum Report<'a> {
 /// One finished mail, as logged by the supervisor.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct MailRecord<'a> {
-    /// Envelope sender as relayed.
+    /// Envelope sender as relayed, escaped as in a Pond record, without `<` and `>`.
     #[serde(borrow)]
     pub sender: Cow<'a, str>,
     /// Envelope recipients as relayed, escaped and separated by commas as in a
-    /// Pond record, cut to at most 32 KiB.
+    /// Pond record (`<a@b>,<c@d>`), as many as fit in 32 KiB.
     #[serde(borrow)]
     pub recipients: Cow<'a, str>,
     /// How many recipients there are in all.
@@ -133,7 +134,8 @@ pub struct MailRecord<'a> {
     /// when the request or the handler failed before that.
     #[serde(borrow)]
     pub action: Cow<'a, str>,
-    /// Address or program the mail went to.
+    /// Address or program the mail was to go to; it did if `sent` isn't 0. Of several addresses
+    /// the last that was tried.
     #[serde(borrow)]
     pub next_hop: Option<Cow<'a, str>>,
     /// The answer; `None` when the client left before it was due.
@@ -141,7 +143,7 @@ pub struct MailRecord<'a> {
     /// The answer's text, printable.
     #[serde(borrow)]
     pub text: Cow<'a, str>,
-    /// Bytes of the message with inserted header lines.
+    /// Bytes of the message with inserted header lines (without our own `Received`).
     pub size: u64,
     /// Bytes of the request's payload.
     pub received: u64,

@@ -1,0 +1,64 @@
+//! Reading from sockets into memory that has not been written before.
+//!
+//! # Failure
+//! As recv(2); the buffer is unchanged then.
+
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+use nix::errno::Errno;
+use nix::sys::socket::MsgFlags;
+
+/// Receives into the spare capacity of `buffer`, and returns how many bytes came: 0 at the end
+/// of the stream, and when there is no spare capacity.
+///
+/// # Errors
+/// As recv(2).
+pub fn recv_append(
+    socket: BorrowedFd<'_>,
+    buffer: &mut Vec<u8>,
+    flags: MsgFlags,
+) -> Result<usize, Errno> {
+    let spare = buffer.spare_capacity_mut();
+    // SAFETY: the kernel writes at most `spare.len()` bytes to where `spare` is; they
+    // need not be initialised for that, and nobody else refers to them.
+    let received = unsafe {
+        libc::recv(socket.as_raw_fd(), spare.as_mut_ptr().cast(), spare.len(), flags.bits())
+    };
+    let received = usize::try_from(Errno::result(received)?).map_err(|_| Errno::EIO)?;
+    // SAFETY: the kernel has just written `received` bytes after the old length, within
+    // the capacity.
+    unsafe { buffer.set_len(buffer.len() + received) };
+    Ok(received)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+    use std::os::fd::AsFd;
+    use std::os::unix::net::UnixStream;
+
+    #[test]
+    fn appends_within_capacity() {
+        let (mut a, b) = UnixStream::pair().expect("pair");
+        a.write_all(b"hello world").expect("write");
+        let mut buffer = Vec::with_capacity(64);
+        buffer.extend_from_slice(b"> ");
+        buffer.shrink_to(7);
+        let room = buffer.capacity() - buffer.len();
+        let first = recv_append(b.as_fd(), &mut buffer, MsgFlags::empty()).expect("recv");
+        assert_eq!(first, room.min(11));
+        buffer.reserve_exact(64);
+        drop(a);
+        while recv_append(b.as_fd(), &mut buffer, MsgFlags::empty()).expect("recv") > 0 {}
+        assert_eq!(buffer, b"> hello world");
+    }
+
+    #[test]
+    fn says_when_nothing_is_there() {
+        let (_a, b) = UnixStream::pair().expect("pair");
+        let mut buffer = Vec::with_capacity(8);
+        let nothing = recv_append(b.as_fd(), &mut buffer, MsgFlags::MSG_DONTWAIT);
+        assert_eq!(nothing, Err(Errno::EAGAIN));
+    }
+}

@@ -1,0 +1,209 @@
+//! What the supervisor is told about a finished mail, for its log and for Pond.
+//!
+//! Contract: every foreign text is printable, and the recipients are cut so that a Pond
+//! message (`from=<S> to=<R1>,… TEXT`) stays under 32 KiB. Counting is the original's: our own
+//! `Received` line belongs neither to `size` nor to `sent`.
+
+use std::borrow::Cow;
+
+use nix::time::{ClockId, clock_gettime};
+use qrelay_shared::address::{escape_for_log, printable};
+use qrelay_shared::ipc::message::MailRecord;
+use qrelay_shared::pond;
+use qrelay_shared::qmqp::Reply;
+
+use crate::mail::Mail;
+use crate::peer::inserted_size;
+use crate::relay::Delivery;
+
+/// Stands for the action when there was none.
+const NO_ACTION: &str = "-";
+
+/// Bytes of a Pond message that are neither sender, recipients nor reply:
+/// `from=<> to= ` and ` … +1024 more`, with some room.
+const FRAME: usize = 64;
+
+/// How a mail ended.
+#[derive(Debug)]
+pub struct Outcome {
+    /// What the client is told.
+    pub reply: Reply,
+    action: &'static str,
+    next_hop: Option<String>,
+    attempted: bool,
+    refused: bool,
+}
+
+impl Outcome {
+    /// The handler never ran.
+    pub fn refused(reply: Reply) -> Self {
+        Self { refused: true, ..Self::own(NO_ACTION, reply) }
+    }
+
+    /// The handler came to no decision.
+    pub fn failed(reply: Reply) -> Self {
+        Self::own(NO_ACTION, reply)
+    }
+
+    /// An action that hands the mail to nobody.
+    pub fn own(action: &'static str, reply: Reply) -> Self {
+        Self { reply, action, next_hop: None, attempted: false, refused: false }
+    }
+
+    /// An action that handed the mail on, or tried.
+    pub fn delivery(action: &'static str, delivery: Delivery) -> Self {
+        let Delivery { reply, next_hop, attempted } = delivery;
+        Self { reply, action, next_hop, attempted, refused: false }
+    }
+}
+
+/// The record of a mail.
+pub fn record(mail: &Mail, outcome: &Outcome) -> MailRecord<'static> {
+    let sender = mail.sender.as_deref().unwrap_or(&mail.buffer[mail.request.sender.clone()]);
+    let sender = escape_for_log(sender);
+    let text = printable(&outcome.reply.text);
+    let room = pond::MAX_MESSAGE.saturating_sub(FRAME + sender.len() + text.len());
+    let recipients = match &mail.recipients {
+        Some(recipients) => Recipients::join(recipients, room),
+        None => Recipients::join(
+            mail.request.recipients.iter().map(|range| &mail.buffer[range.clone()]),
+            room,
+        ),
+    };
+    let received = mail.request.payload.len() as u64;
+    let inserted = inserted_size(&mail.inserted) as u64;
+    MailRecord {
+        sender: sender.into(),
+        recipients: recipients.text.into(),
+        recipient_count: recipients.count,
+        recipients_cut: recipients.cut,
+        account: mail.account.clone().map(Cow::Owned),
+        action: outcome.action.into(),
+        next_hop: outcome.next_hop.clone().map(Cow::Owned),
+        status: Some(outcome.reply.status),
+        text: text.into(),
+        size: mail.request.message.len() as u64 + inserted,
+        received,
+        sent: if outcome.attempted { received + inserted } else { 0 },
+        duration: since(mail.accepted),
+        refused: outcome.refused,
+    }
+}
+
+/// The record of a request that was refused before there was a mail.
+pub fn refusal(reply: Reply, accepted: u64) -> MailRecord<'static> {
+    MailRecord {
+        sender: "".into(),
+        recipients: "".into(),
+        recipient_count: 0,
+        recipients_cut: 0,
+        account: None,
+        action: NO_ACTION.into(),
+        next_hop: None,
+        status: Some(reply.status),
+        text: printable(&reply.text).into(),
+        size: 0,
+        received: 0,
+        sent: 0,
+        duration: since(accepted),
+        refused: true,
+    }
+}
+
+/// Microseconds since a time in nanoseconds of CLOCK_BOOTTIME.
+fn since(accepted: u64) -> u64 {
+    let now = clock_gettime(ClockId::CLOCK_BOOTTIME).map_or(accepted, |now| {
+        let now = std::time::Duration::from(now);
+        u64::try_from(now.as_nanos()).unwrap_or(u64::MAX)
+    });
+    now.saturating_sub(accepted) / 1000
+}
+
+/// Addresses as one text.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Recipients {
+    text: String,
+    count: u32,
+    cut: u32,
+}
+
+impl Recipients {
+    /// Joins addresses while they fit in `room` bytes.
+    fn join<R: AsRef<[u8]>>(addresses: impl IntoIterator<Item = R>, room: usize) -> Self {
+        let mut joined = Self::default();
+        for address in addresses {
+            joined.count += 1;
+            let shown = escape_for_log(address.as_ref());
+            let separator = if joined.text.is_empty() { "" } else { "," };
+            if joined.cut > 0 || joined.text.len() + separator.len() + shown.len() + 2 > room {
+                joined.cut += 1;
+                continue;
+            }
+            for part in [separator, "<", &shown, ">"] {
+                joined.text.push_str(part);
+            }
+        }
+        joined
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::mail::test::mail;
+    use qrelay_shared::qmqp::Status;
+
+    #[test]
+    fn counts_as_the_original_does() {
+        // The first of the captured Pond datagrams.
+        let mut mail = mail(
+            b"Subject: x\n\nhello\n",
+            b"acc@example.com",
+            &[b"r1@example.org", b"r2@example.org"],
+        );
+        mail.account = Some("acct42".into());
+        mail.inserted = vec!["X-A: b".into()];
+        let delivery = Delivery {
+            reply: Reply::accepted("o\nk"),
+            next_hop: Some("192.0.2.1:628".into()),
+            attempted: true,
+        };
+        let record = record(&mail, &Outcome::delivery("connect", delivery));
+        assert_eq!((record.size, record.received, record.sent), (26, 77, 85));
+        assert_eq!(record.recipients, "<r1@example.org>,<r2@example.org>");
+        assert_eq!((record.recipient_count, record.recipients_cut), (2, 0));
+        assert_eq!(record.account.as_deref(), Some("acct42"));
+        assert_eq!((&*record.text, record.status), ("o?k", Some(Status::Accepted)));
+        assert!(!record.refused && record.duration > 0);
+    }
+
+    #[test]
+    fn what_was_not_relayed_was_not_sent() {
+        let mail = mail(b"", b"", &[b"r@x"]);
+        let record = record(&mail, &Outcome::own("reject", Reply::permanent("rejected")));
+        assert_eq!((record.sent, &*record.action, &*record.sender), (0, "reject", ""));
+    }
+
+    #[test]
+    fn recipients_are_cut() {
+        let joined = Recipients::join(["a@b", "c@d", "e@f"], 11);
+        let expected = Recipients { text: "<a@b>,<c@d>".into(), count: 3, cut: 1 };
+        assert_eq!(joined, expected);
+        let joined = Recipients::join(["a@bcd", "c@d"], 5);
+        assert_eq!(joined, Recipients { text: String::new(), count: 2, cut: 2 });
+    }
+
+    #[test]
+    fn a_record_of_many_recipients_fits_a_pond_message() {
+        let address = [b"\\".repeat(64), b"@".to_vec(), b"x".repeat(63)].concat();
+        let recipients: Vec<&[u8]> = vec![&address; 1024];
+        let mut mail = mail(b"", b"s@x", &[b"r@x"]);
+        mail.recipients = Some(recipients.iter().map(|r| r.to_vec()).collect());
+        let outcome = Outcome::own("discard", Reply::accepted(vec![b'x'; 4000]));
+        let record = record(&mail, &outcome);
+        let whole = format!("from=<{}> to={} {}", record.sender, record.recipients, record.text);
+        assert!(whole.len() + 20 < pond::MAX_MESSAGE);
+        assert!(record.recipients.len() > 20_000);
+        assert_eq!(record.recipient_count, 1024);
+    }
+}

@@ -1,0 +1,20 @@
+//! Carrying out what a handler decided, where that means handing the mail to somebody else.
+//! No Lua here.
+
+pub mod connect;
+mod dial;
+mod envelope;
+mod exchange;
+
+use qrelay_shared::qmqp::Reply;
+
+/// What became of an attempt to hand a mail on.
+#[derive(Debug)]
+pub struct Delivery {
+    /// For the client.
+    pub reply: Reply,
+    /// Where the mail went, or was to go: the last that was tried.
+    pub next_hop: Option<String>,
+    /// The mail began to go out.
+    pub attempted: bool,
+}

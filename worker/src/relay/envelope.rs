@@ -1,0 +1,91 @@
+//! A mail in the form in which it leaves: with inserted lines, without removed fields, with the
+//! envelope that the handler left.
+//!
+//! Contract: the message is not copied; [`Envelope::pieces`] borrows it where it was received.
+
+use qrelay_shared::qmqp::{Outgoing, outgoing};
+
+use crate::mail::Mail;
+use crate::peer;
+
+/// A request for the next hop.
+#[derive(Debug)]
+pub struct Envelope<'m> {
+    message: Vec<&'m [u8]>,
+    around: Outgoing,
+}
+
+impl<'m> Envelope<'m> {
+    /// The request for a mail as its handler left it.
+    pub fn new(mail: &'m Mail) -> Self {
+        let message = kept(mail);
+        let length = message.iter().map(|piece| piece.len()).sum();
+        let prefix = peer::prefix(&mail.inserted, &mail.peer);
+        let sender = mail.sender.as_deref().unwrap_or(&mail.buffer[mail.request.sender.clone()]);
+        let around = match &mail.recipients {
+            Some(recipients) => outgoing(&prefix, length, sender, recipients),
+            None => {
+                let received = mail.request.recipients.iter();
+                outgoing(&prefix, length, sender, received.map(|r| &mail.buffer[r.clone()]))
+            }
+        };
+        Self { message, around }
+    }
+
+    /// All bytes of the request, in order; none of the pieces is empty.
+    pub fn pieces(&self) -> Vec<&[u8]> {
+        let mut pieces = Vec::with_capacity(self.message.len() + 2);
+        pieces.push(&self.around.head[..]);
+        pieces.extend_from_slice(&self.message);
+        pieces.push(&self.around.tail[..]);
+        pieces
+    }
+}
+
+/// What remains of the message as received.
+fn kept(mail: &Mail) -> Vec<&[u8]> {
+    let mut pieces = Vec::with_capacity(mail.removed.len() + 1);
+    let mut at = mail.request.message.start;
+    let end = mail.request.message.end;
+    for removed in mail.removed.iter().chain([&(end..end)]) {
+        let piece = mail.buffer.get(at..removed.start).unwrap_or_default();
+        if !piece.is_empty() {
+            pieces.push(piece);
+        }
+        at = at.max(removed.end);
+    }
+    pieces
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::mail::test::mail;
+
+    fn bytes(mail: &Mail) -> String {
+        String::from_utf8(Envelope::new(mail).pieces().concat()).expect("text")
+    }
+
+    #[test]
+    fn as_received() {
+        let mail = mail(b"A: 1\n\nbody\n", b"s@x", &[b"r@x", b"q@y"]);
+        assert_eq!(
+            bytes(&mail),
+            "75:52:Received: from PID=1 UID=2 with QMQP\r\nA: 1\n\nbody\n,3:s@x,3:r@x,3:q@y,,"
+                .replace("75:52:", &format!("{}:{}:", 3 + 49 + 1 + 18, 49))
+        );
+    }
+
+    #[test]
+    fn as_changed() {
+        let mut mail = mail(b"A: 1\nB: 2\nC: 3\n\nbody\n", b"s@x", &[b"r@x"]);
+        let start = mail.request.message.start;
+        mail.removed = vec![start..start + 5, start + 10..start + 15];
+        mail.inserted = vec!["X: y".into()];
+        mail.sender = Some(Vec::new());
+        mail.recipients = Some(vec![b"new@x".to_vec()]);
+        let sent = bytes(&mail);
+        let message = "X: y\r\nReceived: from PID=1 UID=2 with QMQP\r\nB: 2\n\nbody\n";
+        assert!(sent.ends_with(&format!("{}:{message},0:,5:new@x,,", message.len())), "{sent}");
+    }
+}

@@ -1,0 +1,200 @@
+//! The life of a worker: a process with a script of its own and threads that do blocking I/O.
+//!
+//! Contract: every I/O thread waits for a job, serves it to the end, and waits again; the
+//! kernel's queue on the job socket is the work queue. At the end of that queue they finish
+//! what they have, and the last one ends the process. The main thread answers on the control
+//! socket and never waits for the others.
+//!
+//! # Failure
+//! A thread that can't be had means fewer threads. A panic costs its own mail (`Z`). A job
+//! whose socket got lost is handed back. A message that makes no sense ends the process, since
+//! nobody could say which client it was about.
+
+use std::any::Any;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::time::Duration;
+
+use nix::sys::signal::{SigSet, Signal};
+use parking_lot::Mutex;
+use qrelay_shared::ipc::channel::{RecvBuffer, RecvError};
+use qrelay_shared::ipc::message::Job;
+use qrelay_shared::qmqp::Reply;
+use qrelay_shared::settings::{Declaration, Settings};
+use slog::{Logger, error, warn};
+
+use crate::memory::Budget;
+use crate::reply::{answer, linger};
+use crate::report::Reports;
+use crate::script::Script;
+use crate::session::Session;
+use crate::threads::Census;
+
+/// How long a thread waits for a job before it ends, if another one waits too.
+pub const IDLE: Duration = Duration::from_secs(30);
+
+/// Virtual memory per thread. Lua's C recursion crashes on 1 MiB, and reports a clean error
+/// on 2 (measured with a `gsub` callback that recurses).
+const STACK_SIZE: usize = 4 << 20;
+
+/// How long to wait after a failure that passes by itself, such as ENOMEM.
+const PAUSE: Duration = Duration::from_millis(100);
+
+/// What a session needs to know about its listener.
+#[derive(Debug)]
+pub struct Listener {
+    /// The address, as written in the configuration.
+    pub name: Arc<str>,
+    /// Bytes of a message.
+    pub max_size: usize,
+}
+
+/// What all threads of a worker share.
+pub struct Worker {
+    /// By [`Job::listener`].
+    pub listeners: Vec<Listener>,
+    /// Of the worker's generation.
+    pub settings: Settings,
+    /// First part of every mail's id.
+    pub instance: String,
+    /// Decides about mails.
+    pub script: Arc<dyn Script>,
+    /// Memory for messages.
+    pub budget: Budget,
+    /// Jobs come from here, and what became of them goes back.
+    pub reports: Reports,
+    /// Names the process.
+    pub logger: Logger,
+    census: Mutex<Census>,
+    end: Box<dyn Fn() + Send + Sync>,
+}
+
+impl std::fmt::Debug for Worker {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Worker").field("census", &*self.census.lock()).finish_non_exhaustive()
+    }
+}
+
+impl Worker {
+    /// A worker without threads. The last thread that ends calls `end`.
+    pub fn new(
+        declaration: &Declaration,
+        instance: String,
+        script: Arc<dyn Script>,
+        reports: Reports,
+        logger: Logger,
+        end: impl Fn() + Send + Sync + 'static,
+    ) -> Arc<Self> {
+        let listeners = declaration.listeners.iter().map(|listener| Listener {
+            name: listener.address.to_string().into(),
+            max_size: listener.max_size,
+        });
+        let settings = declaration.settings.clone();
+        Arc::new(Self {
+            listeners: listeners.collect(),
+            budget: Budget::new(settings.mail_memory),
+            census: Mutex::new(Census::new(settings.worker_connections as usize)),
+            settings,
+            instance,
+            script,
+            reports,
+            logger,
+            end: Box::new(end),
+        })
+    }
+
+    /// Starts the first thread; it starts others as they are needed.
+    ///
+    /// # Errors
+    /// The system has no thread for us.
+    pub fn start(self: &Arc<Self>) -> io::Result<()> {
+        let worker = Arc::clone(self);
+        std::thread::Builder::new().stack_size(STACK_SIZE).spawn(move || worker.thread())?;
+        Ok(())
+    }
+
+    fn thread(self: Arc<Self>) {
+        block_signals();
+        let mut message = RecvBuffer::small();
+        let mut buffer = Vec::new();
+        loop {
+            match self.reports.next_job(&mut message) {
+                Ok(mut received) => self.take(&received.message, received.fds.take(), &mut buffer),
+                Err(RecvError::Empty) => {
+                    if self.census.lock().may_end() {
+                        break;
+                    }
+                }
+                Err(RecvError::Closed) => break,
+                Err(RecvError::DescriptorLost(Some(job))) => self.lost(job),
+                Err(RecvError::Os(errno)) => {
+                    warn!(self.logger, "no job can be received"; "error" => errno.desc());
+                    std::thread::sleep(PAUSE);
+                }
+                Err(error @ (RecvError::Malformed | RecvError::DescriptorLost(None))) => {
+                    self.give_up(&error);
+                    break;
+                }
+            }
+        }
+        if self.census.lock().ended() {
+            (self.end)();
+        }
+    }
+
+    /// Serves one job.
+    fn take(self: &Arc<Self>, job: &Job, client: Option<OwnedFd>, buffer: &mut Vec<u8>) {
+        let Some(client) = client else { return self.lost(job.job) };
+        if self.census.lock().took_job()
+            && let Err(error) = self.start()
+        {
+            self.census.lock().not_started();
+            warn!(self.logger, "no further thread"; "error" => %error);
+        }
+        let client = Arc::new(client);
+        let session = Session::new(self, job, &client);
+        // Nothing of a session outlives it but the buffer, which may have been lost.
+        if let Err(panic) = catch_unwind(AssertUnwindSafe(|| session.run(buffer))) {
+            self.panicked(job, &client, &*panic);
+            *buffer = Vec::new();
+        }
+        drop(client);
+        self.census.lock().came_back();
+    }
+
+    /// The client is still there, but its socket isn't here.
+    fn lost(&self, job: u64) {
+        warn!(self.logger, "a connection was lost: too many open files"; "job" => job);
+        self.reports.lost(job);
+        std::thread::sleep(PAUSE);
+    }
+
+    /// Ends the mail of a session that panicked. If it had been answered, this answer fails.
+    fn panicked(&self, job: &Job, client: &OwnedFd, panic: &(dyn Any + Send)) {
+        let cause = panic.downcast_ref::<String>().map(String::as_str);
+        let cause = cause.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("unknown");
+        error!(self.logger, "internal error"; "job" => job.job, "panic" => cause);
+        answer(client, &Reply::temporary("internal server error"));
+        linger(client);
+        self.reports.done(job.job, None);
+    }
+
+    fn give_up(&self, error: &RecvError) {
+        error!(self.logger, "the job socket can't be understood"; "error" => %error);
+        (self.end)();
+    }
+}
+
+/// I/O threads take no signals: they would only interrupt system calls.
+fn block_signals() {
+    let mut blocked = SigSet::empty();
+    for signal in
+        [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGQUIT, Signal::SIGCHLD]
+    {
+        blocked.add(signal);
+    }
+    // It fails only for an invalid argument.
+    let _ = blocked.thread_block();
+}

@@ -1,0 +1,234 @@
+//! The process `qrelay zygote`: evaluates config.lua once, and forks workers and one standby of
+//! itself. Its orders come over a socket that is its standard input.
+//!
+//! Contract: single-threaded to its end, because it forks. Whatever it forks becomes a child
+//! of the supervisor and keeps nothing of the zygote's but the script. It takes no orders from
+//! signals, and ends with the supervisor.
+//!
+//! # Failure
+//! A script that can't be used, a panic included, is reported, and so is a fork that fails.
+//! The end of the channel is the end of the process.
+
+use std::ops::ControlFlow;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::time::Duration;
+
+use nix::errno::Errno;
+use nix::sys::prctl;
+use nix::sys::signal::Signal;
+use nix::unistd::{Pid, getppid};
+use qrelay_shared::ipc::channel::{Channel, Received, RecvBuffer, RecvError, SendError};
+use qrelay_shared::ipc::message::{FromZygote, ToZygote, WorkerId, ZygoteOrder, ZygoteReport};
+use qrelay_shared::settings::Declaration;
+use qrelay_shared::sys::process::{Forked, fork_orphan, take_stdin, tame_malloc};
+use slog::{Level, Logger, error};
+
+use crate::logging::Current;
+use crate::lua::state::{LoadOptions, State};
+use crate::process::{self, Birth};
+
+/// Exit status after a system call failed that can't (EX_OSERR).
+const EX_OSERR: i32 = 71;
+
+/// How often, and with what pause, a standby looks whether its parent is the supervisor yet:
+/// a second in all.
+const ADOPTION: (u32, Duration) = (10_000, Duration::from_micros(100));
+
+type ZygoteChannel = Channel<FromZygote, ToZygote>;
+
+/// A script that has been evaluated.
+struct Loaded {
+    state: State,
+    declaration: Declaration,
+    instance: String,
+}
+
+/// What this process turned out to be when a fork was ordered.
+enum Life {
+    /// Still the zygote, and the channel has ended.
+    Ended,
+    /// A worker.
+    Worker(Birth),
+    /// A standby with a channel of its own.
+    Standby(ZygoteChannel),
+}
+
+/// Runs the zygote, and every process forked from it, to the end. Returns the exit status.
+pub fn main(level: Level) -> i32 {
+    let supervisor = getppid();
+    let logger = Current::new(qrelay_shared::log::init(level, "qrelay-zygote"));
+    match prepare(supervisor) {
+        Ok(true) => {}
+        Ok(false) => return 0,
+        Err(errno) => {
+            error!(logger.logger(), "zygote can't start"; "error" => errno.desc());
+            return EX_OSERR;
+        }
+    }
+    log_panics(logger.logger());
+    match take_stdin() {
+        Ok(stdin) => live(Channel::from_fd(stdin), supervisor, level, &logger),
+        Err(errno) => {
+            error!(logger.logger(), "no channel on standard input"; "error" => errno.desc());
+            EX_OSERR
+        }
+    }
+}
+
+/// Makes this process a zygote; false when the supervisor is gone already.
+fn prepare(supervisor: Pid) -> Result<bool, Errno> {
+    prctl::set_name(c"qrelay-zygote")?;
+    tame_malloc();
+    // Not SIG_IGN, which a program that a worker executes would inherit.
+    let nobody_looks = Arc::new(AtomicBool::new(false));
+    for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGQUIT] {
+        signal_hook::flag::register(signal as i32, Arc::clone(&nobody_looks))
+            .map_err(|error| Errno::from_raw(error.raw_os_error().unwrap_or(0)))?;
+    }
+    end_with(supervisor)
+}
+
+/// Has this process end with its parent; false when that isn't the supervisor.
+fn end_with(supervisor: Pid) -> Result<bool, Errno> {
+    prctl::set_pdeathsig(Signal::SIGKILL)?;
+    Ok(getppid() == supervisor)
+}
+
+/// A panic's message belongs in the log, not raw on standard error.
+fn log_panics(logger: Logger) {
+    std::panic::set_hook(Box::new(move |panic| {
+        error!(logger, "panic"; "cause" => %panic);
+    }));
+}
+
+fn live(mut channel: ZygoteChannel, supervisor: Pid, level: Level, logger: &Current) -> i32 {
+    let mut loaded = None;
+    loop {
+        match obey(&channel, &mut loaded, logger) {
+            Life::Ended => return 0,
+            Life::Worker(birth) => {
+                drop(channel);
+                let Some(Loaded { state, declaration, instance }) = loaded else { return EX_OSERR };
+                logger.replace(qrelay_shared::log::init(level, "qrelay-worker"));
+                return process::run(birth, state, &declaration, instance, logger.logger());
+            }
+            Life::Standby(own) => {
+                channel = own;
+                logger.replace(qrelay_shared::log::init(level, "qrelay-zygote"));
+                if !adopted(supervisor) || end_with(supervisor) != Ok(true) {
+                    return 0;
+                }
+            }
+        }
+    }
+}
+
+/// Waits until the supervisor is this process's parent: the death of the intermediate process
+/// must not count as its.
+fn adopted(supervisor: Pid) -> bool {
+    let (times, pause) = ADOPTION;
+    (0..times).any(|_| {
+        let adopted = getppid() == supervisor;
+        if !adopted {
+            std::thread::sleep(pause);
+        }
+        adopted
+    })
+}
+
+/// Does what the supervisor says until this process becomes something else.
+fn obey(channel: &ZygoteChannel, loaded: &mut Option<Loaded>, logger: &Current) -> Life {
+    let mut buffer = RecvBuffer::new();
+    loop {
+        match channel.recv(&mut buffer) {
+            Ok(received) => match execute(received, loaded, logger) {
+                ControlFlow::Continue(report) => send(channel, &report),
+                ControlFlow::Break(life) => return life,
+            },
+            Err(RecvError::Empty) => {}
+            Err(RecvError::Closed) => return Life::Ended,
+            Err(error) => {
+                error!(logger.logger(), "order can't be received"; "error" => %error);
+                return Life::Ended;
+            }
+        }
+    }
+}
+
+/// Sends a report. If the supervisor is gone, the next receive says so.
+fn send(channel: &ZygoteChannel, report: &ZygoteReport) {
+    if let Err(SendError::TooLarge) = channel.send(report, &[]) {
+        let message = "the listeners don't fit in a message: too many, or too long".into();
+        let _ = channel.send(&ZygoteReport::Failed { message }, &[]);
+    }
+}
+
+/// Carries out one order; breaks off in a process that it has forked.
+fn execute(
+    received: Received<ZygoteOrder>,
+    loaded: &mut Option<Loaded>,
+    logger: &Current,
+) -> ControlFlow<Life, ZygoteReport> {
+    let Received { message, mut fds } = received;
+    match message {
+        ZygoteOrder::Load { config, reload, systemd, instance } => {
+            let logger = logger.logger();
+            let options = LoadOptions { config, reload, systemd, instance, logger };
+            ControlFlow::Continue(load(options, loaded))
+        }
+        ZygoteOrder::Fork { worker } => {
+            let birth = match (fds.take(), fds.take()) {
+                (Some(jobs), Some(control)) => Birth { worker, jobs, control },
+                _ => return failed(worker, "its sockets did not arrive".into()),
+            };
+            if loaded.is_none() {
+                return failed(worker, "no script has been loaded".into());
+            }
+            match fork_orphan() {
+                Ok(Forked::Child) => ControlFlow::Break(Life::Worker(birth)),
+                Ok(Forked::Parent(pid)) => {
+                    ControlFlow::Continue(ZygoteReport::Forked { worker, pid: pid.as_raw() })
+                }
+                Err(error) => failed(worker, error.to_string()),
+            }
+        }
+        ZygoteOrder::Standby => {
+            let Some(own) = fds.take() else {
+                return no_standby("its channel did not arrive".into());
+            };
+            match fork_orphan() {
+                Ok(Forked::Child) => ControlFlow::Break(Life::Standby(Channel::from_fd(own))),
+                Ok(Forked::Parent(pid)) => {
+                    ControlFlow::Continue(ZygoteReport::StandbyForked { pid: pid.as_raw() })
+                }
+                Err(error) => no_standby(error.to_string()),
+            }
+        }
+    }
+}
+
+fn failed(worker: WorkerId, message: String) -> ControlFlow<Life, ZygoteReport> {
+    ControlFlow::Continue(ZygoteReport::ForkFailed { worker, message })
+}
+
+fn no_standby(message: String) -> ControlFlow<Life, ZygoteReport> {
+    ControlFlow::Continue(ZygoteReport::StandbyFailed { message })
+}
+
+/// Runs the script. A process runs one script in its life.
+fn load(options: LoadOptions, loaded: &mut Option<Loaded>) -> ZygoteReport {
+    if loaded.is_some() {
+        return ZygoteReport::Failed { message: "a script has been loaded already".into() };
+    }
+    let instance = options.instance.clone();
+    match catch_unwind(AssertUnwindSafe(|| State::load(options))) {
+        Ok(Ok((state, declaration))) => {
+            *loaded = Some(Loaded { state, declaration: declaration.clone(), instance });
+            ZygoteReport::Declared(Box::new(declaration))
+        }
+        Ok(Err(error)) => ZygoteReport::Failed { message: error.to_string() },
+        Err(_) => ZygoteReport::Failed { message: "internal error while loading".into() },
+    }
+}
