@@ -25,6 +25,7 @@ use qrelay_shared::qmqp::Reply;
 use slog::{Level, Logger, error, info, warn};
 
 use crate::connections::Connections;
+use crate::dictionary_server::DictionaryServer;
 use crate::dispatch::TRY_AGAIN;
 use crate::event::{Source, Watcher, ZygoteId};
 use crate::generation::{GenerationId, Generations};
@@ -85,6 +86,8 @@ pub struct Daemon {
     /// Scratch lists, kept for their memory.
     pub(crate) accepted: Vec<JobId>,
 
+    pub(crate) dictionaries: DictionaryServer,
+
     pub(crate) pool: Pool,
     pub(crate) workers: BTreeMap<WorkerId, Worker>,
     pub(crate) generations: Generations,
@@ -137,6 +140,7 @@ impl Daemon {
             disarmed: None,
             exhausted: Throttle::new(Duration::from_secs(1)),
             accepted: Vec::new(),
+            dictionaries: DictionaryServer::default(),
             pool: Pool::default(),
             workers: BTreeMap::new(),
             loaded: BTreeMap::new(),
@@ -183,6 +187,7 @@ impl Daemon {
             Source::Jobs(worker) => self.on_reports(worker),
             Source::Control(worker) => self.on_pong(worker),
             Source::Zygote(zygote) => self.on_zygote(zygote),
+            Source::Dictionary(line) => self.on_dictionary(line),
         }
     }
 

@@ -12,6 +12,8 @@ use qrelay_shared::ipc::message::{JobId, WorkerId};
 pub type ListenerId = u64;
 /// Names a zygote or standby while the supervisor lives.
 pub type ZygoteId = u64;
+/// Names a channel to the shared dictionaries while the supervisor lives.
+pub type LineId = u64;
 
 /// What became ready.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -28,6 +30,8 @@ pub enum Source {
     Control(WorkerId),
     /// Reports of a zygote.
     Zygote(ZygoteId),
+    /// Questions to the shared dictionaries.
+    Dictionary(LineId),
 }
 
 const SHIFT: u32 = 56;
@@ -41,6 +45,7 @@ impl Source {
             Self::Jobs(id) => (3, id),
             Self::Control(id) => (4, id),
             Self::Zygote(id) => (5, id),
+            Self::Dictionary(id) => (6, id),
         };
         kind << SHIFT | id
     }
@@ -53,6 +58,7 @@ impl Source {
             3 => Self::Jobs(id),
             4 => Self::Control(id),
             5 => Self::Zygote(id),
+            6 => Self::Dictionary(id),
             _ => Self::Signals,
         }
     }
@@ -122,6 +128,7 @@ mod tests {
             Source::Jobs(7),
             Source::Control(7),
             Source::Zygote(1),
+            Source::Dictionary(2),
         ] {
             assert_eq!(Source::unpack(source.pack()), source);
         }

@@ -104,7 +104,10 @@ impl Daemon {
         while let Some(zygote) = self.zygotes.get(&id) {
             let generation = zygote.generation;
             match zygote.channel.try_recv(&mut buffer) {
-                Ok(received) => self.on_zygote_report(generation, received.message, now),
+                Ok(mut received) => match received.fds.take() {
+                    Some(fd) => self.dictionaries.add_line(fd, &self.watcher),
+                    None => self.on_zygote_report(generation, received.message, now),
+                },
                 Err(RecvError::Empty) => break,
                 Err(error) => {
                     fault = Some(error);
@@ -127,6 +130,9 @@ impl Daemon {
                 self.fork_standby(generation, now);
                 let commands = self.generations.declared(generation);
                 self.roll_out(commands, now);
+            }
+            ZygoteReport::Dictionary => {
+                warn!(self.log, "out of descriptors for a shared dictionary");
             }
             ZygoteReport::Failed { message } => self.fail(generation, Exit::Config, message, now),
             ZygoteReport::Forked { worker, pid } => {

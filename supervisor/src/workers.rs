@@ -143,11 +143,18 @@ impl Daemon {
 
     fn read_reports(&mut self, worker: WorkerId, buffer: &mut RecvBuffer) -> Option<Fault> {
         loop {
-            let report = match self.workers.get(&worker)?.jobs.try_recv(buffer) {
-                Ok(received) => received.message,
+            let mut received = match self.workers.get(&worker)?.jobs.try_recv(buffer) {
+                Ok(received) => received,
+                // A channel to the dictionaries that we had no descriptor for: its other end
+                // sees it closed, and tries again.
+                Err(RecvError::DescriptorLost(_)) => continue,
                 Err(error) => return fault(error),
             };
-            if let Some(complaint) = self.on_report(worker, report) {
+            if let (Report::Dictionary, Some(fd)) = (&received.message, received.fds.take()) {
+                self.dictionaries.add_line(fd, &self.watcher);
+                continue;
+            }
+            if let Some(complaint) = self.on_report(worker, received.message) {
                 return Some(Fault::Malformed(complaint));
             }
         }
@@ -157,6 +164,7 @@ impl Daemon {
     fn on_report(&mut self, worker: WorkerId, report: Report<'_>) -> Option<String> {
         let now = Instant::now();
         match report {
+            Report::Dictionary => return Some("it offered a channel without a descriptor".into()),
             Report::Ready => self.worker_ready(worker, now),
             Report::Done { job, record } => {
                 if !self.pool.done(job, worker) {

@@ -78,6 +78,9 @@ impl Direction for ToReports {
 pub enum Report<'a> {
     /// The worker can take jobs. Sent once.
     Ready,
+    /// A thread wants to use the shared dictionaries; carries the supervisor's end of a
+    /// channel ([`crate::dictionary`]).
+    Dictionary,
     /// A child program, leader of its own process group, runs for this job.
     Child {
         /// The mail it handles.
@@ -234,6 +237,9 @@ impl Direction for FromZygote {
 pub enum ZygoteReport {
     /// The script ran; this is what it wants.
     Declared(Box<Declaration>),
+    /// The script uses a shared dictionary while it loads; carries the supervisor's end of a
+    /// channel ([`crate::dictionary`]).
+    Dictionary,
     /// The script can't be used; the text has file, line and cause.
     Failed {
         /// For the administrator.

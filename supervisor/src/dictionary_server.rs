@@ -1,0 +1,69 @@
+//! The shared dictionaries as a service: every thread that uses them has a
+//! channel of its own, asks, and waits for its answer. So a question costs one
+//! wake-up on each side.
+//!
+//! # Failure
+//! A channel on which something can't be understood, or whose owner doesn't read
+//! its answers, is closed.
+
+use std::collections::HashMap;
+use std::os::fd::OwnedFd;
+use std::time::Instant;
+
+use qrelay_shared::dictionary::{FromDictionary, ToDictionary};
+use qrelay_shared::ipc::channel::{Channel, RecvBuffer, RecvError};
+use qrelay_shared::settings::Settings;
+
+use crate::daemon::Daemon;
+use crate::event::{LineId, Source, Watcher};
+use crate::shared_dict::Dictionaries;
+
+type Line = Channel<FromDictionary, ToDictionary>;
+
+/// The dictionaries and the channels to them.
+#[derive(Debug, Default)]
+pub(crate) struct DictionaryServer {
+    dictionaries: Dictionaries,
+    lines: HashMap<LineId, Line>,
+    last: LineId,
+}
+
+impl DictionaryServer {
+    /// A thread has opened a channel. One that can't be watched is closed, which its owner sees.
+    pub(crate) fn add_line(&mut self, fd: OwnedFd, watcher: &Watcher) {
+        self.last += 1;
+        let line = Line::from_fd(fd);
+        if watcher.add(&line, Source::Dictionary(self.last)).is_ok() {
+            self.lines.insert(self.last, line);
+        }
+    }
+
+    /// Answers what a channel asks; false when it is to be closed.
+    fn serve(&mut self, id: LineId, limit: usize, buffer: &mut RecvBuffer) -> bool {
+        let Some(line) = self.lines.get(&id) else { return false };
+        // Its owner waits for the answer, so there is no second question yet.
+        let request = match line.try_recv(buffer) {
+            Ok(received) => received.message,
+            Err(RecvError::Empty) => return true,
+            Err(_) => return false,
+        };
+        let answer = self.dictionaries.answer(request, limit, Instant::now());
+        line.try_send(&answer, &[]).is_ok()
+    }
+}
+
+impl Daemon {
+    /// A question has come.
+    pub(crate) fn on_dictionary(&mut self, line: LineId) {
+        let limit = self
+            .current_settings()
+            .map_or_else(|| Settings::default().shared_memory, |settings| settings.shared_memory);
+        let Some(mut buffer) = self.buffer.take() else { return };
+        if !self.dictionaries.serve(line, limit, &mut buffer)
+            && let Some(line) = self.dictionaries.lines.remove(&line)
+        {
+            self.watcher.remove(&line);
+        }
+        self.buffer = Some(buffer);
+    }
+}
