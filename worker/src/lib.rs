@@ -5,6 +5,8 @@
 //! life; [`serve`] and [`threads`] are its threads; [`session`] is one connection, from
 //! [`request`] to [`reply`], with [`relay`] between them; [`lua`] is everything about the script.
 
+#![deny(unsafe_code)]
+
 pub mod action;
 pub mod control;
 pub mod deadline;

@@ -1,0 +1,29 @@
+//! Lua: config.lua's world.
+//!
+//! [`state`] is what the rest of the worker sees: load a script, run a handler.
+//! Beneath it, [`monitor`] decides who may use Lua, [`watch`] how long, and
+//! [`operation`] is how a handler waits without holding it. [`function`] and
+//! [`convert`] are what every library is made with: [`mail`], [`action`],
+//! [`address`], [`config`] (what a script declares), [`output`] (`print` and
+//! `io`) and [`compat`] (names of Lua 5.1), each with one `register()`.
+//!
+//! # Failure
+//! Misuse raises a Lua error of type string, with the caller's position, as
+//! Lua's own libraries do. No error of Lua crosses [`state`] but as one of the
+//! enums in [`error`].
+
+pub mod action;
+pub mod address;
+pub mod compat;
+pub mod config;
+pub mod convert;
+pub mod error;
+pub mod exec;
+pub mod function;
+pub mod mail;
+pub mod monitor;
+pub mod operation;
+pub mod output;
+pub mod settings;
+pub mod state;
+pub mod watch;

@@ -1,0 +1,127 @@
+//! The methods of a mail object that decide about it, and the objects they return.
+//!
+//! Contract: an action object is immutable and belongs to no mail; a script may
+//! keep it and return it for others.
+//!
+//! # Failure
+//! Wrong arguments raise; nothing is connected or executed here.
+
+use std::sync::Arc;
+
+use mlua::{IntoLua, Lua, UserDataMethods as _, Value};
+use qrelay_shared::address::printable;
+use qrelay_shared::endpoint::{Endpoint, QMQP_PORT};
+
+use super::address;
+use super::convert::{Argument, MAX_TIMEOUT, Options};
+use super::error::Raise;
+use super::exec;
+use super::function::Class;
+use super::mail;
+use crate::action::{Action, Connect};
+
+/// The userdata.
+pub struct ActionObject(Action);
+
+impl ActionObject {
+    /// This decision.
+    pub fn new(action: Action) -> Self {
+        Self(action)
+    }
+
+    /// What was decided.
+    pub fn action(&self) -> &Action {
+        &self.0
+    }
+}
+
+impl IntoLua for ActionObject {
+    fn into_lua(self, lua: &Lua) -> mlua::Result<Value> {
+        lua.create_any_userdata(self).map(Value::UserData)
+    }
+}
+
+/// Makes the class of action objects.
+///
+/// # Errors
+/// Lua is out of memory.
+pub fn register(lua: &Lua) -> mlua::Result<()> {
+    let class = Class::new(lua, "action")?;
+    class.register::<ActionObject>(|registry| {
+        registry.add_meta_method("__tostring", |_, this, ()| Ok(this.0.name()));
+    })
+}
+
+/// Adds them to the class of mail objects.
+///
+/// # Errors
+/// Lua is out of memory.
+pub fn methods(class: &mut Class<'_>) -> mlua::Result<()> {
+    class.method("connect", |_, (this, to, options): (Value, Value, Value)| {
+        mail::with(&this, |_| Ok(()))?;
+        connect(&to, &options).map(|connect| ActionObject(Action::Connect(Arc::new(connect))))
+    })?;
+    reply(class, "discard", Action::Discard)?;
+    reply(class, "reject", Action::Reject)?;
+    reply(class, "defer", Action::Defer)?;
+    exec::methods(class)
+}
+
+/// An action that is an answer at once.
+fn reply(
+    class: &mut Class<'_>,
+    name: &'static str,
+    action: fn(Option<Arc<str>>) -> Action,
+) -> mlua::Result<()> {
+    class.method(name, move |_, (this, text): (Value, Value)| {
+        mail::with(&this, |_| Ok(()))?;
+        let text = match text {
+            Value::Nil => None,
+            text => {
+                let bytes = Argument::new(name, 1, "text").text(&text)?;
+                Some(Arc::from(printable(&bytes)))
+            }
+        };
+        Ok(ActionObject(action(text)))
+    })
+}
+
+fn connect(to: &Value, options: &Value) -> Result<Connect, Raise> {
+    let argument = Argument::new("connect", 1, "address");
+    let mut connect =
+        Connect { addresses: Vec::new(), random: false, timeout: None, connect_timeout: None };
+    match to {
+        Value::Table(_) => {
+            for one in argument.list(to)? {
+                add_addresses(&argument, &one, &mut connect.addresses)?;
+            }
+        }
+        one => add_addresses(&argument, one, &mut connect.addresses)?,
+    }
+    if connect.addresses.is_empty() {
+        return Err(argument.invalid("expected at least one address, got an empty list"));
+    }
+    let options = Options::new("connect", 2, options, &["timeout", "connect_timeout", "order"])?;
+    if let Some((key, value)) = options.get("timeout")? {
+        connect.timeout = Some(key.duration(&value, MAX_TIMEOUT)?);
+    }
+    if let Some((key, value)) = options.get("connect_timeout")? {
+        connect.connect_timeout = Some(key.duration(&value, MAX_TIMEOUT)?);
+    }
+    if let Some((key, value)) = options.get("order")? {
+        match &*key.text(&value)? {
+            b"random" => connect.random = true,
+            _ => return Err(key.wrong("'random'", &value)),
+        }
+    }
+    Ok(connect)
+}
+
+fn add_addresses(
+    argument: &Argument<'_>,
+    value: &Value,
+    to: &mut Vec<Endpoint>,
+) -> Result<(), Raise> {
+    to.extend(address::endpoints(argument, value, QMQP_PORT, "qmqp_resolve")?);
+    Ok(())
+}

@@ -1,0 +1,15 @@
+//! Names of Lua 5.1 and LuaJIT, for scripts that were written for them: aliases
+//! where 5.3 has the thing, hints where it hasn't.
+//!
+//! # Failure
+//! `ffi`, `jit`, `setfenv`, `getfenv` and `module` raise, with a hint.
+
+use mlua::Lua;
+
+/// Defines the globals and the module `bit`.
+///
+/// # Errors
+/// Lua is out of memory.
+pub fn register(lua: &Lua) -> mlua::Result<()> {
+    lua.load(include_str!("compat.lua")).set_name("=[qrelay]").exec()
+}

@@ -1,0 +1,315 @@
+//! The mail object that a handler gets.
+//!
+//! Contract: the [`Slot`] holds the mail while its handler runs. Whoever runs
+//! the handler takes it back afterwards, without needing Lua; from then on the
+//! object is stale, whoever kept it.
+//!
+//! # Failure
+//! Wrong names and values raise; a stale object raises `Stale object`.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use mlua::{Lua, MetaMethod, MultiValue, Value};
+use parking_lot::Mutex;
+use qrelay_shared::ipc::message::Peer;
+use qrelay_shared::{address, mail as header};
+
+use super::action;
+use super::convert::{self, Argument};
+use super::error::Raise;
+use super::function::Class;
+use crate::mail::Mail;
+
+/// Header lines that a handler may insert into one mail.
+const MAX_INSERTED: usize = 16;
+/// Longest inserted line without its line end (RFC 5322 2.1.1).
+const MAX_LINE: usize = 998;
+/// Longest account in bytes.
+const MAX_ACCOUNT: usize = 255;
+/// Most recipients, as in a request.
+const MAX_RECIPIENTS: usize = 1024;
+
+/// Where the mail is while its handler runs.
+#[derive(Debug)]
+pub struct Slot(Mutex<Option<Mail>>);
+
+impl Slot {
+    /// Puts the mail in.
+    pub fn new(mail: Mail) -> Arc<Self> {
+        Arc::new(Self(Mutex::new(Some(mail))))
+    }
+
+    /// Takes it out; the object is stale from now on.
+    pub fn take(&self) -> Option<Mail> {
+        self.0.lock().take()
+    }
+
+    /// The mail's id.
+    pub fn id(&self) -> Option<String> {
+        self.0.lock().as_ref().map(|mail| mail.id.clone())
+    }
+}
+
+/// The userdata.
+pub struct MailObject(Arc<Slot>);
+
+impl MailObject {
+    /// The mail in this slot.
+    pub fn new(slot: Arc<Slot>) -> Self {
+        Self(slot)
+    }
+}
+
+/// Works on the mail behind a method's or attribute's object.
+pub fn with<R>(
+    object: &Value,
+    f: impl FnOnce(&mut Mail) -> Result<R, Raise>,
+) -> Result<R, Raise> {
+    let Value::UserData(object) = object else { return Err(not_a_mail(object)) };
+    let Ok(mail) = object.borrow::<MailObject>() else {
+        return Err(not_a_mail(&Value::UserData(object.clone())));
+    };
+    let mut mail = mail.0.0.lock();
+    f(mail.as_mut().ok_or("Stale object")?)
+}
+
+fn not_a_mail(value: &Value) -> Raise {
+    let got = convert::describe(value);
+    format!("expected a mail object, got {got}; call its methods with a colon, as in m:connect(…)")
+        .into()
+}
+
+/// Makes the class of mail objects.
+///
+/// # Errors
+/// Lua is out of memory.
+pub fn register(lua: &Lua) -> mlua::Result<()> {
+    let mut class = Class::new(lua, "mail")?;
+    envelope(&mut class)?;
+    client(&mut class)?;
+    headers(&mut class)?;
+    action::methods(&mut class)?;
+    class.register::<MailObject>(|_| ())
+}
+
+fn envelope(class: &mut Class<'_>) -> mlua::Result<()> {
+    class.getter("sender", |lua, this| {
+        with(&this, |mail| Ok(lua.create_string(sender(mail))?))
+    })?;
+    class.setter("sender", |_, (this, value)| with(&this, |mail| set_sender(mail, &value)))?;
+    class.getter("recipients", |lua, this| {
+        with(&this, |mail| match &mail.recipients {
+            Some(list) => string_list(lua, list.iter().map(Vec::as_slice)),
+            None => {
+                let ranges = mail.request.recipients.iter();
+                string_list(lua, ranges.map(|range| &mail.buffer[range.clone()]))
+            }
+        })
+    })?;
+    class.setter("recipients", |_, (this, value)| {
+        with(&this, |mail| set_recipients(mail, &value))
+    })?;
+    class.getter("account", |_, this| with(&this, |mail| Ok(mail.account.clone())))?;
+    class.setter("account", |_, (this, value)| with(&this, |mail| set_account(mail, &value)))
+}
+
+fn sender(mail: &Mail) -> &[u8] {
+    mail.sender.as_deref().unwrap_or(&mail.buffer[mail.request.sender.clone()])
+}
+
+fn string_list<'a>(
+    lua: &Lua,
+    items: impl ExactSizeIterator<Item = &'a [u8]>,
+) -> Result<mlua::Table, Raise> {
+    let table = lua.create_table_with_capacity(items.len(), 0)?;
+    for (index, item) in items.enumerate() {
+        table.raw_set(index + 1, lua.create_string(item)?)?;
+    }
+    Ok(table)
+}
+
+fn set_sender(mail: &mut Mail, value: &Value) -> Result<(), Raise> {
+    let argument = Argument::Variable("sender");
+    let text = argument.text(value)?;
+    if !address::is_valid_sender(&text) {
+        return Err(argument.wrong("a valid address or ''", value));
+    }
+    mail.sender = Some(text.to_vec());
+    Ok(())
+}
+
+fn set_recipients(mail: &mut Mail, value: &Value) -> Result<(), Raise> {
+    let argument = Argument::Variable("recipients");
+    let values = argument.list(value)?;
+    if values.is_empty() || values.len() > MAX_RECIPIENTS {
+        let got = values.len();
+        return Err(argument
+            .invalid(&format!("expected a list of 1 to {MAX_RECIPIENTS} addresses, got {got}")));
+    }
+    let mut recipients = Vec::with_capacity(values.len());
+    for value in &values {
+        match convert::text(value)? {
+            Some(text) if address::is_valid(&text) => recipients.push(text.to_vec()),
+            _ => return Err(argument.wrong("valid addresses", value)),
+        }
+    }
+    mail.recipients = Some(recipients);
+    Ok(())
+}
+
+fn set_account(mail: &mut Mail, value: &Value) -> Result<(), Raise> {
+    if value.is_nil() {
+        mail.account = None;
+        return Ok(());
+    }
+    let argument = Argument::Variable("account");
+    let text = argument.text(value)?;
+    let shown = address::printable(&text);
+    if !(1..=MAX_ACCOUNT).contains(&text.len()) || shown.as_bytes() != &*text {
+        return Err(argument.wrong("1 to 255 bytes of printable text, or nil", value));
+    }
+    mail.account = Some(shown);
+    Ok(())
+}
+
+/// Facts about the client and the connection.
+fn client(class: &mut Class<'_>) -> mlua::Result<()> {
+    class.getter("pid", |_, this| {
+        with(&this, |mail| match mail.peer {
+            Peer::Local { pid, .. } => Ok(pid),
+            Peer::Remote(_) => Ok(None),
+        })
+    })?;
+    class.getter("uid", |_, this| {
+        with(&this, |mail| match mail.peer {
+            Peer::Local { uid, .. } => Ok(Some(uid)),
+            Peer::Remote(_) => Ok(None),
+        })
+    })?;
+    class.getter("gid", |_, this| {
+        with(&this, |mail| match mail.peer {
+            Peer::Local { gid, .. } => Ok(Some(gid)),
+            Peer::Remote(_) => Ok(None),
+        })
+    })?;
+    class.getter("peer", |_, this| with(&this, |mail| Ok(peer(&mail.peer))))?;
+    class.getter("listener", |lua, this| {
+        with(&this, |mail| Ok(lua.create_string(mail.listener.as_bytes())?))
+    })?;
+    class.getter("id", |lua, this| with(&this, |mail| Ok(lua.create_string(&mail.id)?)))?;
+    class.getter("size", |_, this| with(&this, |mail| Ok(mail.request.message.len())))
+}
+
+/// An IP address, or the words of the `Received` line.
+fn peer(peer: &Peer) -> String {
+    match peer {
+        Peer::Local { pid: Some(pid), uid, .. } => format!("PID={pid} UID={uid}"),
+        Peer::Local { pid: None, uid, .. } => format!("UID={uid}"),
+        Peer::Remote(address) => address.to_string(),
+    }
+}
+
+fn headers(class: &mut Class<'_>) -> mlua::Result<()> {
+    class.method("header", |lua, (this, name): (Value, Value)| {
+        let name = header_name("header", &name)?;
+        with(&this, |mail| {
+            let value = header::header_value(message(mail), &name);
+            Ok(value.map(|value| lua.create_string(value)).transpose()?)
+        })
+    })?;
+    class.method("headers", |lua, (this, name): (Value, Value)| {
+        let name = header_name("headers", &name)?;
+        with(&this, |mail| {
+            let values = header::headers(message(mail), &name);
+            string_list(lua, values.iter().map(Vec::as_slice))
+        })
+    })?;
+    class.method("insert_header", |_, (this, name, value): (Value, Value, Value)| {
+        let line = header_line(&name, &value)?;
+        with(&this, |mail| {
+            if mail.inserted.len() >= MAX_INSERTED {
+                return Err(format!("insert_header: at most {MAX_INSERTED} lines per mail").into());
+            }
+            mail.inserted.push(line);
+            Ok(())
+        })
+    })?;
+    class.method("remove_header", |_, (this, name): (Value, Value)| {
+        let name = header_name("remove_header", &name)?;
+        with(&this, |mail| Ok(remove_header(mail, &name)))
+    })
+}
+
+fn message(mail: &Mail) -> &[u8] {
+    &mail.buffer[mail.request.message.clone()]
+}
+
+fn header_name(function: &str, value: &Value) -> Result<Vec<u8>, Raise> {
+    let argument = Argument::new(function, 1, "name");
+    let name = argument.text(value)?;
+    if header::valid_header_name(&name) {
+        return Ok(name.to_vec());
+    }
+    Err(argument.wrong("a field name of printable characters without ':'", value))
+}
+
+/// `name: value`, checked.
+fn header_line(name: &Value, value: &Value) -> Result<String, Raise> {
+    let name = header_name("insert_header", name)?;
+    let argument = Argument::new("insert_header", 2, "value");
+    let text = match convert::text(value)? {
+        Some(text) => text.to_vec(),
+        None if has_tostring(value)? => value.to_string()?.into_bytes(),
+        None => return Err(argument.wrong("a string", value)),
+    };
+    if !header::valid_header_value(&text) {
+        return Err(argument.invalid(&format!(
+            "expected printable ASCII characters, got {}",
+            convert::quoted(&text)
+        )));
+    }
+    // Both parts are ASCII, so nothing is replaced.
+    let line = String::from_utf8_lossy(&[&*name, b": ", &*text].concat()).into_owned();
+    if line.len() > MAX_LINE {
+        let length = line.len();
+        return Err(argument
+            .invalid(&format!("the line has {length} bytes, expected at most {MAX_LINE}")));
+    }
+    Ok(line)
+}
+
+fn has_tostring(value: &Value) -> Result<bool, Raise> {
+    Ok(match value {
+        Value::Table(table) => match table.metatable() {
+            Some(metatable) => !metatable.raw_get::<Value>("__tostring")?.is_nil(),
+            None => false,
+        },
+        Value::UserData(object) => object.metatable()?.contains(MetaMethod::ToString)?,
+        _ => false,
+    })
+}
+
+/// Marks all fields of that name to be left out; how many there are.
+fn remove_header(mail: &mut Mail, name: &[u8]) -> usize {
+    let start = mail.request.message.start;
+    let fields = header::field_ranges(message(mail), name);
+    let count = fields.len();
+    let ranges = fields.into_iter().map(|range| range.start + start..range.end + start);
+    mail.removed.extend(ranges);
+    mail.removed.sort_by_key(|range: &Range<usize>| range.start);
+    mail.removed.dedup();
+    count
+}
+
+/// What a handler's last result is, if it is an action.
+pub fn decision(values: &MultiValue) -> Result<crate::action::Action, String> {
+    let last = values.back().unwrap_or(&Value::Nil);
+    if let Value::UserData(object) = last
+        && let Ok(object) = object.borrow::<action::ActionObject>()
+    {
+        return Ok(object.action().clone());
+    }
+    let got = convert::describe(last);
+    Err(format!("the handler returned {got}, expected an action such as m:connect(address)"))
+}

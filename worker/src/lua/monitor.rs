@@ -1,0 +1,217 @@
+//! The monitor: one thread at a time runs Lua, and a handler that waits lets go of it.
+//!
+//! Contract: [`Monitor::run`] runs a Lua function as a coroutine on the calling
+//! thread. When the coroutine yields an operation, the thread lets go of Lua,
+//! does the blocking work, and resumes the coroutine. Everything that may take
+//! time is bounded by the deadline; running Lua is bounded by the budget. All
+//! Lua values of a run are dropped when it ends: at once by a thread that has
+//! Lua, else by the next one that gets it, since dropping one waits for Lua.
+//!
+//! # Failure
+//! [`Stop`]. A coroutine that failed, or was given up, is left to the garbage
+//! collector.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use mlua::{AnyUserData, Function, IntoLuaMulti, Lua, MultiValue, Thread, Value};
+use parking_lot::{Mutex, MutexGuard};
+
+use super::error;
+use super::mail::Slot;
+use super::operation::{Operation, Outcome, Pending};
+use super::watch::Watch;
+use crate::deadline::Deadline;
+
+/// Finished coroutines that are kept for the next run; making one costs more.
+const POOL: usize = 64;
+
+/// Why a run ended without results.
+#[derive(Debug)]
+pub enum Stop {
+    /// The deadline passed while it waited.
+    Deadline,
+    /// An error left the function, or it yielded to nobody.
+    Error {
+        /// As Lua words it.
+        message: String,
+        /// Where it was, one line per frame.
+        traceback: Option<String>,
+    },
+}
+
+/// What is run, and for whom.
+pub struct Job<'a> {
+    /// The Lua function.
+    pub function: &'a Function,
+    /// The supervisor's number of the job, 0 if there is none.
+    pub number: u64,
+    /// The mail, if it is for one.
+    pub mail: Option<Arc<Slot>>,
+    /// Ends waiting.
+    pub deadline: Deadline,
+    /// Running Lua; waiting doesn't count.
+    pub budget: Duration,
+}
+
+/// Owner of Lua.
+pub struct Monitor {
+    lua: Lua,
+    watch: Arc<Watch>,
+    /// Whoever has this may use Lua; the coroutines are ready to be used again.
+    gate: Mutex<Vec<Thread>>,
+    /// Lua values of runs that were given up while somebody else had Lua, dropped by the next one
+    /// that passes the gate.
+    abandoned: Mutex<Vec<(Thread, AnyUserData)>>,
+    traceback: Function,
+}
+
+/// Lua is held.
+struct Hold<'a> {
+    monitor: &'a Monitor,
+    pool: MutexGuard<'a, Vec<Thread>>,
+}
+
+/// A coroutine stopped running.
+enum Step {
+    Finished(MultiValue),
+    Waits(AnyUserData, Box<dyn Operation>),
+}
+
+impl Monitor {
+    /// The monitor of this Lua state, whose clock is `watch`.
+    ///
+    /// # Errors
+    /// Lua is out of memory.
+    pub fn new(lua: Lua, watch: Arc<Watch>) -> mlua::Result<Self> {
+        let debug: mlua::Table = lua.globals().get("debug")?;
+        let traceback = debug.get("traceback")?;
+        watch.install(&lua)?;
+        Ok(Self { lua, watch, gate: Mutex::default(), abandoned: Mutex::default(), traceback })
+    }
+
+    /// Runs a function to its end; `arguments` are made and `results` taken while Lua is held.
+    ///
+    /// # Errors
+    /// See [`Stop`].
+    pub fn run<R>(
+        &self,
+        job: &Job<'_>,
+        arguments: impl FnOnce(&Lua) -> mlua::Result<Value>,
+        results: impl FnOnce(MultiValue) -> R,
+    ) -> Result<R, Stop> {
+        let mut budget = job.budget;
+        let mut hold = self.hold(job.deadline).ok_or(Stop::Deadline)?;
+        let thread = hold.coroutine(job.function).map_err(|e| stop(&e))?;
+        let argument = arguments(&self.lua).map_err(|e| stop(&e))?;
+        let mut step = hold.resume(&thread, argument, job, &mut budget)?;
+        loop {
+            match step {
+                Step::Finished(values) => {
+                    let results = results(values);
+                    hold.recycle(thread);
+                    return Ok(results);
+                }
+                Step::Waits(pending, operation) => {
+                    drop(hold);
+                    let outcome = operation.run(job.deadline);
+                    let again = match outcome {
+                        Outcome::Expired => None,
+                        Outcome::Done(_) => self.hold(job.deadline),
+                    };
+                    let Some(held) = again else {
+                        self.abandon(thread, pending);
+                        return Err(Stop::Deadline);
+                    };
+                    hold = held;
+                    if let Ok(pending) = pending.borrow::<Pending>() {
+                        pending.finish(outcome);
+                    }
+                    step = hold.resume(&thread, (), job, &mut budget)?;
+                }
+            }
+        }
+    }
+
+    fn hold(&self, deadline: Deadline) -> Option<Hold<'_>> {
+        let pool = self.gate.try_lock_until(deadline.instant())?;
+        self.abandoned.lock().clear();
+        Some(Hold { monitor: self, pool })
+    }
+
+    fn abandon(&self, thread: Thread, pending: AnyUserData) {
+        let given_up = (thread, pending);
+        match self.gate.try_lock() {
+            Some(_held) => drop(given_up),
+            None => self.abandoned.lock().push(given_up),
+        }
+    }
+}
+
+impl Hold<'_> {
+    fn coroutine(&mut self, function: &Function) -> mlua::Result<Thread> {
+        match self.pool.pop() {
+            Some(thread) => thread.reset(function.clone()).map(|()| thread),
+            None => self.monitor.lua.create_thread(function.clone()),
+        }
+    }
+
+    fn recycle(&mut self, thread: Thread) {
+        if self.pool.len() < POOL {
+            self.pool.push(thread);
+        }
+    }
+
+    /// Runs Lua until the coroutine returns, fails or waits.
+    fn resume(
+        &mut self,
+        thread: &Thread,
+        arguments: impl IntoLuaMulti,
+        job: &Job<'_>,
+        budget: &mut Duration,
+    ) -> Result<Step, Stop> {
+        let Monitor { lua, watch, .. } = self.monitor;
+        let turn = watch.begin(job.number, job.mail.clone(), *budget);
+        let result = thread.resume::<MultiValue>(arguments);
+        let (lasted, expired) = turn.end();
+        *budget = budget.saturating_sub(lasted);
+        if expired {
+            watch.install(lua).map_err(|e| stop(&e))?;
+        }
+        let values = result.map_err(|e| self.failed(thread, &e))?;
+        if !thread.is_resumable() {
+            return Ok(Step::Finished(values));
+        }
+        match waits(&values) {
+            Some((pending, operation)) => Ok(Step::Waits(pending, operation)),
+            None => {
+                let message = "the handler yielded, but there is nobody to yield to".to_owned();
+                Err(Stop::Error { message, traceback: self.traceback(thread) })
+            }
+        }
+    }
+
+    fn failed(&self, thread: &Thread, error: &mlua::Error) -> Stop {
+        let (message, traceback) = error::describe(error);
+        Stop::Error { message, traceback: traceback.or_else(|| self.traceback(thread)) }
+    }
+
+    fn traceback(&self, thread: &Thread) -> Option<String> {
+        let text = self.monitor.traceback.call::<String>(thread.clone()).ok()?;
+        text.split_once('\n').map(|(_, frames)| frames.to_owned())
+    }
+}
+
+/// The operation that a coroutine yielded, if that's what it did: it comes after a mark.
+fn waits(values: &MultiValue) -> Option<(AnyUserData, Box<dyn Operation>)> {
+    let [Value::LightUserData(_), Value::UserData(object)] = values.as_slices().0 else {
+        return None;
+    };
+    let operation = object.borrow::<Pending>().ok()?.take()?;
+    Some((object.clone(), operation))
+}
+
+fn stop(error: &mlua::Error) -> Stop {
+    let (message, traceback) = error::describe(error);
+    Stop::Error { message, traceback }
+}

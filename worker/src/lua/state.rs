@@ -1,0 +1,306 @@
+//! One Lua state with one configuration: loaded once in the zygote, forked into
+//! workers, shared by a worker's threads.
+//!
+//! Contract: [`State::load`] runs on a single-threaded process. Afterwards any
+//! number of threads may call [`State::handle`]; [`State::held`] and
+//! [`State::exhausted`] take no lock. Nothing of Lua leaves this type.
+//!
+//! # Failure
+//! [`ConfigError`] while loading, [`HandlerError`] per mail; the latter is
+//! logged here, with the script's traceback.
+
+use std::io::Read as _;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use mlua::{Function, Lua, Table, Value};
+use qrelay_shared::ipc::message::WorkerId;
+use qrelay_shared::settings::{Declaration, Settings};
+use slog::Logger;
+
+use super::config::{Draft, SharedDraft};
+use super::convert::{Argument, MAX_TIMEOUT};
+use super::error;
+pub use super::error::{ConfigError, HandlerError};
+use super::function::{self, Call};
+use super::mail::{self, MailObject, Slot};
+use super::monitor::{Job, Monitor, Stop};
+use super::operation::Sleep;
+use super::output::{self, Log};
+use super::watch::{Held, Watch};
+use super::{action, address, compat, config};
+use crate::action::Action;
+use crate::deadline::Deadline;
+use crate::mail::Mail;
+
+/// Part of the memory limit that may be in use after a full collection.
+const FULL: f64 = 0.9;
+
+/// How a configuration is loaded.
+pub struct LoadOptions {
+    /// config.lua, absolute.
+    pub config: PathBuf,
+    /// Call the script's `reload` afterwards.
+    pub reload: bool,
+    /// FileDescriptorNames of the sockets that systemd passed, one entry each.
+    pub systemd: Vec<String>,
+    /// Prefix of every mail's id.
+    pub instance: String,
+    /// Where the script's output and its errors go.
+    pub logger: Logger,
+}
+
+/// A loaded configuration; one per process, shared by its threads.
+pub struct State {
+    lua: Lua,
+    monitor: Monitor,
+    watch: Arc<Watch>,
+    log: Arc<Log>,
+    logger: Logger,
+    handlers: Vec<Function>,
+    settings: Settings,
+    randomseed: Function,
+    worker: AtomicU64,
+    exhausted: AtomicBool,
+}
+
+/// The one call that mlua asks to be marked: only so does it load Lua's whole standard library, of
+/// which `debug` can break the binding's invariants. The script is the administrator's, and the
+/// process is there to be replaced.
+#[expect(unsafe_code, reason = "mlua offers the debug library in no other way")]
+fn new_lua() -> Lua {
+    // SAFETY: C modules and the debug library are the script's own risk: config.lua is as trusted
+    // as the program that its `exec` runs.
+    unsafe { Lua::unsafe_new() }
+}
+
+impl State {
+    /// Runs the script in its directory, then `reload` if that is asked for, and builds the
+    /// declaration. The working directory is `/` afterwards.
+    ///
+    /// # Errors
+    /// See [`ConfigError`].
+    pub fn load(options: LoadOptions) -> Result<(Self, Declaration), ConfigError> {
+        let LoadOptions { config, reload, systemd, instance: _, logger } = options;
+        let watch = Watch::new();
+        let log = Log::new(logger.clone(), Arc::clone(&watch));
+        let draft = Draft::new(systemd);
+        let (lua, monitor) = set_up(&watch, &log, &draft).map_err(internal)?;
+        let result = run_script(&lua, &config, reload, &draft);
+        log.flush();
+        result?;
+        std::env::set_current_dir("/")
+            .map_err(|e| ConfigError::Internal(format!("cannot change to /: {e}")))?;
+        let (declaration, handlers) = draft
+            .lock()
+            .finish(&lua)
+            .map_err(|message| ConfigError::Declaration { path: config, message })?;
+        if draft.lock().listens_in_vain() {
+            slog::warn!(logger, "the script listens on systemd, which passed no sockets for it");
+        }
+        let settings = declaration.settings.clone();
+        limit_memory(&lua, settings.lua_memory_limit).map_err(internal)?;
+        let randomseed = math_randomseed(&lua).map_err(internal)?;
+        let state = Self {
+            lua,
+            monitor,
+            watch,
+            log,
+            logger,
+            handlers,
+            settings,
+            randomseed,
+            worker: AtomicU64::new(0),
+            exhausted: AtomicBool::new(false),
+        };
+        Ok((state, declaration))
+    }
+
+    /// To be called in a freshly forked worker: other random numbers, other log lines.
+    pub fn after_fork(&self, worker: WorkerId) {
+        self.worker.store(worker, Ordering::Relaxed);
+        let mut seed = [0; 4];
+        let random = std::fs::File::open("/dev/urandom").and_then(|mut f| f.read_exact(&mut seed));
+        if let Err(error) = random {
+            slog::warn!(self.logger, "cannot read /dev/urandom: {}", error);
+            seed = std::process::id().to_ne_bytes();
+        }
+        if let Err(error) = self.randomseed.call::<()>(u32::from_ne_bytes(seed)) {
+            slog::warn!(self.logger, "math.randomseed: {}", error::describe(&error).0);
+        }
+    }
+
+    /// Runs the listener's handler for a mail to its end, and what it waits for on this thread with
+    /// Lua unlocked. Gives the mail back whatever happened; all of its Lua values are dropped.
+    ///
+    /// # Errors
+    /// See [`HandlerError`].
+    pub fn handle(
+        &self,
+        listener: usize,
+        mail: Mail,
+        deadline: Deadline,
+    ) -> (Mail, Result<Action, HandlerError>) {
+        let Some(function) = self.handlers.get(listener) else {
+            slog::error!(self.logger, "no handler for listener {}", listener; "id" => &mail.id);
+            return (mail, Err(HandlerError::Script));
+        };
+        let number = mail.job;
+        let slot = Slot::new(mail);
+        let budget = self.settings.handler_timeout;
+        let job = Job { function, number, mail: Some(Arc::clone(&slot)), deadline, budget };
+        let result = self.monitor.run(
+            &job,
+            |lua| lua.create_any_userdata(MailObject::new(Arc::clone(&slot))).map(Value::UserData),
+            |values| mail::decision(&values),
+        );
+        let mail = slot.take().expect("nobody else takes the mail out of its slot");
+        let result = match result {
+            Ok(Ok(action)) => Ok(action),
+            Ok(Err(message)) => Err(Stop::Error { message, traceback: None }),
+            Err(stop) => Err(stop),
+        };
+        let result = result.map_err(|stop| self.failed(&mail, stop));
+        (mail, result)
+    }
+
+    /// How long Lua has been held, and by which job; takes no lock.
+    pub fn held(&self) -> Held {
+        self.watch.held()
+    }
+
+    /// The memory limit was reached even after a full collection: this process should be replaced.
+    pub fn exhausted(&self) -> bool {
+        self.exhausted.load(Ordering::Relaxed)
+    }
+
+    /// Logs why a handler failed.
+    fn failed(&self, mail: &Mail, stop: Stop) -> HandlerError {
+        self.check_memory();
+        match stop {
+            Stop::Deadline => HandlerError::Deadline,
+            Stop::Error { message, traceback } => {
+                let worker = self.worker.load(Ordering::Relaxed);
+                slog::error!(self.logger, "script failed: {}", message;
+                    "id" => &mail.id, "worker" => worker, "listener" => &*mail.listener);
+                for frame in traceback.iter().flat_map(|text| text.lines()) {
+                    slog::error!(self.logger, "  {}", frame.trim_start(); "id" => &mail.id);
+                }
+                HandlerError::Script
+            }
+        }
+    }
+
+    /// After a failure: is it that Lua's memory is full of what the script keeps?
+    fn check_memory(&self) {
+        let full = self.settings.lua_memory_limit as f64 * FULL;
+        let is_full = || self.lua.used_memory() as f64 > full;
+        if !is_full() {
+            return;
+        }
+        // The first cycle may have begun before the garbage became garbage.
+        let collected = self.lua.gc_collect().and_then(|()| self.lua.gc_collect());
+        if (collected.is_err() || is_full()) && !self.exhausted.swap(true, Ordering::Relaxed) {
+            slog::error!(self.logger, "the script's memory limit is reached";
+                "lua_memory_limit" => self.settings.lua_memory_limit);
+        }
+    }
+}
+
+/// A Lua state with everything a script may use.
+fn set_up(watch: &Arc<Watch>, log: &Arc<Log>, draft: &SharedDraft) -> mlua::Result<(Lua, Monitor)> {
+    let lua = new_lua();
+    lua.set_memory_limit(Settings::default().lua_memory_limit)?;
+    let monitor = Monitor::new(lua.clone(), Arc::clone(watch))?;
+    function::install(&lua, watch)?;
+    output::register(&lua, log)?;
+    compat::register(&lua)?;
+    config::register(&lua, draft)?;
+    address::register(&lua, watch)?;
+    action::register(&lua)?;
+    mail::register(&lua)?;
+    let sleep = function::blocking(&lua, |_, seconds: Value| {
+        let argument = Argument::new("sleep", 1, "seconds");
+        let seconds = argument.number(&seconds, 0.0, MAX_TIMEOUT)?;
+        Ok(Call::<()>::Later(Box::new(Sleep(std::time::Duration::from_secs_f64(seconds)))))
+    })?;
+    lua.globals().set("sleep", sleep)?;
+    Ok((lua, monitor))
+}
+
+fn run_script(
+    lua: &Lua,
+    config: &Path,
+    reload: bool,
+    draft: &SharedDraft,
+) -> Result<(), ConfigError> {
+    let source = std::fs::read(config)
+        .map_err(|cause| ConfigError::Unreadable { path: config.to_owned(), cause })?;
+    let directory = config.parent().unwrap_or(Path::new("/"));
+    std::env::set_current_dir(directory)
+        .map_err(|cause| ConfigError::Unreadable { path: directory.to_owned(), cause })?;
+    let name = format!("@{}", config.display());
+    let failed = |e: mlua::Error| ConfigError::Script(located(&e, config));
+    lua.load(without_shebang(&source)).set_name(name).exec().map_err(failed)?;
+    if reload {
+        draft.lock().enter_reload();
+        run_reload(lua).map_err(|e| ConfigError::Reload(located(&e, config)))?;
+    }
+    Ok(())
+}
+
+fn run_reload(lua: &Lua) -> mlua::Result<()> {
+    match lua.globals().get("reload")? {
+        Value::Nil => Ok(()),
+        Value::Function(reload) => reload.call(()),
+        other => {
+            let got = super::convert::describe(&other);
+            let message = format!("the global reload must be a function, but it is {got}");
+            Err(mlua::Error::RuntimeError(message))
+        }
+    }
+}
+
+/// As `lua` does: a first line that begins with `#` is for the shell. The line end stays, so that
+/// lines keep their numbers.
+fn without_shebang(source: &[u8]) -> &[u8] {
+    let source = source.strip_prefix(b"\xef\xbb\xbf").unwrap_or(source);
+    match source.first() {
+        Some(b'#') => &source[memchr::memchr(b'\n', source).unwrap_or(source.len())..],
+        _ => source,
+    }
+}
+
+/// The message with file and line; Lua's own usually has them.
+fn located(error: &mlua::Error, config: &Path) -> String {
+    let (message, traceback) = error::describe(error);
+    let has_line = message.split(':').nth(1).is_some_and(|line| line.parse::<u32>().is_ok());
+    if has_line {
+        return message;
+    }
+    // The error has no position of its own (error({}), for one): the innermost line of the script.
+    let frames = traceback.unwrap_or_default();
+    let line = frames.lines().map(str::trim).find(|frame| {
+        frame.split(':').nth(1).is_some_and(|line| line.parse::<u32>().is_ok())
+    });
+    match line.and_then(|frame| frame.split_once(": ")) {
+        Some((position, _)) => format!("{position}: {message}"),
+        None => format!("{}: {message}", config.display()),
+    }
+}
+
+/// The limit holds from now on, and what loading left behind is collected.
+fn limit_memory(lua: &Lua, limit: usize) -> mlua::Result<()> {
+    lua.gc_collect()?;
+    lua.gc_collect()?;
+    lua.set_memory_limit(limit).map(|_| ())
+}
+
+fn math_randomseed(lua: &Lua) -> mlua::Result<Function> {
+    lua.globals().get::<Table>("math")?.get("randomseed")
+}
+
+fn internal(error: mlua::Error) -> ConfigError {
+    ConfigError::Internal(error::describe(&error).0)
+}
