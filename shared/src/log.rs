@@ -12,6 +12,7 @@
 use std::fmt::{self, Write as _};
 use std::fs::OpenOptions;
 use std::io::{IoSlice, Write as _};
+use std::ops::Range;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::os::unix::net::UnixDatagram;
@@ -130,11 +131,10 @@ impl Output {
         let mut line = String::with_capacity(512);
         let _ = write!(
             line,
-            "{now} {} {}[{}]: {message}{}",
+            "{now} {} {}[{}]: {message}{fields}",
             level_name(level),
             self.process,
             self.pid,
-            fields.text
         );
         cut(&mut line, LINE_MAX - 1);
         line.push('\n');
@@ -143,7 +143,7 @@ impl Output {
 
     fn journal_entry(&self, level: Level, message: &str, fields: &Fields) -> Vec<u8> {
         let mut entry = String::with_capacity(1024);
-        let mut text = format!("{message}{}", fields.text);
+        let mut text = format!("{message}{fields}");
         cut(&mut text, LINE_MAX);
         let _ = write!(
             entry,
@@ -151,7 +151,7 @@ impl Output {
             priority(level),
             self.process
         );
-        for (key, value) in &fields.pairs {
+        for (key, value) in fields.iter() {
             let _ = write!(entry, "QRELAY_");
             entry.extend(key.chars().map(|c| match c.to_ascii_uppercase() {
                 c @ ('A'..='Z' | '0'..='9') => c,
@@ -198,34 +198,56 @@ fn priority(level: Level) -> u8 {
     }
 }
 
-/// A record's fields, both as pairs and as the tail of a line.
+/// A record's fields: names, and where their escaped values are in one string.
 #[derive(Default)]
 struct Fields {
-    pairs: Vec<(Key, String)>,
-    text: String,
+    values: String,
+    pairs: Vec<(Key, Range<usize>)>,
 }
 
 impl Fields {
-    fn single(key: &'static str, value: u64) -> Self {
+    fn single(key: Key, value: u64) -> Self {
         let mut fields = Self::default();
-        fields.push(key, format_args!("{value}"));
+        fields.push(key, &format_args!("{value}"));
         fields
     }
 
-    fn push(&mut self, key: Key, value: fmt::Arguments<'_>) {
-        let value = Escaped(&value).to_string();
-        let quoted = value.is_empty() || value.contains([' ', '"', '=']);
-        let _ = match quoted {
-            true => write!(self.text, " {key}=\"{}\"", value.replace('"', "\\\"")),
-            false => write!(self.text, " {key}={value}"),
-        };
-        self.pairs.push((key, value));
+    fn push(&mut self, key: Key, value: &fmt::Arguments<'_>) {
+        let start = self.values.len();
+        // Writing to a string can't fail.
+        let _ = write!(self.values, "{}", Escaped(value));
+        self.pairs.push((key, start..self.values.len()));
+    }
+
+    /// In the order in which they were written in the source; slog serializes the last first.
+    fn iter(&self) -> impl Iterator<Item = (Key, &str)> {
+        self.pairs.iter().rev().map(|(key, range)| (*key, &self.values[range.clone()]))
+    }
+}
+
+/// As the tail of a line.
+impl fmt::Display for Fields {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.iter().try_for_each(|(key, value)| {
+            if !value.is_empty() && !value.contains([' ', '"', '=']) {
+                write!(f, " {key}={value}")
+            } else if value.contains('"') {
+                write!(f, " {key}=\"{}\"", value.replace('"', "\\\""))
+            } else {
+                write!(f, " {key}=\"{value}\"")
+            }
+        })
     }
 }
 
 impl Serializer for Fields {
     fn emit_arguments(&mut self, key: Key, value: &fmt::Arguments<'_>) -> slog::Result {
-        self.push(key, *value);
+        self.push(key, value);
+        Ok(())
+    }
+
+    /// Absent is absent.
+    fn emit_none(&mut self, _: Key) -> slog::Result {
         Ok(())
     }
 }
@@ -271,10 +293,10 @@ mod tests {
     #[test]
     fn fields_are_quoted_when_ambiguous() {
         let mut fields = Fields::default();
-        fields.push("a", format_args!("x"));
-        fields.push("b", format_args!("x y\"z"));
-        fields.push("c", format_args!(""));
-        assert_eq!(fields.text, " a=x b=\"x y\\\"z\" c=\"\"");
+        fields.push("c", &format_args!(""));
+        fields.push("b", &format_args!("x y\"z"));
+        fields.push("a", &format_args!("x"));
+        assert_eq!(fields.to_string(), " a=x b=\"x y\\\"z\" c=\"\"");
     }
 
     #[test]

@@ -38,6 +38,8 @@ pub(crate) struct Generation {
     standby_due: Option<Instant>,
     /// Why it can't be used, for the one message about it.
     failure: Option<(Exit, String)>,
+    /// It was the one that gets new connections.
+    served: bool,
     /// New connections go to a later one; retired once it has none of its own left.
     superseded: bool,
 }
@@ -117,7 +119,20 @@ impl Daemon {
         }
         self.buffer = Some(buffer);
         if let Some(error) = fault {
-            self.lose_zygote(id, &error.to_string(), now);
+            self.distrust_zygote(id, &error.to_string(), now);
+        }
+    }
+
+    /// A zygote that doesn't speak any more is ended; its exit status, when it is reaped, tells
+    /// more than the end of its channel.
+    fn distrust_zygote(&mut self, id: ZygoteId, cause: &str, now: Instant) {
+        match self.zygotes.get(&id).map(|zygote| (zygote.pid, &zygote.channel)) {
+            Some((Some(pid), channel)) => {
+                self.watcher.remove(channel);
+                // Ours, and not reaped: the pid can't be anybody else's.
+                let _ = kill(pid, Signal::SIGKILL);
+            }
+            _ => self.lose_zygote(id, cause, now),
         }
     }
 
@@ -321,7 +336,8 @@ impl Daemon {
     /// The first worker of `new` is ready: it gets everything from now on.
     fn switch(&mut self, new: GenerationId, old: Option<GenerationId>, now: Instant) {
         self.pool.switch(new);
-        if let Some(entry) = self.loaded.get(&new) {
+        if let Some(entry) = self.loaded.get_mut(&new) {
+            entry.served = true;
             for error in self.listeners.activate(new, &entry.declaration) {
                 error!(self.log, "listener: {error}");
             }
@@ -426,9 +442,10 @@ impl Daemon {
     fn remove_generation(&mut self, generation: GenerationId, now: Instant) {
         self.supersede(generation);
         self.pool.remove(generation);
-        self.loaded.remove(&generation);
         self.listeners.forget(generation);
-        info!(self.log, "generation has ended"; "generation" => generation);
+        if self.loaded.remove(&generation).is_some_and(|entry| entry.served) {
+            info!(self.log, "generation has ended"; "generation" => generation);
+        }
         let commands = self.generations.drained(generation, now);
         self.roll_out(commands, now);
     }

@@ -9,7 +9,9 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use qrelay_shared::dictionary::{Answer, MAX_KEY, MAX_KEYS, MAX_VALUE, Operation, Request, Value, is_name};
+use qrelay_shared::dictionary::{
+    Answer, MAX_KEY, MAX_KEYS, MAX_VALUE, Operation, Request, Value, is_name,
+};
 
 /// Dictionaries in all; a script that makes names up must not fill the memory.
 const MAX_DICTIONARIES: usize = 256;
@@ -255,7 +257,8 @@ mod tests {
     #[test]
     fn increments_follow_lua() {
         let (mut all, now) = (Dictionaries::default(), Instant::now());
-        let mut by = |key, by| ask(&mut all, key, Operation::Increment { by, ttl: None }, LIMIT, now);
+        let mut by =
+            |key, by| ask(&mut all, key, Operation::Increment { by, ttl: None }, LIMIT, now);
         assert_eq!(by("f", Value::Float(0.5)), Answer::Value(Some(Value::Float(0.5))));
         assert_eq!(by("f", Value::Integer(1)), Answer::Value(Some(Value::Float(1.5))));
         by("i", Value::Integer(i64::MAX));

@@ -96,8 +96,11 @@ pub fn register(lua: &Lua, watch: &std::sync::Arc<Watch>) -> mlua::Result<()> {
             Ok(matches!((object(&a), object(&b)), (Some(a), Some(b)) if *a == *b))
         });
     })?;
-    let resolvers =
-        [("qmqp_resolve", QMQP_PORT), ("log_resolve", POND_PORT), ("control_resolve", CONTROL_PORT)];
+    let resolvers = [
+        ("qmqp_resolve", QMQP_PORT),
+        ("log_resolve", POND_PORT),
+        ("control_resolve", CONTROL_PORT),
+    ];
     for (name, port) in resolvers {
         let watch = std::sync::Arc::clone(watch);
         let resolve = function::blocking(lua, move |_, address: Value| {

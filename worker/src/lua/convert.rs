@@ -175,7 +175,11 @@ pub fn text(value: &Value) -> Result<Option<Text<'static>>, Raise> {
 }
 
 fn number_text(value: &Value, n: f64) -> Result<String, Raise> {
-    if n.fract() == 0.0 && n.abs() <= EXACT { Ok(format!("{n:.0}")) } else { Ok(value.to_string()?) }
+    if n.fract() == 0.0 && n.abs() <= EXACT {
+        Ok(format!("{n:.0}"))
+    } else {
+        Ok(value.to_string()?)
+    }
 }
 
 /// A number, or a string that is one; NaN is none.

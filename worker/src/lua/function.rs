@@ -281,10 +281,11 @@ pub fn install(lua: &Lua, watch: &Arc<Watch>) -> mlua::Result<()> {
         "results",
         raw(lua, |lua, pending: AnyUserData| pending.borrow::<Pending>()?.results(lua))?,
     )?;
-    let exports: Table = lua
-        .load(include_str!("prelude.lua"))
-        .set_name("=[qrelay]")
-        .call((mark(&RAISE), mark(&WAIT), native))?;
+    let exports: Table = lua.load(include_str!("prelude.lua")).set_name("=[qrelay]").call((
+        mark(&RAISE),
+        mark(&WAIT),
+        native,
+    ))?;
     lua.set_app_data(Prelude {
         checked: exports.get("checked")?,
         awaiting: exports.get("awaiting")?,

@@ -62,10 +62,7 @@ impl MailObject {
 }
 
 /// Works on the mail behind a method's or attribute's object.
-pub fn with<R>(
-    object: &Value,
-    f: impl FnOnce(&mut Mail) -> Result<R, Raise>,
-) -> Result<R, Raise> {
+pub fn with<R>(object: &Value, f: impl FnOnce(&mut Mail) -> Result<R, Raise>) -> Result<R, Raise> {
     let Value::UserData(object) = object else { return Err(not_a_mail(object)) };
     let Ok(mail) = object.borrow::<MailObject>() else {
         return Err(not_a_mail(&Value::UserData(object.clone())));
@@ -94,9 +91,7 @@ pub fn register(lua: &Lua) -> mlua::Result<()> {
 }
 
 fn envelope(class: &mut Class<'_>) -> mlua::Result<()> {
-    class.getter("sender", |lua, this| {
-        with(&this, |mail| Ok(lua.create_string(sender(mail))?))
-    })?;
+    class.getter("sender", |lua, this| with(&this, |mail| Ok(lua.create_string(sender(mail))?)))?;
     class.setter("sender", |_, (this, value)| with(&this, |mail| set_sender(mail, &value)))?;
     class.getter("recipients", |lua, this| {
         with(&this, |mail| match &mail.recipients {
@@ -273,8 +268,9 @@ fn header_line(name: &Value, value: &Value) -> Result<String, Raise> {
     let line = String::from_utf8_lossy(&[&*name, b": ", &*text].concat()).into_owned();
     if line.len() > MAX_LINE {
         let length = line.len();
-        return Err(argument
-            .invalid(&format!("the line has {length} bytes, expected at most {MAX_LINE}")));
+        return Err(
+            argument.invalid(&format!("the line has {length} bytes, expected at most {MAX_LINE}"))
+        );
     }
     Ok(line)
 }

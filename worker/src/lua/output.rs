@@ -109,8 +109,9 @@ fn class(lua: &Lua, log: &Arc<Log>) -> mlua::Result<()> {
         let this = arguments.pop_front().unwrap_or(Value::Nil);
         let stream = stream(&this)?;
         for (index, value) in arguments.iter().enumerate() {
-            let text = convert::text(value)?
-                .ok_or_else(|| Argument::new("write", index + 1, "text").wrong("a string", value))?;
+            let text = convert::text(value)?.ok_or_else(|| {
+                Argument::new("write", index + 1, "text").wrong("a string", value)
+            })?;
             out.write(stream, &text);
         }
         Ok(this)

@@ -281,9 +281,10 @@ fn located(error: &mlua::Error, config: &Path) -> String {
     }
     // The error has no position of its own (error({}), for one): the innermost line of the script.
     let frames = traceback.unwrap_or_default();
-    let line = frames.lines().map(str::trim).find(|frame| {
-        frame.split(':').nth(1).is_some_and(|line| line.parse::<u32>().is_ok())
-    });
+    let line = frames
+        .lines()
+        .map(str::trim)
+        .find(|frame| frame.split(':').nth(1).is_some_and(|line| line.parse::<u32>().is_ok()));
     match line.and_then(|frame| frame.split_once(": ")) {
         Some((position, _)) => format!("{position}: {message}"),
         None => format!("{}: {message}", config.display()),

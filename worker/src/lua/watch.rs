@@ -136,7 +136,9 @@ impl Watch {
         self.expired.store(true, Ordering::Relaxed);
         self.tightened.store(true, Ordering::Relaxed);
         self.set_hook(lua, 1)?;
-        Err(mlua::Error::RuntimeError("stopped: the handler ran longer than handler_timeout".into()))
+        Err(mlua::Error::RuntimeError(
+            "stopped: the handler ran longer than handler_timeout".into(),
+        ))
     }
 }
 
