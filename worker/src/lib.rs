@@ -8,6 +8,7 @@
 #![deny(unsafe_code)]
 
 pub mod action;
+pub mod check;
 pub mod control;
 pub mod deadline;
 mod io;

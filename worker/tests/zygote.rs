@@ -5,7 +5,7 @@ use std::io::{Read, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
 use nix::sys::prctl;
@@ -25,12 +25,13 @@ use qrelay_shared::settings::Declaration;
 const ROLE: &str = "QRELAY_TEST_ROLE";
 const LIMIT: Duration = Duration::from_secs(10);
 
-fn main() {
+fn main() -> ExitCode {
     match std::env::var(ROLE).as_deref() {
-        Ok("zygote") => std::process::exit(qrelay_worker::zygote::main(slog::Level::Critical)),
+        Ok("zygote") => return qrelay_worker::zygote::main(slog::Level::Critical).into(),
         Ok("supervisor") => doomed_supervisor(),
         _ => tests(),
     }
+    ExitCode::SUCCESS
 }
 
 fn tests() {
