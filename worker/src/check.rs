@@ -110,7 +110,7 @@ mod tests {
             address: ListenAddress::Inet(([127, 0, 0, 1], 628).into()),
             allow: Some(vec!["10.0.0.0/8".parse().expect("network")]),
             owner: None,
-            ..path.clone()
+            ..path
         };
         let settings =
             Settings { client_timeout: Duration::from_millis(2500), ..Settings::default() };

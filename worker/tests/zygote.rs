@@ -64,6 +64,7 @@ struct Zygote {
 }
 
 impl Zygote {
+    #[expect(clippy::zombie_processes, reason = "waited for by pid, in `reap`")]
     fn spawn() -> Self {
         let (channel, theirs) = Channel::<ToZygote, FromZygote>::pair().expect("pair");
         let child: Child = again("zygote", OwnedFd::from(theirs)).spawn().expect("spawn");
