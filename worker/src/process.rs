@@ -15,6 +15,7 @@ use std::sync::Arc;
 use nix::errno::Errno;
 use nix::sys::prctl;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use qrelay_shared::exit::Exit;
 use qrelay_shared::ipc::channel::Channel;
 use qrelay_shared::ipc::message::WorkerId;
 use qrelay_shared::settings::Declaration;
@@ -30,9 +31,6 @@ use crate::serve::{IDLE, Worker};
 /// Added to oom_score_adj, whose scale ends at 1000: among our processes of like size the
 /// kernel's choice is a worker, never the supervisor.
 const OOM_PENALTY: i32 = 200;
-
-/// Exit status when there is no thread to be had, or the socket is none (EX_OSERR).
-const EX_OSERR: i32 = 71;
 
 /// Exit status when mails were still unfinished at the drain time.
 const UNFINISHED: i32 = 1;
@@ -55,7 +53,7 @@ pub fn run(
     declaration: &Declaration,
     instance: String,
     logger: Logger,
-) -> i32 {
+) -> Exit {
     let Birth { worker: id, jobs, control } = birth;
     settle(&logger);
     state.after_fork(id);
@@ -72,7 +70,7 @@ pub fn run(
         Ok(worker) => worker.reports.ready(),
         Err(error) => {
             error!(logger, "worker can't start"; "error" => %error);
-            return EX_OSERR;
+            return Exit::System;
         }
     }
     control::run(&Channel::from_fd(control), &*script);

@@ -19,6 +19,7 @@ use nix::errno::Errno;
 use nix::sys::prctl;
 use nix::sys::signal::Signal;
 use nix::unistd::{Pid, getppid};
+use qrelay_shared::exit::Exit;
 use qrelay_shared::ipc::channel::{Channel, Received, RecvBuffer, RecvError, SendError};
 use qrelay_shared::ipc::message::{FromZygote, ToZygote, WorkerId, ZygoteOrder, ZygoteReport};
 use qrelay_shared::settings::Declaration;
@@ -28,9 +29,6 @@ use slog::{Level, Logger, error};
 use crate::logging::Current;
 use crate::lua::state::{LoadOptions, State};
 use crate::process::{self, Birth};
-
-/// Exit status after a system call failed that can't (EX_OSERR).
-const EX_OSERR: i32 = 71;
 
 /// How often, and with what pause, a standby looks whether its parent is the supervisor yet:
 /// a second in all.
@@ -55,16 +53,16 @@ enum Life {
     Standby(ZygoteChannel),
 }
 
-/// Runs the zygote, and every process forked from it, to the end. Returns the exit status.
-pub fn main(level: Level) -> i32 {
+/// Runs the zygote, and every process forked from it, to the end.
+pub fn main(level: Level) -> Exit {
     let supervisor = getppid();
     let logger = Current::new(qrelay_shared::log::init(level, "qrelay-zygote"));
     match prepare(supervisor) {
         Ok(true) => {}
-        Ok(false) => return 0,
+        Ok(false) => return Exit::Success,
         Err(errno) => {
             error!(logger.logger(), "zygote can't start"; "error" => errno.desc());
-            return EX_OSERR;
+            return Exit::System;
         }
     }
     log_panics(logger.logger());
@@ -72,7 +70,7 @@ pub fn main(level: Level) -> i32 {
         Ok(stdin) => live(Channel::from_fd(stdin), supervisor, level, &logger),
         Err(errno) => {
             error!(logger.logger(), "no channel on standard input"; "error" => errno.desc());
-            EX_OSERR
+            Exit::System
         }
     }
 }
@@ -103,14 +101,16 @@ fn log_panics(logger: Logger) {
     }));
 }
 
-fn live(mut channel: ZygoteChannel, supervisor: Pid, level: Level, logger: &Current) -> i32 {
+fn live(mut channel: ZygoteChannel, supervisor: Pid, level: Level, logger: &Current) -> Exit {
     let mut loaded = None;
     loop {
         match obey(&channel, &mut loaded, logger) {
-            Life::Ended => return 0,
+            Life::Ended => return Exit::Success,
             Life::Worker(birth) => {
                 drop(channel);
-                let Some(Loaded { state, declaration, instance }) = loaded else { return EX_OSERR };
+                let Some(Loaded { state, declaration, instance }) = loaded else {
+                    return Exit::System;
+                };
                 logger.replace(qrelay_shared::log::init(level, "qrelay-worker"));
                 return process::run(birth, state, &declaration, instance, logger.logger());
             }
@@ -118,7 +118,7 @@ fn live(mut channel: ZygoteChannel, supervisor: Pid, level: Level, logger: &Curr
                 channel = own;
                 logger.replace(qrelay_shared::log::init(level, "qrelay-zygote"));
                 if !adopted(supervisor) || end_with(supervisor) != Ok(true) {
-                    return 0;
+                    return Exit::Success;
                 }
             }
         }
