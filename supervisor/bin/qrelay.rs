@@ -14,11 +14,7 @@ fn main() -> ExitCode {
     let exit = match cli::parse() {
         Err(exit) => exit,
         Ok(Command::Run(options)) => daemon::run(options),
-        Ok(Command::Zygote(level)) => {
-            return std::process::ExitCode::from(
-                qrelay_worker::zygote::main(level).clamp(0, 255) as u8
-            );
-        }
+        Ok(Command::Zygote(level)) => qrelay_worker::zygote::main(level),
         Ok(Command::Check(config, level)) => check(&config, level),
         Ok(Command::Send(options)) => send::run(&options),
         Ok(Command::Sink(options)) => sink::run(&options),
