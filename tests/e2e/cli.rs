@@ -1,1 +1,339 @@
 //! The command line: `check`, `send`, `sink`, `--version`, `--help`.
+
+use std::io::{BufRead, BufReader, Write};
+use std::path::Path;
+use std::process::{Child, ChildStderr, Command, Output, Stdio};
+
+use nix::sys::signal::Signal;
+
+use crate::harness::daemon::{QRELAY, is_socket};
+use crate::harness::processes::signal;
+use crate::harness::sink::Behaviour;
+use crate::harness::{Client, Daemon, Mail, Sink, Site, Target, run, submit};
+
+fn stdout(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+fn stderr(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+fn text(path: &Path) -> &str {
+    path.to_str().expect("UTF-8")
+}
+
+#[test]
+fn version_and_help() {
+    let version = run(&["--version"]);
+    assert_eq!(stdout(&version).trim(), concat!("qrelay ", env!("CARGO_PKG_VERSION")));
+    let help = run(&["--help"]);
+    assert_eq!(help.status.code(), Some(0));
+    for word in ["check", "send", "sink", "--config", "--log-level", "Example"] {
+        assert!(stdout(&help).contains(word), "{word} in\n{}", stdout(&help));
+    }
+    for command in ["check", "send", "sink"] {
+        let help = run(&[command, "--help"]);
+        assert_eq!(help.status.code(), Some(0), "{command}");
+        assert!(stdout(&help).contains("Example"), "{command}:\n{}", stdout(&help));
+    }
+}
+
+#[test]
+fn wrong_usage_is_64() {
+    for args in [&["--no-such-option"][..], &["no-such-command"], &["send"], &["sink"]] {
+        let output = run(args);
+        assert_eq!(output.status.code(), Some(64), "{args:?}: {}", stderr(&output));
+        assert!(stderr(&output).contains("Usage"), "{args:?}: {}", stderr(&output));
+    }
+}
+
+#[test]
+fn check_prints_listeners_and_settings_and_binds_nothing() {
+    let site = Site::with(
+        "settings{workers=3, client_timeout=2.5}
+         local function handler(m) return m:discard() end
+         qmqp_listen('$DIR/in', handler, {mode='0640'})
+         qmqp_listen('@qrelay-check', handler)
+         qmqp_listen('127.0.0.1:6289', handler)",
+    );
+    let output = run(&["check", "--config", text(&site.path("config.lua"))]);
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    let shown = stdout(&output);
+    for part in [text(&site.path("in")), "@qrelay-check", "127.0.0.1:6289", "workers", "2.5"] {
+        assert!(shown.contains(part), "{part} in\n{shown}");
+    }
+    assert!(!is_socket(&site.path("in")));
+}
+
+#[test]
+fn check_shows_file_and_line_of_an_error() {
+    let site = Site::with("local x = 1\nqmqp_listen(x)\n");
+    let output = Command::new(QRELAY)
+        .args(["check", "--config", "config.lua"])
+        .current_dir(site.dir())
+        .output()
+        .expect("runs");
+    assert_eq!(output.status.code(), Some(78), "{}", stderr(&output));
+    assert!(stderr(&output).contains("config.lua:2:"), "{}", stderr(&output));
+}
+
+#[test]
+fn relative_config_path() {
+    let site = Site::with("qmqp_listen('$DIR/in', function(m) return m:discard('here') end)");
+    let mut launch = site.launch();
+    let dir = launch.site().dir().to_owned();
+    let mut command = Command::new(QRELAY);
+    command.args(["--config", "config.lua"]).current_dir(dir);
+    *launch.command() = command;
+    let daemon = launch.ready();
+    assert_eq!(submit(daemon.path("in"), &Mail::new("x")), "Khere");
+}
+
+/// Runs `qrelay send` with a message on stdin.
+fn send(args: &[&str], message: &[u8]) -> Output {
+    let mut child = Command::new(QRELAY)
+        .arg("send")
+        .args(args)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("runs");
+    // A command that refuses its arguments doesn't read.
+    let _ = child.stdin.take().expect("piped").write_all(message);
+    child.wait_with_output().expect("ends")
+}
+
+#[test]
+fn send_delivers_and_reports_the_answer() {
+    let site = Site::new();
+    let message = b"Subject: \xff\x00 binary\r\n\r\n.\r\nno newline at the end";
+    for (answer, code) in [("Kfine", 0), ("Znot\x1b[1m now", 75), ("Dnever", 69)] {
+        let at = site.path(answer.get(..1).expect("status"));
+        let sink = Sink::answering(at.clone(), answer);
+        let args = ["--to", text(&at), "--sender", "s@example.com", "a@example.com", "b@x"];
+        let output = send(&args, message);
+        assert_eq!(output.status.code(), Some(code), "{answer}: {}", stderr(&output));
+        assert_eq!(stdout(&output).trim_end(), answer[1..].replace('\x1b', "?"));
+        let mut mail = Mail::new("").from("s@example.com").to(&["a@example.com", "b@x"]);
+        mail.message = message.to_vec();
+        assert_eq!(sink.only(), mail);
+    }
+}
+
+#[test]
+fn send_over_every_kind_of_socket() {
+    let site = Site::new();
+    let local = Sink::answering(site.path("out"), "Kok");
+    let hidden = Sink::answering(Target::unique_abstract(), "Kok");
+    let tcp = Sink::tcp(crate::harness::sink::answer(|_| crate::harness::Reply::text("Kok")));
+    for sink in [local, hidden, tcp] {
+        let to = sink.address().to_string();
+        let output = send(&["--to", &to, "--sender", "", "r@example.com"], b"x\n");
+        assert_eq!(output.status.code(), Some(0), "{to}: {}", stderr(&output));
+        assert_eq!(sink.only().sender, b"");
+    }
+}
+
+#[test]
+fn send_without_an_answer_is_75_with_the_cause() {
+    let site = Site::new();
+    let behaviours = [
+        ("close", Behaviour::Abort(0, Vec::new())),
+        ("garbage", Behaviour::Early(b"220 smtp ready\r\n".to_vec())),
+        // Accepted before it was read: no promise to rely on.
+        ("early", Behaviour::Abort(1, b"3:Kok,".to_vec())),
+    ];
+    let big = vec![b'x'; 4 << 20];
+    for (name, behaviour) in behaviours {
+        let _sink = Sink::start(site.path(name), behaviour);
+        let args = ["--to", text(&site.path(name)), "--sender", "s@x", "r@x"];
+        let output = send(&args, &big);
+        assert_eq!(output.status.code(), Some(75), "{name}: {}", stderr(&output));
+        assert!(stderr(&output).contains(text(&site.path(name))), "{name}: {}", stderr(&output));
+    }
+    let args = ["--to", text(&site.path("nobody")), "--sender", "s@x", "r@x"];
+    let output = send(&args, b"x");
+    assert_eq!(output.status.code(), Some(75));
+    assert!(stderr(&output).contains("No such file"), "{}", stderr(&output));
+}
+
+#[test]
+fn send_passes_on_an_early_refusal() {
+    let site = Site::new();
+    let _sink = Sink::start(site.path("out"), Behaviour::Abort(1, b"5:Dbusy,".to_vec()));
+    let args = ["--to", text(&site.path("out")), "--sender", "s@x", "r@x"];
+    let output = send(&args, &vec![b'x'; 4 << 20]);
+    assert_eq!(output.status.code(), Some(69), "{}", stderr(&output));
+    assert_eq!(stdout(&output).trim_end(), "busy");
+}
+
+#[test]
+fn send_refuses_what_is_no_address() {
+    for args in [
+        &["--to", "/x", "--sender", "nobody", "r@x"][..],
+        &["--to", "/x", "--sender", "s@x", "a b@x"],
+        &["--to", "/x", "--sender", "s@x"],
+        &["--to", "", "--sender", "s@x", "r@x"],
+    ] {
+        assert_eq!(send(args, b"x").status.code(), Some(64), "{args:?}");
+    }
+}
+
+/// A running `qrelay sink`.
+struct SinkCommand {
+    child: Child,
+    stderr: BufReader<ChildStderr>,
+}
+
+impl SinkCommand {
+    /// Starts it and waits until it says that it listens.
+    fn start(args: &[&str]) -> Self {
+        let mut child = Command::new(QRELAY)
+            .arg("sink")
+            .args(args)
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("runs");
+        let mut stderr = BufReader::new(child.stderr.take().expect("piped"));
+        let mut line = String::new();
+        stderr.read_line(&mut line).expect("stderr");
+        assert!(line.contains("listening"), "{line}");
+        Self { child, stderr }
+    }
+
+    /// Ends it by SIGTERM; what it wrote to stdout and stderr since it started.
+    fn end(mut self) -> (String, String) {
+        signal(self.child.id().cast_signed(), Signal::SIGTERM);
+        let mut shown = String::new();
+        let stdout = self.child.stdout.take().expect("piped");
+        std::io::Read::read_to_string(&mut BufReader::new(stdout), &mut shown).expect("UTF-8");
+        let mut log = String::new();
+        std::io::Read::read_to_string(&mut self.stderr, &mut log).expect("UTF-8");
+        assert_eq!(self.child.wait().expect("ends").code(), Some(0), "{log}");
+        (shown, log)
+    }
+}
+
+impl Drop for SinkCommand {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+#[test]
+fn sink_shows_mails_harmlessly() {
+    let site = Site::new();
+    let sink = SinkCommand::start(&["--listen", text(&site.path("out"))]);
+    assert_eq!(submit(site.path("out"), &Mail::new("\x1b[31m red\u{9b}0m")).status(), 'K');
+    let (shown, _) = sink.end();
+    assert!(shown.contains("?[31m red"), "{shown}");
+    assert!(shown.contains("sender@example.com") && shown.contains("recipient@example.org"));
+    assert!(shown.chars().all(|c| !c.is_control() || c == '\n'), "{shown:?}");
+    assert!(!is_socket(&site.path("out")), "socket file left");
+}
+
+#[test]
+fn sink_stores_each_mail_in_a_file() {
+    let site = Site::new();
+    std::fs::create_dir(site.path("mails")).expect("directory");
+    let (at, mails) = (site.path("out"), site.path("mails"));
+    let sink = SinkCommand::start(&["--listen", text(&at), "--output", text(&mails)]);
+    for size in [100, 1 << 20] {
+        assert_eq!(submit(at.clone(), &Mail::of_size(size)).status(), 'K');
+    }
+    sink.end();
+    let mut sizes: Vec<_> = std::fs::read_dir(mails)
+        .expect("directory")
+        .map(|entry| std::fs::read(entry.expect("entry").path()).expect("mail"))
+        .map(|file| {
+            let found = [100, 1 << 20].into_iter().find(|&size| {
+                file.ends_with(&Mail::of_size(size).message) && file.len() < size + 200
+            });
+            found.expect("one of the mails, whole")
+        })
+        .collect();
+    sizes.sort_unstable();
+    assert_eq!(sizes, [100, 1 << 20]);
+}
+
+#[test]
+fn sink_appends_to_a_file() {
+    let site = Site::new();
+    let file = site.path("mbox");
+    for round in 0..2 {
+        let at = Target::free_port().to_string();
+        let sink = SinkCommand::start(&["--listen", &at, "--output", text(&file)]);
+        let to: std::net::SocketAddr = at.parse().expect("address");
+        assert_eq!(submit(to, &Mail::new(&format!("round {round}\nFrom here"))).status(), 'K');
+        sink.end();
+    }
+    let stored = std::fs::read_to_string(file).expect("mbox");
+    assert!(stored.contains("\nround 0\n>From here\n") && stored.contains("\nround 1\n"));
+    assert_eq!(stored.matches("From sender@example.com").count(), 2, "{stored}");
+}
+
+#[test]
+fn sink_refuses_on_demand_and_stores_nothing_then() {
+    let site = Site::new();
+    let (at, file) = (site.path("out"), site.path("mbox"));
+    for (answer, status) in [("Z", 'Z'), ("D", 'D'), ("K", 'K')] {
+        let options = ["--listen", text(&at), "--answer", answer, "--output", text(&file)];
+        let sink = SinkCommand::start(&options);
+        assert_eq!(submit(at.clone(), &Mail::new("x")).status(), status);
+        let (_, log) = sink.end();
+        assert!(log.contains("sender@example.com"), "{log}");
+        let stored = std::fs::metadata(&file).expect("file").len();
+        assert_eq!(stored > 0, status == 'K', "{answer}");
+    }
+}
+
+#[test]
+fn sink_says_z_when_it_cannot_store() {
+    let site = Site::new();
+    let at = site.path("out");
+    let sink = SinkCommand::start(&["--listen", text(&at), "--output", "/dev/full"]);
+    assert_eq!(submit(at, &Mail::new("x")).status(), 'Z');
+    let (_, log) = sink.end();
+    assert!(log.contains("No space left"), "{log}");
+}
+
+#[test]
+fn sink_judges_as_the_daemon_does() {
+    let site = Site::new();
+    let at = site.path("out");
+    let sink = SinkCommand::start(&["--listen", text(&at)]);
+    assert_eq!(Client::connect(at.clone()).send(b"GET /").outcome(), "Dmalformed input");
+    assert_eq!(submit(at.clone(), &Mail::new("x").from("nobody")), "Dbad address");
+    assert_eq!(Client::connect(at).send(b"10:").half_close().outcome(), "<silence>");
+    sink.end();
+}
+
+#[test]
+fn sink_cannot_listen_where_somebody_does() {
+    let site = Site::new();
+    let _other = Sink::answering(site.path("out"), "Kok");
+    let output = run(&["sink", "--listen", text(&site.path("out"))]);
+    assert_eq!(output.status.code(), Some(71));
+    assert!(stderr(&output).contains("in use"), "{}", stderr(&output));
+    assert!(Target::from(site.path("out")).is_alive());
+}
+
+#[test]
+fn the_three_together() {
+    let site = Site::new();
+    let out = site.path("out");
+    let sink = SinkCommand::start(&["--listen", text(&out)]);
+    let daemon = Daemon::start(&format!(
+        "qmqp_listen('$DIR/in', function(m) return m:connect('{}') end)",
+        out.display()
+    ));
+    let to = daemon.path("in");
+    let output = send(&["--to", text(&to), "--sender", "s@x", "r@x"], b"Subject: hi\n\nhello\n");
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    let (shown, _) = sink.end();
+    assert!(shown.contains("hello") && shown.contains("Received: from PID="), "{shown}");
+}

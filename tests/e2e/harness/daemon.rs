@@ -10,6 +10,7 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::sync::Arc;
+use std::thread::JoinHandle;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
@@ -144,11 +145,10 @@ impl Launch {
         command.stderr(Stdio::piped()).process_group(0);
         let mut child = command.spawn().expect("the binary runs");
         let log = Arc::new(Record::default());
-        if let Some(stderr) = child.stderr.take() {
-            let record = log.clone();
-            std::thread::spawn(move || keep_lines(stderr, &record));
-        }
-        Daemon { child, site, log, notify, tag }
+        let record = log.clone();
+        let reader =
+            child.stderr.take().map(|err| std::thread::spawn(move || keep_lines(err, &record)));
+        Daemon { child, site, log, reader, notify, tag }
     }
 
     /// Starts the daemon and waits until it is ready.
@@ -180,6 +180,7 @@ pub struct Daemon {
     child: Child,
     site: Site,
     log: Arc<Record<String>>,
+    reader: Option<JoinHandle<()>>,
     notify: Notify,
     tag: String,
 }
@@ -240,6 +241,14 @@ impl Daemon {
     /// All log lines so far.
     pub fn text(&self) -> String {
         self.log.all().join("\n")
+    }
+
+    /// All log lines of a daemon that has ended, whatever is still in the pipe included.
+    pub fn complete_text(&mut self) -> String {
+        if let Some(reader) = self.reader.take() {
+            reader.join().expect("log reader");
+        }
+        self.text()
     }
 
     /// Waits for a log line that contains `part`.

@@ -1,0 +1,226 @@
+//! Every broken configuration ends the start with one clear message, the right exit status, and
+//! nothing left behind: 78 when config.lua has to be changed, 71 when the system refuses.
+
+use std::os::unix::fs::MetadataExt;
+
+use crate::harness::daemon::is_socket;
+use crate::harness::target::make_stale;
+use crate::harness::{Daemon, Mail, Sink, Site, Target, submit};
+
+const CONFIG: i32 = 78;
+const SYSTEM: i32 = 71;
+
+/// Starts a daemon that can't; checks its status, that stderr has all `parts`, and what is left.
+#[track_caller]
+fn fails(site: Site, code: i32, parts: &[&str]) -> Daemon {
+    ended(site.launch().spawn(), code, parts)
+}
+
+#[track_caller]
+fn ended(mut daemon: Daemon, code: i32, parts: &[&str]) -> Daemon {
+    let status = daemon.wait_exit();
+    let log = daemon.complete_text();
+    assert_eq!(status.code(), Some(code), "exit status; log:\n{log}");
+    for part in parts {
+        assert!(log.contains(part), "{part:?} in the log:\n{log}");
+    }
+    assert!(!log.contains("panicked"), "{log}");
+    let complaints = log.lines().filter(|line| line.contains(parts[0])).count();
+    assert_eq!(complaints, 1, "the cause is told once:\n{log}");
+    assert!(!daemon.notify().all().iter().any(|line| line == "READY=1"));
+    assert!(daemon.processes().is_empty(), "{:?}", daemon.processes());
+    daemon
+}
+
+#[track_caller]
+fn script_fails(script: &str, parts: &[&str]) {
+    fails(Site::with(script), CONFIG, parts).assert_nothing_left();
+}
+
+#[test]
+fn missing_file() {
+    fails(Site::new(), CONFIG, &["config.lua", "No such file"]);
+}
+
+#[test]
+fn directory() {
+    let site = Site::new();
+    std::fs::create_dir(site.path("config.lua")).expect("directory");
+    fails(site, CONFIG, &["config.lua", "directory"]);
+}
+
+#[test]
+fn syntax_error() {
+    script_fails("local x = 1\n\nlocal y = = 2\n", &["config.lua:3:", "unexpected symbol"]);
+}
+
+#[test]
+fn not_text() {
+    let site = Site::new();
+    std::fs::write(site.path("config.lua"), b"\x1bLua\x53\x00\xff").expect("config");
+    fails(site, CONFIG, &["config.lua"]);
+}
+
+#[test]
+fn runtime_errors() {
+    script_fails("local t\nt.x = 1", &["config.lua:2:", "attempt to index"]);
+    script_fails("error('my own words')", &["config.lua:1:", "my own words"]);
+    script_fails("error({})", &["config.lua"]);
+    script_fails("local function f() return f() + 1 end f()", &["stack overflow"]);
+}
+
+#[test]
+fn no_listener() {
+    script_fails("local nothing = 1", &["qmqp_listen"]);
+}
+
+#[test]
+fn bad_listeners() {
+    let handler = "local function h(m) return m:discard() end\n";
+    let table = [
+        ("qmqp_listen('systemd', h)", &["config.lua:2:", "systemd"][..]),
+        ("qmqp_listen('relative/path', h)", &["config.lua:2:"]),
+        ("qmqp_listen('localhost:628', h)", &["config.lua:2:"]),
+        ("qmqp_listen('@', h)", &["config.lua:2:"]),
+        ("qmqp_listen('127.0.0.1', h)", &["config.lua:2:"]),
+        ("qmqp_listen('127.0.0.1:70000', h)", &["config.lua:2:"]),
+        ("qmqp_listen('$DIR/in', 'h')", &["config.lua:2:", "function"]),
+        ("qmqp_listen('$DIR/in')", &["config.lua:2:", "function"]),
+        ("qmqp_listen(systemd['nope'], h)", &["config.lua:2:", "nope"]),
+        ("qmqp_listen('$DIR/in', h) qmqp_listen('$DIR/in', h)", &["config.lua:2:", "$DIR/in"]),
+        ("qmqp_listen('$DIR/in', h, {mode=0660})", &["config.lua:2:", "mode"]),
+        ("qmqp_listen('$DIR/in', h, {mode='9'})", &["config.lua:2:", "mode"]),
+        ("qmqp_listen('$DIR/in', h, {moed='0660'})", &["config.lua:2:", "moed"]),
+        ("qmqp_listen('$DIR/in', h, {owner='no-such-user'})", &["config.lua:2:", "no-such-user"]),
+        ("qmqp_listen('$DIR/in', h, {group='no-such-group'})", &["config.lua:2:", "no-such-group"]),
+        ("qmqp_listen('$DIR/in', h, {max_size=1})", &["config.lua:2:", "max_size"]),
+        ("qmqp_listen('127.0.0.1:6281', h, {allow={'10.0.0.1/8'}})", &["config.lua:2:", "10.0.0"]),
+        ("qmqp_listen('127.0.0.1:6281', h, {allow={'10.0.0.0/33'}})", &["config.lua:2:"]),
+        ("max_size = 'big' qmqp_listen('$DIR/in', h)", &["config.lua:2:", "max_size"]),
+        ("max_size = 1023 qmqp_listen('$DIR/in', h)", &["config.lua:2:", "max_size"]),
+        ("max_size = 1 << 31 qmqp_listen('$DIR/in', h)", &["config.lua:2:", "max_size"]),
+    ];
+    for (script, parts) in table {
+        let site = Site::with(&format!("{handler}{script}"));
+        let dir = site.dir().to_str().expect("UTF-8").to_owned();
+        let parts: Vec<_> = parts.iter().map(|part| part.replace("$DIR", &dir)).collect();
+        let parts: Vec<_> = parts.iter().map(String::as_str).collect();
+        fails(site, CONFIG, &parts).assert_nothing_left();
+    }
+}
+
+#[test]
+fn bad_settings() {
+    let table = [
+        ("settings{wrokers=2}", &["config.lua:1:", "wrokers", "workers"][..]),
+        ("settings{workers=0}", &["config.lua:1:", "workers"]),
+        ("settings{workers='many'}", &["config.lua:1:", "workers"]),
+        ("settings{client_timeout=-1}", &["config.lua:1:", "client_timeout"]),
+        ("settings{client_share=1.5}", &["config.lua:1:", "client_share"]),
+        ("settings(5)", &["config.lua:1:"]),
+        ("settings{[1]=2}", &["config.lua:1:"]),
+    ];
+    for (script, parts) in table {
+        let listen = "qmqp_listen('$DIR/in', function(m) return m:discard() end)";
+        script_fails(&format!("{script}\n{listen}"), parts);
+    }
+}
+
+fn listen(at: &str) -> String {
+    format!("qmqp_listen('{at}', function(m) return m:discard('mine') end)")
+}
+
+#[test]
+fn unwritable_directory() {
+    let site = Site::new();
+    std::fs::write(site.path("file"), "").expect("file");
+    site.configure(&listen("$DIR/file/in"));
+    fails(site, SYSTEM, &["file/in"]);
+    fails(Site::with(&listen("$DIR/missing/in")), SYSTEM, &["missing/in"]);
+    fails(Site::with(&listen("/proc/self/in")), SYSTEM, &["/proc/self/in"]);
+}
+
+#[test]
+fn path_too_long() {
+    let name = "x".repeat(120);
+    fails(Site::with(&listen(&format!("$DIR/{name}"))), CONFIG, &["config.lua:1:", "too long"]);
+}
+
+#[test]
+fn live_socket_is_left_alone() {
+    let site = Site::with(&listen("$DIR/in"));
+    let other = Sink::answering(site.path("in"), "Kother");
+    let inode = site.path("in").metadata().expect("socket").ino();
+    let daemon = fails(site, SYSTEM, &["already in use", "/in"]);
+    assert_eq!(daemon.path("in").metadata().expect("socket").ino(), inode);
+    assert_eq!(submit(daemon.path("in"), &Mail::new("x")), "Kother");
+    drop(other);
+}
+
+#[test]
+fn second_daemon_is_refused_and_the_first_serves_on() {
+    let first = Daemon::start(&listen("$DIR/in"));
+    let path = first.path("in").display().to_string();
+    fails(Site::with(&listen(&path)), SYSTEM, &["already in use"]);
+    assert_eq!(submit(first.path("in"), &Mail::new("x")), "Kmine");
+}
+
+#[test]
+fn a_failing_second_listener_takes_the_first_with_it() {
+    let site = Site::new();
+    std::fs::write(site.path("file"), "precious").expect("file");
+    site.configure(&format!("{}\n{}", listen("$DIR/in"), listen("$DIR/file")));
+    let daemon = fails(site, SYSTEM, &["/file"]);
+    assert!(!is_socket(&daemon.path("in")), "the first socket was left behind");
+}
+
+#[test]
+fn what_is_no_socket_is_left_alone() {
+    for kind in ["file", "directory", "link"] {
+        let site = Site::with(&listen("$DIR/in"));
+        let at = site.path("in");
+        match kind {
+            "file" => std::fs::write(&at, "precious").expect("file"),
+            "directory" => std::fs::create_dir(&at).expect("directory"),
+            _ => std::os::unix::fs::symlink(site.path("target"), &at).expect("link"),
+        }
+        let before = at.symlink_metadata().expect("there").ino();
+        let daemon = fails(site, SYSTEM, &["/in"]);
+        assert_eq!(at.symlink_metadata().expect("still there").ino(), before, "{kind}");
+        drop(daemon);
+    }
+}
+
+#[test]
+fn stale_socket_is_replaced() {
+    let site = Site::with(&listen("$DIR/in"));
+    make_stale(&site.path("in"));
+    let daemon = site.start();
+    assert_eq!(submit(daemon.path("in"), &Mail::new("x")), "Kmine");
+}
+
+#[test]
+fn port_in_use() {
+    let other = Sink::start(Target::free_port(), crate::harness::sink::Behaviour::Deaf);
+    let address = other.address().to_string();
+    fails(Site::with(&listen(&address)), SYSTEM, &["in use", &address]);
+}
+
+#[test]
+fn abstract_name_in_use() {
+    let other = Sink::answering(Target::unique_abstract(), "Kother");
+    let address = other.address().to_string();
+    fails(Site::with(&listen(&address)), SYSTEM, &["in use", &address]);
+}
+
+#[test]
+fn a_script_that_never_ends() {
+    let site = Site::with(&format!("{}\nwhile true do end", listen("$DIR/in")));
+    let daemon = site.launch().arg("--boot-timeout").arg("0.5").spawn();
+    ended(daemon, CONFIG, &["config.lua"]).assert_nothing_left();
+}
+
+#[test]
+fn a_script_that_leaves_by_itself() {
+    fails(Site::with("os.exit(0)"), CONFIG, &["exit"]).assert_nothing_left();
+}

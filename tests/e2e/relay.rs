@@ -1,0 +1,290 @@
+//! Everything that a next hop can do, and what the client is told then. `K` only for a next hop
+//! that said so after it had everything.
+
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+
+use crate::harness::mail::netstring;
+use crate::harness::sink::{Behaviour, answer};
+use crate::harness::{Client, Daemon, Mail, Reply, Sink, Target, submit};
+
+/// A relay whose handler returns `m:connect(ARGUMENTS)`.
+fn relay(settings: &str, arguments: &str) -> Daemon {
+    Daemon::start(&format!(
+        "settings{{workers=1, {settings}}}
+         qmqp_listen('$DIR/in', function(m) return m:connect({arguments}) end)"
+    ))
+}
+
+/// A message larger than what the kernel buffers on the way to a next hop that doesn't read.
+fn big() -> Mail {
+    Mail::of_size(8 << 20)
+}
+
+#[test]
+fn replies_are_passed_on() {
+    let daemon = relay("", "'$DIR/out'");
+    let sink = Sink::start(
+        daemon.path("out"),
+        answer(|mail| {
+            let text = String::from_utf8_lossy(&mail.message);
+            Reply::text(text.lines().nth(2).expect("the body's first line"))
+        }),
+    );
+    for reply in ["Kok 1234 queued", "Ztry later (#4.3.0)", "Dno such user (#5.1.1)", "K"] {
+        assert_eq!(submit(daemon.path("in"), &Mail::new(reply)), reply);
+    }
+    assert_eq!(sink.mails().len(), 4);
+    let long = format!("D{}", "x".repeat(1000));
+    let cut = &long[..256];
+    assert_eq!(submit(daemon.path("in"), &Mail::new(&long)), cut);
+}
+
+#[test]
+fn reply_text_is_unchanged_for_the_client_and_harmless_in_the_log() {
+    let daemon = relay("", "'$DIR/out'");
+    let text = b"D\x1b[31m\xff\x00\r\n<evil>";
+    let _sink = Sink::start(daemon.path("out"), answer(|_| Reply::Raw(netstring(text))));
+    let mut client = Client::connect(daemon.path("in"));
+    let outcome = client.send(&Mail::new("x").request()).outcome();
+    assert_eq!(outcome, crate::harness::Outcome::Reply(text.to_vec()));
+    daemon.wait_for_log("evil");
+    assert!(!daemon.text().contains('\x1b'));
+}
+
+#[test]
+fn lenient_with_replies() {
+    let daemon = relay("", "'$DIR/out'");
+    let _sink = Sink::start(
+        daemon.path("out"),
+        answer(|mail| match &mail.sender[..] {
+            b"zeros@x" => Reply::Raw(b"0003:Kok,".to_vec()),
+            _ => Reply::Raw(b"3:Kok,4:Dbad,and more".to_vec()),
+        }),
+    );
+    assert_eq!(submit(daemon.path("in"), &Mail::new("x").from("zeros@x")), "Kok");
+    assert_eq!(submit(daemon.path("in"), &Mail::new("x").from("more@x")), "Kok");
+}
+
+#[test]
+fn malformed_replies() {
+    let daemon = relay("", "'$DIR/out'");
+    let replies: [&[u8]; 8] = [
+        b"250 ok\r\n", b"3:Kok;", b"2:Xa,", b"0:,", b":Kok,", b"-3:Kok,", b"9999:Kxxx", b"3Kok,",
+    ];
+    let sink = Sink::start(
+        daemon.path("out"),
+        answer(move |mail| {
+            let number = String::from_utf8_lossy(&mail.sender[..1]).parse::<usize>();
+            Reply::Raw(replies[number.expect("a digit")].to_vec())
+        }),
+    );
+    for number in 0..replies.len() {
+        let mail = Mail::new("x").from(&format!("{number}@x"));
+        let shown = String::from_utf8_lossy(replies[number]);
+        assert_eq!(submit(daemon.path("in"), &mail), "Zmalformed relay response", "{shown:?}");
+    }
+    assert_eq!(sink.mails().len(), replies.len());
+}
+
+#[test]
+fn a_reply_without_end() {
+    let daemon = relay("", "'$DIR/out'");
+    let endless = [b"4095:K".to_vec(), vec![b'x'; 10_000]].concat();
+    let _sink = Sink::start(daemon.path("out"), answer(move |_| Reply::Raw(endless.clone())));
+    assert_eq!(submit(daemon.path("in"), &Mail::new("x")), "Zmalformed relay response");
+}
+
+#[test]
+fn closed_without_an_answer() {
+    let daemon = relay("", "'$DIR/out'");
+    let _sink = Sink::start(
+        daemon.path("out"),
+        answer(|mail| match &mail.sender[..] {
+            b"half@x" => Reply::Raw(b"3:Ko".to_vec()),
+            _ => Reply::Close,
+        }),
+    );
+    assert_eq!(submit(daemon.path("in"), &Mail::new("x").from("none@x")), "Zrelay failed");
+    assert_eq!(submit(daemon.path("in"), &Mail::new("x").from("half@x")), "Zrelay failed");
+}
+
+#[test]
+fn early_replies() {
+    // The next hop answers at once and then reads everything.
+    for (reply, told) in [
+        ("Kok", "Zrelay failed"),
+        ("Zbusy", "Zbusy"),
+        ("Dtoo large for me", "Dtoo large for me"),
+    ] {
+        let daemon = relay("", "'$DIR/out'");
+        let bytes = netstring(reply.as_bytes());
+        let _sink = Sink::start(daemon.path("out"), Behaviour::Early(bytes));
+        assert_eq!(submit(daemon.path("in"), &big()), told, "early {reply}");
+    }
+}
+
+#[test]
+fn broken_off_while_writing() {
+    // The next hop reads a little, perhaps answers, and closes with the rest unread.
+    let tcp = |behaviour| Sink::tcp(behaviour);
+    let local = |behaviour| Sink::start(Target::unique_abstract(), behaviour);
+    for start in [&tcp as &dyn Fn(Behaviour) -> Sink, &local] {
+        for (reply, told) in [
+            ("", "Zrelay failed"),
+            ("3:Kok,", "Zrelay failed"),
+            ("5:Zbusy,", "Zbusy"),
+            ("5:Dhuge,", "Dhuge"),
+            ("5:Dhu", "Zrelay failed"),
+        ] {
+            let sink = start(Behaviour::Abort(1000, reply.into()));
+            let daemon = relay("", &format!("'{}'", sink.address()));
+            assert_eq!(submit(daemon.path("in"), &big()), told, "{reply:?} at {}", sink.address());
+        }
+    }
+}
+
+#[test]
+fn silent_next_hops() {
+    for (behaviour, mail) in
+        [(answer(|_| Reply::Silence), Mail::new("x")), (Behaviour::Deaf, big())]
+    {
+        let daemon = Daemon::start(
+            "settings{workers=1, relay_timeout=0.7}
+             qmqp_listen('$DIR/in', function(m) return m:connect('$DIR/out') end)
+             qmqp_listen('$DIR/own', function(m) return m:connect('$DIR/out', {timeout=0.3}) end)",
+        );
+        let _sink = Sink::start(daemon.path("out"), behaviour);
+        let started = Instant::now();
+        assert_eq!(submit(daemon.path("own"), &mail), "Ztimeout");
+        assert!(started.elapsed() >= Duration::from_millis(300));
+        assert_eq!(submit(daemon.path("in"), &mail), "Zrelay failed");
+    }
+}
+
+#[test]
+fn an_actions_own_timeout_may_exceed_the_budget() {
+    let daemon = relay("relay_timeout=0.2", "'$DIR/out', {timeout=30}");
+    let slow = crate::harness::sink::slowly(Duration::from_millis(600), "Kat last");
+    let _sink = Sink::start(daemon.path("out"), slow);
+    assert_eq!(submit(daemon.path("in"), &Mail::new("x")), "Kat last");
+}
+
+#[test]
+fn nobody_there() {
+    let port = Target::free_port();
+    let daemon = relay("", "{'$DIR/nobody', '@qrelay-nobody', '127.0.0.1:{port}'}");
+    assert_eq!(submit(daemon.path("in"), &Mail::new("x")), "Zscript failed", "a port of letters");
+    let list = format!("{{'$DIR/nobody', '@qrelay-nobody', '{port}'}}");
+    let daemon = relay("", &list);
+    assert_eq!(submit(daemon.path("in"), &Mail::new("x")), "Zconnect failed");
+}
+
+#[test]
+fn failover() {
+    let port = Target::free_port();
+    let daemon = relay("", &format!("{{'$DIR/nobody', '{port}', '$DIR/out', '$DIR/out2'}}"));
+    let first = Sink::answering(daemon.path("out"), "Kfirst");
+    let second = Sink::answering(daemon.path("out2"), "Ksecond");
+    let mail = Mail::new("x");
+    assert_eq!(submit(daemon.path("in"), &mail), "Kfirst");
+    assert_eq!(first.only(), mail.relayed());
+    drop(first);
+    std::fs::remove_file(daemon.path("out")).expect("socket");
+    assert_eq!(submit(daemon.path("in"), &mail), "Ksecond");
+    assert_eq!(second.only(), mail.relayed());
+}
+
+#[test]
+fn no_failover_once_the_request_is_on_its_way() {
+    let daemon = relay("", "{'$DIR/out', '$DIR/out2'}");
+    let _first = Sink::start(daemon.path("out"), Behaviour::Abort(0, Vec::new()));
+    let second = Sink::answering(daemon.path("out2"), "Ksecond");
+    assert_eq!(submit(daemon.path("in"), &big()), "Zrelay failed");
+    let _z = Sink::answering(daemon.path("out3"), "Znot now");
+    assert_eq!(second.mails().len(), 0);
+}
+
+#[test]
+fn a_next_hop_that_does_not_accept() {
+    let daemon = relay("connect_timeout=0.3", "{'$DIR/full', '$DIR/out'}");
+    let _sink = Sink::answering(daemon.path("out"), "Kok");
+    let full = std::os::unix::net::UnixListener::bind(daemon.path("full")).expect("bind");
+    nix::sys::socket::listen(&full, nix::sys::socket::Backlog::new(0).expect("fits"))
+        .expect("smaller backlog");
+    let _fill = UnixStream::connect(daemon.path("full")).expect("the only place");
+    let started = Instant::now();
+    assert_eq!(submit(daemon.path("in"), &Mail::new("x")), "Kok");
+    assert!(started.elapsed() >= Duration::from_millis(300), "{:?}", started.elapsed());
+}
+
+#[test]
+fn every_kind_of_address() {
+    let reply = |_: &Mail| Reply::text("Kok");
+    let daemon = Daemon::start(
+        "settings{workers=1}
+         qmqp_listen('$DIR/in', function(m) return m:connect(m:header('X-To')) end)",
+    );
+    let ipv6 = std::net::TcpListener::bind("[::1]:0").expect("IPv6 loopback");
+    let port = ipv6.local_addr().expect("local address");
+    drop(ipv6);
+    let sinks = [
+        Sink::start(daemon.path("out"), answer(reply)),
+        Sink::start(Target::unique_abstract(), answer(reply)),
+        Sink::tcp(answer(reply)),
+        Sink::start(port, answer(reply)),
+    ];
+    for sink in &sinks {
+        let mut mail = Mail::new("x");
+        mail.message = format!("X-To: {}\n\nx\n", sink.address()).into_bytes();
+        assert_eq!(submit(daemon.path("in"), &mail), "Kok", "{}", sink.address());
+        assert_eq!(sink.only(), mail.relayed());
+    }
+}
+
+#[test]
+fn a_host_name_needs_qmqp_resolve() {
+    let daemon = relay("", "'mail.example.com'");
+    assert_eq!(submit(daemon.path("in"), &Mail::new("x")), "Zscript failed");
+    daemon.wait_for_log("qmqp_resolve");
+}
+
+#[test]
+fn many_at_once() {
+    let daemon = relay("", "'$DIR/out'");
+    let (sink, gate) = Sink::gated(daemon.path("out"));
+    let mails: Vec<_> = (0..150).map(|i| Mail::new(&format!("mail {i}"))).collect();
+    let mut clients: Vec<_> = mails
+        .iter()
+        .map(|mail| {
+            let mut client = Client::connect(daemon.path("in"));
+            client.send(&mail.request());
+            client
+        })
+        .collect();
+    sink.record().wait_for_count(150);
+    gate.open();
+    assert!(clients.iter_mut().all(|client| client.outcome() == "Kok"));
+    let got = sink.mails();
+    assert!(mails.iter().all(|mail| got.contains(&mail.relayed())));
+}
+
+#[test]
+fn one_log_line_per_mail() {
+    let daemon = Daemon::start(
+        "settings{workers=1}
+         qmqp_listen('$DIR/in', function(m)
+           m.account = 'customer-7'
+           return m:connect('$DIR/out')
+         end)",
+    );
+    let _sink = Sink::answering(daemon.path("out"), "Kqueued as 99");
+    let mail = Mail::new("x").from("s@example.com").to(&["first@example.org", "second@x"]);
+    assert_eq!(submit(daemon.path("in"), &mail), "Kqueued as 99");
+    let line = daemon.wait_for_log("queued as 99");
+    let out = daemon.path("out").display().to_string();
+    for part in ["s@example.com", "first@example.org", "2", "customer-7", "connect", &out] {
+        assert!(line.contains(part), "{part:?} in {line:?}");
+    }
+    assert_eq!(daemon.count_log("queued as 99"), 1);
+}

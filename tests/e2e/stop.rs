@@ -1,0 +1,256 @@
+//! The end: what is on its way is finished, nobody new is let in, nothing is left behind.
+
+use std::os::unix::fs::MetadataExt;
+use std::os::unix::net::UnixListener;
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, killpg};
+use nix::unistd::Pid;
+
+use crate::harness::daemon::is_socket;
+use crate::harness::{Client, Daemon, Gate, Mail, Sink, Site, Target, eventually, submit};
+
+fn relay(settings: &str) -> Daemon {
+    Daemon::start(&format!(
+        "settings{{workers=2, {settings}}}
+         qmqp_listen('$DIR/in', function(m) return m:connect('$DIR/out') end)"
+    ))
+}
+
+/// A client whose mail waits in the next hop.
+fn in_flight(daemon: &Daemon) -> (Client, Sink, std::sync::Arc<Gate>) {
+    let (sink, gate) = Sink::gated(daemon.path("out"));
+    let mut client = Client::connect(daemon.path("in"));
+    client.send(&Mail::new("in flight").request());
+    sink.record().wait_for_count(1);
+    (client, sink, gate)
+}
+
+#[track_caller]
+fn wait_for_stopping(daemon: &Daemon) {
+    daemon.notify().after(0, "STOPPING=1", |line| line == "STOPPING=1");
+    eventually("the socket is unlinked", || (!is_socket(&daemon.path("in"))).then_some(()));
+}
+
+#[test]
+fn idle() {
+    for end in [Signal::SIGTERM, Signal::SIGINT] {
+        let mut daemon = relay("");
+        let started = Instant::now();
+        daemon.signal(end);
+        assert_eq!(daemon.wait_exit().code(), Some(0));
+        assert!(started.elapsed() < Duration::from_secs(5), "{:?}", started.elapsed());
+        daemon.assert_nothing_left();
+    }
+}
+
+#[test]
+fn drains() {
+    for end in [Signal::SIGTERM, Signal::SIGINT] {
+        let mut daemon = relay("");
+        let (mut client, _sink, gate) = in_flight(&daemon);
+        daemon.signal(end);
+        wait_for_stopping(&daemon);
+        assert!(!Target::from(daemon.path("in")).is_alive());
+        assert!(daemon.exited().is_none(), "a mail is on its way");
+        gate.open();
+        assert_eq!(client.outcome(), "Kok");
+        assert_eq!(daemon.wait_exit().code(), Some(0));
+        daemon.assert_nothing_left();
+    }
+}
+
+#[test]
+fn a_request_that_has_begun_is_finished() {
+    let mut daemon = relay("");
+    let sink = Sink::answering(daemon.path("out"), "Kok");
+    let mail = Mail::new("half");
+    let request = mail.request();
+    let mut client = Client::connect(daemon.path("in"));
+    client.send(&request[..10]);
+    daemon.signal(Signal::SIGTERM);
+    wait_for_stopping(&daemon);
+    client.send(&request[10..]);
+    assert_eq!(client.outcome(), "Kok");
+    assert_eq!(sink.only(), mail.relayed());
+    assert_eq!(daemon.wait_exit().code(), Some(0));
+}
+
+#[test]
+fn a_signal_to_the_whole_group_does_not_spoil_the_drain() {
+    for end in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGQUIT] {
+        let mut daemon = relay("");
+        let (mut client, _sink, gate) = in_flight(&daemon);
+        if end == Signal::SIGQUIT {
+            // Not an order that the supervisor knows: only its children get it.
+            let others = daemon.workers().into_iter().chain(daemon.zygotes());
+            others.for_each(|pid| crate::harness::processes::signal(pid, end));
+            daemon.signal(Signal::SIGTERM);
+        } else {
+            killpg(Pid::from_raw(daemon.pid()), end).expect("its process group");
+        }
+        wait_for_stopping(&daemon);
+        gate.open();
+        assert_eq!(client.outcome(), "Kok", "{end}");
+        assert_eq!(daemon.wait_exit().code(), Some(0));
+    }
+}
+
+#[test]
+fn a_second_signal_ends_it_at_once() {
+    let mut daemon = relay("");
+    let (mut client, _sink, _gate) = in_flight(&daemon);
+    daemon.signal(Signal::SIGTERM);
+    wait_for_stopping(&daemon);
+    daemon.signal(Signal::SIGTERM);
+    assert_eq!(client.outcome(), "Ztry again later");
+    daemon.wait_exit();
+    daemon.assert_nothing_left();
+}
+
+#[test]
+fn the_drain_time_is_the_limit() {
+    let mut daemon = relay("drain_timeout=0.5");
+    let (mut client, _sink, _gate) = in_flight(&daemon);
+    daemon.signal(Signal::SIGTERM);
+    assert_eq!(client.outcome(), "Ztry again later");
+    daemon.wait_exit();
+    daemon.assert_nothing_left();
+}
+
+#[test]
+fn service_managers_are_asked_for_time() {
+    let mut daemon = relay("");
+    let (mut client, _sink, gate) = in_flight(&daemon);
+    daemon.signal(Signal::SIGTERM);
+    daemon.notify().after(0, "EXTEND_TIMEOUT_USEC", |l| l.starts_with("EXTEND_TIMEOUT_USEC="));
+    gate.open();
+    assert_eq!(client.outcome(), "Kok");
+    daemon.wait_exit();
+}
+
+#[test]
+fn silent_clients_hold_up_nothing() {
+    let mut daemon = relay("client_timeout=1");
+    let mut silent: Vec<_> = (0..20).map(|_| Client::connect(daemon.path("in"))).collect();
+    silent.iter_mut().take(10).for_each(|client| drop(client.send(b"5")));
+    daemon.signal(Signal::SIGTERM);
+    let ended = daemon.exit_within(Duration::from_secs(10));
+    assert_eq!(ended.expect("ended").code(), Some(0));
+    daemon.assert_nothing_left();
+}
+
+#[test]
+fn connections_in_the_backlog_are_served() {
+    // Connected before the stop, heard after it.
+    let mut daemon = relay("");
+    let _sink = Sink::answering(daemon.path("out"), "Kok");
+    daemon.signal(Signal::SIGSTOP);
+    let mut clients: Vec<_> = (0..50).map(|_| Client::connect(daemon.path("in"))).collect();
+    for client in &mut clients {
+        client.send(&Mail::new("early bird").request());
+    }
+    daemon.signal(Signal::SIGTERM);
+    daemon.signal(Signal::SIGCONT);
+    for client in &mut clients {
+        assert_eq!(client.outcome(), "Kok");
+    }
+    assert_eq!(daemon.wait_exit().code(), Some(0));
+}
+
+#[test]
+fn a_socket_of_somebody_else_is_left_alone() {
+    let mut daemon = relay("");
+    std::fs::remove_file(daemon.path("in")).expect("socket");
+    let _other = UnixListener::bind(daemon.path("in")).expect("bind");
+    let inode = daemon.path("in").metadata().expect("socket").ino();
+    daemon.signal(Signal::SIGTERM);
+    assert_eq!(daemon.wait_exit().code(), Some(0));
+    assert_eq!(daemon.path("in").metadata().expect("still there").ino(), inode);
+}
+
+#[test]
+fn while_the_script_still_loads() {
+    let script = "local f = io.open('$DIR/loading', 'w') f:close() while true do end";
+    let mut daemon = Site::with(script).launch().spawn();
+    eventually("the script runs", || daemon.path("loading").exists().then_some(()));
+    daemon.signal(Signal::SIGTERM);
+    daemon.wait_exit();
+    daemon.assert_nothing_left();
+}
+
+#[test]
+fn hangups_are_ignored_while_stopping() {
+    let mut daemon = relay("");
+    let (mut client, _sink, gate) = in_flight(&daemon);
+    daemon.signal(Signal::SIGTERM);
+    wait_for_stopping(&daemon);
+    daemon.signal(Signal::SIGHUP);
+    gate.open();
+    assert_eq!(client.outcome(), "Kok");
+    assert_eq!(daemon.wait_exit().code(), Some(0));
+    assert!(!daemon.notify().all().iter().any(|line| line == "RELOADING=1"));
+}
+
+#[test]
+fn during_a_reload() {
+    let mut daemon = relay("");
+    daemon.site().configure(
+        "local f = io.open('$DIR/loading', 'w') f:close() while true do end",
+    );
+    daemon.signal(Signal::SIGHUP);
+    eventually("the script runs", || daemon.path("loading").exists().then_some(()));
+    daemon.signal(Signal::SIGTERM);
+    assert_eq!(daemon.wait_exit().code(), Some(0));
+    daemon.assert_nothing_left();
+}
+
+#[test]
+fn restart_on_the_same_path() {
+    let mut first = relay("");
+    let sink = Sink::answering(first.path("out"), "Kok");
+    let path = first.path("in").display().to_string();
+    let out = first.path("out").display().to_string();
+    first.stop();
+    let second = Daemon::start(&format!(
+        "qmqp_listen('{path}', function(m) return m:connect('{out}') end)"
+    ));
+    assert_eq!(submit(first.path("in"), &Mail::new("x")), "Kok");
+    assert_eq!(sink.mails().len(), 1);
+    drop(second);
+}
+
+#[test]
+fn a_killed_supervisor_leaves_no_orphans() {
+    let mut daemon = relay("");
+    let (mut client, _sink, gate) = in_flight(&daemon);
+    daemon.signal(Signal::SIGKILL);
+    daemon.wait_exit();
+    // The worker finishes its mail without a supervisor.
+    gate.open();
+    assert_eq!(client.outcome(), "Kok");
+    eventually("the orphans' end", || daemon.processes().is_empty().then_some(()));
+}
+
+#[test]
+fn orphans_do_not_wait_for_ever() {
+    let mut daemon = relay("drain_timeout=0.5");
+    let (mut client, _sink, _gate) = in_flight(&daemon);
+    daemon.signal(Signal::SIGKILL);
+    daemon.wait_exit();
+    eventually("the orphans' end", || daemon.processes().is_empty().then_some(()));
+    assert_ne!(client.outcome().status(), 'K');
+}
+
+#[test]
+fn a_socket_left_by_a_killed_daemon_is_replaced() {
+    let mut first = relay("");
+    first.signal(Signal::SIGKILL);
+    first.wait_exit();
+    eventually("the orphans' end", || first.processes().is_empty().then_some(()));
+    assert!(is_socket(&first.path("in")), "SIGKILL leaves the file");
+    let path = first.path("in").display().to_string();
+    let _second =
+        Daemon::start(&format!("qmqp_listen('{path}', function(m) return m:discard() end)"));
+    assert_eq!(submit(first.path("in"), &Mail::new("x")), "Kdiscarded");
+}
