@@ -148,13 +148,13 @@ fn send_without_an_answer_is_75_with_the_cause() {
     let big = vec![b'x'; 4 << 20];
     for (name, behaviour) in behaviours {
         let _sink = Sink::start(site.path(name), behaviour);
-        let args = ["--to", text(&site.path(name)), "--sender", "s@x", "r@x"];
-        let output = send(&args, &big);
+        let at = site.path(name);
+        let output = send(&["--to", text(&at), "--sender", "s@x", "r@x"], &big);
         assert_eq!(output.status.code(), Some(75), "{name}: {}", stderr(&output));
-        assert!(stderr(&output).contains(text(&site.path(name))), "{name}: {}", stderr(&output));
+        assert!(stderr(&output).contains(text(&at)), "{name}: {}", stderr(&output));
     }
-    let args = ["--to", text(&site.path("nobody")), "--sender", "s@x", "r@x"];
-    let output = send(&args, b"x");
+    let nobody = site.path("nobody");
+    let output = send(&["--to", text(&nobody), "--sender", "s@x", "r@x"], b"x");
     assert_eq!(output.status.code(), Some(75));
     assert!(stderr(&output).contains("No such file"), "{}", stderr(&output));
 }
@@ -163,8 +163,8 @@ fn send_without_an_answer_is_75_with_the_cause() {
 fn send_passes_on_an_early_refusal() {
     let site = Site::new();
     let _sink = Sink::start(site.path("out"), Behaviour::Abort(1, b"5:Dbusy,".to_vec()));
-    let args = ["--to", text(&site.path("out")), "--sender", "s@x", "r@x"];
-    let output = send(&args, &vec![b'x'; 4 << 20]);
+    let out = site.path("out");
+    let output = send(&["--to", text(&out), "--sender", "s@x", "r@x"], &vec![b'x'; 4 << 20]);
     assert_eq!(output.status.code(), Some(69), "{}", stderr(&output));
     assert_eq!(stdout(&output).trim_end(), "busy");
 }

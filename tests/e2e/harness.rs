@@ -18,6 +18,6 @@ pub mod target;
 pub use client::{Client, Outcome, submit};
 pub use daemon::{Daemon, Site, run};
 pub use mail::Mail;
-pub use record::{Gate, PATIENCE, Record, eventually};
+pub use record::{Gate, PATIENCE, eventually};
 pub use sink::{Reply, Sink};
 pub use target::Target;

@@ -147,7 +147,8 @@ fn misuse_raises() {
 fn headers_are_read() {
     let mut mail = Mail::new("");
     mail.message =
-        b"Subject: hello\r\n  folded\r\n\tworld\r\nX-One: 1\nx-one: 2\nEmpty:\n\nBody: no\n".to_vec();
+        b"Subject: hello\r\n  folded\r\n\tworld\r\nX-One: 1\nx-one: 2\nEmpty:\n\nBody: no\n"
+            .to_vec();
     let daemon = evaluator();
     let says = |expression: &str, mail: &Mail| {
         let code = format!("return m:discard(tostring({expression}))");

@@ -12,4 +12,15 @@
 
 mod harness;
 
+mod bad_config;
+mod bad_input;
+mod chaos;
 mod cli;
+mod crash;
+mod limits;
+mod lua;
+mod postfix;
+mod relay;
+mod reload;
+mod stop;
+mod systemd;

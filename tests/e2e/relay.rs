@@ -69,9 +69,8 @@ fn lenient_with_replies() {
 #[test]
 fn malformed_replies() {
     let daemon = relay("", "'$DIR/out'");
-    let replies: [&[u8]; 8] = [
-        b"250 ok\r\n", b"3:Kok;", b"2:Xa,", b"0:,", b":Kok,", b"-3:Kok,", b"9999:Kxxx", b"3Kok,",
-    ];
+    let replies: [&[u8]; 8] =
+        [b"250 ok\r\n", b"3:Kok;", b"2:Xa,", b"0:,", b":Kok,", b"-3:Kok,", b"9999:Kxxx", b"3Kok,"];
     let sink = Sink::start(
         daemon.path("out"),
         answer(move |mail| {
@@ -79,9 +78,9 @@ fn malformed_replies() {
             Reply::Raw(replies[number.expect("a digit")].to_vec())
         }),
     );
-    for number in 0..replies.len() {
+    for (number, reply) in replies.iter().enumerate() {
         let mail = Mail::new("x").from(&format!("{number}@x"));
-        let shown = String::from_utf8_lossy(replies[number]);
+        let shown = String::from_utf8_lossy(reply);
         assert_eq!(submit(daemon.path("in"), &mail), "Zmalformed relay response", "{shown:?}");
     }
     assert_eq!(sink.mails().len(), replies.len());
@@ -112,11 +111,9 @@ fn closed_without_an_answer() {
 #[test]
 fn early_replies() {
     // The next hop answers at once and then reads everything.
-    for (reply, told) in [
-        ("Kok", "Zrelay failed"),
-        ("Zbusy", "Zbusy"),
-        ("Dtoo large for me", "Dtoo large for me"),
-    ] {
+    for (reply, told) in
+        [("Kok", "Zrelay failed"), ("Zbusy", "Zbusy"), ("Dtoo large for me", "Dtoo large for me")]
+    {
         let daemon = relay("", "'$DIR/out'");
         let bytes = netstring(reply.as_bytes());
         let _sink = Sink::start(daemon.path("out"), Behaviour::Early(bytes));

@@ -133,7 +133,9 @@ fn service_managers_are_asked_for_time() {
 fn silent_clients_hold_up_nothing() {
     let mut daemon = relay("client_timeout=1");
     let mut silent: Vec<_> = (0..20).map(|_| Client::connect(daemon.path("in"))).collect();
-    silent.iter_mut().take(10).for_each(|client| drop(client.send(b"5")));
+    for client in silent.iter_mut().take(10) {
+        client.send(b"5");
+    }
     daemon.signal(Signal::SIGTERM);
     let ended = daemon.exit_within(Duration::from_secs(10));
     assert_eq!(ended.expect("ended").code(), Some(0));
@@ -195,9 +197,7 @@ fn hangups_are_ignored_while_stopping() {
 #[test]
 fn during_a_reload() {
     let mut daemon = relay("");
-    daemon.site().configure(
-        "local f = io.open('$DIR/loading', 'w') f:close() while true do end",
-    );
+    daemon.site().configure("local f = io.open('$DIR/loading', 'w') f:close() while true do end");
     daemon.signal(Signal::SIGHUP);
     eventually("the script runs", || daemon.path("loading").exists().then_some(()));
     daemon.signal(Signal::SIGTERM);
@@ -212,9 +212,8 @@ fn restart_on_the_same_path() {
     let path = first.path("in").display().to_string();
     let out = first.path("out").display().to_string();
     first.stop();
-    let second = Daemon::start(&format!(
-        "qmqp_listen('{path}', function(m) return m:connect('{out}') end)"
-    ));
+    let second =
+        Daemon::start(&format!("qmqp_listen('{path}', function(m) return m:connect('{out}') end)"));
     assert_eq!(submit(first.path("in"), &Mail::new("x")), "Kok");
     assert_eq!(sink.mails().len(), 1);
     drop(second);

@@ -135,7 +135,10 @@ impl Outcome {
 
 impl PartialEq<&str> for Outcome {
     fn eq(&self, other: &&str) -> bool {
-        self.to_string() == *other
+        match self {
+            Self::Reply(reply) => reply == other.as_bytes(),
+            _ => self.to_string().as_str() == *other,
+        }
     }
 }
 

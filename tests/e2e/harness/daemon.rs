@@ -10,8 +10,8 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::sync::Arc;
-use std::thread::JoinHandle;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
@@ -227,15 +227,20 @@ impl Daemon {
         processes::signal(self.pid(), signal);
     }
 
-    /// SIGHUP, then waits until the reload is over; says whether it worked.
+    /// SIGHUP, then waits until the reload is over, and returns the status told then.
     #[track_caller]
-    pub fn reload(&self) -> bool {
+    pub fn reload_status(&self) -> String {
         let mark = self.notify.mark();
         self.signal(Signal::SIGHUP);
         self.notify.after(mark, "RELOADING=1", |line| line == "RELOADING=1");
         self.notify.after(mark, "READY=1 after RELOADING=1", |line| line == "READY=1");
-        let notices = self.notify.all();
-        !notices[mark..].iter().any(|line| line.starts_with("STATUS=") && line.contains("fail"))
+        self.notify.after(mark, "the status", |line| line.starts_with("STATUS=")).text
+    }
+
+    /// SIGHUP, then waits until the reload is over; says whether it worked.
+    #[track_caller]
+    pub fn reload(&self) -> bool {
+        !self.reload_status().contains("failed")
     }
 
     /// All log lines so far.

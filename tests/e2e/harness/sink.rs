@@ -62,7 +62,6 @@ impl fmt::Debug for Behaviour {
 #[derive(Debug)]
 struct Shared {
     mails: Record<Mail>,
-    connections: Record<()>,
     behaviour: Behaviour,
 }
 
@@ -110,16 +109,11 @@ impl Sink {
     }
 
     fn serve(listener: Arc<Listener>, address: Target, behaviour: Behaviour) -> Self {
-        let shared = Arc::new(Shared {
-            mails: Record::default(),
-            connections: Record::default(),
-            behaviour,
-        });
+        let shared = Arc::new(Shared { mails: Record::default(), behaviour });
         let (accepting, serving) = (listener.clone(), shared.clone());
         std::thread::spawn(move || {
             while let Ok(stream) = accepting.accept() {
                 let shared = serving.clone();
-                shared.connections.push(());
                 std::thread::spawn(move || connection(stream, &shared));
             }
         });
@@ -139,11 +133,6 @@ impl Sink {
     /// The record of mails, for waiting.
     pub fn record(&self) -> &Record<Mail> {
         &self.shared.mails
-    }
-
-    /// How many connections there have been.
-    pub fn connections(&self) -> &Record<()> {
-        &self.shared.connections
     }
 
     /// The only mail there is.

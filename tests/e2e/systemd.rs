@@ -1,0 +1,235 @@
+//! Under systemd: sockets passed, notifications, watchdog, with a notification socket of our own
+//! and with the real `systemd-socket-activate`.
+
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::MetadataExt;
+use std::os::unix::net::UnixListener;
+use std::path::Path;
+use std::process::Stdio;
+use std::time::Duration;
+
+use nix::sys::signal::Signal;
+
+use crate::harness::daemon::{Launch, is_socket};
+use crate::harness::processes::TAG;
+use crate::harness::{Client, Daemon, Mail, PATIENCE, Sink, Site, Target, eventually, submit};
+
+/// Gives the daemon up to two sockets as systemd would, named `names` (separated by colons).
+///
+/// The shell moves them from stdin and stdout to 3 and 4 and learns the pid that the daemon will
+/// have: both can't be done before the process exists.
+fn activate(launch: Launch, names: &str, sockets: Vec<OwnedFd>) -> Launch {
+    let count = sockets.len();
+    let script = "exec 3<&0 4<&1 0</dev/null 1>&2
+        test $LISTEN_FDS = 2 || exec 4<&-
+        LISTEN_PID=$$ exec \"$@\"";
+    let mut launch = launch
+        .through(&["sh", "-c", script, "sh"])
+        .env("LISTEN_FDS", &count.to_string())
+        .env("LISTEN_FDNAMES", names);
+    let mut sockets = sockets.into_iter();
+    let command = launch.command();
+    command.stdin(sockets.next().map_or(Stdio::null(), Stdio::from));
+    command.stdout(sockets.next().map_or(Stdio::null(), Stdio::from));
+    launch
+}
+
+fn listening(path: &Path) -> OwnedFd {
+    UnixListener::bind(path).expect("bind").into()
+}
+
+#[test]
+fn one_passed_socket() {
+    let site = Site::with("qmqp_listen(systemd, function(m) return m:discard(m.listener) end)");
+    let socket = listening(&site.path("passed"));
+    let inode = site.path("passed").metadata().expect("socket").ino();
+    let mut daemon = activate(site.launch(), "", vec![socket]).ready();
+    assert_eq!(submit(daemon.path("passed"), &Mail::new("x")).status(), 'K');
+    daemon.signal(Signal::SIGTERM);
+    assert_eq!(daemon.wait_exit().code(), Some(0));
+    let found = daemon.path("passed").metadata().expect("it belongs to systemd");
+    assert_eq!(found.ino(), inode);
+}
+
+#[test]
+fn sockets_by_name() {
+    let site = Site::with(
+        "qmqp_listen(systemd['special'], function(m) return m:discard('special') end)
+         qmqp_listen(systemd, function(m) return m:discard('the rest') end)
+         qmqp_listen('$DIR/own', function(m) return m:discard('own') end)",
+    );
+    let sockets = vec![listening(&site.path("a")), listening(&site.path("b"))];
+    let daemon = activate(site.launch(), "plain:special", sockets).ready();
+    for (name, told) in [("a", "Kthe rest"), ("b", "Kspecial"), ("own", "Kown")] {
+        assert_eq!(submit(daemon.path(name), &Mail::new("x")), told, "{name}");
+    }
+}
+
+#[test]
+fn a_passed_tcp_socket_serves_everybody() {
+    let site = Site::with("qmqp_listen(systemd, function(m) return m:discard(m.peer) end)");
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("bind");
+    let address = listener.local_addr().expect("address");
+    let _daemon = activate(site.launch(), "", vec![listener.into()]).ready();
+    assert_eq!(submit(address, &Mail::new("x")).status(), 'K');
+}
+
+#[test]
+fn an_unknown_name_is_an_error() {
+    let site = Site::with("qmqp_listen(systemd['other'], function(m) return m:discard() end)");
+    let socket = listening(&site.path("a"));
+    let mut daemon = activate(site.launch(), "name", vec![socket]).spawn();
+    assert_eq!(daemon.wait_exit().code(), Some(78));
+    assert!(daemon.complete_text().contains("other"), "{}", daemon.text());
+}
+
+#[test]
+fn no_socket_passed_is_a_warning() {
+    let daemon = Daemon::start(
+        "qmqp_listen(systemd, function(m) return m:discard() end)
+         qmqp_listen('$DIR/in', function(m) return m:discard() end)",
+    );
+    daemon.wait_for_log("systemd");
+    assert_eq!(submit(daemon.path("in"), &Mail::new("x")), "Kdiscarded");
+}
+
+#[test]
+fn passed_sockets_survive_reloads() {
+    let script = |name: &str| {
+        format!("qmqp_listen(systemd['{name}'], function(m) return m:discard('{name}') end)")
+    };
+    let site = Site::with(&script("one"));
+    let sockets = vec![listening(&site.path("a")), listening(&site.path("b"))];
+    let daemon = activate(site.launch(), "one:two", sockets).ready();
+    assert_eq!(submit(daemon.path("a"), &Mail::new("x")), "Kone");
+    // Nobody wants the first one now: it stays open, and its clients wait.
+    daemon.site().configure(&script("two"));
+    assert!(daemon.reload());
+    assert_eq!(submit(daemon.path("b"), &Mail::new("x")), "Ktwo");
+    let mut waiting = Client::connect(daemon.path("a"));
+    waiting.send(&Mail::new("x").request());
+    daemon.site().configure(&script("one"));
+    assert!(daemon.reload());
+    assert_eq!(waiting.outcome(), "Kone");
+}
+
+#[test]
+fn systemd_socket_activate() {
+    let site =
+        Site::with("qmqp_listen(systemd['mail'], function(m) return m:connect('$DIR/out') end)");
+    let sink = Sink::answering(site.path("out"), "Kok");
+    let at = site.path("activated");
+    let wrapper = ["systemd-socket-activate", "-l", at.to_str().expect("UTF-8"), "--fdname=mail"];
+    let variables = ["-E", "NOTIFY_SOCKET", "-E", TAG];
+    let mut daemon = site.launch().through(&[&wrapper[..], &variables].concat()).spawn();
+    // It starts the daemon for the first connection, which has to wait until that is ready.
+    eventually("the socket", || is_socket(&at).then_some(()));
+    let mail = Mail::new("wake up");
+    assert_eq!(submit(at.clone(), &mail), "Kok");
+    assert_eq!(sink.only(), mail.relayed());
+    daemon.wait_ready();
+    daemon.signal(Signal::SIGTERM);
+    assert_eq!(daemon.wait_exit().code(), Some(0));
+}
+
+fn plain() -> Site {
+    Site::with("settings{workers=1} qmqp_listen('$DIR/in', function(m) return m:discard() end)")
+}
+
+#[test]
+fn notifications_of_a_life() {
+    let mut daemon = plain().start();
+    daemon.notify().after(0, "a status", |line| line.starts_with("STATUS="));
+    assert!(daemon.reload());
+    daemon.notify().after(0, "the time for notify-reload", |l| l.starts_with("MONOTONIC_USEC="));
+    daemon.stop();
+    let lines = daemon.notify().all();
+    let states: Vec<_> = lines
+        .iter()
+        .map(String::as_str)
+        .filter(|line| matches!(*line, "READY=1" | "RELOADING=1" | "STOPPING=1"))
+        .collect();
+    assert_eq!(states, ["READY=1", "RELOADING=1", "READY=1", "STOPPING=1"]);
+    assert!(lines.iter().all(|line| line != "WATCHDOG=1"), "nobody asked for a watchdog");
+}
+
+#[test]
+fn the_watchdog_is_fed_by_the_loop() {
+    let interval = Duration::from_millis(500);
+    let usec = interval.as_micros().to_string();
+    let daemon = plain().launch().env("WATCHDOG_USEC", &usec).ready();
+    let fed = |count: usize, after: usize| {
+        daemon.notify().record().wait_for(PATIENCE, |notices| {
+            let fed = notices[after..].iter().filter(|n| n.text == "WATCHDOG=1");
+            let times: Vec<_> = fed.map(|notice| notice.at).collect();
+            (times.len() >= count).then_some(times)
+        })
+    };
+    let times = fed(6, 0).expect("fed");
+    let mut gaps: Vec<_> = times.windows(2).map(|pair| pair[1] - pair[0]).collect();
+    gaps.sort();
+    // The median: a busy machine may be late once.
+    assert!(gaps[gaps.len() / 2] < interval, "{gaps:?}");
+    // A supervisor that doesn't run doesn't feed it, and no other process does.
+    daemon.signal(Signal::SIGSTOP);
+    eventually("stopped", || {
+        let found = crate::harness::processes::look(daemon.pid()).expect("there");
+        (found.state == 'T').then_some(())
+    });
+    let mark = daemon.notify().mark();
+    let fed_while_stopped =
+        daemon.notify().try_after(mark, 3 * interval, |line| line == "WATCHDOG=1");
+    assert!(fed_while_stopped.is_none());
+    daemon.signal(Signal::SIGCONT);
+    assert!(fed(2, mark).is_some());
+}
+
+#[test]
+fn the_environment_of_the_service_manager_stays_in_the_supervisor() {
+    let site = Site::with("qmqp_listen(systemd, function(m) return m:discard() end)");
+    let socket = listening(&site.path("a"));
+    let launch = site.launch().env("WATCHDOG_USEC", "30000000");
+    let daemon = activate(launch, "name", vec![socket]).ready();
+    for pid in daemon.zygotes().into_iter().chain(daemon.workers()) {
+        let environment = std::fs::read(format!("/proc/{pid}/environ")).expect("there");
+        let environment = String::from_utf8_lossy(&environment);
+        for name in ["NOTIFY_SOCKET", "WATCHDOG_USEC", "LISTEN_FDS", "LISTEN_FDNAMES"] {
+            let found = environment.split('\0').find(|entry| entry.starts_with(name));
+            assert_eq!(found, None, "of {pid}");
+        }
+    }
+}
+
+#[test]
+fn a_failed_reload_shows_in_the_status() {
+    let daemon = plain().start();
+    daemon.site().configure("error('my own words')");
+    let mark = daemon.notify().mark();
+    daemon.reload();
+    let found = daemon.notify().after(mark, "the reason", |line| line.contains("my own words"));
+    assert!(found.text.starts_with("STATUS="));
+    // Every line of a notification is an assignment, whatever the script's error looks like.
+    let known = ["STATUS=", "READY=", "RELOADING=", "MONOTONIC_USEC="];
+    let lines = daemon.notify().all();
+    assert!(lines.iter().all(|line| known.iter().any(|key| line.starts_with(key))), "{lines:?}");
+}
+
+#[test]
+fn without_a_service_manager() {
+    // No NOTIFY_SOCKET, stderr closed, stdin closed: a supervisor that only restarts.
+    let site = plain();
+    let config = site.path("config.lua");
+    let mut child = std::process::Command::new("sh")
+        .args(["-c", "exec \"$@\" 0<&- 2>&-", "sh", crate::harness::daemon::QRELAY, "--config"])
+        .arg(config)
+        .stdout(File::create("/dev/null").expect("null"))
+        .spawn()
+        .expect("runs");
+    eventually("it serves", || {
+        (is_socket(&site.path("in")) && Target::from(site.path("in")).is_alive()).then_some(())
+    });
+    assert_eq!(submit(site.path("in"), &Mail::new("x")), "Kdiscarded");
+    crate::harness::processes::signal(child.id().cast_signed(), Signal::SIGTERM);
+    assert_eq!(child.wait().expect("ends").code(), Some(0));
+}
