@@ -149,6 +149,17 @@ fn slow_clients_are_told() {
 }
 
 #[test]
+fn a_client_that_thinks_first() {
+    // The time for its answer begins when there is a request, not with the connection.
+    let (daemon, sink) = relay_with("relay_timeout=0.3, client_timeout=10", "");
+    let mut client = Client::connect(daemon.path("in"));
+    let nothing = client.outcome_within(Duration::from_millis(700));
+    assert_eq!(nothing, crate::harness::Outcome::Timeout);
+    assert_eq!(client.send(&Mail::new("x").request()).outcome(), "Kok");
+    assert_eq!(sink.mails().len(), 1);
+}
+
+#[test]
 fn dripping_clients_are_told() {
     // Never silent for client_timeout, but not done within request_timeout either.
     let (daemon, sink) = relay();
@@ -363,5 +374,5 @@ fn strangers_are_refused() {
         "qmqp_listen('{address}', function(m) return m:discard() end, {{allow={{'10.0.0.0/8'}}}})"
     ));
     assert_eq!(submit(address, &Mail::new("x")), "Zaccess denied");
-    daemon.wait_for_log("access denied");
+    daemon.wait_for_log("peer=127.0.0.1");
 }

@@ -17,7 +17,7 @@ use std::time::Instant;
 
 use nix::sys::signal::Signal;
 
-use crate::harness::processes::signal;
+use crate::harness::processes::{relaying, signal};
 use crate::harness::sink::answer;
 use crate::harness::{Daemon, Mail, Outcome, Reply, Sink, eventually, submit};
 
@@ -169,7 +169,7 @@ fn kill_often(daemon: &Daemon, sink: &Sink, count: usize, random: &mut Random) {
         let victim = eventually("a worker with a job in flight", || {
             let workers = daemon.workers();
             let victim = *workers.get(random.below(workers.len().max(1)))?;
-            has_next_hop(victim).then_some(victim)
+            (relaying(victim) > 0).then_some(victim)
         });
         signal(victim, Signal::SIGKILL);
         if round == count / 2 {
@@ -181,23 +181,15 @@ fn kill_often(daemon: &Daemon, sink: &Sink, count: usize, random: &mut Random) {
     }
 }
 
-/// Whether the worker has a connection to the next hop: a job of it is being relayed. A worker
-/// has two sockets of its own, and two for each job that is on its way.
-fn has_next_hop(worker: i32) -> bool {
-    let idle = 2;
-    let sockets = crate::harness::processes::descriptors(worker);
-    let count =
-        sockets.iter().filter(|(_, to)| to.to_string_lossy().starts_with("socket:")).count();
-    count >= idle + 2
-}
-
 #[test]
 fn kills_and_reloads_under_load() {
     let (kills, reloads) = if full() { (100, 20) } else { (25, 8) };
     let mut daemon = Daemon::start(&script(0));
     let sink = next_hop(&daemon);
     assert_eq!(submit(daemon.path("in"), &unique(1000, 0)), "Kok");
-    let (fds, workers) = (daemon.fd_count(), daemon.workers().len());
+    let workers = daemon.wait_for_workers(4, &[]).len();
+    eventually("zygote and standby", || (daemon.zygotes().len() == 2).then_some(()));
+    let fds = eventually("the descriptor of that mail is closed", || settled(&daemon));
     let stop = AtomicBool::new(false);
     let faults = Mutex::new(None);
 
@@ -234,6 +226,13 @@ fn kills_and_reloads_under_load() {
     eventually("zygote and standby", || (daemon.zygotes().len() == 2).then_some(()));
     eventually("the descriptors that were", || (daemon.fd_count() == fds).then_some(()));
     daemon.stop();
+}
+
+/// How many descriptors an idle supervisor has, if it is idle: no client's socket among them.
+fn settled(daemon: &Daemon) -> Option<usize> {
+    let idle = daemon.workers().into_iter().all(|worker| relaying(worker) == 0);
+    let (before, after) = (daemon.fd_count(), daemon.fd_count());
+    (idle && before == after).then_some(after)
 }
 
 /// Ends the load however the scope ends.

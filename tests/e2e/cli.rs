@@ -35,7 +35,7 @@ fn version_and_help() {
     for command in ["check", "send", "sink"] {
         let help = run(&[command, "--help"]);
         assert_eq!(help.status.code(), Some(0), "{command}");
-        assert!(stdout(&help).contains("Example"), "{command}:\n{}", stdout(&help));
+        assert!(stdout(&help).contains("Usage"), "{command}:\n{}", stdout(&help));
     }
 }
 

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 
-use crate::harness::processes::{self, signal};
+use crate::harness::processes::{self, relaying, signal};
 use crate::harness::{Client, Daemon, Mail, PATIENCE, Sink, eventually, submit};
 
 fn relay(settings: &str) -> Daemon {
@@ -56,24 +56,46 @@ fn clients_in_the_middle_of_their_request_are_told() {
 fn other_workers_do_not_notice() {
     let daemon = relay("workers=2");
     let (sink, gate) = Sink::gated(daemon.path("out"));
-    let mut clients: Vec<_> = (0..20).map(|_| Client::connect(daemon.path("in"))).collect();
-    for client in &mut clients {
-        client.send(&Mail::new("in flight").request());
-    }
-    sink.record().wait_for_count(20);
-    signal(daemon.workers()[0], Signal::SIGKILL);
+    let clients = load_both_workers(&daemon, &sink);
+    let workers = daemon.workers();
+    let hit = relaying(workers[0]);
+    signal(workers[0], Signal::SIGKILL);
     gate.open();
+    assert_told(clients, hit);
+    assert!(daemon.workers().contains(&workers[1]));
+}
+
+/// Sends mails until each of two workers relays at least five. (The daemon is ready when its
+/// first worker is, so the first mails all go there.)
+fn load_both_workers(daemon: &Daemon, sink: &Sink) -> Vec<Client> {
+    let mut clients = Vec::new();
+    let both = |daemon: &Daemon| {
+        let workers = daemon.workers();
+        workers.len() == 2 && workers.iter().all(|&worker| relaying(worker) >= 5)
+    };
+    while !both(daemon) {
+        assert!(clients.len() < 100, "one worker gets everything");
+        let mut client = Client::connect(daemon.path("in"));
+        client.send(&Mail::new("in flight").request());
+        clients.push(client);
+        sink.record().wait_for_count(clients.len());
+    }
+    clients
+}
+
+/// All were accepted but `hit` of them, who were told to try again.
+#[track_caller]
+fn assert_told(mut clients: Vec<Client>, hit: usize) {
     let answers: Vec<_> = clients.iter_mut().map(|c| c.outcome().to_string()).collect();
     let accepted = answers.iter().filter(|answer| *answer == "Kok").count();
     let told = answers.iter().filter(|answer| *answer == "Ztry again later").count();
-    // Jobs go to the worker with the fewest, so each had half of them.
-    assert_eq!((accepted, told), (10, 10), "{answers:?}");
+    assert_eq!((accepted, told), (clients.len() - hit, hit), "{answers:?}");
 }
 
 #[test]
 fn every_way_to_die_is_a_crash() {
     let daemon = Daemon::start(
-        "settings{workers=1, hang_timeout=1}
+        "settings{workers=1}
          qmqp_listen('$DIR/in', function(m)
            if m.sender == 'good@x' then return m:discard('good') end
            if m.sender == 'zero@x' then os.exit(0) end
@@ -87,7 +109,7 @@ fn every_way_to_die_is_a_crash() {
         daemon.wait_for_workers(1, &workers);
         assert_eq!(submit(daemon.path("in"), &Mail::new("x").from("good@x")), "Kgood");
     }
-    for death in [Signal::SIGSEGV, Signal::SIGABRT, Signal::SIGBUS] {
+    for death in [Signal::SIGKILL, Signal::SIGABRT, Signal::SIGALRM] {
         let workers = daemon.workers();
         signal(workers[0], death);
         daemon.wait_for_workers(1, &workers);
@@ -122,7 +144,10 @@ fn replacement_is_quick() {
             eventually("the dead worker's end", || {
                 processes::look(workers[0]).is_none_or(|p| p.state == 'Z').then_some(())
             });
-            assert_eq!(submit(daemon.path("in"), &Mail::new("x")), "Kok");
+            // The dying worker may still be given one.
+            eventually("service", || {
+                (submit(daemon.path("in"), &Mail::new("x")) == "Kok").then_some(())
+            });
             died.elapsed()
         })
         .collect();
@@ -199,19 +224,14 @@ fn without_zygotes_the_workers_serve_on() {
 
 #[test]
 fn a_stopped_worker_is_found_out() {
-    let daemon = relay("workers=2, hang_timeout=1");
+    let daemon = relay("workers=2, handler_timeout=0.5, hang_timeout=1");
     let (sink, gate) = Sink::gated(daemon.path("out"));
-    let mut clients: Vec<_> = (0..10).map(|_| Client::connect(daemon.path("in"))).collect();
-    for client in &mut clients {
-        client.send(&Mail::new("in flight").request());
-    }
-    sink.record().wait_for_count(10);
+    let clients = load_both_workers(&daemon, &sink);
     let workers = daemon.workers();
+    let hit = relaying(workers[0]);
     signal(workers[0], Signal::SIGSTOP);
     gate.open();
-    let answers: Vec<_> = clients.iter_mut().map(|c| c.outcome().to_string()).collect();
-    assert_eq!(answers.iter().filter(|answer| *answer == "Kok").count(), 5, "{answers:?}");
-    assert_eq!(answers.iter().filter(|answer| *answer == "Ztry again later").count(), 5);
+    assert_told(clients, hit);
     eventually("its replacement", || {
         let now = daemon.workers();
         (now.len() == 2 && !now.contains(&workers[0])).then_some(())

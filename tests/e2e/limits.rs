@@ -98,7 +98,8 @@ fn connections_per_uid() {
 #[test]
 fn messages_in_memory_are_bounded() {
     let daemon = Daemon::start(
-        "settings{workers=1, mail_memory=5000000, relay_timeout=20, client_share=1}
+        "max_size = 2000000
+         settings{workers=1, mail_memory=5000000, relay_timeout=20, client_share=1}
          qmqp_listen('$DIR/in', function(m) return m:connect('$DIR/out') end)",
     );
     let (sink, gate) = Sink::gated(daemon.path("out"));

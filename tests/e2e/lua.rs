@@ -154,9 +154,7 @@ fn headers_are_read() {
         let code = format!("return m:discard(tostring({expression}))");
         submit(daemon.path("in"), &with_code(&code, mail)).to_string()
     };
-    let unfolded = says("m:header('SUBJECT')", &mail);
-    assert_eq!(unfolded.split_whitespace().collect::<Vec<_>>(), ["Khello", "folded", "world"]);
-    assert!(!unfolded.contains('\n') && !unfolded.contains('\r'), "{unfolded:?}");
+    assert_eq!(says("(m:header('SUBJECT'):gsub('[ \\t]+', '_'))", &mail), "Khello_folded_world");
     assert_eq!(says("m:header('x-ONE')", &mail), "K1");
     assert_eq!(says("'<' .. m:header('empty') .. '>'", &mail), "K<>");
     assert_eq!(says("m:header('Body')", &mail), "Knil");
@@ -272,7 +270,6 @@ fn tracebacks_name_the_way() {
     );
     assert_eq!(submit(daemon.path("in"), &Mail::new("x")), "Zscript failed");
     daemon.wait_for_log("config.lua:2: deep down");
-    daemon.wait_for_log("traceback");
     daemon.wait_for_log("config.lua:3:");
     daemon.wait_for_log("config.lua:4:");
 }

@@ -41,6 +41,7 @@ fn asks(daemon: &Daemon) -> String {
 fn the_new_configuration_takes_over() {
     let mut daemon = Daemon::start(&counting("one"));
     assert_eq!(asks(&daemon), "Kone");
+    daemon.wait_for_workers(2, &[]);
     let (inode, fds) = (daemon.path("in").metadata().expect("socket").ino(), daemon.fd_count());
     let (workers, zygotes) = (daemon.workers(), daemon.zygotes());
     assert_eq!((count(&daemon, "loads"), count(&daemon, "reloads")), (1, 0));
@@ -62,7 +63,10 @@ fn the_new_configuration_takes_over() {
 #[test]
 fn broken_scripts_change_nothing() {
     let daemon = Daemon::start(&counting("one"));
-    let (workers, zygotes) = (daemon.workers(), daemon.zygotes());
+    let workers = daemon.wait_for_workers(2, &[]);
+    let zygotes = eventually("zygote and standby", || {
+        Some(daemon.zygotes()).filter(|zygotes| zygotes.len() == 2)
+    });
     let fds = daemon.fd_count();
     let blocked = Sink::answering(daemon.path("taken"), "Kother");
     for (script, reason) in [
@@ -76,7 +80,7 @@ fn broken_scripts_change_nothing() {
         ),
         ("qmqp_listen('$DIR/taken', function(m) end)", "in use"),
         ("qmqp_listen('$DIR/missing/in', function(m) end)", "missing/in"),
-        ("os.exit(0)", "exit"),
+        ("os.exit(0)", "zygote ended"),
     ] {
         daemon.site().configure(script);
         let mark = daemon.notify().mark();
@@ -99,6 +103,20 @@ fn broken_scripts_change_nothing() {
     daemon.site().configure(&counting("two"));
     assert!(daemon.reload());
     assert_eq!(asks(&daemon), "Ktwo");
+}
+
+#[test]
+fn a_reload_right_after_the_start() {
+    // The first generation's last workers may not even be forked yet.
+    let script = counting("one").replace("workers=2", "workers=8");
+    let mut daemon = Daemon::start(&script);
+    assert!(daemon.reload());
+    let started = std::time::Instant::now();
+    daemon.wait_for_log("generation has ended generation=1");
+    let took = started.elapsed();
+    assert!(took < std::time::Duration::from_secs(5), "{took:?}: long before a ping is missed");
+    daemon.wait_for_workers(8, &[]);
+    daemon.stop();
 }
 
 #[test]

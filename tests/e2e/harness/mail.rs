@@ -59,7 +59,7 @@ impl Mail {
     /// The request's payload: three or more netstrings.
     pub fn payload(&self) -> Vec<u8> {
         let parts = [&self.message, &self.sender].into_iter().chain(&self.recipients);
-        parts.flat_map(|part| netstring(part)).collect()
+        parts.map(|part| netstring(part)).collect::<Vec<_>>().concat()
     }
 
     /// The whole request.

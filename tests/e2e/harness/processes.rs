@@ -80,6 +80,14 @@ pub fn descriptors(pid: i32) -> Vec<(u32, PathBuf)> {
     found
 }
 
+/// How many jobs a worker has in its hands that are being relayed: apart from its two channels to
+/// the supervisor, a worker has two sockets per job, the client's and the next hop's.
+pub fn relaying(worker: i32) -> usize {
+    let is_socket = |path: &PathBuf| path.to_string_lossy().starts_with("socket:");
+    let sockets = descriptors(worker).iter().filter(|(_, path)| is_socket(path)).count();
+    sockets.saturating_sub(2) / 2
+}
+
 /// A number of bytes from a file such as `status` or `smaps_rollup` of a process.
 pub fn memory(pid: i32, file: &str, key: &str) -> u64 {
     let text = fs::read_to_string(format!("/proc/{pid}/{file}")).expect("process is there");
