@@ -109,14 +109,16 @@ fn broken_scripts_change_nothing() {
 fn a_reload_right_after_the_start() {
     // The first generation's last workers may not even be forked yet.
     let script = counting("one").replace("workers=2", "workers=8");
-    let mut daemon = Daemon::start(&script);
-    assert!(daemon.reload());
-    let started = std::time::Instant::now();
-    daemon.wait_for_log("generation has ended generation=1");
-    let took = started.elapsed();
-    assert!(took < std::time::Duration::from_secs(5), "{took:?}: long before a ping is missed");
-    daemon.wait_for_workers(8, &[]);
-    daemon.stop();
+    for _ in 0..5 {
+        let mut daemon = Daemon::start(&script);
+        assert!(daemon.reload());
+        let started = std::time::Instant::now();
+        daemon.wait_for_log("generation has ended generation=1");
+        let took = started.elapsed();
+        assert!(took < std::time::Duration::from_secs(5), "{took:?}: long before a ping is missed");
+        daemon.wait_for_workers(8, &[]);
+        daemon.stop();
+    }
 }
 
 #[test]
