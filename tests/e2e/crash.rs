@@ -201,7 +201,7 @@ fn without_zygotes_the_workers_serve_on() {
     let zygotes = daemon.zygotes();
     // Stopped first, so that none can fork another before it dies.
     for &pid in &zygotes {
-        signal(pid, Signal::SIGSTOP);
+        processes::stop(pid);
     }
     for &pid in &zygotes {
         signal(pid, Signal::SIGKILL);
@@ -229,7 +229,7 @@ fn a_stopped_worker_is_found_out() {
     let clients = load_both_workers(&daemon, &sink);
     let workers = daemon.workers();
     let hit = relaying(workers[0]);
-    signal(workers[0], Signal::SIGSTOP);
+    processes::stop(workers[0]);
     gate.open();
     assert_told(clients, hit);
     eventually("its replacement", || {

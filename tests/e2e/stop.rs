@@ -147,7 +147,7 @@ fn connections_in_the_backlog_are_served() {
     // Connected before the stop, heard after it.
     let mut daemon = relay("");
     let _sink = Sink::answering(daemon.path("out"), "Kok");
-    daemon.signal(Signal::SIGSTOP);
+    crate::harness::processes::stop(daemon.pid());
     let mut clients: Vec<_> = (0..50).map(|_| Client::connect(daemon.path("in"))).collect();
     for client in &mut clients {
         client.send(&Mail::new("early bird").request());

@@ -172,11 +172,7 @@ fn the_watchdog_is_fed_by_the_loop() {
     // The median: a busy machine may be late once.
     assert!(gaps[gaps.len() / 2] < interval, "{gaps:?}");
     // A supervisor that doesn't run doesn't feed it, and no other process does.
-    daemon.signal(Signal::SIGSTOP);
-    eventually("stopped", || {
-        let found = crate::harness::processes::look(daemon.pid()).expect("there");
-        (found.state == 'T').then_some(())
-    });
+    crate::harness::processes::stop(daemon.pid());
     let mark = daemon.notify().mark();
     let fed_while_stopped =
         daemon.notify().try_after(mark, 3 * interval, |line| line == "WATCHDOG=1");

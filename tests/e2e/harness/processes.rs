@@ -105,6 +105,19 @@ pub fn cpu_ticks(pid: i32) -> u64 {
     [11, 12].iter().map(|&at| fields[at].parse::<u64>().expect("a number")).sum()
 }
 
+/// Stops a process and waits until none of its threads runs.
+pub fn stop(pid: i32) {
+    signal(pid, Signal::SIGSTOP);
+    super::eventually("a stopped process", || {
+        let threads = fs::read_dir(format!("/proc/{pid}/task")).ok()?;
+        let mut states = threads.flatten().map(|thread| {
+            let stat = fs::read_to_string(thread.path().join("stat")).unwrap_or_default();
+            stat.rsplit(')').next().and_then(|tail| tail.trim().chars().next())
+        });
+        states.all(|state| state == Some('T')).then_some(())
+    });
+}
+
 /// Sends a signal; a process that is gone is no error.
 pub fn signal(pid: i32, signal: Signal) {
     let _ = kill(Pid::from_raw(pid), signal);
