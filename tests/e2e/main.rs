@@ -17,6 +17,7 @@ mod bad_input;
 mod chaos;
 mod cli;
 mod crash;
+mod docs;
 mod limits;
 mod lua;
 mod postfix;

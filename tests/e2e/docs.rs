@@ -1,0 +1,174 @@
+//! What the documentation shows works: every `lua` block on every page, and every script in
+//! docs/examples.
+//!
+//! A block is a script, or a part of one that runs while it is loaded. If it listens, it is served: a
+//! mail goes through each of its sockets, and must be accepted (`reply=D` or `reply=Z` after `lua`
+//! says otherwise). If it doesn't, `qrelay check` runs it. `lua handler` marks the body of a handler,
+//! with the mail as `m`. An assertion that fails makes the mail `Z`, or the check fail.
+//!
+//! To be run anywhere, blocks that are served get other addresses: /run/cm4all/qrelay becomes a
+//! temporary directory, strings that begin with 192.0.2. or [2001:db8: (the networks for
+//! documentation, RFC 5737 and RFC 3849) a next hop that accepts everything, and a port on 127.0.0.1
+//! one that is free.
+
+use std::fs;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use crate::harness::daemon::is_socket;
+use crate::harness::{Mail, Sink, Site, Target, run, submit};
+
+/// Blocks that run at the same time; most of their time is waiting.
+const AT_ONCE: usize = 4;
+
+/// A piece of Lua and what is expected of it.
+#[derive(Debug)]
+struct Block {
+    /// File and line, for the message.
+    place: String,
+    source: String,
+    /// First letter of the reply.
+    reply: char,
+}
+
+#[test]
+fn every_block_of_the_documentation_runs() {
+    let blocks: Vec<_> = pages().iter().flat_map(|page| blocks(page)).collect();
+    assert!(blocks.len() > 20, "only {} blocks were found", blocks.len());
+    let (next, failed) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
+    std::thread::scope(|scope| {
+        for _ in 0..AT_ONCE {
+            scope.spawn(|| {
+                while let Some(block) = blocks.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    if catch_unwind(AssertUnwindSafe(|| check(block))).is_err() {
+                        failed.lock().expect("lock").push(block.place.clone());
+                    }
+                }
+            });
+        }
+    });
+    let failed = failed.into_inner().expect("lock");
+    assert!(failed.is_empty(), "these blocks don't do what they say: {failed:#?}");
+}
+
+#[test]
+fn every_example_relays_a_mail() {
+    let scripts = files_below(&root().join("docs/examples"), "lua");
+    assert!(!scripts.is_empty());
+    for script in scripts {
+        let source = fs::read_to_string(&script).expect("example");
+        serve(&Block { place: script.display().to_string(), source, reply: 'K' });
+    }
+}
+
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+fn pages() -> Vec<PathBuf> {
+    let mut pages = files_below(&root().join("docs"), "md");
+    pages.push(root().join("README.md"));
+    pages
+}
+
+fn files_below(directory: &Path, extension: &str) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(directory).expect("directory") {
+        let path = entry.expect("entry").path();
+        if path.is_dir() {
+            found.extend(files_below(&path, extension));
+        } else if path.extension().is_some_and(|own| own == extension) {
+            found.push(path);
+        }
+    }
+    found
+}
+
+fn blocks(page: &Path) -> Vec<Block> {
+    let text = fs::read_to_string(page).expect("page");
+    let mut blocks = Vec::new();
+    let mut lines = text.lines().zip(1..);
+    while let Some((line, number)) = lines.next() {
+        let Some(info) = line.strip_prefix("```").filter(|_| line.len() > 3) else { continue };
+        let body: Vec<_> =
+            lines.by_ref().map(|(line, _)| line).take_while(|line| *line != "```").collect();
+        let mut words = info.split_whitespace();
+        if words.next() == Some("lua") {
+            let place = format!("{}:{number}", page.display());
+            blocks.push(block(place, body.join("\n"), words));
+        }
+    }
+    blocks
+}
+
+fn block<'a>(place: String, mut source: String, words: impl Iterator<Item = &'a str>) -> Block {
+    let mut reply = 'K';
+    for word in words {
+        match (word, word.strip_prefix("reply=").and_then(|letter| letter.chars().next())) {
+            ("handler", _) => {
+                source = format!(
+                    "qmqp_listen('/run/cm4all/qrelay/qrelay.sock', function(m)\n{source}\nend)"
+                );
+            }
+            (_, Some(letter)) => reply = letter,
+            _ => panic!("{place}: what does '{word}' mean?"),
+        }
+    }
+    Block { place, source, reply }
+}
+
+fn check(block: &Block) {
+    if block.source.contains("qmqp_listen(") { serve(block) } else { load(block) }
+}
+
+/// Runs a part of a script that makes no listener.
+fn load(block: &Block) {
+    let listener = "qmqp_listen('$DIR/qrelay.sock', function(m) return m:discard() end)";
+    let site = Site::with(&format!("{}\n{listener}\n", block.source));
+    let config = site.path("config.lua");
+    let output = run(&["check", "--config", config.to_str().expect("UTF-8")]);
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{}: {errors}", block.place);
+}
+
+/// Sends a mail through each of a script's sockets.
+fn serve(block: &Block) {
+    let site = Site::new();
+    let next_hop = site.path("next.sock");
+    let sink = Sink::answering(next_hop.clone(), "Kok");
+    site.configure(&relocated(&block.source, &next_hop));
+    let directory = site.dir().to_str().expect("UTF-8").to_owned();
+    let daemon = site.launch().env("QRELAY_DIR", &directory).ready();
+    let mut mail = Mail::new("Hello, Bob.").from("alice@example.com").to(&["bob@example.org"]);
+    mail.message = b"From: alice@example.com\nSubject: A test\n\nHello, Bob.\n".to_vec();
+    let sockets: Vec<_> = files_below(daemon.site().dir(), "sock")
+        .into_iter()
+        .filter(|path| is_socket(path) && *path != next_hop)
+        .collect();
+    assert!(!sockets.is_empty(), "{}: it listens on no path", block.place);
+    for socket in sockets {
+        let reply = submit(socket, &mail).to_string();
+        assert!(reply.starts_with(block.reply), "{}: {reply}\n{}", block.place, daemon.text());
+    }
+    drop(sink);
+}
+
+/// The script with addresses that exist here.
+fn relocated(source: &str, next_hop: &Path) -> String {
+    let source = source.replace("/run/cm4all/qrelay", "$DIR");
+    let mut parts = source.split('\'');
+    let mut result = parts.next().unwrap_or_default().to_owned();
+    for part in parts {
+        result.push('\'');
+        if part.starts_with("192.0.2.") || part.starts_with("[2001:db8:") {
+            result.push_str(next_hop.to_str().expect("UTF-8"));
+        } else if part.starts_with("127.0.0.1:") {
+            result.push_str(&Target::free_port().to_string());
+        } else {
+            result.push_str(part);
+        }
+    }
+    result
+}
