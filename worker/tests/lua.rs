@@ -129,7 +129,7 @@ fn runaway(handler: &str) {
          qmqp_listen('/b', function(m)
            local n = 0
            for i = 1, 1000000 do n = n + i end
-           survivor()
+           pcall(survivor)
            return m:discard()
          end)"
     ));
@@ -145,9 +145,17 @@ fn runaway(handler: &str) {
 }
 
 #[test]
-fn runaway_handlers_are_stopped() {
+fn a_plain_loop_is_stopped() {
     runaway("function(m) while true do end end");
+}
+
+#[test]
+fn a_loop_with_pcall_is_stopped() {
     runaway("function(m) while true do pcall(function() while true do end end) end end");
+}
+
+#[test]
+fn a_sort_with_pcall_is_stopped() {
     runaway(
         "function(m)
            while true do
@@ -157,6 +165,10 @@ fn runaway_handlers_are_stopped() {
            end
          end",
     );
+}
+
+#[test]
+fn nested_coroutines_are_stopped() {
     runaway(
         "function(m)
            local function nest(n)
@@ -169,5 +181,9 @@ fn runaway_handlers_are_stopped() {
            nest(5)
          end",
     );
+}
+
+#[test]
+fn a_loop_in_a_surviving_coroutine_is_stopped() {
     runaway("function(m) while true do pcall(survivor) end end");
 }
