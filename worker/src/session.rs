@@ -144,7 +144,7 @@ impl<'w> Session<'w> {
             }
             Action::Exec(_) | Action::ExecRaw(_) => {
                 // No library function makes these yet.
-                error!(self.worker.logger, "unknown action"; "mail" => &mail.id, "action" => name);
+                error!(self.worker.logger, "unknown action"; "id" => &mail.id, "action" => name);
                 Outcome::own(name, Reply::temporary("internal server error"))
             }
         }

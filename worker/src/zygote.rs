@@ -10,12 +10,14 @@
 //! The end of the channel is the end of the process.
 
 use std::ops::ControlFlow;
+use std::os::fd::AsFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use nix::errno::Errno;
+use nix::poll::PollFlags;
 use nix::sys::prctl;
 use nix::sys::signal::Signal;
 use nix::unistd::{Pid, getppid};
@@ -26,13 +28,15 @@ use qrelay_shared::settings::Declaration;
 use qrelay_shared::sys::process::{Forked, fork_orphan, take_stdin, tame_malloc};
 use slog::{Level, Logger, error};
 
+use crate::deadline::Deadline;
+use crate::io::wait;
 use crate::logging::Current;
 use crate::lua::state::{LoadOptions, State};
 use crate::process::{self, Birth};
 
-/// How often, and with what pause, a standby looks whether its parent is the supervisor yet:
-/// a second in all.
-const ADOPTION: (u32, Duration) = (10_000, Duration::from_micros(100));
+/// How long a standby waits for the supervisor to become its parent, and how often it looks.
+const ADOPTION_TIME: Duration = Duration::from_secs(1);
+const ADOPTION_POLL: Duration = Duration::from_micros(100);
 
 type ZygoteChannel = Channel<FromZygote, ToZygote>;
 
@@ -117,7 +121,7 @@ fn live(mut channel: ZygoteChannel, supervisor: Pid, level: Level, logger: &Curr
             Life::Standby(own) => {
                 channel = own;
                 logger.replace(qrelay_shared::log::init(level, "qrelay-zygote"));
-                if !adopted(supervisor) || end_with(supervisor) != Ok(true) {
+                if !adopted(&channel, supervisor) || end_with(supervisor) != Ok(true) {
                     return Exit::Success;
                 }
             }
@@ -126,16 +130,17 @@ fn live(mut channel: ZygoteChannel, supervisor: Pid, level: Level, logger: &Curr
 }
 
 /// Waits until the supervisor is this process's parent: the death of the intermediate process
-/// must not count as its.
-fn adopted(supervisor: Pid) -> bool {
-    let (times, pause) = ADOPTION;
-    (0..times).any(|_| {
-        let adopted = getppid() == supervisor;
-        if !adopted {
-            std::thread::sleep(pause);
+/// must not count as its. False if it is gone.
+fn adopted(channel: &ZygoteChannel, supervisor: Pid) -> bool {
+    let deadline = Deadline::after(ADOPTION_TIME);
+    while getppid() != supervisor {
+        let pause = Deadline::after(ADOPTION_POLL);
+        let quiet = wait(channel.as_fd(), PollFlags::empty(), pause).is_ok_and(|e| e.is_empty());
+        if !quiet || deadline.expired() {
+            return false;
         }
-        adopted
-    })
+    }
+    true
 }
 
 /// Does what the supervisor says until this process becomes something else.

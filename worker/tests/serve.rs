@@ -230,8 +230,8 @@ fn a_client_that_leaves_gets_nothing() {
 #[test]
 fn the_reply_survives_whatever_else_is_sent() {
     let mut harness = Harness::new(discard);
-    for (first, expected) in
-        [(request(), "10:Kdiscarded,"), (b"x".to_vec(), "16:Dmalformed input,")]
+    let surplus = [request(), b"surplus".to_vec()].concat();
+    for (first, expected) in [(surplus, "10:Kdiscarded,"), (b"x".to_vec(), "16:Dmalformed input,")]
     {
         let mut client = harness.connect();
         client.write_all(&first).expect("write");
@@ -239,14 +239,32 @@ fn the_reply_survives_whatever_else_is_sent() {
         std::thread::scope(|scope| {
             scope.spawn(move || {
                 for _ in 0..100 {
-                    let _ = sender.write_all(&[b'x'; 10_000]);
+                    sender.write_all(&[b'x'; 10_000]).expect("write");
                 }
-                let _ = sender.shutdown(Shutdown::Write);
+                sender.shutdown(Shutdown::Write).expect("shutdown");
             });
             assert_eq!(read_reply(&mut client), expected);
         });
         assert!(harness.finished().record.is_some());
     }
+    harness.end();
+}
+
+#[test]
+fn the_reply_survives_what_is_sent_while_it_is_awaited() {
+    let (release, gate) = crossbeam_channel::bounded::<()>(0);
+    let mut harness = Harness::new(move |_| {
+        let _ = gate.recv();
+        Ok(Action::Discard(None))
+    });
+    let mut client = harness.connect();
+    client.write_all(&request()).expect("write");
+    // The handler may be running or not: the rest is there before the answer in any case.
+    client.write_all(b"surplus").expect("write");
+    release.send(()).expect("send");
+    client.shutdown(Shutdown::Write).expect("shutdown");
+    assert_eq!(read_reply(&mut client), "10:Kdiscarded,");
+    harness.finished();
     harness.end();
 }
 

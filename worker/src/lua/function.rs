@@ -281,6 +281,9 @@ pub fn install(lua: &Lua, watch: &Arc<Watch>) -> mlua::Result<()> {
         "results",
         raw(lua, |lua, pending: AnyUserData| pending.borrow::<Pending>()?.results(lua))?,
     )?;
+    let clock = Arc::clone(watch);
+    native.raw_set("stop", lua.create_function(move |lua, ()| clock.stop(lua))?)?;
+    native.raw_set("flags", watch.flags(lua)?)?;
     let exports: Table = lua.load(include_str!("prelude.lua")).set_name("=[qrelay]").call((
         mark(&RAISE),
         mark(&WAIT),

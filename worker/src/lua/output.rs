@@ -43,9 +43,9 @@ impl Log {
         Arc::new(Self { logger, watch, partial: Mutex::default() })
     }
 
-    fn emit(&self, stream: Stream, text: &[u8]) {
+    /// One record; `id` is that of the mail whose handler wrote it.
+    fn emit(&self, stream: Stream, text: &[u8], id: Option<&str>) {
         let text = String::from_utf8_lossy(text);
-        let id = self.watch.mail().and_then(|mail| mail.id());
         match (stream, id) {
             (Stream::Stdout, Some(id)) => slog::info!(self.logger, "{}", text; "id" => id),
             (Stream::Stdout, None) => slog::info!(self.logger, "{}", text),
@@ -54,35 +54,38 @@ impl Log {
         }
     }
 
-    fn write(&self, stream: Stream, mut text: &[u8]) {
+    fn write(&self, stream: Stream, text: &[u8]) {
         let partial = &mut self.partial.lock()[stream as usize];
-        while let Some(end) = memchr::memchr(b'\n', text) {
-            partial.extend_from_slice(&text[..end]);
-            self.emit_long(stream, partial);
-            partial.clear();
-            text = &text[end + 1..];
-        }
         partial.extend_from_slice(text);
+        if memchr::memchr(b'\n', text).is_none() && partial.len() <= LINE_MAX {
+            return;
+        }
+        let id = self.watch.mail().and_then(|mail| mail.id());
+        while let Some(end) = memchr::memchr(b'\n', partial) {
+            self.emit_long(stream, &partial[..end], id.as_deref());
+            partial.drain(..=end);
+        }
         if partial.len() > LINE_MAX {
-            self.emit_long(stream, partial);
+            self.emit_long(stream, partial, id.as_deref());
             partial.clear();
         }
     }
 
-    fn emit_long(&self, stream: Stream, line: &[u8]) {
+    fn emit_long(&self, stream: Stream, line: &[u8], id: Option<&str>) {
         if line.is_empty() {
-            return self.emit(stream, line);
+            return self.emit(stream, line, id);
         }
-        line.chunks(LINE_MAX).for_each(|part| self.emit(stream, part));
+        line.chunks(LINE_MAX).for_each(|part| self.emit(stream, part, id));
     }
 
-    /// Writes what still waits for its line end.
-    pub fn flush(&self) {
+    /// Writes what still waits for its line end, for the mail whose handler is done if there is one.
+    pub fn flush(&self, id: Option<&str>) {
+        let mut partial = self.partial.lock();
         for stream in [Stream::Stdout, Stream::Stderr] {
-            let partial = &mut self.partial.lock()[stream as usize];
-            if !partial.is_empty() {
-                self.emit_long(stream, partial);
-                partial.clear();
+            let line = &mut partial[stream as usize];
+            if !line.is_empty() {
+                self.emit_long(stream, line, id);
+                line.clear();
             }
         }
     }
@@ -119,7 +122,7 @@ fn class(lua: &Lua, log: &Arc<Log>) -> mlua::Result<()> {
     let out = Arc::clone(log);
     class.method("flush", move |_, this: Value| {
         stream(&this)?;
-        out.flush();
+        out.flush(out.watch.mail().and_then(|mail| mail.id()).as_deref());
         Ok(this)
     })?;
     class.method("setvbuf", |_, this: Value| stream(&this).map(|_| true))?;

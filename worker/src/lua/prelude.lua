@@ -6,7 +6,7 @@ local RAISE, WAIT, native = ...
 local error, setmetatable, type = error, setmetatable, type
 local create, resume, yield = coroutine.create, coroutine.resume, coroutine.yield
 local isyieldable, status = coroutine.isyieldable, coroutine.status
-local block, results = native.block, native.results
+local block, results, stop, flags = native.block, native.results, native.stop, native.flags
 
 -- Ends every call of a Rust function. It is called as a tail call, so level 2
 -- is the script's line that called the function.
@@ -77,6 +77,9 @@ end
 local waiting = setmetatable({}, {__mode = 'k'})
 
 local function outward(co, ...)
+  if flags.expired then
+    stop()
+  end
   local ok, mark, operation = ...
   if not ok or mark ~= WAIT then
     return ...

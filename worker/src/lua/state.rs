@@ -88,7 +88,7 @@ impl State {
         let draft = Draft::new(systemd);
         let (lua, monitor) = set_up(&watch, &log, &draft).map_err(internal)?;
         let result = run_script(&lua, &config, reload, &draft);
-        log.flush();
+        log.flush(None);
         result?;
         std::env::set_current_dir("/")
             .map_err(|e| ConfigError::Internal(format!("cannot change to /: {e}")))?;
@@ -156,6 +156,7 @@ impl State {
             |values| mail::decision(&values),
         );
         let mail = slot.take().expect("nobody else takes the mail out of its slot");
+        self.log.flush(Some(&mail.id));
         let result = match result {
             Ok(Ok(action)) => Ok(action),
             Ok(Err(message)) => Err(Stop::Error { message, traceback: None }),

@@ -5,18 +5,21 @@
 //! that holds Lua runs it for one job. A count hook looks at the clock every
 //! [`COUNT`] instructions. Once the turn's limit has passed it raises an error
 //! at every instruction, since a `pcall` swallows a single one, until the turn
-//! is over. Threads that a handler leaves behind, and that still have the hook
-//! of every instruction, get the normal one back the next time it fires.
+//! is over. A Lua thread has a hook of its own, and one that resumes others
+//! would get to its next count late, so `coroutine.resume` and `wrap` look at
+//! the flag `expired` and call [`Watch::stop`], too. Threads that a handler
+//! leaves behind with the hook of every instruction get the normal one back the
+//! next time it fires.
 //!
 //! # Failure
 //! A loop inside a C function or in an `xpcall` message handler is not reached
 //! by the hook; it shows in [`Watch::held`], and the supervisor ends the worker.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use mlua::{HookTriggers, Lua, VmState};
+use mlua::{HookTriggers, Lua, Table, VmState};
 use parking_lot::Mutex;
 
 use super::mail::Slot;
@@ -49,6 +52,8 @@ pub struct Watch {
     expired: AtomicBool,
     /// Some thread may have the hook of every instruction.
     tightened: AtomicBool,
+    /// For `prelude.lua`: whether the limit of the running turn passed.
+    flags: OnceLock<Table>,
     /// The mail whose handler runs.
     mail: Mutex<Option<Arc<Slot>>>,
 }
@@ -63,6 +68,7 @@ impl Watch {
             limit: AtomicU64::new(NEVER),
             expired: AtomicBool::new(false),
             tightened: AtomicBool::new(false),
+            flags: OnceLock::new(),
             mail: Mutex::new(None),
         })
     }
@@ -110,12 +116,35 @@ impl Watch {
         Duration::from_nanos(limit.saturating_sub(self.now()))
     }
 
+    /// The table in whose field `expired` the script's wrappers see that the limit passed.
+    ///
+    /// # Errors
+    /// Lua is out of memory.
+    pub fn flags(&self, lua: &Lua) -> mlua::Result<Table> {
+        let flags = lua.create_table_from([("expired", false)])?;
+        Ok(self.flags.get_or_init(|| flags).clone())
+    }
+
     /// Gives all threads the count hook that asks this clock.
     ///
     /// # Errors
     /// None is known; the binding's type has one.
     pub fn install(self: &Arc<Self>, lua: &Lua) -> mlua::Result<()> {
+        self.flag(false)?;
         self.set_hook(lua, COUNT)
+    }
+
+    fn flag(&self, expired: bool) -> mlua::Result<()> {
+        // The key exists, so this takes no memory.
+        self.flags.get().map_or(Ok(()), |flags| flags.raw_set("expired", expired))
+    }
+
+    /// Called by a thread that finds `expired` set: the same that the hook does.
+    ///
+    /// # Errors
+    /// Always the one that ends the thread, if the limit has passed.
+    pub fn stop(self: &Arc<Self>, lua: &Lua) -> mlua::Result<()> {
+        self.check(lua).map(|_| ())
     }
 
     fn set_hook(self: &Arc<Self>, lua: &Lua, count: u32) -> mlua::Result<()> {
@@ -135,6 +164,7 @@ impl Watch {
         }
         self.expired.store(true, Ordering::Relaxed);
         self.tightened.store(true, Ordering::Relaxed);
+        self.flag(true)?;
         self.set_hook(lua, 1)?;
         Err(mlua::Error::RuntimeError(
             "stopped: the handler ran longer than handler_timeout".into(),

@@ -81,7 +81,7 @@ enum Undialed {
 impl Attempt<'_> {
     fn dial(&self, endpoint: &Endpoint) -> Result<std::os::fd::OwnedFd, Undialed> {
         dial(endpoint, self.deadline.at_most(self.connect_timeout)).map_err(|error| {
-            warn!(self.logger, "connect failed"; "mail" => self.id,
+            warn!(self.logger, "connect failed"; "id" => self.id,
                 "next_hop" => %endpoint, "error" => error.desc());
             if self.deadline.expired() { Undialed::Late } else { Undialed::Failed }
         })
@@ -90,7 +90,7 @@ impl Attempt<'_> {
     fn exchange(&self, mail: &Mail, socket: &std::os::fd::OwnedFd, next_hop: &str) -> Reply {
         let envelope = Envelope::new(mail);
         exchange(socket, &envelope.pieces(), self.deadline).unwrap_or_else(|error| {
-            warn!(self.logger, "relay failed"; "mail" => self.id,
+            warn!(self.logger, "relay failed"; "id" => self.id,
                 "next_hop" => next_hop, "error" => %error);
             Reply::temporary(match error {
                 ExchangeError::TimedOut => self.late,

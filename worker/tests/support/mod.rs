@@ -1,0 +1,180 @@
+//! What the tests of the script are made with: a script in a temporary directory, a log that can
+//! be read, and mails.
+
+use std::fmt::Write as _;
+use std::net::{IpAddr, Ipv4Addr};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use qrelay_shared::ipc::message::Peer;
+use qrelay_shared::qmqp;
+use qrelay_shared::settings::Declaration;
+use qrelay_worker::action::Action;
+use qrelay_worker::deadline::Deadline;
+use qrelay_worker::lua::error::{ConfigError, HandlerError};
+use qrelay_worker::lua::state::{LoadOptions, State};
+use qrelay_worker::mail::Mail;
+use slog::{Drain, KV as _, Logger, OwnedKVList, Record, Serializer};
+
+/// The working directory belongs to the process: one script loads at a time.
+static LOADING: Mutex<()> = Mutex::new(());
+
+/// A loaded script.
+pub struct Script {
+    pub state: State,
+    pub declaration: Declaration,
+    log: Arc<Mutex<String>>,
+    _directory: tempfile::TempDir,
+}
+
+/// How a script is loaded.
+#[derive(Default)]
+pub struct Options {
+    pub reload: bool,
+    pub systemd: Vec<String>,
+}
+
+impl Script {
+    /// Loads it, or panics with the reason.
+    pub fn load(source: &str) -> Self {
+        match Self::load_with(source, Options::default()).0 {
+            Ok(script) => script,
+            Err(error) => panic!("{error}"),
+        }
+    }
+
+    /// Loads it; the log, too, if that fails.
+    pub fn load_with(source: &str, options: Options) -> (Result<Self, ConfigError>, String) {
+        let _one = LOADING.lock().unwrap_or_else(PoisonError::into_inner);
+        let directory = tempfile::tempdir().expect("a temporary directory");
+        let config = directory.path().join("config.lua");
+        std::fs::write(&config, source).expect("the script is written");
+        let log = Arc::new(Mutex::new(String::new()));
+        let logger = Logger::root(Lines(Arc::clone(&log)), slog::o!());
+        let Options { reload, systemd } = options;
+        let loaded =
+            State::load(LoadOptions { config, reload, systemd, instance: "i".into(), logger });
+        let text = log.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let script = loaded.map(|(state, declaration)| Self {
+            state,
+            declaration,
+            log,
+            _directory: directory,
+        });
+        (script, text)
+    }
+
+    /// Runs a listener's handler, within a minute.
+    pub fn handle(&self, listener: usize, mail: Mail) -> (Mail, Result<Action, HandlerError>) {
+        self.handle_within(listener, mail, Duration::from_secs(60))
+    }
+
+    /// Runs a listener's handler by a deadline.
+    pub fn handle_within(
+        &self,
+        listener: usize,
+        mail: Mail,
+        limit: Duration,
+    ) -> (Mail, Result<Action, HandlerError>) {
+        self.state.handle(listener, mail, Deadline::after(limit))
+    }
+
+    /// What has been logged so far.
+    pub fn log(&self) -> String {
+        self.log.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+/// The error of a script that can't be used, without the directory it was in.
+pub fn config_error(source: &str, options: Options) -> String {
+    match Script::load_with(source, options).0 {
+        Ok(_) => panic!("this configuration was accepted: {source}"),
+        Err(error) => {
+            let text = error.to_string();
+            text.find("config.lua").map_or(text.clone(), |at| text[at..].to_owned())
+        }
+    }
+}
+
+/// A logger that keeps its lines: level, message, fields.
+struct Lines(Arc<Mutex<String>>);
+
+impl Drain for Lines {
+    type Ok = ();
+    type Err = slog::Never;
+
+    fn log(&self, record: &Record<'_>, _: &OwnedKVList) -> Result<(), slog::Never> {
+        let mut fields = Fields(String::new());
+        let _ = record.kv().serialize(record, &mut fields);
+        let mut log = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let _ = writeln!(log, "{} {}{}", record.level(), record.msg(), fields.0);
+        Ok(())
+    }
+}
+
+struct Fields(String);
+
+impl Serializer for Fields {
+    fn emit_arguments(&mut self, key: slog::Key, value: &std::fmt::Arguments<'_>) -> slog::Result {
+        let _ = write!(self.0, " {key}={value}");
+        Ok(())
+    }
+}
+
+/// A mail of a local client.
+pub fn mail() -> Mail {
+    mail_from(Peer::Local { pid: Some(42), uid: 1000, gid: 100 }, MESSAGE)
+}
+
+/// A mail of a client on the network.
+#[allow(dead_code, reason = "not every test binary has remote clients")]
+pub fn remote_mail() -> Mail {
+    mail_from(Peer::Remote(IpAddr::V4(Ipv4Addr::new(192, 0, 2, 7))), MESSAGE)
+}
+
+/// The message of [`mail`].
+pub const MESSAGE: &str = "Subject: one\r\nX-Spam: a\r\n b\r\nx-spam: c\r\n\r\nbody X-Spam: d\r\n";
+
+/// A mail with this message.
+pub fn mail_from(peer: Peer, message: &str) -> Mail {
+    let recipients = ["r1@example.net", "r2@example.net"];
+    let mut buffer = Vec::new();
+    let mut put = |text: &str| {
+        let start = buffer.len();
+        buffer.extend_from_slice(text.as_bytes());
+        start..buffer.len()
+    };
+    let request = qmqp::Request {
+        message: put(message),
+        sender: put("s@example.net"),
+        recipients: recipients.iter().map(|text| put(text)).collect(),
+        payload: 0..0,
+    };
+    let (socket, _) = UnixStream::pair().expect("a pair of sockets");
+    Mail {
+        id: "id-1".into(),
+        job: 7,
+        buffer,
+        request,
+        sender: None,
+        recipients: None,
+        account: None,
+        inserted: Vec::new(),
+        removed: Vec::new(),
+        peer,
+        socket: Arc::new(OwnedFd::from(socket)),
+        accepted: 0,
+        listener: "/a".into(),
+    }
+}
+
+/// Where a test's script may put files; kept for tests that need a path in their script.
+#[allow(dead_code, reason = "not every test binary needs it")]
+pub fn scratch() -> (tempfile::TempDir, PathBuf) {
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    let path = directory.path().to_owned();
+    (directory, path)
+}
