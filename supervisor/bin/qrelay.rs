@@ -8,7 +8,7 @@ use std::process::ExitCode;
 use qrelay_shared::exit::Exit;
 use qrelay_supervisor::cli::{self, Command};
 use qrelay_supervisor::client::{send, sink};
-use qrelay_supervisor::daemon;
+use qrelay_supervisor::{daemon, dictionary_server};
 
 fn main() -> ExitCode {
     let exit = match cli::parse() {
@@ -24,7 +24,12 @@ fn main() -> ExitCode {
 
 fn check(config: &std::path::Path, level: slog::Level) -> Exit {
     let logger = qrelay_shared::log::init(level, "qrelay");
-    match qrelay_worker::check::check(config, logger) {
+    // No supervisor here, so no process to ask: a thread answers.
+    let dictionaries = Box::new(|line| {
+        std::thread::spawn(move || dictionary_server::serve_alone(line));
+        Ok(())
+    });
+    match qrelay_worker::check::check(config, logger, dictionaries) {
         Ok(text) => {
             print!("{text}");
             Exit::Success

@@ -52,6 +52,19 @@ impl DictionaryServer {
     }
 }
 
+/// Answers what one channel asks, with dictionaries that nobody else sees, until it is closed.
+pub fn serve_alone(fd: OwnedFd) {
+    let limit = Settings::default().shared_memory;
+    let (line, mut dictionaries, mut buffer) =
+        (Line::from_fd(fd), Dictionaries::default(), RecvBuffer::new());
+    while let Ok(received) = line.recv(&mut buffer) {
+        let answer = dictionaries.answer(received.message, limit, Instant::now());
+        if line.send(&answer, &[]).is_err() {
+            return;
+        }
+    }
+}
+
 impl Daemon {
     /// A question has come.
     pub(crate) fn on_dictionary(&mut self, line: LineId) {

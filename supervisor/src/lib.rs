@@ -11,7 +11,7 @@ pub mod cli;
 pub mod client;
 pub mod connections;
 pub mod daemon;
-mod dictionary_server;
+pub mod dictionary_server;
 mod dispatch;
 pub mod event;
 pub mod fairness;

@@ -12,14 +12,16 @@ use std::time::Duration;
 use qrelay_shared::settings::{Declaration, ListenAddress, ListenerDecl, Settings};
 use slog::Logger;
 
+use crate::dictionary::Opener;
 use crate::lua::state::{ConfigError, LoadOptions, State};
 
 /// Loads the script at an absolute path and describes it, one line per item. The names that
-/// `systemd['…']` may have are those of `LISTEN_FDNAMES`, as for the daemon.
+/// `systemd['…']` may have are those of `LISTEN_FDNAMES`, as for the daemon; `dictionaries` is
+/// the way to shared dictionaries, which only this check sees.
 ///
 /// # Errors
 /// See [`ConfigError`].
-pub fn check(config: &Path, logger: Logger) -> Result<String, ConfigError> {
+pub fn check(config: &Path, logger: Logger, dictionaries: Opener) -> Result<String, ConfigError> {
     let names = std::env::var("LISTEN_FDNAMES").unwrap_or_default();
     let (_state, declaration) = State::load(LoadOptions {
         config: config.to_owned(),
@@ -27,6 +29,7 @@ pub fn check(config: &Path, logger: Logger) -> Result<String, ConfigError> {
         systemd: names.split(':').filter(|name| !name.is_empty()).map(str::to_owned).collect(),
         instance: "check".into(),
         logger,
+        dictionaries,
     })?;
     Ok(describe(&declaration))
 }

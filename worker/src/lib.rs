@@ -11,6 +11,7 @@ pub mod action;
 pub mod check;
 pub mod control;
 pub mod deadline;
+pub mod dictionary;
 mod io;
 mod logging;
 pub mod lua;

@@ -25,5 +25,6 @@ pub mod monitor;
 pub mod operation;
 pub mod output;
 pub mod settings;
+pub mod shared;
 pub mod state;
 pub mod watch;

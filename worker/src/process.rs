@@ -9,20 +9,21 @@
 //! a worker a better neighbour (its name, its place before the OOM killer, no core dumps) is
 //! tried, and failing at it is only noted.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
 use nix::errno::Errno;
 use nix::sys::prctl;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use qrelay_shared::exit::Exit;
-use qrelay_shared::ipc::channel::Channel;
-use qrelay_shared::ipc::message::WorkerId;
+use qrelay_shared::ipc::channel::{Channel, SendError};
+use qrelay_shared::ipc::message::{Report, ToJobs, ToReports, WorkerId};
 use qrelay_shared::settings::Declaration;
 use qrelay_shared::sys::process::{exit_now, flush_stdio};
 use slog::{Logger, debug, error, warn};
 
 use crate::control;
+use crate::dictionary::Opener;
 use crate::lua::state::State;
 use crate::report::Reports;
 use crate::script::Script;
@@ -56,7 +57,7 @@ pub fn run(
 ) -> Exit {
     let Birth { worker: id, jobs, control } = birth;
     settle(&logger);
-    state.after_fork(id);
+    state.after_fork(id, opener(&jobs));
     let script: Arc<dyn Script> = Arc::new(state);
     let worker = Reports::new(Channel::from_fd(jobs), IDLE).map_err(std::io::Error::from).and_then(
         |reports| {
@@ -77,6 +78,15 @@ pub fn run(
     warn!(logger, "the supervisor is gone; finishing what is here");
     std::thread::sleep(declaration.settings.drain_timeout);
     end(UNFINISHED)
+}
+
+/// Asks the supervisor for the shared dictionaries over the job socket.
+fn opener(jobs: &OwnedFd) -> Opener {
+    let channel = jobs.try_clone().map(Channel::<ToReports, ToJobs>::from_fd);
+    Box::new(move |theirs| match &channel {
+        Ok(channel) => channel.send(&Report::Dictionary, &[theirs.as_fd()]),
+        Err(_) => Err(SendError::Closed),
+    })
 }
 
 /// Ends the process without waiting for threads, or for anything they have registered.

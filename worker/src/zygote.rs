@@ -29,6 +29,7 @@ use qrelay_shared::sys::process::{Forked, fork_orphan, take_stdin, tame_malloc};
 use slog::{Level, Logger, error};
 
 use crate::deadline::Deadline;
+use crate::dictionary::Opener;
 use crate::io::wait;
 use crate::logging::Current;
 use crate::lua::state::{LoadOptions, State};
@@ -148,7 +149,7 @@ fn obey(channel: &ZygoteChannel, loaded: &mut Option<Loaded>, logger: &Current) 
     let mut buffer = RecvBuffer::new();
     loop {
         match channel.recv(&mut buffer) {
-            Ok(received) => match execute(received, loaded, logger) {
+            Ok(received) => match execute(channel, received, loaded, logger) {
                 ControlFlow::Continue(report) => send(channel, &report),
                 ControlFlow::Break(life) => return life,
             },
@@ -172,6 +173,7 @@ fn send(channel: &ZygoteChannel, report: &ZygoteReport) {
 
 /// Carries out one order; breaks off in a process that it has forked.
 fn execute(
+    channel: &ZygoteChannel,
     received: Received<ZygoteOrder>,
     loaded: &mut Option<Loaded>,
     logger: &Current,
@@ -180,7 +182,8 @@ fn execute(
     match message {
         ZygoteOrder::Load { config, reload, systemd, instance } => {
             let logger = logger.logger();
-            let options = LoadOptions { config, reload, systemd, instance, logger };
+            let dictionaries = opener(channel);
+            let options = LoadOptions { config, reload, systemd, instance, logger, dictionaries };
             ControlFlow::Continue(load(options, loaded))
         }
         ZygoteOrder::Fork { worker } => {
@@ -212,6 +215,15 @@ fn execute(
             }
         }
     }
+}
+
+/// Asks the supervisor for the shared dictionaries over this channel.
+fn opener(channel: &ZygoteChannel) -> Opener {
+    let channel = channel.as_fd().try_clone_to_owned().map(ZygoteChannel::from_fd);
+    Box::new(move |theirs| match &channel {
+        Ok(channel) => channel.send(&ZygoteReport::Dictionary, &[theirs.as_fd()]),
+        Err(_) => Err(SendError::Closed),
+    })
 }
 
 fn failed(worker: WorkerId, message: String) -> ControlFlow<Life, ZygoteReport> {

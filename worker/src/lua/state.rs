@@ -15,6 +15,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use mlua::{Function, Lua, Table, Value};
+use parking_lot::RwLock;
+use qrelay_shared::ipc::channel::SendError;
 use qrelay_shared::ipc::message::WorkerId;
 use qrelay_shared::settings::{Declaration, Settings};
 use slog::Logger;
@@ -28,10 +30,12 @@ use super::mail::{self, MailObject, Slot};
 use super::monitor::{Job, Monitor, Stop};
 use super::operation::Sleep;
 use super::output::{self, Log};
+use super::shared::SharedOpener;
 use super::watch::{Held, Watch};
-use super::{action, address, compat, config};
+use super::{action, address, compat, config, shared};
 use crate::action::Action;
 use crate::deadline::Deadline;
+use crate::dictionary::{self, Opener};
 use crate::mail::Mail;
 
 /// Part of the memory limit that may be in use after a full collection.
@@ -49,6 +53,8 @@ pub struct LoadOptions {
     pub instance: String,
     /// Where the script's output and its errors go.
     pub logger: Logger,
+    /// The way to the shared dictionaries while the script loads.
+    pub dictionaries: Opener,
 }
 
 /// A loaded configuration; one per process, shared by its threads.
@@ -63,6 +69,7 @@ pub struct State {
     randomseed: Function,
     worker: AtomicU64,
     exhausted: AtomicBool,
+    dictionaries: SharedOpener,
 }
 
 /// The one call that mlua asks to be marked: only so does it load Lua's whole standard library, of
@@ -82,13 +89,17 @@ impl State {
     /// # Errors
     /// See [`ConfigError`].
     pub fn load(options: LoadOptions) -> Result<(Self, Declaration), ConfigError> {
-        let LoadOptions { config, reload, systemd, instance: _, logger } = options;
+        let LoadOptions { config, reload, systemd, instance: _, logger, dictionaries } = options;
+        let dictionaries = Arc::new(RwLock::new(dictionaries));
         let watch = Watch::new();
         let log = Log::new(logger.clone(), Arc::clone(&watch));
         let draft = Draft::new(systemd);
-        let (lua, monitor) = set_up(&watch, &log, &draft).map_err(internal)?;
+        let (lua, monitor) = set_up(&watch, &log, &draft, &dictionaries).map_err(internal)?;
         let result = run_script(&lua, &config, reload, &draft);
         log.flush(None);
+        // Neither may be inherited: each process has a way of its own.
+        dictionary::hang_up();
+        *dictionaries.write() = Box::new(|_| Err(SendError::Closed));
         result?;
         std::env::set_current_dir("/")
             .map_err(|e| ConfigError::Internal(format!("cannot change to /: {e}")))?;
@@ -113,12 +124,15 @@ impl State {
             randomseed,
             worker: AtomicU64::new(0),
             exhausted: AtomicBool::new(false),
+            dictionaries,
         };
         Ok((state, declaration))
     }
 
-    /// To be called in a freshly forked worker: other random numbers, other log lines.
-    pub fn after_fork(&self, worker: WorkerId) {
+    /// To be called in a freshly forked worker: other random numbers, other log lines, a way of its
+    /// own to the shared dictionaries.
+    pub fn after_fork(&self, worker: WorkerId, dictionaries: Opener) {
+        *self.dictionaries.write() = dictionaries;
         self.worker.store(worker, Ordering::Relaxed);
         let mut seed = [0; 4];
         let random = std::fs::File::open("/dev/urandom").and_then(|mut f| f.read_exact(&mut seed));
@@ -210,7 +224,12 @@ impl State {
 }
 
 /// A Lua state with everything a script may use.
-fn set_up(watch: &Arc<Watch>, log: &Arc<Log>, draft: &SharedDraft) -> mlua::Result<(Lua, Monitor)> {
+fn set_up(
+    watch: &Arc<Watch>,
+    log: &Arc<Log>,
+    draft: &SharedDraft,
+    dictionaries: &SharedOpener,
+) -> mlua::Result<(Lua, Monitor)> {
     let lua = new_lua();
     lua.set_memory_limit(Settings::default().lua_memory_limit)?;
     let monitor = Monitor::new(lua.clone(), Arc::clone(watch))?;
@@ -221,6 +240,7 @@ fn set_up(watch: &Arc<Watch>, log: &Arc<Log>, draft: &SharedDraft) -> mlua::Resu
     address::register(&lua, watch)?;
     action::register(&lua)?;
     mail::register(&lua)?;
+    shared::register(&lua, dictionaries)?;
     let sleep = function::blocking(&lua, |_, seconds: Value| {
         let argument = Argument::new("sleep", 1, "seconds");
         let seconds = argument.number(&seconds, 0.0, MAX_TIMEOUT)?;

@@ -9,6 +9,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use qrelay_shared::ipc::channel::SendError;
 use qrelay_shared::ipc::message::Peer;
 use qrelay_shared::qmqp;
 use qrelay_shared::settings::Declaration;
@@ -55,8 +56,14 @@ impl Script {
         let log = Arc::new(Mutex::new(String::new()));
         let logger = Logger::root(Lines(Arc::clone(&log)), slog::o!());
         let Options { reload, systemd } = options;
-        let loaded =
-            State::load(LoadOptions { config, reload, systemd, instance: "i".into(), logger });
+        let loaded = State::load(LoadOptions {
+            config,
+            reload,
+            systemd,
+            instance: "i".into(),
+            logger,
+            dictionaries: Box::new(|_| Err(SendError::Closed)),
+        });
         let text = log.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let script = loaded.map(|(state, declaration)| Self {
             state,
