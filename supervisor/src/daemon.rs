@@ -31,6 +31,7 @@ use crate::event::{Source, Watcher, ZygoteId};
 use crate::generation::{GenerationId, Generations};
 use crate::listeners::Listeners;
 use crate::orphans::Orphans;
+use crate::pond_sender::PondSender;
 use crate::pool::Pool;
 use crate::rollout::Generation;
 use crate::signals::Signals;
@@ -87,6 +88,8 @@ pub struct Daemon {
     pub(crate) accepted: Vec<JobId>,
 
     pub(crate) dictionaries: DictionaryServer,
+    /// Of the current generation, if it has a log server.
+    pub(crate) pond: Option<PondSender>,
 
     pub(crate) pool: Pool,
     pub(crate) workers: BTreeMap<WorkerId, Worker>,
@@ -141,6 +144,7 @@ impl Daemon {
             exhausted: Throttle::new(Duration::from_secs(1)),
             accepted: Vec::new(),
             dictionaries: DictionaryServer::default(),
+            pond: None,
             pool: Pool::default(),
             workers: BTreeMap::new(),
             loaded: BTreeMap::new(),

@@ -19,6 +19,7 @@ pub mod generation;
 pub mod listeners;
 mod maillog;
 pub mod orphans;
+pub mod pond_sender;
 pub mod pool;
 mod rollout;
 pub mod shared_dict;

@@ -5,6 +5,7 @@ use qrelay_shared::qmqp::Status;
 use slog::{info, warn};
 
 use crate::daemon::Daemon;
+use crate::dispatch::TRY_AGAIN;
 
 impl Daemon {
     /// The id under which a worker and its script know a mail.
@@ -13,7 +14,7 @@ impl Daemon {
     }
 
     /// A mail is finished.
-    pub(crate) fn log_mail(&self, worker: WorkerId, job: JobId, mail: &MailRecord<'_>) {
+    pub(crate) fn log_mail(&mut self, worker: WorkerId, job: JobId, mail: &MailRecord<'_>) {
         let (uid, pid, address) = match self.connections.get(job).map(|c| c.peer) {
             Some(Peer::Local { pid, uid, .. }) => (Some(uid), pid, None),
             Some(Peer::Remote(address)) => (None, None, Some(address.to_string())),
@@ -40,14 +41,38 @@ impl Daemon {
             "size" => mail.size,
             "ms" => format_args!("{:.1}", mail.duration as f64 / 1000.0),
             "worker" => worker);
+        let peer = self.connections.get(job).map(|connection| connection.peer);
+        if let Some(pond) = &mut self.pond {
+            pond.send(mail, peer, &self.log);
+        }
     }
 
     /// A mail's worker died; of the mail itself nothing is known.
-    pub(crate) fn log_lost(&self, worker: WorkerId, job: JobId) {
+    pub(crate) fn log_lost(&mut self, worker: WorkerId, job: JobId) {
         let Some(connection) = self.connections.get(job) else { return };
         let ms = connection.accepted.elapsed().as_secs_f64() * 1000.0;
         warn!(self.log, "mail lost its worker, the client is told to try again";
             "id" => self.mail_id(job), "peer" => ?connection.peer,
             "ms" => format_args!("{ms:.1}"), "worker" => worker);
+        let peer = connection.peer;
+        let record = MailRecord {
+            sender: "".into(),
+            recipients: "".into(),
+            recipient_count: 0,
+            recipients_cut: 0,
+            account: None,
+            action: "-".into(),
+            next_hop: None,
+            status: Some(Status::Temporary),
+            text: TRY_AGAIN.into(),
+            size: 0,
+            received: 0,
+            sent: 0,
+            duration: (ms * 1000.0) as u64,
+            refused: false,
+        };
+        if let Some(pond) = &mut self.pond {
+            pond.send(&record, Some(peer), &self.log);
+        }
     }
 }

@@ -16,7 +16,7 @@ use qrelay_shared::ipc::message::{
     Control, FromControl, JobId, Report, ToControl, ToJobs, ToReports, WorkerId,
 };
 use qrelay_shared::qmqp::Reply;
-use slog::{debug, error, info, warn};
+use slog::{debug, error, warn};
 
 use crate::daemon::Daemon;
 use crate::dispatch::TRY_AGAIN;
@@ -279,7 +279,7 @@ impl Daemon {
             error!(self.log, "worker died: {cause}"; "worker" => worker, "pid" => pid,
                 "generation" => death.generation, "mails_lost_to_retry" => death.jobs.len());
         } else {
-            info!(self.log, "worker ended: {cause}"; "worker" => worker, "pid" => pid,
+            debug!(self.log, "worker ended: {cause}"; "worker" => worker, "pid" => pid,
                 "generation" => death.generation);
         }
     }

@@ -1,0 +1,196 @@
+//! One Pond datagram per finished mail.
+//!
+//! Contract: sending never waits and never fails a mail. Records go to the log
+//! server of the current generation.
+//!
+//! # Failure
+//! What could not be sent is lost, counted, and reported once a minute while it
+//! lasts. A server that comes back gets the records from then on.
+
+use std::io;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::net::{SocketAddr as UnixAddress, UnixDatagram};
+use std::path::PathBuf;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use qrelay_shared::endpoint::Endpoint;
+use qrelay_shared::ipc::message::{MailRecord, Peer};
+use qrelay_shared::pond::{Message, Record, encode};
+use slog::{Logger, warn};
+
+use crate::throttle::Throttle;
+
+/// How often lost records are reported.
+const REPORT_EVERY: Duration = Duration::from_secs(60);
+
+/// A socket that is ready to send; local servers are looked up each time, since
+/// they may be restarted.
+#[derive(Debug)]
+enum Target {
+    Udp(UdpSocket),
+    Path(UnixDatagram, PathBuf),
+    Abstract(UnixDatagram, UnixAddress),
+}
+
+/// The way to the log server.
+#[derive(Debug)]
+pub struct PondSender {
+    server: Endpoint,
+    target: Option<Target>,
+    lost: u64,
+    report: Throttle,
+}
+
+impl PondSender {
+    /// Nothing is sent yet; the server need not be there.
+    pub fn new(server: Endpoint) -> Self {
+        Self { server, target: None, lost: 0, report: Throttle::new(REPORT_EVERY) }
+    }
+
+    /// The server that it was made for.
+    pub fn server(&self) -> &Endpoint {
+        &self.server
+    }
+
+    /// Sends a mail's record, unless the request was refused before it was a mail.
+    pub fn send(&mut self, mail: &MailRecord<'_>, peer: Option<Peer>, log: &Logger) {
+        if mail.refused {
+            return;
+        }
+        let datagram = datagram(mail, peer);
+        if let Err(error) = self.try_send(&datagram) {
+            self.lost += 1;
+            if self.report.pass(Instant::now()).is_some() {
+                warn!(log, "log records are lost: {error}";
+                    "log_server" => %self.server, "lost" => self.lost);
+                self.lost = 0;
+            }
+        }
+    }
+
+    fn try_send(&mut self, datagram: &[u8]) -> io::Result<()> {
+        let target = match &self.target {
+            Some(target) => target,
+            None => self.target.insert(Target::open(&self.server)?),
+        };
+        match target {
+            Target::Udp(socket) => match socket.send(datagram) {
+                // The news of an earlier one: this one has not been tried yet.
+                Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+                    self.lost += 1;
+                    socket.send(datagram)
+                }
+                sent => sent,
+            },
+            Target::Path(socket, path) => socket.send_to(datagram, path),
+            Target::Abstract(socket, address) => socket.send_to_addr(datagram, address),
+        }
+        .map(|_| ())
+    }
+}
+
+impl Target {
+    fn open(server: &Endpoint) -> io::Result<Self> {
+        let local = || {
+            let socket = UnixDatagram::unbound()?;
+            socket.set_nonblocking(true)?;
+            io::Result::Ok(socket)
+        };
+        Ok(match server {
+            Endpoint::Inet(address) => {
+                let any: SocketAddr = match address {
+                    SocketAddr::V4(_) => (Ipv4Addr::UNSPECIFIED, 0).into(),
+                    SocketAddr::V6(_) => (Ipv6Addr::UNSPECIFIED, 0).into(),
+                };
+                let socket = UdpSocket::bind(any)?;
+                socket.set_nonblocking(true)?;
+                socket.connect(address)?;
+                Self::Udp(socket)
+            }
+            Endpoint::Path(path) => Self::Path(local()?, path.clone()),
+            Endpoint::Abstract(name) => {
+                Self::Abstract(local()?, UnixAddress::from_abstract_name(name)?)
+            }
+        })
+    }
+}
+
+fn datagram(mail: &MailRecord<'_>, peer: Option<Peer>) -> Vec<u8> {
+    let remote_host = match peer {
+        Some(Peer::Remote(address)) => Some(address.to_string()),
+        _ => None,
+    };
+    let more = match mail.recipients_cut {
+        0 => String::new(),
+        cut => format!(",… +{cut} more"),
+    };
+    let text = if mail.status.is_some() { &*mail.text } else { "canceled" };
+    let message = Message {
+        text: format!("from=<{}> to={}{more} {text}", mail.sender, mail.recipients),
+        truncated: mail.recipients_cut > 0,
+    };
+    let relayed = mail.action == "connect" && mail.sent > 0;
+    encode(&Record {
+        timestamp: SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .map_or(0, |since| since.as_micros() as u64),
+        remote_host: remote_host.as_deref(),
+        site: mail.account.as_deref().map(str::as_bytes),
+        forwarded_to: mail.next_hop.as_deref().filter(|_| relayed),
+        message: &message,
+        length: mail.size,
+        received: mail.received,
+        sent: mail.sent,
+        duration: mail.duration,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use qrelay_shared::qmqp::Status;
+
+    fn relayed() -> MailRecord<'static> {
+        MailRecord {
+            sender: "acc@example.com".into(),
+            recipients: "<r1@example.org>,<r2@example.org>".into(),
+            recipient_count: 2,
+            recipients_cut: 0,
+            account: Some("acct42".into()),
+            action: "connect".into(),
+            next_hop: Some("/run/next.sock".into()),
+            status: Some(Status::Accepted),
+            text: "ok".into(),
+            size: 26,
+            received: 77,
+            sent: 85,
+            duration: 469,
+            refused: false,
+        }
+    }
+
+    /// The part between TIMESTAMP and DURATION of the captured datagram of the same mail.
+    #[test]
+    fn equals_the_captured_datagram_but_for_the_next_hop() {
+        let bytes = datagram(&relayed(), None);
+        let captured = b"\x0dfrom=<acc@example.com> to=<r1@example.org>,<r2@example.org> ok\0\
+            \x09\0\0\0\0\0\0\0\x1a\x0a\0\0\0\0\0\0\0\x4d\0\0\0\0\0\0\0\x55\x0b\0\0\0\0\0\0\x01\xd5\x0f\x03";
+        let text = [b"\x03acct42\0\x0e/run/next.sock\0".as_slice(), captured].concat();
+        assert_eq!(bytes[13..bytes.len() - 4], text);
+    }
+
+    #[test]
+    fn a_dead_server_costs_records_only() {
+        let log = Logger::root(slog::Discard, slog::o!());
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = directory.path().join("log.sock");
+        let mut sender = PondSender::new(Endpoint::Path(path.clone()));
+        sender.send(&relayed(), None, &log);
+        sender.send(&relayed(), None, &log);
+        assert_eq!(sender.lost, 1, "one was reported, one is yet to be");
+        let server = UnixDatagram::bind(&path).expect("a server");
+        sender.send(&relayed(), None, &log);
+        assert!(server.recv(&mut [0; 1000]).expect("a record") > 100);
+    }
+}
