@@ -5,6 +5,7 @@
 //! `Received` line belongs neither to `size` nor to `sent`.
 
 use std::borrow::Cow;
+use std::time::Duration;
 
 use nix::time::{ClockId, clock_gettime};
 use qrelay_shared::address::{escape_for_log, printable};
@@ -110,13 +111,15 @@ pub fn refusal(reply: Reply, accepted: u64) -> MailRecord<'static> {
     }
 }
 
-/// Microseconds since a time in nanoseconds of CLOCK_BOOTTIME.
+/// How long ago a time in nanoseconds of CLOCK_BOOTTIME was.
+pub fn age(accepted: u64) -> Duration {
+    let accepted = Duration::from_nanos(accepted);
+    clock_gettime(ClockId::CLOCK_BOOTTIME)
+        .map_or(Duration::ZERO, |now| Duration::from(now).saturating_sub(accepted))
+}
+
 fn since(accepted: u64) -> u64 {
-    let now = clock_gettime(ClockId::CLOCK_BOOTTIME).map_or(accepted, |now| {
-        let now = std::time::Duration::from(now);
-        u64::try_from(now.as_nanos()).unwrap_or(u64::MAX)
-    });
-    now.saturating_sub(accepted) / 1000
+    u64::try_from(age(accepted).as_micros()).unwrap_or(u64::MAX)
 }
 
 /// Addresses as one text.

@@ -49,6 +49,9 @@ pub enum Incoming<'w> {
     Complete {
         /// Length of the request; more bytes may have been received.
         total: usize,
+        /// Nobody had to wait for any of it: its last byte may have come long ago, while the
+        /// connection waited for a worker.
+        at_once: bool,
         /// To be kept as long as the buffer.
         memory: Option<Share<'w>>,
     },
@@ -74,6 +77,7 @@ impl<'w> Terms<'w> {
     pub fn read(&self, client: &OwnedFd, buffer: &mut Vec<u8>) -> Incoming<'w> {
         let deadline = Deadline::after(self.request_timeout);
         let mut memory = None;
+        let mut at_once = true;
         buffer.reserve(BUFFER_SIZE.saturating_sub(buffer.len()));
         loop {
             match recv_append(client.as_fd(), buffer, MsgFlags::MSG_DONTWAIT) {
@@ -81,14 +85,19 @@ impl<'w> Terms<'w> {
                 Ok(_) => {}
                 Err(Errno::EINTR) => continue,
                 Err(Errno::EAGAIN) => match self.wait(client, deadline) {
-                    Ok(true) => continue,
+                    Ok(true) => {
+                        at_once = false;
+                        continue;
+                    }
                     Ok(false) => return Incoming::Refused(Reply::temporary("request timed out")),
                     Err(_) => return Incoming::Gone,
                 },
                 Err(_) => return Incoming::Gone,
             }
             let total = match progress(buffer, &self.limits) {
-                Ok(Progress::Complete { total }) => return Incoming::Complete { total, memory },
+                Ok(Progress::Complete { total }) => {
+                    return Incoming::Complete { total, at_once, memory };
+                }
                 Ok(Progress::NeedMore { total }) => total,
                 Err(error) => return Incoming::Refused(Reply::permanent(error.reply_text())),
             };
@@ -159,7 +168,7 @@ mod tests {
             scope.spawn(|| write(client));
             let server = server.into();
             match terms.read(&server, &mut buffer) {
-                Incoming::Complete { total, memory } => {
+                Incoming::Complete { total, memory, .. } => {
                     buffer.truncate(total);
                     format!("complete {}", memory.is_some())
                 }

@@ -10,6 +10,7 @@
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::time::Duration;
 
 use qrelay_shared::ipc::message::{Job, MailRecord};
 use qrelay_shared::mail::received_count;
@@ -20,7 +21,7 @@ use crate::action::Action;
 use crate::deadline::Deadline;
 use crate::lua::state::HandlerError;
 use crate::mail::Mail;
-use crate::record::{Outcome, record};
+use crate::record::{Outcome, age, record};
 use crate::relay::connect;
 use crate::reply::{answer, drop_surplus, linger};
 use crate::request::{Incoming, Terms, recycle};
@@ -65,8 +66,8 @@ impl<'w> Session<'w> {
         match Terms::new(limits, &worker.settings, &worker.budget).read(self.client, buffer) {
             Incoming::Gone => None,
             Incoming::Refused(reply) => self.refuse(reply, Unread::Some),
-            Incoming::Complete { total, memory } => {
-                let deadline = Deadline::after(worker.settings.relay_timeout);
+            Incoming::Complete { total, at_once, memory } => {
+                let deadline = self.deadline(at_once);
                 let unread = if buffer.len() > total { Unread::Some } else { Unread::Unknown };
                 buffer.truncate(total);
                 let record = match parse(buffer, &limits) {
@@ -79,6 +80,14 @@ impl<'w> Session<'w> {
                 record
             }
         }
+    }
+
+    /// The mail's: `relay_timeout` after the last byte of its request. Of a request that was
+    /// there at once only the time of its connection is known, which is safely earlier.
+    fn deadline(&self, at_once: bool) -> Deadline {
+        let limit = self.worker.settings.relay_timeout;
+        let age = if at_once { age(self.job.accepted) } else { Duration::ZERO };
+        Deadline::after(limit.saturating_sub(age))
     }
 
     /// Handles a valid request.
