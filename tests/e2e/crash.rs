@@ -249,7 +249,7 @@ fn a_pattern_that_runs_away_in_c_is_found_out() {
            return m:discard(tostring((('a'):rep(40)):find(('a-'):rep(40) .. 'b')))
          end)",
     );
-    let workers = daemon.workers();
+    let workers = daemon.wait_for_workers(2, &[]);
     let mut stuck = Client::connect(daemon.path("in"));
     stuck.send(&Mail::new("x").request());
     // The other worker serves meanwhile. The supervisor notices 250 ms after Lua is stuck, and

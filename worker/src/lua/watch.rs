@@ -15,8 +15,8 @@
 //! A loop inside a C function or in an `xpcall` message handler is not reached
 //! by the hook; it shows in [`Watch::held`], and the supervisor ends the worker.
 
-use std::sync::{Arc, OnceLock};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use mlua::{HookTriggers, Lua, Table, VmState};
