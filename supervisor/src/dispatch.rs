@@ -107,7 +107,8 @@ impl Daemon {
             return self.serve_last(job, client, generation, number);
         }
         let patience = self.current_settings().map_or(Duration::ZERO, |s| s.relay_timeout);
-        self.connections.wait(job, connection.accepted + patience, &self.watcher);
+        // From now on, not from its accept: a client may have taken its time before it spoke.
+        self.connections.wait(job, Instant::now() + patience, &self.watcher);
         self.pool.wait(client, job);
     }
 

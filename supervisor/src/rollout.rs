@@ -159,7 +159,7 @@ impl Daemon {
                 self.worker_ended(worker, None, now);
             }
             ZygoteReport::StandbyForked { pid } => {
-                self.standby_forked(generation, Pid::from_raw(pid), now)
+                self.standby_forked(generation, Pid::from_raw(pid), now);
             }
             ZygoteReport::StandbyFailed { message } => {
                 warn!(self.log, "cannot fork a standby: {message}"; "generation" => generation);
@@ -252,6 +252,7 @@ impl Daemon {
         } else {
             error!(self.log, "zygote lost: {cause}; no standby: loading the configuration anew";
                 "generation" => generation);
+            self.systemd.status(format!("{}; no zygote is left", self.status_line()));
             self.generations.zygotes_lost(generation, now);
         }
         self.refork(generation, now);
@@ -437,9 +438,24 @@ impl Daemon {
             if free {
                 let commands = self.pool.retire(generation, now);
                 self.command(commands, now);
+                self.end_unborn(generation, now);
             }
-            if free && self.pool.is_empty(generation) {
+            let known = self.loaded.contains_key(&generation);
+            if free && known && self.pool.is_empty(generation) {
                 self.remove_generation(generation, now);
+            }
+        }
+    }
+
+    /// Gives up the workers that the generation's zygote was asked for and hasn't delivered: it is
+    /// gone. One that it did fork ends by itself, its sockets being closed.
+    fn end_unborn(&mut self, generation: GenerationId, now: Instant) {
+        if self.loaded.get(&generation).is_none_or(|entry| entry.zygote.is_some()) {
+            return;
+        }
+        for worker in self.workers_of(generation) {
+            if self.workers.get(&worker).is_none_or(|link| link.pid.is_none()) {
+                self.worker_ended(worker, None, now);
             }
         }
     }
@@ -473,10 +489,15 @@ impl Daemon {
                 error!(self.log, "cannot start: {message}");
                 self.phase = Phase::Ended(exit);
             }
-            Cause::Reload | Cause::Recovery => {
+            Cause::Reload => {
                 error!(self.log, "reload failed, the old configuration serves on: {message}");
                 let line = self.status_line();
                 self.systemd.ready(format!("{line}; reload failed: {message}"));
+            }
+            Cause::Recovery => {
+                error!(self.log, "no zygote is left, and loading anew failed: {message}");
+                let line = self.status_line();
+                self.systemd.ready(format!("{line}; no zygote is left, loading failed: {message}"));
             }
         }
     }

@@ -3,9 +3,9 @@
 
 use std::os::unix::fs::MetadataExt;
 
-use crate::harness::daemon::is_socket;
+use crate::harness::daemon::{is_socket, send_as_nobody};
 use crate::harness::target::make_stale;
-use crate::harness::{Daemon, Mail, Sink, Site, Target, submit};
+use crate::harness::{Daemon, Mail, Sink, Site, Target, eventually, submit};
 
 const CONFIG: i32 = 78;
 const SYSTEM: i32 = 71;
@@ -197,6 +197,46 @@ fn stale_socket_is_replaced() {
     make_stale(&site.path("in"));
     let daemon = site.start();
     assert_eq!(submit(daemon.path("in"), &Mail::new("x")), "Kmine");
+}
+
+#[test]
+fn of_many_that_start_at_once_one_wins() {
+    let home = Site::new();
+    let path = home.path("in");
+    make_stale(&path);
+    let script = listen(path.to_str().expect("UTF-8"));
+    let mut daemons: Vec<_> = (0..5).map(|_| Site::with(&script).launch().spawn()).collect();
+    let is_ready = |daemon: &Daemon| daemon.notify().all().iter().any(|line| line == "READY=1");
+    eventually("one serves, the others have ended", || {
+        let ended = daemons.iter_mut().filter_map(Daemon::exited).count();
+        (ended == 4 && daemons.iter().any(is_ready)).then_some(())
+    });
+    for daemon in &mut daemons {
+        match is_ready(daemon) {
+            true => assert!(daemon.exited().is_none()),
+            false => assert_eq!(daemon.wait_exit().code(), Some(SYSTEM), "{}", daemon.text()),
+        }
+    }
+    assert_eq!(submit(path, &Mail::new("x")), "Kmine");
+}
+
+#[test]
+fn the_umask_does_not_matter() {
+    let site = Site::with(&listen("$DIR/in"));
+    let daemon = site.launch().through(&["sh", "-c", "umask 077; exec \"$@\"", "sh"]).ready();
+    let mode = daemon.path("in").metadata().expect("socket").mode();
+    assert_eq!(mode & 0o777, 0o666);
+    let output = send_as_nobody(&daemon.path("in"), "s@x");
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+}
+
+#[test]
+fn a_mode_keeps_others_out() {
+    let script = "qmqp_listen('$DIR/in', function(m) return m:discard() end, {mode='0600'})";
+    let daemon = Daemon::start(script);
+    let output = send_as_nobody(&daemon.path("in"), "s@x");
+    assert_eq!(output.status.code(), Some(75), "{output:?}");
+    assert!(String::from_utf8_lossy(&output.stderr).contains("Permission denied"), "{output:?}");
 }
 
 #[test]

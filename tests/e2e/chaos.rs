@@ -145,9 +145,10 @@ fn pass_mails(sink: &Sink, more: usize) {
     sink.record().wait_for_count(sink.record().len() + more);
 }
 
-/// Reloads `count` times; every fourth script is broken.
-fn reload_often(daemon: &Daemon, sink: &Sink, count: usize) {
-    for round in 0..count {
+/// Reloads once per round; every fourth script is broken.
+fn reload_often(daemon: &Daemon, sink: &Sink, rounds: std::ops::Range<usize>) {
+    let end = rounds.end;
+    for round in rounds {
         let broken = round % 4 == 3;
         match broken {
             true => daemon.site().configure("error('broken on purpose')"),
@@ -159,7 +160,7 @@ fn reload_often(daemon: &Daemon, sink: &Sink, count: usize) {
         assert_eq!(failed, broken, "round {round}");
         pass_mails(sink, 20);
     }
-    daemon.site().configure(&script(count));
+    daemon.site().configure(&script(end));
 }
 
 /// Kills `count` random workers, one after the other, each while the next hop holds a mail of it,
@@ -197,14 +198,14 @@ fn kills_and_reloads_under_load() {
         let load = scope.spawn(|| load(&daemon, 32, usize::MAX, &stop));
         // A panic here must not leave the clients running for ever.
         let end = StopOnDrop(&stop);
-        reload_often(&daemon, &sink, reloads / 2);
+        reload_often(&daemon, &sink, 0..reloads / 2);
         let from = Instant::now();
         kill_often(&daemon, &sink, kills, &mut Random(0x2545_f491_4f6c_dd1d));
         eventually("all workers", || (daemon.workers().len() >= workers).then_some(()));
         // Every answer that a kill caused has been read when one full turn of all clients is over.
         pass_mails(&sink, 200);
         *faults.lock().expect("not poisoned") = Some((from, Instant::now()));
-        reload_often(&daemon, &sink, reloads - reloads / 2);
+        reload_often(&daemon, &sink, reloads / 2..reloads);
         drop(end);
         load.join().expect("load")
     });

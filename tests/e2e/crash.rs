@@ -249,15 +249,18 @@ fn a_pattern_that_runs_away_in_c_is_found_out() {
            return m:discard(tostring((('a'):rep(40)):find(('a-'):rep(40) .. 'b')))
          end)",
     );
-    let workers = daemon.workers();
+    let workers = daemon.wait_for_workers(2, &[]);
     let mut stuck = Client::connect(daemon.path("in"));
     stuck.send(&Mail::new("x").request());
-    // The other worker serves meanwhile.
+    // The other worker serves meanwhile. The supervisor notices 250 ms after Lua is stuck, and
+    // asks every 250 ms: until then a mail may follow the stuck one into the same worker.
+    let started = Instant::now();
     let mut served = 0;
-    let deadline = Instant::now() + PATIENCE;
-    while daemon.workers() == workers && Instant::now() < deadline {
-        assert_eq!(submit(daemon.path("in"), &Mail::new("x").from("good@x")), "Kgood");
-        served += 1;
+    while daemon.workers() == workers && started.elapsed() < PATIENCE {
+        let noticed = started.elapsed() > Duration::from_millis(600);
+        let told = submit(daemon.path("in"), &Mail::new("x").from("good@x"));
+        assert!(told == "Kgood" || !noticed, "{told}");
+        served += usize::from(told == "Kgood");
     }
     assert!(served > 0);
     assert_eq!(stuck.outcome(), "Ztry again later");
@@ -273,6 +276,45 @@ fn a_worker_is_replaced_after_its_share_of_mails() {
         assert_eq!(submit(daemon.path("in"), &Mail::new("x")), "Kok");
     }
     daemon.wait_for_workers(1, &workers);
+}
+
+#[test]
+fn orphans_are_reaped_and_not_killed() {
+    let daemon = Daemon::start(
+        "settings{workers=1}
+         qmqp_listen('$DIR/in', function(m)
+           os.execute('(until test -e $DIR/go; do sleep 0.02; done; echo > $DIR/gone) &')
+           return m:discard()
+         end)",
+    );
+    assert_eq!(submit(daemon.path("in"), &Mail::new("x")), "Kdiscarded");
+    let shells = || processes::children_named(daemon.pid(), "sh");
+    eventually("the orphan comes to the supervisor", || (shells().len() == 1).then_some(()));
+    assert!(daemon.reload());
+    assert_eq!(shells().len(), 1, "it is not the daemon's to kill");
+    std::fs::write(daemon.path("go"), "").expect("file");
+    eventually("it ends by itself", || daemon.path("gone").exists().then_some(()));
+    eventually("no zombie stays", || {
+        let children = processes::children(daemon.pid());
+        children.iter().all(|child| child.name.starts_with("qrelay-")).then_some(())
+    });
+    assert_eq!(daemon.count_log("worker died"), 0);
+}
+
+#[test]
+fn start_is_quick() {
+    let mut times: Vec<_> = (0..5)
+        .map(|_| {
+            let started = Instant::now();
+            let daemon = relay("workers=2");
+            let ready = daemon.notify().after(0, "READY=1", |line| line == "READY=1");
+            ready.at - started
+        })
+        .collect();
+    times.sort();
+    println!("from exec to READY: median {:?}", times[2]);
+    // The requirement is 100 ms on a quiet machine; here other tests run at the same time.
+    assert!(times[2] < Duration::from_secs(1), "{times:?}");
 }
 
 #[test]
@@ -303,8 +345,12 @@ fn memory_stays_small() {
     }
     let supervisor = processes::memory(daemon.pid(), "status", "VmRSS");
     println!("supervisor: {} KiB resident", supervisor / 1024);
+    // 6 MiB is the requirement; a debug build is larger.
+    let limit = if cfg!(debug_assertions) { 8 } else { 6 };
+    assert!(supervisor <= limit << 20, "{supervisor}");
     for worker in daemon.workers() {
         let private = processes::memory(worker, "smaps_rollup", "Private_Dirty");
         println!("worker: {} KiB private", private / 1024);
+        assert!(private <= 3 << 20, "{private}");
     }
 }

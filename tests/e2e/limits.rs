@@ -8,8 +8,10 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use crate::harness::daemon::{NOBODY, send_as_nobody};
 use crate::harness::processes::cpu_ticks;
-use crate::harness::{Client, Daemon, Mail, Sink, Site, submit};
+use crate::harness::sink::answer;
+use crate::harness::{Client, Daemon, Gate, Mail, Reply, Sink, Site, submit};
 
 #[test]
 fn out_of_descriptors() {
@@ -117,6 +119,56 @@ fn messages_in_memory_are_bounded() {
     assert_eq!(submit(daemon.path("in"), &mail), "Kok");
 }
 
+#[test]
+fn one_client_never_gets_every_credit() {
+    // Four credits, of which one client holds three quarters at most.
+    let daemon = Daemon::start(
+        "settings{workers=1, worker_connections=4}
+         qmqp_listen('$DIR/in', function(m) return m:connect('$DIR/out') end)",
+    );
+    let gate = std::sync::Arc::new(Gate::default());
+    let held = gate.clone();
+    let sink = Sink::start(
+        daemon.path("out"),
+        answer(move |mail| {
+            if mail.sender == b"held@x" {
+                held.pass();
+            }
+            Reply::text("Kok")
+        }),
+    );
+    let mut clients: Vec<_> = (0..8).map(|_| Client::connect(daemon.path("in"))).collect();
+    for client in &mut clients {
+        client.send(&Mail::new("x").from("held@x").request());
+    }
+    sink.record().wait_for_count(3);
+    for _ in 0..3 {
+        let output = send_as_nobody(&daemon.path("in"), "other@x");
+        assert_eq!(output.status.code(), Some(0), "{output:?}");
+    }
+    let held = sink.mails().iter().filter(|mail| mail.sender == b"held@x").count();
+    assert_eq!(held, 3, "the fourth credit is for others");
+    gate.open();
+    for client in &mut clients {
+        assert_eq!(client.outcome(), "Kok");
+    }
+}
+
+#[test]
+fn a_full_stderr_costs_log_lines_and_not_time() {
+    let site = Site::with(
+        "settings{workers=2}
+         qmqp_listen('$DIR/in', function(m) print(('x'):rep(500)) return m:discard() end)",
+    );
+    let mut daemon = site.launch().unread_stderr().ready();
+    // Far more than the 64 KiB that a pipe holds.
+    for _ in 0..600 {
+        assert_eq!(submit(daemon.path("in"), &Mail::new("x")), "Kdiscarded");
+    }
+    assert!(daemon.reload());
+    daemon.stop();
+}
+
 /// Where the helper process connects to, if this process is one.
 const DRIP: &str = "QRELAY_DRIP";
 /// How many of these clients there are.
@@ -152,8 +204,8 @@ impl Helper {
         let mut child = Command::new(std::env::current_exe().expect("this test"))
             .args(["--exact", "limits::drip_helper", "--nocapture"])
             .env(DRIP, to)
-            .uid(65534)
-            .gid(65534)
+            .uid(NOBODY)
+            .gid(NOBODY)
             .stdout(Stdio::piped())
             .spawn()
             .expect("runs as another user");

@@ -60,6 +60,13 @@ fn remote_clients_have_no_ids() {
 }
 
 #[test]
+fn other_users_are_told_apart() {
+    let daemon = handler("return m:discard(m.uid .. ' ' .. m.gid)");
+    let output = crate::harness::daemon::send_as_nobody(&daemon.path("in"), "s@x");
+    assert_eq!(String::from_utf8_lossy(&output.stdout).trim(), "65534 65534", "{output:?}");
+}
+
+#[test]
 fn ids_are_unique_and_in_the_log() {
     let daemon = handler("return m:discard(m.id)");
     let mut ids: Vec<_> = (0..20)

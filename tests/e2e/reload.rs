@@ -205,6 +205,40 @@ fn an_explicit_timeout_outlasts_the_drain() {
 }
 
 #[test]
+fn at_most_four_generations_drain() {
+    let script = "local f = io.open('$DIR/loads', 'a') f:write('x') f:close()
+         settings{workers=1}
+         qmqp_listen('$DIR/in', function(m) return m:connect('$DIR/out') end)";
+    let daemon = Daemon::start(script);
+    let (sink, gate) = Sink::gated(daemon.path("out"));
+    let mut clients = Vec::new();
+    let mut hold_one = || {
+        let mut client = Client::connect(daemon.path("in"));
+        client.send(&Mail::new("held").request());
+        clients.push(client);
+        sink.record().wait_for_count(clients.len());
+    };
+    for _ in 0..4 {
+        hold_one();
+        assert!(daemon.reload());
+    }
+    hold_one();
+    let workers = daemon.workers();
+    assert_eq!(workers.len(), 5, "four drain, one serves");
+    daemon.signal(Signal::SIGHUP);
+    // By the time that this mail has been served, the signal has been, too.
+    hold_one();
+    assert_eq!(count(&daemon, "loads"), 5, "the fifth reload waits");
+    assert_eq!(daemon.workers(), workers);
+    gate.open();
+    for client in &mut clients {
+        assert_eq!(client.outcome(), "Kok");
+    }
+    eventually("the fifth reload", || (count(&daemon, "loads") == 6).then_some(()));
+    daemon.wait_for_workers(1, &workers);
+}
+
+#[test]
 fn listeners_come_and_go() {
     let listen = |names: &[&str]| {
         let one = |name: &&str| {

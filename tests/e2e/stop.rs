@@ -206,6 +206,23 @@ fn during_a_reload() {
 }
 
 #[test]
+fn as_the_first_process_of_a_container() {
+    let site = Site::with(
+        "settings{workers=1}
+         qmqp_listen('$DIR/in', function(m) return m:discard(tostring(m.pid)) end)",
+    );
+    let wrapper = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"];
+    let mut daemon = site.launch().through(&wrapper).ready();
+    // Seen from there, this process has no pid.
+    assert_eq!(submit(daemon.path("in"), &Mail::new("x")), "Knil");
+    let inside = crate::harness::processes::children_named(daemon.pid(), "qrelay");
+    assert_eq!(inside.len(), 1);
+    crate::harness::processes::signal(inside[0], Signal::SIGTERM);
+    assert_eq!(daemon.wait_exit().code(), Some(0), "{}", daemon.text());
+    daemon.assert_nothing_left();
+}
+
+#[test]
 fn restart_on_the_same_path() {
     let mut first = relay("");
     let sink = Sink::answering(first.path("out"), "Kok");

@@ -147,6 +147,7 @@ impl PartialEq<&str> for Outcome {
 pub struct Client {
     /// The connection, for what the methods don't offer.
     pub stream: Stream,
+    received: Vec<u8>,
 }
 
 impl Client {
@@ -157,7 +158,7 @@ impl Client {
         match to.connect() {
             Ok(stream) => {
                 stream.set_write_timeout(PATIENCE);
-                Self { stream }
+                Self { stream, received: Vec::new() }
             }
             Err(error) => panic!("connect to {to}: {error}"),
         }
@@ -185,10 +186,9 @@ impl Client {
         self.outcome_within(PATIENCE)
     }
 
-    /// Reads to the end of the connection, at most for `timeout`.
+    /// Reads to the end of the connection, at most for `timeout`; can be asked again after that.
     pub fn outcome_within(&mut self, timeout: Duration) -> Outcome {
         let deadline = Instant::now() + timeout;
-        let mut received = Vec::new();
         let mut chunk = [0; 4096];
         let mut reset = false;
         loop {
@@ -199,7 +199,7 @@ impl Client {
             self.stream.set_read_timeout(left);
             match self.stream.read(&mut chunk) {
                 Ok(0) => break,
-                Ok(count) => received.extend_from_slice(&chunk[..count]),
+                Ok(count) => self.received.extend_from_slice(&chunk[..count]),
                 Err(error) if error.kind() == io::ErrorKind::ConnectionReset => {
                     reset = true;
                     break;
@@ -209,7 +209,7 @@ impl Client {
                 Err(error) => panic!("reading a reply: {error}"),
             }
         }
-        judge(received, reset)
+        judge(std::mem::take(&mut self.received), reset)
     }
 }
 

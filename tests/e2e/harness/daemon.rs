@@ -67,7 +67,7 @@ impl Site {
     pub fn launch(self) -> Launch {
         let mut command = Command::new(QRELAY);
         command.arg("--config").arg(self.path("config.lua"));
-        Launch { site: self, command, notify: None }
+        Launch { site: self, command, unread: false }
     }
 
     /// Starts the daemon and waits until it is ready.
@@ -94,7 +94,7 @@ impl Site {
 pub struct Launch {
     site: Site,
     command: Command,
-    notify: Option<PathBuf>,
+    unread: bool,
 }
 
 impl Launch {
@@ -124,6 +124,12 @@ impl Launch {
         self
     }
 
+    /// Nobody reads the daemon's stderr; what it can't write there must not hold it up.
+    pub fn unread_stderr(mut self) -> Self {
+        self.unread = true;
+        self
+    }
+
     /// The command, for stdin, stdout and working directory.
     pub fn command(&mut self) -> &mut Command {
         &mut self.command
@@ -137,8 +143,8 @@ impl Launch {
     /// Starts the daemon without waiting for anything.
     #[track_caller]
     pub fn spawn(self) -> Daemon {
-        let Self { site, mut command, notify } = self;
-        let notify_path = notify.unwrap_or_else(|| site.path("notify"));
+        let Self { site, mut command, unread } = self;
+        let notify_path = site.path("notify");
         let notify = Notify::bind(&notify_path);
         let tag = unique_tag();
         command.env("NOTIFY_SOCKET", &notify_path).env(TAG, &tag);
@@ -146,8 +152,9 @@ impl Launch {
         let mut child = command.spawn().expect("the binary runs");
         let log = Arc::new(Record::default());
         let record = log.clone();
-        let reader =
-            child.stderr.take().map(|err| std::thread::spawn(move || keep_lines(err, &record)));
+        // Left in the child, the reading end stays open, and full.
+        let stderr = if unread { None } else { child.stderr.take() };
+        let reader = stderr.map(|err| std::thread::spawn(move || keep_lines(err, &record)));
         Daemon { child, site, log, reader, notify, tag }
     }
 
@@ -371,3 +378,18 @@ impl Drop for Daemon {
 pub fn run(args: &[&str]) -> Output {
     Command::new(QRELAY).args(args).stdin(Stdio::null()).output().expect("the binary runs")
 }
+
+/// Submits a mail by `qrelay send` as the user nobody; its output when it has ended.
+pub fn send_as_nobody(to: &Path, sender: &str) -> Output {
+    Command::new(QRELAY)
+        .args(["send", "--sender", sender, "recipient@example.org", "--to"])
+        .arg(to)
+        .uid(NOBODY)
+        .gid(NOBODY)
+        .stdin(Stdio::null())
+        .output()
+        .expect("runs as another user")
+}
+
+/// Uid and gid of nobody and nogroup in Debian.
+pub const NOBODY: u32 = 65534;
