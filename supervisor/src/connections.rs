@@ -59,6 +59,8 @@ pub struct Connection {
     pub accepted: Instant,
     /// The same in nanoseconds of CLOCK_BOOTTIME.
     pub accepted_boottime: u64,
+    /// When its first byte was seen, likewise.
+    pub spoke_boottime: u64,
     /// Where it is now.
     pub state: State,
     /// Its listener is gone: the generation, and the listener's number in it, that must serve it.
@@ -121,6 +123,7 @@ impl Connections {
                     listener: id,
                     accepted: now,
                     accepted_boottime: boottime,
+                    spoke_boottime: boottime,
                     state: State::Pending,
                     last_chance: None,
                     until: None,
@@ -193,8 +196,9 @@ impl Connections {
     pub fn wait(&mut self, id: JobId, until: Instant, watcher: &Watcher) {
         self.unwatch(id, watcher);
         if let Some(connection) = self.table.get_mut(&id) {
-            if matches!(connection.state, State::Dispatched(_)) {
-                self.dispatched -= 1;
+            // One that was there at once has spoken when it was accepted.
+            if connection.until.is_some() {
+                connection.spoke_boottime = boottime();
             }
             connection.state = State::Waiting;
             self.set_timer(id, Some(until));

@@ -151,8 +151,13 @@ impl Daemon {
         else {
             return Err(SendError::Closed);
         };
-        let message =
-            Job { job, listener, peer: connection.peer, accepted: connection.accepted_boottime };
+        let message = Job {
+            job,
+            listener,
+            peer: connection.peer,
+            accepted: connection.accepted_boottime,
+            spoke: connection.spoke_boottime,
+        };
         link.jobs.try_send(&message, &[connection.fd.as_fd()])?;
         self.connections.dispatched(job, worker, &self.watcher);
         Ok(())

@@ -83,10 +83,10 @@ impl<'w> Session<'w> {
     }
 
     /// The mail's: `relay_timeout` after the last byte of its request. Of a request that was
-    /// there at once only the time of its connection is known, which is safely earlier.
+    /// there at once only the time of its first byte is known, which is safely earlier.
     fn deadline(&self, at_once: bool) -> Deadline {
         let limit = self.worker.settings.relay_timeout;
-        let age = if at_once { age(self.job.accepted) } else { Duration::ZERO };
+        let age = if at_once { age(self.job.spoke) } else { Duration::ZERO };
         Deadline::after(limit.saturating_sub(age))
     }
 

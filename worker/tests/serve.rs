@@ -102,7 +102,7 @@ impl Harness {
 
     fn dispatch(&mut self, server: &UnixStream, listener: u32) {
         let peer = Peer::Local { pid: Some(1), uid: 2, gid: 3 };
-        let job = Job { job: self.next, listener, peer, accepted: 0 };
+        let job = Job { job: self.next, listener, peer, accepted: 0, spoke: u64::MAX };
         self.next += 1;
         self.jobs.send(&job, &[server.as_fd()]).expect("send");
     }
@@ -420,7 +420,13 @@ fn relays_and_announces_long_timeouts() {
 #[test]
 fn a_lost_descriptor_is_handed_back() {
     let mut harness = Harness::new(discard);
-    let job = Job { job: 42, listener: 0, peer: Peer::Remote([192, 0, 2, 1].into()), accepted: 0 };
+    let job = Job {
+        job: 42,
+        listener: 0,
+        peer: Peer::Remote([192, 0, 2, 1].into()),
+        accepted: 0,
+        spoke: u64::MAX,
+    };
     harness.jobs.send(&job, &[]).expect("send");
     let mut buffer = RecvBuffer::new();
     let report = harness.jobs.recv(&mut buffer).expect("report");

@@ -64,6 +64,8 @@ pub struct Job {
     /// When it was accepted: nanoseconds of CLOCK_BOOTTIME, comparable with
     /// process start times in /proc.
     pub accepted: u64,
+    /// When its first byte was there, on the same clock.
+    pub spoke: u64,
 }
 
 /// Worker → supervisor on the job socket.
