@@ -188,9 +188,8 @@ fn kills_and_reloads_under_load() {
     let mut daemon = Daemon::start(&script(0));
     let sink = next_hop(&daemon);
     assert_eq!(submit(daemon.path("in"), &unique(1000, 0)), "Kok");
-    let workers = daemon.wait_for_workers(4, &[]).len();
-    eventually("zygote and standby", || (daemon.zygotes().len() == 2).then_some(()));
-    let fds = eventually("the descriptor of that mail is closed", || settled(&daemon));
+    let workers = 4;
+    let fds = daemon.idle_fd_count(workers);
     let stop = AtomicBool::new(false);
     let faults = Mutex::new(None);
 
@@ -227,13 +226,6 @@ fn kills_and_reloads_under_load() {
     eventually("zygote and standby", || (daemon.zygotes().len() == 2).then_some(()));
     eventually("the descriptors that were", || (daemon.fd_count() == fds).then_some(()));
     daemon.stop();
-}
-
-/// How many descriptors an idle supervisor has, if it is idle: no client's socket among them.
-fn settled(daemon: &Daemon) -> Option<usize> {
-    let idle = daemon.workers().into_iter().all(|worker| relaying(worker) == 0);
-    let (before, after) = (daemon.fd_count(), daemon.fd_count());
-    (idle && before == after).then_some(after)
 }
 
 /// Ends the load however the scope ends.

@@ -19,7 +19,7 @@ fn relay(settings: &str) -> Daemon {
 fn clients_of_a_killed_worker_are_told() {
     let mut daemon = relay("workers=1");
     let (sink, gate) = Sink::gated(daemon.path("out"));
-    let fds = daemon.fd_count();
+    let fds = daemon.idle_fd_count(1);
     let mut clients: Vec<_> = (0..20).map(|_| Client::connect(daemon.path("in"))).collect();
     for client in &mut clients {
         client.send(&Mail::new("in flight").request());

@@ -21,7 +21,7 @@ fn out_of_descriptors() {
     );
     let _sink = Sink::answering(site.path("out"), "Kok");
     let daemon = site.launch().through(&["prlimit", "--nofile=48:48"]).ready();
-    let fds = daemon.fd_count();
+    let fds = daemon.idle_fd_count(1);
     // Silent clients stay with the supervisor, one descriptor each, until it has no more.
     let silent: Vec<_> = (0..100).map(|_| Client::connect(daemon.path("in"))).collect();
     let mut late = Client::connect(daemon.path("in"));

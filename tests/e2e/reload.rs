@@ -42,7 +42,8 @@ fn the_new_configuration_takes_over() {
     let mut daemon = Daemon::start(&counting("one"));
     assert_eq!(asks(&daemon), "Kone");
     daemon.wait_for_workers(2, &[]);
-    let (inode, fds) = (daemon.path("in").metadata().expect("socket").ino(), daemon.fd_count());
+    let (inode, fds) =
+        (daemon.path("in").metadata().expect("socket").ino(), daemon.idle_fd_count(2));
     let (workers, zygotes) = (daemon.workers(), daemon.zygotes());
     assert_eq!((count(&daemon, "loads"), count(&daemon, "reloads")), (1, 0));
 
@@ -67,7 +68,7 @@ fn broken_scripts_change_nothing() {
     let zygotes = eventually("zygote and standby", || {
         Some(daemon.zygotes()).filter(|zygotes| zygotes.len() == 2)
     });
-    let fds = daemon.fd_count();
+    let fds = daemon.idle_fd_count(2);
     let blocked = Sink::answering(daemon.path("taken"), "Kother");
     for (script, reason) in [
         ("local x = = 1", "config.lua:1:"),

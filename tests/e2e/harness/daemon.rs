@@ -310,6 +310,23 @@ impl Daemon {
         processes::descriptors(self.pid()).len()
     }
 
+    /// How many descriptors the supervisor has open when it is idle with this many workers: the
+    /// same number at several looks, when all its processes are there and no worker has a job.
+    #[track_caller]
+    pub fn idle_fd_count(&self, workers: usize) -> usize {
+        let mut seen = Vec::new();
+        eventually("an idle daemon", || {
+            let there = self.workers();
+            let idle = there.iter().all(|&worker| processes::relaying(worker) == 0);
+            let complete = there.len() == workers && self.zygotes().len() == 2;
+            seen.push(self.fd_count());
+            if !(idle && complete) || seen.first() != seen.last() {
+                seen.clear();
+            }
+            (seen.len() == 5).then(|| seen[0])
+        })
+    }
+
     /// The exit status, if it has ended.
     pub fn exited(&mut self) -> Option<ExitStatus> {
         self.child.try_wait().expect("wait")
