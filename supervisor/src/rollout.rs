@@ -219,6 +219,15 @@ impl Daemon {
         self.on_zygote(id);
         if let Some(zygote) = self.zygotes.get_mut(&id) {
             zygote.pid = None;
+            if let (WaitStatus::Exited(_, code), Some(entry)) =
+                (status, self.loaded.get_mut(&zygote.generation))
+            {
+                // Only the script can end its process in an orderly way.
+                entry.failure.get_or_insert_with(|| {
+                    let hint = "does the script call os.exit()?";
+                    (Exit::Config, format!("the zygote ended with exit status {code}; {hint}"))
+                });
+            }
             self.lose_zygote(id, &describe(status), now);
         }
         true
