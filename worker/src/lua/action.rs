@@ -17,7 +17,7 @@ use super::convert::{Argument, MAX_TIMEOUT, Options};
 use super::error::Raise;
 use super::exec;
 use super::function::Class;
-use super::mail;
+use super::mail::{self, This};
 use crate::action::{Action, Connect};
 
 /// The userdata.
@@ -57,10 +57,14 @@ pub fn register(lua: &Lua) -> mlua::Result<()> {
 /// # Errors
 /// Lua is out of memory.
 pub fn methods(class: &mut Class<'_>) -> mlua::Result<()> {
-    class.method("connect", |_, (this, to, options): (Value, Value, Value)| {
-        mail::with(&this, |_| Ok(()))?;
-        connect(&to, &options).map(|connect| ActionObject(Action::Connect(Arc::new(connect))))
-    })?;
+    class.memoized_method(
+        "connect",
+        |_, (this, to, options): (This, Value, Value)| {
+            mail::alive(&this)?;
+            connect(&to, &options).map(|connect| ActionObject(Action::Connect(Arc::new(connect))))
+        },
+        mail::alive,
+    )?;
     reply(class, "discard", Action::Discard)?;
     reply(class, "reject", Action::Reject)?;
     reply(class, "defer", Action::Defer)?;
@@ -73,8 +77,8 @@ fn reply(
     name: &'static str,
     action: fn(Option<Arc<str>>) -> Action,
 ) -> mlua::Result<()> {
-    class.method(name, move |_, (this, text): (Value, Value)| {
-        mail::with(&this, |_| Ok(()))?;
+    class.method(name, move |_, (this, text): (This, Value)| {
+        mail::alive(&this)?;
         let text = match text {
             Value::Nil => None,
             text => {

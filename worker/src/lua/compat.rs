@@ -6,10 +6,12 @@
 
 use mlua::Lua;
 
+use super::error::CHUNK;
+
 /// Defines the globals and the module `bit`.
 ///
 /// # Errors
 /// Lua is out of memory.
 pub fn register(lua: &Lua) -> mlua::Result<()> {
-    lua.load(include_str!("compat.lua")).set_name("=[qrelay]").exec()
+    lua.load(include_str!("compat.lua")).set_name(format!("={CHUNK}")).exec()
 }

@@ -38,12 +38,16 @@ impl From<&str> for Raise {
     }
 }
 
-impl Raise {
-    /// As an error of the binding, for callbacks that Lua calls directly.
-    pub fn into_lua_error(self) -> mlua::Error {
-        match self {
-            Self::Text(text) => mlua::Error::RuntimeError(text),
-            Self::Lua(error) => error,
+/// [`Raise::Text`] on its way through Lua, to be told from errors of other origin.
+#[derive(Debug, Error)]
+#[error("{0}")]
+struct Misuse(String);
+
+impl From<Raise> for mlua::Error {
+    fn from(raise: Raise) -> Self {
+        match raise {
+            Raise::Text(text) => Self::external(Misuse(text)),
+            Raise::Lua(error) => error,
         }
     }
 }
@@ -103,7 +107,10 @@ pub enum HandlerError {
 /// What separates a message from its traceback.
 const TRACEBACK: &str = "\nstack traceback:\n";
 
-/// An error's message as Lua would print it, and the traceback if there is one.
+/// What code of qrelay in Lua is called in a traceback.
+pub const CHUNK: &str = "[qrelay]";
+
+/// An error's message as Lua would print it, position included, and the traceback if there is one.
 pub fn describe(error: &mlua::Error) -> (String, Option<String>) {
     match error {
         mlua::Error::RuntimeError(text)
@@ -112,12 +119,39 @@ pub fn describe(error: &mlua::Error) -> (String, Option<String>) {
         mlua::Error::SyntaxError { message, .. } => split(message),
         mlua::Error::CallbackError { traceback, cause } => {
             let (message, inner) = describe(cause);
-            let outer = traceback.trim_start_matches(TRACEBACK.trim_start());
-            (message, inner.or_else(|| Some(outer.to_owned())))
+            let traceback = traceback.strip_prefix(&TRACEBACK[1..]).unwrap_or(traceback);
+            let message = if is_ours(cause) { with_position(&message, traceback) } else { message };
+            (message, inner.or_else(|| Some(traceback.to_owned())))
         }
         mlua::Error::WithContext { cause, .. } => describe(cause),
         other => (other.to_string(), None),
     }
+}
+
+/// Whether an error comes from Rust and has no position yet.
+fn is_ours(error: &mlua::Error) -> bool {
+    matches!(
+        error,
+        mlua::Error::ExternalError(_)
+            | mlua::Error::BadArgument { .. }
+            | mlua::Error::FromLuaConversionError { .. }
+    )
+}
+
+fn with_position(message: &str, traceback: &str) -> String {
+    match position(traceback) {
+        Some(position) => format!("{position}: {message}"),
+        None => message.to_owned(),
+    }
+}
+
+/// File and line of the innermost frame that is the script's.
+pub fn position(traceback: &str) -> Option<&str> {
+    traceback.lines().map(str::trim).find_map(|frame| {
+        let (position, _) = frame.split_once(": in ")?;
+        let (chunk, line) = position.rsplit_once(':')?;
+        (chunk != CHUNK && line.parse::<u32>().is_ok()).then_some(position)
+    })
 }
 
 fn split(text: &str) -> (String, Option<String>) {

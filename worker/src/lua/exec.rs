@@ -15,7 +15,7 @@ use super::action::ActionObject;
 use super::convert::{self, Argument, MAX_TIMEOUT, Options};
 use super::error::Raise;
 use super::function::Class;
-use super::mail;
+use super::mail::{self, This};
 use crate::action::{Action, Exec};
 
 /// Most arguments, the program included.
@@ -39,9 +39,8 @@ fn method(
     name: &'static str,
     action: fn(Arc<Exec>) -> Action,
 ) -> mlua::Result<()> {
-    class.method(name, move |_, mut arguments: MultiValue| {
-        let this = arguments.pop_front().unwrap_or(Value::Nil);
-        mail::with(&this, |_| Ok(()))?;
+    class.method(name, move |_, (this, arguments): (This, MultiValue)| {
+        mail::alive(&this)?;
         Ok(ActionObject::new(action(Arc::new(exec(name, arguments)?))))
     })
 }

@@ -1,10 +1,9 @@
 //! How Rust functions and objects become Lua's.
 //!
-//! Contract: a function made here raises misuse as a Lua string with the
-//! caller's position, like Lua's own libraries: it returns a mark and the
-//! message to a wrapper written in Lua (`prelude.lua`), which calls `error`. A
-//! function that may have to wait returns another mark and an operation, and
-//! the wrapper yields it. Both cost one short Lua call.
+//! Contract: a function that raises does so with the position of the script's
+//! line, like Lua's own libraries; where a script catches the error, it gets a
+//! string (`prelude.lua` wraps `pcall` and its like). A function that may have to
+//! wait returns a mark and an operation to a wrapper, which yields it.
 //!
 //! # Failure
 //! [`Raise`] of the wrapped function. Making functions fails only when Lua's
@@ -13,59 +12,36 @@
 use std::sync::Arc;
 
 use mlua::{
-    AnyUserData, FromLuaMulti, Function, IntoLuaMulti, LightUserData, Lua, MultiValue, Table,
-    UserDataRegistry, Value,
+    AnyUserData, Either, FromLuaMulti, Function, IntoLua, IntoLuaMulti, LightUserData, Lua,
+    MultiValue, Table, UserDataRef, UserDataRegistry, Value,
 };
 
 use super::convert;
-use super::error::Raise;
+use super::error::{self, Raise};
 use super::operation::{Operation, Pending};
 use super::watch::Watch;
 use crate::deadline::Deadline;
 
-/// Addresses of these are the marks; a script can't make light userdata.
-static RAISE: u8 = b'R';
+/// Its address is the mark; a script can't make light userdata.
 static WAIT: u8 = b'W';
 
-fn mark(of: &'static u8) -> LightUserData {
-    LightUserData(std::ptr::from_ref(of).cast_mut().cast())
+fn mark() -> LightUserData {
+    LightUserData(std::ptr::from_ref(&WAIT).cast_mut().cast())
 }
+
+/// The object before the dot or colon: usually of the class's type, checked by the method itself.
+pub type This<T> = Either<UserDataRef<T>, Value>;
 
 /// The wrappers of `prelude.lua`, kept as application data of the Lua state.
 struct Prelude {
-    checked: Function,
     awaiting: Function,
     class: Function,
+    memoized: Function,
 }
 
-/// What a wrapped function returns to its wrapper.
-enum Reply<R> {
-    Values(R),
-    Raise(String),
-    Wait(Box<dyn Operation>),
-}
-
-impl<R: IntoLuaMulti> IntoLuaMulti for Reply<R> {
-    fn into_lua_multi(self, lua: &Lua) -> mlua::Result<MultiValue> {
-        match self {
-            Self::Values(values) => values.into_lua_multi(lua),
-            Self::Raise(message) => (mark(&RAISE), message).into_lua_multi(lua),
-            Self::Wait(operation) => {
-                let pending = lua.create_any_userdata(Pending::new(operation))?;
-                (mark(&WAIT), pending).into_lua_multi(lua)
-            }
-        }
-    }
-}
-
-impl<R> Reply<R> {
-    fn from_result(result: Result<R, Raise>) -> mlua::Result<Self> {
-        match result {
-            Ok(values) => Ok(Self::Values(values)),
-            Err(Raise::Text(message)) => Ok(Self::Raise(message)),
-            Err(Raise::Lua(error)) => Err(error),
-        }
-    }
+fn prelude(lua: &Lua) -> mlua::Result<mlua::AppDataRef<'_, Prelude>> {
+    lua.app_data_ref::<Prelude>()
+        .ok_or_else(|| mlua::Error::RuntimeError("the prelude is not installed".into()))
 }
 
 /// What a function that may have to wait does.
@@ -76,21 +52,16 @@ pub enum Call<R> {
     Later(Box<dyn Operation>),
 }
 
-/// A function whose wrapper is not made yet, or that is never called but through `prelude.class`.
-fn raw<A, R>(
-    lua: &Lua,
-    f: impl Fn(&Lua, A) -> Result<R, Raise> + Send + 'static,
-) -> mlua::Result<Function>
-where
-    A: FromLuaMulti,
-    R: IntoLuaMulti,
-{
-    lua.create_function(move |lua, arguments| Reply::from_result(f(lua, arguments)))
-}
-
-fn prelude(lua: &Lua) -> mlua::Result<mlua::AppDataRef<'_, Prelude>> {
-    lua.app_data_ref::<Prelude>()
-        .ok_or_else(|| mlua::Error::RuntimeError("the prelude is not installed".into()))
+impl<R: IntoLuaMulti> IntoLuaMulti for Call<R> {
+    fn into_lua_multi(self, lua: &Lua) -> mlua::Result<MultiValue> {
+        match self {
+            Self::Now(values) => values.into_lua_multi(lua),
+            Self::Later(operation) => {
+                let pending = lua.create_any_userdata(Pending::new(operation))?;
+                (mark(), pending).into_lua_multi(lua)
+            }
+        }
+    }
 }
 
 /// A function that never waits.
@@ -105,9 +76,7 @@ where
     A: FromLuaMulti,
     R: IntoLuaMulti,
 {
-    let raw = raw(lua, f)?;
-    let checked = prelude(lua)?.checked.clone();
-    checked.call(raw)
+    lua.create_function(move |lua, arguments| f(lua, arguments).map_err(mlua::Error::from))
 }
 
 /// A function that may have to wait; the wait yields to whoever runs the handler.
@@ -122,11 +91,7 @@ where
     A: FromLuaMulti,
     R: IntoLuaMulti,
 {
-    let raw = lua.create_function(move |lua, arguments| match f(lua, arguments) {
-        Ok(Call::Now(values)) => Ok(Reply::Values(values)),
-        Ok(Call::Later(operation)) => Ok(Reply::Wait(operation)),
-        Err(error) => Reply::from_result(Err(error)),
-    })?;
+    let raw = function(lua, f)?;
     let awaiting = prelude(lua)?.awaiting.clone();
     awaiting.call(raw)
 }
@@ -193,30 +158,56 @@ impl<'a> Class<'a> {
         self.methods.raw_set(name, blocking(self.lua, f)?)
     }
 
+    /// Adds a method of one argument whose result is the same each time and may be kept; `check`
+    /// raises if the object is none or stale.
+    ///
+    /// # Errors
+    /// Lua is out of memory.
+    pub fn memoized_method<A, R, T: 'static>(
+        &mut self,
+        name: &'static str,
+        f: impl Fn(&Lua, A) -> Result<R, Raise> + Send + 'static,
+        check: impl Fn(&This<T>) -> Result<(), Raise> + Send + 'static,
+    ) -> mlua::Result<()>
+    where
+        A: FromLuaMulti,
+        R: IntoLuaMulti,
+    {
+        self.readable.push(name);
+        let method = function(self.lua, f)?;
+        let check = function(self.lua, move |_, this: This<T>| check(&this))?;
+        let memoized = prelude(self.lua)?.memoized.clone();
+        self.methods.raw_set(name, memoized.call::<Function>((method, check))?)
+    }
+
     /// Adds a readable attribute.
     ///
     /// # Errors
     /// Lua is out of memory.
-    pub fn getter<R: IntoLuaMulti>(
+    pub fn getter<T: 'static, R: IntoLua>(
         &mut self,
         name: &'static str,
-        f: impl Fn(&Lua, Value) -> Result<R, Raise> + Send + 'static,
+        f: impl Fn(&Lua, &T) -> Result<R, Raise> + Send + 'static,
     ) -> mlua::Result<()> {
         self.readable.push(name);
-        self.getters.raw_set(name, raw(self.lua, f)?)
+        self.getters
+            .raw_set(name, function(self.lua, move |lua, this: UserDataRef<T>| f(lua, &this))?)
     }
 
     /// Makes an attribute writable.
     ///
     /// # Errors
     /// Lua is out of memory.
-    pub fn setter(
+    pub fn setter<T: 'static>(
         &mut self,
         name: &'static str,
-        f: impl Fn(&Lua, (Value, Value)) -> Result<(), Raise> + Send + 'static,
+        f: impl Fn(&Lua, &T, Value) -> Result<(), Raise> + Send + 'static,
     ) -> mlua::Result<()> {
         self.writable.push(name);
-        self.setters.raw_set(name, raw(self.lua, f)?)
+        let set = function(self.lua, move |lua, (this, value): (UserDataRef<T>, Value)| {
+            f(lua, &this, value)
+        })?;
+        self.setters.raw_set(name, set)
     }
 
     /// Makes it the class of all userdata of type `T`; `more` may add metamethods.
@@ -229,11 +220,12 @@ impl<'a> Class<'a> {
     ) -> mlua::Result<()> {
         use mlua::UserDataFields as _;
         let Self { lua, name, methods, getters, setters, readable, writable } = self;
-        let unknown = raw(lua, move |_, (key, writing): (Value, bool)| -> Result<(), Raise> {
-            let known = if writing { &writable } else { &readable };
-            let what = if writing { "writable attribute" } else { "attribute or method" };
-            Err(convert::unknown_name(name, what, &key, known).into())
-        })?;
+        let unknown =
+            function(lua, move |_, (key, writing): (Value, bool)| -> Result<(), Raise> {
+                let known = if writing { &writable } else { &readable };
+                let what = if writing { "writable attribute" } else { "attribute or method" };
+                Err(convert::unknown_name(name, what, &key, known).into())
+            })?;
         let class = prelude(lua)?.class.clone();
         let (index, newindex): (Function, Function) =
             class.call((methods, getters, setters, unknown))?;
@@ -258,7 +250,7 @@ fn block(watch: &Watch, pending: &Pending) {
 /// No configuration loads longer; the supervisor's `--boot-timeout` ends it before.
 const FOREVER: std::time::Duration = std::time::Duration::from_secs(86_400);
 
-/// Runs `prelude.lua`: wraps coroutines, and keeps the wrappers for [`function`], [`blocking`] and
+/// Runs `prelude.lua`: wraps coroutines and `pcall`, and keeps the wrappers for [`blocking`] and
 /// [`Class`].
 ///
 /// # Errors
@@ -268,31 +260,40 @@ pub fn install(lua: &Lua, watch: &Arc<Watch>) -> mlua::Result<()> {
         use mlua::UserDataFields as _;
         registry.add_meta_field("__name", "operation");
     })?;
+    let exports: Table = lua
+        .load(include_str!("prelude.lua"))
+        .set_name(format!("={}", error::CHUNK))
+        .call((mark(), natives(lua, watch)?))?;
+    lua.set_app_data(Prelude {
+        awaiting: exports.get("awaiting")?,
+        class: exports.get("class")?,
+        memoized: exports.get("memoized")?,
+    });
+    Ok(())
+}
+
+/// What `prelude.lua` needs of Rust.
+fn natives(lua: &Lua, watch: &Arc<Watch>) -> mlua::Result<Table> {
     let native = lua.create_table()?;
     let clock = Arc::clone(watch);
-    native.raw_set(
-        "block",
-        lua.create_function(move |_, pending: AnyUserData| {
-            block(&clock, &*pending.borrow::<Pending>()?);
-            Ok(())
-        })?,
-    )?;
-    native.raw_set(
-        "results",
-        raw(lua, |lua, pending: AnyUserData| pending.borrow::<Pending>()?.results(lua))?,
-    )?;
+    let block = lua.create_function(move |_, pending: UserDataRef<Pending>| {
+        block(&clock, &pending);
+        Ok(())
+    })?;
+    native.raw_set("block", block)?;
+    let results = function(lua, |lua, pending: AnyUserData| {
+        // The borrow must end before the results are made, which may run Lua code.
+        let results = pending.borrow::<Pending>()?.results()?;
+        results(lua)
+    })?;
+    native.raw_set("results", results)?;
+    let message = lua.create_function(|lua, reason: Value| match reason {
+        Value::Error(error) => lua.create_string(error::describe(&error).0).map(Value::String),
+        other => Ok(other),
+    })?;
+    native.raw_set("message", message)?;
     let clock = Arc::clone(watch);
     native.raw_set("stop", lua.create_function(move |lua, ()| clock.stop(lua))?)?;
     native.raw_set("flags", watch.flags(lua)?)?;
-    let exports: Table = lua.load(include_str!("prelude.lua")).set_name("=[qrelay]").call((
-        mark(&RAISE),
-        mark(&WAIT),
-        native,
-    ))?;
-    lua.set_app_data(Prelude {
-        checked: exports.get("checked")?,
-        awaiting: exports.get("awaiting")?,
-        class: exports.get("class")?,
-    });
-    Ok(())
+    Ok(native)
 }

@@ -10,15 +10,15 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use mlua::{Lua, MetaMethod, MultiValue, Value};
+use mlua::{Either, Lua, MetaMethod, MultiValue, Value};
 use parking_lot::Mutex;
 use qrelay_shared::ipc::message::Peer;
 use qrelay_shared::{address, mail as header};
 
 use super::action;
-use super::convert::{self, Argument};
+use super::convert::{self, Argument, Text};
 use super::error::Raise;
-use super::function::Class;
+use super::function::{self, Class};
 use crate::mail::Mail;
 
 /// Header lines that a handler may insert into one mail.
@@ -61,20 +61,36 @@ impl MailObject {
     }
 }
 
-/// Works on the mail behind a method's or attribute's object.
-pub fn with<R>(object: &Value, f: impl FnOnce(&mut Mail) -> Result<R, Raise>) -> Result<R, Raise> {
-    let Value::UserData(object) = object else { return Err(not_a_mail(object)) };
-    let Ok(mail) = object.borrow::<MailObject>() else {
-        return Err(not_a_mail(&Value::UserData(object.clone())));
-    };
-    let mut mail = mail.0.0.lock();
-    f(mail.as_mut().ok_or("Stale object")?)
+/// The mail object that a method was called on.
+pub type This = function::This<MailObject>;
+
+/// Works on the mail behind an object.
+///
+/// # Errors
+/// The object is no mail, or stale; or as `f` says.
+pub fn with<R>(this: &This, f: impl FnOnce(&mut Mail) -> Result<R, Raise>) -> Result<R, Raise> {
+    match this {
+        Either::Left(object) => object.with(f),
+        Either::Right(value) => Err(format!(
+            "expected a mail object, got {}; call its methods with a colon, as in m:connect(…)",
+            convert::describe(value)
+        )
+        .into()),
+    }
 }
 
-fn not_a_mail(value: &Value) -> Raise {
-    let got = convert::describe(value);
-    format!("expected a mail object, got {got}; call its methods with a colon, as in m:connect(…)")
-        .into()
+/// Raises unless the object is a mail, and alive.
+///
+/// # Errors
+/// As [`with`].
+pub fn alive(this: &This) -> Result<(), Raise> {
+    with(this, |_| Ok(()))
+}
+
+impl MailObject {
+    fn with<R>(&self, f: impl FnOnce(&mut Mail) -> Result<R, Raise>) -> Result<R, Raise> {
+        f(self.0.0.lock().as_mut().ok_or("Stale object")?)
+    }
 }
 
 /// Makes the class of mail objects.
@@ -91,10 +107,14 @@ pub fn register(lua: &Lua) -> mlua::Result<()> {
 }
 
 fn envelope(class: &mut Class<'_>) -> mlua::Result<()> {
-    class.getter("sender", |lua, this| with(&this, |mail| Ok(lua.create_string(sender(mail))?)))?;
-    class.setter("sender", |_, (this, value)| with(&this, |mail| set_sender(mail, &value)))?;
-    class.getter("recipients", |lua, this| {
-        with(&this, |mail| match &mail.recipients {
+    class.getter("sender", |lua, this: &MailObject| {
+        this.with(|mail| Ok(lua.create_string(sender(mail))?))
+    })?;
+    class.setter("sender", |_, this: &MailObject, value| {
+        this.with(|mail| set_sender(mail, &value))
+    })?;
+    class.getter("recipients", |lua, this: &MailObject| {
+        this.with(|mail| match &mail.recipients {
             Some(list) => string_list(lua, list.iter().map(Vec::as_slice)),
             None => {
                 let ranges = mail.request.recipients.iter();
@@ -102,11 +122,17 @@ fn envelope(class: &mut Class<'_>) -> mlua::Result<()> {
             }
         })
     })?;
-    class.setter("recipients", |_, (this, value)| {
-        with(&this, |mail| set_recipients(mail, &value))
+    class.setter("recipients", |_, this: &MailObject, value| {
+        this.with(|mail| set_recipients(mail, &value))
     })?;
-    class.getter("account", |_, this| with(&this, |mail| Ok(mail.account.clone())))?;
-    class.setter("account", |_, (this, value)| with(&this, |mail| set_account(mail, &value)))
+    class.getter("account", |lua, this: &MailObject| {
+        this.with(|mail| {
+            Ok(mail.account.as_ref().map(|text| lua.create_string(text)).transpose()?)
+        })
+    })?;
+    class.setter("account", |_, this: &MailObject, value| {
+        this.with(|mail| set_account(mail, &value))
+    })
 }
 
 fn sender(mail: &Mail) -> &[u8] {
@@ -170,30 +196,32 @@ fn set_account(mail: &mut Mail, value: &Value) -> Result<(), Raise> {
 
 /// Facts about the client and the connection.
 fn client(class: &mut Class<'_>) -> mlua::Result<()> {
-    class.getter("pid", |_, this| {
-        with(&this, |mail| match mail.peer {
+    class.getter("pid", |_, this: &MailObject| {
+        this.with(|mail| match mail.peer {
             Peer::Local { pid, .. } => Ok(pid),
             Peer::Remote(_) => Ok(None),
         })
     })?;
-    class.getter("uid", |_, this| {
-        with(&this, |mail| match mail.peer {
+    class.getter("uid", |_, this: &MailObject| {
+        this.with(|mail| match mail.peer {
             Peer::Local { uid, .. } => Ok(Some(uid)),
             Peer::Remote(_) => Ok(None),
         })
     })?;
-    class.getter("gid", |_, this| {
-        with(&this, |mail| match mail.peer {
+    class.getter("gid", |_, this: &MailObject| {
+        this.with(|mail| match mail.peer {
             Peer::Local { gid, .. } => Ok(Some(gid)),
             Peer::Remote(_) => Ok(None),
         })
     })?;
-    class.getter("peer", |_, this| with(&this, |mail| Ok(peer(&mail.peer))))?;
-    class.getter("listener", |lua, this| {
-        with(&this, |mail| Ok(lua.create_string(mail.listener.as_bytes())?))
+    class.getter("peer", |_, this: &MailObject| this.with(|mail| Ok(peer(&mail.peer))))?;
+    class.getter("listener", |lua, this: &MailObject| {
+        this.with(|mail| Ok(lua.create_string(mail.listener.as_bytes())?))
     })?;
-    class.getter("id", |lua, this| with(&this, |mail| Ok(lua.create_string(&mail.id)?)))?;
-    class.getter("size", |_, this| with(&this, |mail| Ok(mail.request.message.len())))
+    class.getter("id", |lua, this: &MailObject| {
+        this.with(|mail| Ok(lua.create_string(&mail.id)?))
+    })?;
+    class.getter("size", |_, this: &MailObject| this.with(|mail| Ok(mail.request.message.len())))
 }
 
 /// An IP address, or the words of the `Received` line.
@@ -206,21 +234,23 @@ fn peer(peer: &Peer) -> String {
 }
 
 fn headers(class: &mut Class<'_>) -> mlua::Result<()> {
-    class.method("header", |lua, (this, name): (Value, Value)| {
-        let name = header_name("header", &name)?;
+    class.method("header", |lua, (this, name): (This, Value)| {
         with(&this, |mail| {
+            let name = header_name("header", &name)?;
             let value = header::header_value(message(mail), &name);
             Ok(value.map(|value| lua.create_string(value)).transpose()?)
         })
     })?;
-    class.method("headers", |lua, (this, name): (Value, Value)| {
-        let name = header_name("headers", &name)?;
+    class.method("headers", |lua, (this, name): (This, Value)| {
         with(&this, |mail| {
+            let name = header_name("headers", &name)?;
             let values = header::headers(message(mail), &name);
             string_list(lua, values.iter().map(Vec::as_slice))
         })
     })?;
-    class.method("insert_header", |_, (this, name, value): (Value, Value, Value)| {
+    class.method("insert_header", |_, (this, name, value): (This, Value, Value)| {
+        alive(&this)?;
+        // Before the mail is locked: `__tostring` may use it.
         let line = header_line(&name, &value)?;
         with(&this, |mail| {
             if mail.inserted.len() >= MAX_INSERTED {
@@ -230,9 +260,11 @@ fn headers(class: &mut Class<'_>) -> mlua::Result<()> {
             Ok(())
         })
     })?;
-    class.method("remove_header", |_, (this, name): (Value, Value)| {
-        let name = header_name("remove_header", &name)?;
-        with(&this, |mail| Ok(remove_header(mail, &name)))
+    class.method("remove_header", |_, (this, name): (This, Value)| {
+        with(&this, |mail| {
+            let name = header_name("remove_header", &name)?;
+            Ok(remove_header(mail, &name))
+        })
     })
 }
 
@@ -240,11 +272,11 @@ fn message(mail: &Mail) -> &[u8] {
     &mail.buffer[mail.request.message.clone()]
 }
 
-fn header_name(function: &str, value: &Value) -> Result<Vec<u8>, Raise> {
+fn header_name<'v>(function: &str, value: &'v Value) -> Result<Text<'v>, Raise> {
     let argument = Argument::new(function, 1, "name");
     let name = argument.text(value)?;
     if header::valid_header_name(&name) {
-        return Ok(name.to_vec());
+        return Ok(name);
     }
     Err(argument.wrong("a field name of printable characters without ':'", value))
 }
@@ -253,25 +285,29 @@ fn header_name(function: &str, value: &Value) -> Result<Vec<u8>, Raise> {
 fn header_line(name: &Value, value: &Value) -> Result<String, Raise> {
     let name = header_name("insert_header", name)?;
     let argument = Argument::new("insert_header", 2, "value");
-    let text = match convert::text(value)? {
-        Some(text) => text.to_vec(),
-        None if has_tostring(value)? => value.to_string()?.into_bytes(),
-        None => return Err(argument.wrong("a string", value)),
-    };
-    if !header::valid_header_value(&text) {
-        return Err(argument.invalid(&format!(
-            "expected printable ASCII characters, got {}",
-            convert::quoted(&text)
-        )));
+    match convert::text(value)? {
+        Some(text) => join(&argument, &name, &text),
+        None if has_tostring(value)? => join(&argument, &name, value.to_string()?.as_bytes()),
+        None => Err(argument.wrong("a string", value)),
     }
-    // Both parts are ASCII, so nothing is replaced.
-    let line = String::from_utf8_lossy(&[&*name, b": ", &*text].concat()).into_owned();
-    if line.len() > MAX_LINE {
-        let length = line.len();
+}
+
+fn join(argument: &Argument<'_>, name: &[u8], value: &[u8]) -> Result<String, Raise> {
+    if !header::valid_header_value(value) {
+        let got = convert::quoted(value);
+        return Err(argument.invalid(&format!("expected printable ASCII characters, got {got}")));
+    }
+    let length = name.len() + 2 + value.len();
+    if length > MAX_LINE {
         return Err(
             argument.invalid(&format!("the line has {length} bytes, expected at most {MAX_LINE}"))
         );
     }
+    let mut line = String::with_capacity(length);
+    // Both parts have been found to be ASCII.
+    line.extend(name.iter().copied().map(char::from));
+    line.push_str(": ");
+    line.extend(value.iter().copied().map(char::from));
     Ok(line)
 }
 

@@ -86,9 +86,12 @@ impl Pending {
     }
 
     /// Its results, once.
-    pub fn results(&self, lua: &Lua) -> Result<MultiValue, Raise> {
+    ///
+    /// # Errors
+    /// It isn't done, or was given up.
+    pub fn results(&self) -> Result<Results, Raise> {
         match std::mem::replace(&mut *self.0.lock(), Stage::Running) {
-            Stage::Done(Outcome::Done(results)) => results(lua),
+            Stage::Done(Outcome::Done(results)) => Ok(results),
             Stage::Done(Outcome::Expired) => Err("the time for this mail is over".into()),
             Stage::Ready(_) | Stage::Running => {
                 Err("the operation was interrupted: its coroutine was resumed by the script".into())

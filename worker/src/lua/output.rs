@@ -15,7 +15,7 @@ use parking_lot::Mutex;
 use slog::Logger;
 
 use super::convert::{self, Argument};
-use super::error::Raise;
+use super::error::{self, Raise};
 use super::function::Class;
 use super::watch::Watch;
 
@@ -152,6 +152,6 @@ pub fn register(lua: &Lua, log: &Arc<Log>) -> mlua::Result<()> {
     let stdout = lua.create_any_userdata(Stream::Stdout)?;
     let stderr = lua.create_any_userdata(Stream::Stderr)?;
     lua.load(include_str!("output.lua"))
-        .set_name("=[qrelay]")
+        .set_name(format!("={}", error::CHUNK))
         .call((line, is_stream, stdout, stderr))
 }

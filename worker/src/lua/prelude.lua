@@ -1,27 +1,20 @@
 -- What the libraries are made with, and what makes waiting possible everywhere.
--- RAISE and WAIT are marks that a Rust function returns before an error message
--- or before an operation; no script can have these values.
-local RAISE, WAIT, native = ...
+-- WAIT is a mark that a Rust function returns before an operation; no script can
+-- have this value.
+local WAIT, native = ...
 
 local error, setmetatable, type = error, setmetatable, type
 local create, resume, yield = coroutine.create, coroutine.resume, coroutine.yield
 local isyieldable, status = coroutine.isyieldable, coroutine.status
-local block, results, stop, flags = native.block, native.results, native.stop, native.flags
+local block, message, results = native.block, native.message, native.results
+local stop, flags = native.stop, native.flags
 
--- Ends every call of a Rust function. It is called as a tail call, so level 2
--- is the script's line that called the function.
-local function finish(...)
-  if (...) == RAISE then
-    local _, message = ...
-    error(message, 2)
-  end
-  return ...
-end
+local prelude = {}
 
--- The same for functions that may have to wait.
+-- Ends every call of a function that may have to wait.
 local function await(...)
   if (...) ~= WAIT then
-    return finish(...)
+    return ...
   end
   local _, operation = ...
   if isyieldable() then
@@ -29,15 +22,7 @@ local function await(...)
   else
     block(operation)
   end
-  return finish(results(operation))
-end
-
-local prelude = {}
-
-function prelude.checked(f)
-  return function(...)
-    return finish(f(...))
-  end
+  return results(operation)
 end
 
 function prelude.awaiting(f)
@@ -55,20 +40,69 @@ function prelude.class(methods, getters, setters, unknown)
     end
     local get = getters[key]
     if get then
-      return finish(get(self))
+      return get(self)
     end
-    return finish(unknown(key, false))
+    return unknown(key, false)
   end
 
   local function newindex(self, key, value)
     local set = setters[key]
     if set then
-      return finish(set(self, value))
+      return set(self, value)
     end
-    return finish(unknown(key, true))
+    return unknown(key, true)
   end
 
   return index, newindex
+end
+
+-- A method of one argument whose result is the same each time: it is kept for
+-- all arguments but tables, which may change. `check` raises for a wrong self.
+function prelude.memoized(method, check)
+  local cache, room = {}, 256
+  return function(self, argument, ...)
+    local known = cache[argument]
+    if known and ... == nil then
+      check(self)
+      return known
+    end
+    known = method(self, argument, ...)
+    if ... == nil and type(argument) ~= 'table' then
+      if room == 0 then
+        cache, room = {}, 256
+      end
+      cache[argument], room = known, room - 1
+    end
+    return known
+  end
+end
+
+-- Errors raised by Rust are objects; scripts get them as strings with a
+-- position, like those of Lua's own libraries.
+local function caught(ok, ...)
+  if ok then
+    return ok, ...
+  end
+  local reason = ...
+  if type(reason) == 'userdata' then
+    reason = message(reason)
+  end
+  return ok, reason
+end
+
+local protected, protected_with = pcall, xpcall
+
+function pcall(...)
+  return caught(protected(...))
+end
+
+function xpcall(f, handler, ...)
+  return protected_with(f, function(reason)
+    if type(reason) == 'userdata' then
+      reason = message(reason)
+    end
+    return handler(reason)
+  end, ...)
 end
 
 -- Coroutines of the script: an operation is passed outward until it reaches the
@@ -82,7 +116,7 @@ local function outward(co, ...)
   end
   local ok, mark, operation = ...
   if not ok or mark ~= WAIT then
-    return ...
+    return caught(...)
   end
   if isyieldable() then
     waiting[co] = true
@@ -105,8 +139,8 @@ local function unwrap(ok, ...)
   if ok then
     return ...
   end
-  local message = ...
-  error(message, type(message) == 'string' and 2 or 0)
+  local reason = ...
+  error(reason, type(reason) == 'string' and 2 or 0)
 end
 
 function coroutine.wrap(f)

@@ -296,18 +296,15 @@ fn without_shebang(source: &[u8]) -> &[u8] {
 /// The message with file and line; Lua's own usually has them.
 fn located(error: &mlua::Error, config: &Path) -> String {
     let (message, traceback) = error::describe(error);
-    let has_line = message.split(':').nth(1).is_some_and(|line| line.parse::<u32>().is_ok());
-    if has_line {
+    // `config.lua:12: …`, or `lua: config.lua:12: …` where a module failed to load.
+    let has_position = message.split(": ").next().is_some_and(|position| {
+        position.rsplit(':').next().is_some_and(|line| line.parse::<u32>().is_ok())
+    });
+    if has_position {
         return message;
     }
-    // The error has no position of its own (error({}), for one): the innermost line of the script.
-    let frames = traceback.unwrap_or_default();
-    let line = frames
-        .lines()
-        .map(str::trim)
-        .find(|frame| frame.split(':').nth(1).is_some_and(|line| line.parse::<u32>().is_ok()));
-    match line.and_then(|frame| frame.split_once(": ")) {
-        Some((position, _)) => format!("{position}: {message}"),
+    match traceback.as_deref().and_then(error::position) {
+        Some(position) => format!("{position}: {message}"),
         None => format!("{}: {message}", config.display()),
     }
 }
