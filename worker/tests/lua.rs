@@ -4,9 +4,138 @@ mod support;
 
 use std::time::{Duration, Instant};
 
+use qrelay_shared::ipc::channel::SendError;
 use qrelay_worker::action::Action;
 use qrelay_worker::lua::error::HandlerError;
-use support::{Script, mail};
+use qrelay_worker::lua::state::{LoadOptions, State};
+use support::{Options, Script, config_error, mail, remote_mail};
+
+/// Loads a script of `tests/lua/` and runs all its handlers, whose asserts must hold.
+fn run(file: &str) -> Script {
+    let path = format!("{}/tests/lua/{file}", env!("CARGO_MANIFEST_DIR"));
+    let source = std::fs::read_to_string(path).expect("the test's script");
+    let script = Script::load(&source);
+    for listener in 0..script.declaration.listeners.len() {
+        let (_, action) = script.handle(listener, mail());
+        assert!(action.is_ok(), "{}", script.log());
+    }
+    script
+}
+
+#[test]
+fn mail_objects() {
+    run("mail.lua");
+}
+
+#[test]
+fn actions() {
+    run("action.lua");
+}
+
+#[test]
+fn addresses() {
+    run("address.lua");
+}
+
+#[test]
+fn the_standard_library() {
+    run("standard.lua");
+}
+
+#[test]
+fn output_goes_to_the_log() {
+    let log = run("output.lua").log();
+    for line in [
+        "INFO loading\t1\tnil\ttrue\n",
+        "INFO no line enda1\n",
+        "INFO in the handler id=id-1\n",
+        "INFO second line id=id-1\n",
+        "WARN warning id=id-1\n",
+        "INFO unfinished id=id-1\n",
+    ] {
+        assert!(log.contains(line), "{line:?} is not in:\n{log}");
+    }
+}
+
+#[test]
+fn a_mail_comes_back_changed() {
+    let script = Script::load(
+        "qmqp_listen('/a', function(m)
+           m.sender = ''
+           m.recipients = {'x@example.net'}
+           m.account = 'alice'
+           m:insert_header('X-One', 1)
+           m:insert_header('X-Two', 2)
+           m:remove_header('x-spam')
+           return m:connect('@next')
+         end)",
+    );
+    let (mail, action) = script.handle(0, mail());
+    assert!(action.is_ok(), "{}", script.log());
+    assert_eq!(mail.sender.as_deref(), Some(&b""[..]));
+    assert_eq!(mail.recipients, Some(vec![b"x@example.net".to_vec()]));
+    assert_eq!(mail.account.as_deref(), Some("alice"));
+    assert_eq!(mail.inserted, ["X-One: 1", "X-Two: 2"]);
+    let removed: Vec<_> = mail.removed.iter().map(|range| &mail.buffer[range.clone()]).collect();
+    assert_eq!(removed, [&b"X-Spam: a\r\n b\r\n"[..], b"x-spam: c\r\n"]);
+}
+
+#[test]
+fn remote_clients_have_no_ids() {
+    let script = Script::load(
+        "qmqp_listen('/a', function(m)
+           assert(m.pid == nil and m.uid == nil and m.gid == nil and m.peer == '192.0.2.7')
+           return m:discard()
+         end)",
+    );
+    let (_, action) = script.handle(0, remote_mail());
+    assert!(action.is_ok(), "{}", script.log());
+}
+
+/// The handler fails, and the log says why and where.
+fn failure(handler: &str, reason: &str) {
+    let script = Script::load(&format!("qmqp_listen('/a', {handler})"));
+    let (_, action) = script.handle(0, mail());
+    assert_eq!(action.err(), Some(HandlerError::Script), "{handler}");
+    let log = script.log();
+    assert!(log.contains(reason), "{reason:?} is not in:\n{log}");
+    assert!(log.contains("id=id-1"), "{log}");
+}
+
+#[test]
+fn failures_are_logged_with_their_cause() {
+    failure("function(m) end", "returned nil, expected an action");
+    failure("function(m) return 5 end", "returned 5, expected an action");
+    failure("function(m) return m:discard(), 'x' end", "returned 'x', expected an action");
+    failure("function(m) error('boom') end", "config.lua:1: boom");
+    failure("function(m) error({}) end", "script failed: table: 0x");
+    failure("function(m) error() end", "script failed: nil");
+    failure("function(m) local x = nil; x.y = 1 end", "attempt to index a nil value (local 'x')");
+    failure("function(m) return m:connect('a.host') end", "config.lua:1: bad argument #1");
+    failure("function(m) coroutine.yield() end", "yielded, but there is nobody");
+    failure("function(m) coroutine.yield(m) end", "yielded, but there is nobody");
+    failure("function(m) sleep('x') end", "config.lua:1: bad argument #1 to 'sleep'");
+    failure("function(m) local function f() return f() + 1 end f() end", "stack overflow");
+    failure("function(m) return ('x'):rep(1 << 30) end", "not enough memory");
+}
+
+#[test]
+fn a_full_memory_is_noticed() {
+    let script = Script::load(
+        "settings{lua_memory_limit=8 << 20}
+         local kept = {}
+         qmqp_listen('/garbage', function(m) return ('x'):rep(16 << 20) end)
+         qmqp_listen('/kept', function(m)
+           while true do kept[#kept + 1] = ('x'):rep(1 << 10) .. #kept end
+         end)",
+    );
+    let (_, action) = script.handle(0, mail());
+    assert_eq!(action.err(), Some(HandlerError::Script));
+    assert!(!script.state.exhausted());
+    let (_, action) = script.handle(1, mail());
+    assert_eq!(action.err(), Some(HandlerError::Script));
+    assert!(script.state.exhausted(), "{}", script.log());
+}
 
 #[test]
 fn a_handler_decides() {
@@ -186,4 +315,205 @@ fn nested_coroutines_are_stopped() {
 #[test]
 fn a_loop_in_a_surviving_coroutine_is_stopped() {
     runaway("function(m) while true do pcall(survivor) end end");
+}
+
+#[test]
+fn declarations() {
+    let options = Options { systemd: vec!["web".into()], ..Options::default() };
+    let (script, log) = Script::load_with(
+        "max_size = '2048.7'
+         log_server = '127.0.0.1'
+         settings{workers=3, handler_timeout=0.5, client_share='0.5'}
+         settings{workers=4}
+         qmqp_listen('/run//x/./y', print)
+         max_size = nil
+         qmqp_listen('@name', print, {backlog=5})
+         qmqp_listen('127.0.0.1:628', print, {allow={'10.0.0.0/8', '::1'}, max_size=4096})
+         qmqp_listen('/z', print, {mode='0600', owner='root', group=0})
+         qmqp_listen(systemd['web'], print)
+         qmqp_listen(systemd, print)
+         assert(tostring(systemd['web']) == \"systemd['web']\" and tostring(systemd) == 'systemd')",
+        options,
+    );
+    let script = script.expect("a good configuration");
+    assert!(log.contains("listens on systemd, which passed no sockets"), "{log}");
+    let declaration = &script.declaration;
+    let addresses: Vec<_> =
+        declaration.listeners.iter().map(|listener| listener.address.to_string()).collect();
+    assert_eq!(
+        addresses,
+        ["/run/x/y", "@name", "127.0.0.1:628", "/z", "systemd['web']", "systemd"]
+    );
+    assert_eq!(declaration.listeners[0].max_size, 2048);
+    assert_eq!(declaration.listeners[1].max_size, 16 << 20);
+    assert_eq!(declaration.listeners[1].backlog, 5);
+    assert_eq!(declaration.listeners[2].max_size, 4096);
+    assert_eq!(declaration.listeners[2].allow.as_ref().map(Vec::len), Some(2));
+    assert_eq!(declaration.listeners[3].mode, 0o600);
+    assert_eq!(
+        (declaration.listeners[3].owner, declaration.listeners[3].group),
+        (Some(0), Some(0))
+    );
+    assert_eq!(declaration.settings.workers, 4);
+    assert_eq!(declaration.settings.handler_timeout, Duration::from_millis(500));
+    assert_eq!(
+        declaration.log_server.as_ref().map(ToString::to_string).as_deref(),
+        Some("127.0.0.1:5479")
+    );
+}
+
+#[test]
+fn bad_configurations_name_file_line_and_cause() {
+    let listen = "\nqmqp_listen('/a', print)";
+    for (source, expected) in [
+        ("-- nothing to listen on", "config.lua: no listener"),
+        ("x = )", "config.lua:1: unexpected symbol near ')'"),
+        ("\n\nerror('boom')", "config.lua:3: boom"),
+        ("#!/usr/bin/lua\nerror('boom')", "config.lua:2: boom"),
+        ("\nerror({})", "config.lua:2: table: 0x"),
+        ("error('bare', 0)", "config.lua:1: bare"),
+        ("qmqp_listen()", "config.lua:1: bad argument #1 to 'qmqp_listen' (where: expected"),
+        (
+            "qmqp_listen('/a')",
+            "config.lua:1: bad argument #2 to 'qmqp_listen' (handler: expected a function, got nil)",
+        ),
+        ("qmqp_listen('a/b', print)", "where: expected an absolute path"),
+        ("qmqp_listen('localhost:1', print)", "where: expected an absolute path"),
+        ("qmqp_listen('127.0.0.1', print)", "expected a port after the address"),
+        ("qmqp_listen('systemd', print)", "did you mean the variable systemd, without quotes?"),
+        ("qmqp_listen(systemd.web, print)", "systemd has no socket named 'web'"),
+        ("qmqp_listen('@', print)", "expected a name after '@'"),
+        ("qmqp_listen('/' .. ('x'):rep(107), print)", "at most 107 bytes"),
+        ("qmqp_listen('/a', print) qmqp_listen('//a', print)", "/a is already listened on"),
+        (
+            "qmqp_listen('/a', print, {mod='1'})",
+            "qmqp_listen has no option 'mod'; did you mean 'mode'?",
+        ),
+        (
+            "qmqp_listen('/a', print, {mode=660})",
+            "expected an octal string from '0' to '0777', such as '0660', got 660",
+        ),
+        ("qmqp_listen('/a', print, {mode='0880'})", "got '0880'"),
+        (
+            "qmqp_listen('@a', print, {mode='0660'})",
+            "bad option 'mode' of 'qmqp_listen' (only a listener with a path has it)",
+        ),
+        (
+            "qmqp_listen('/a', print, {owner='no-such-user'})",
+            "'no-such-user': there is no such user",
+        ),
+        ("qmqp_listen('/a', print, {group='no-such-group'})", "there is no such group"),
+        ("qmqp_listen('/a', print, {backlog=0})", "expected a number from 1 to 65535, got 0"),
+        ("qmqp_listen('/a', print, {backlog=1.5})", "expected an integer from 1 to 65535, got 1.5"),
+        (
+            "qmqp_listen('/a', print, {max_size=1})",
+            "bad option 'max_size' of 'qmqp_listen' (expected a number from 1024",
+        ),
+        ("qmqp_listen('/a', print, {allow={'::1'}})", "only a listener on an IP address"),
+        (
+            "qmqp_listen('[::1]:1', print, {allow={'10.0.0.1/8'}})",
+            "host bits are set; the network is 10.0.0.0/8",
+        ),
+        ("qmqp_listen('[::1]:1', print, {allow='::1'})", "expected a list, got '::1'"),
+        ("max_size = 'big'", "config.lua:2: bad value for 'max_size' (expected a number from 1024"),
+        ("max_size = 1 << 31", "got 2147483648"),
+        (
+            "settings{worker=1}",
+            "config.lua:1: settings has no key 'worker'; did you mean 'workers'?",
+        ),
+        ("settings{5}", "settings has no key 1"),
+        ("settings(5)", "bad argument #1 to 'settings' (settings: expected a table, got 5)"),
+        (
+            "settings{workers=0}",
+            "bad option 'workers' of 'settings' (expected a number from 1 to 256, got 0)",
+        ),
+        ("settings{workers='many'}", "got 'many'"),
+        ("settings{client_share=0}", "expected a number above 0, at most 1, got 0"),
+        ("settings{relay_timeout=0}", "expected seconds, more than 0 and at most 86400, got 0"),
+        (
+            "settings{hang_timeout=1}",
+            "hang_timeout (1 s) must be longer than handler_timeout (2 s)",
+        ),
+        (
+            "settings{mail_memory=1 << 20}",
+            "mail_memory (1048576 bytes) must be at least max_size + 300000",
+        ),
+        (
+            "log_server = 'log.example.net'",
+            "log_resolve('log.example.net') makes an address object",
+        ),
+        (
+            "log_server = {}",
+            "config.lua: bad value for 'log_server' (expected a string or an address object, got a table)",
+        ),
+        ("require 'missing'", "module 'missing' not found"),
+        ("coroutine.yield()", "attempt to yield from outside a coroutine"),
+    ] {
+        let error = config_error(
+            &format!("{source}{}", if source.contains("listen") { "" } else { listen }),
+            Options::default(),
+        );
+        assert!(error.contains(expected), "{source}\n  expected {expected}\n  got      {error}");
+        assert!(!error.contains("runtime error") && !error.contains("[qrelay]"), "{error}");
+    }
+}
+
+#[test]
+fn reload_runs_after_the_script() {
+    let reload = || Options { reload: true, ..Options::default() };
+    let source = "qmqp_listen('/a', print) function reload() print('reloaded') end";
+    let (script, log) = Script::load_with(source, reload());
+    assert!(script.is_ok() && log.contains("INFO reloaded"), "{log}");
+    let (script, log) = Script::load_with(source, Options::default());
+    assert!(script.is_ok() && !log.contains("reloaded"), "{log}");
+    let error =
+        config_error("qmqp_listen('/a', print)\nfunction reload() error('no') end", reload());
+    assert_eq!(error, "config.lua:2: no (in function 'reload')");
+    let error = config_error(
+        "qmqp_listen('/a', print) function reload() qmqp_listen('/b', print) end",
+        reload(),
+    );
+    assert!(error.contains("qmqp_listen can't be called in reload()"), "{error}");
+    let error = config_error("qmqp_listen('/a', print) reload = 5", reload());
+    assert!(error.contains("the global reload must be a function, but it is 5"), "{error}");
+}
+
+#[test]
+fn declaring_ends_with_loading() {
+    let script = Script::load(
+        "qmqp_listen('/a', function(m)
+           local ok, message = pcall(qmqp_listen, '/b', print)
+           assert(not ok and message:find('only be called while the script loads'), message)
+           ok, message = pcall(settings, {})
+           assert(not ok and message:find('only be called while the script loads'), message)
+           return m:discard()
+         end)",
+    );
+    let (_, action) = script.handle(0, mail());
+    assert!(action.is_ok(), "{}", script.log());
+}
+
+#[test]
+fn files_that_cannot_be_read() {
+    let log = slog::Logger::root(slog::Discard, slog::o!());
+    for (path, expected) in [
+        (
+            "/nonexistent/config.lua",
+            "cannot read /nonexistent/config.lua: No such file or directory",
+        ),
+        ("/", "cannot read /: Is a directory"),
+    ] {
+        let options = LoadOptions {
+            config: path.into(),
+            reload: false,
+            systemd: Vec::new(),
+            instance: String::new(),
+            logger: log.clone(),
+            dictionaries: Box::new(|_| Err(SendError::Closed)),
+        };
+        match State::load(options) {
+            Ok(_) => panic!("{path} was accepted"),
+            Err(error) => assert_eq!(error.to_string(), expected),
+        }
+    }
 }

@@ -6,9 +6,11 @@
 //! # Failure
 //! Wrong arguments raise; nothing is connected or executed here.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
-use mlua::{IntoLua, Lua, UserDataMethods as _, Value};
+use mlua::{AnyUserData, IntoLua, Lua, UserDataMethods as _, Value};
+use parking_lot::Mutex;
 use qrelay_shared::address::printable;
 use qrelay_shared::endpoint::{Endpoint, QMQP_PORT};
 
@@ -19,6 +21,9 @@ use super::exec;
 use super::function::Class;
 use super::mail::{self, This};
 use crate::action::{Action, Connect};
+
+/// Most addresses whose action objects are kept.
+const MAX_KEPT: usize = 256;
 
 /// The userdata.
 pub struct ActionObject(Action);
@@ -57,14 +62,15 @@ pub fn register(lua: &Lua) -> mlua::Result<()> {
 /// # Errors
 /// Lua is out of memory.
 pub fn methods(class: &mut Class<'_>) -> mlua::Result<()> {
-    class.memoized_method(
-        "connect",
-        |_, (this, to, options): (This, Value, Value)| {
-            mail::alive(&this)?;
-            connect(&to, &options).map(|connect| ActionObject(Action::Connect(Arc::new(connect))))
-        },
-        mail::alive,
-    )?;
+    let kept = Mutex::new(HashMap::new());
+    class.method("connect", move |lua, (this, to, options): (This, Value, Value)| {
+        mail::alive(&this)?;
+        if options.is_nil() {
+            connect_plainly(lua, &to, &kept)
+        } else {
+            connect(lua, &to, &options)
+        }
+    })?;
     reply(class, "discard", Action::Discard)?;
     reply(class, "reject", Action::Reject)?;
     reply(class, "defer", Action::Defer)?;
@@ -90,7 +96,37 @@ fn reply(
     })
 }
 
-fn connect(to: &Value, options: &Value) -> Result<Connect, Raise> {
+/// Texts of addresses, and the action objects that connect there.
+type Kept = Mutex<HashMap<Vec<u8>, AnyUserData>>;
+
+/// `connect(to)`: most handlers do so with few addresses, so their action objects are kept.
+fn connect_plainly(lua: &Lua, to: &Value, kept: &Kept) -> Result<AnyUserData, Raise> {
+    if let Value::String(text) = to {
+        if let Some(action) = kept.lock().get(&*text.as_bytes()) {
+            return Ok(action.clone());
+        }
+        let action = connect(lua, to, &Value::Nil)?;
+        let mut kept = kept.lock();
+        if kept.len() >= MAX_KEPT {
+            kept.clear();
+        }
+        kept.insert(text.as_bytes().to_vec(), action.clone());
+        return Ok(action);
+    }
+    let Some(address) = address::object(to) else { return connect(lua, to, &Value::Nil) };
+    if let Some(action) = address.connect.get() {
+        return Ok(action.clone());
+    }
+    let action = connect(lua, to, &Value::Nil)?;
+    Ok(address.connect.get_or_init(|| action).clone())
+}
+
+fn connect(lua: &Lua, to: &Value, options: &Value) -> Result<AnyUserData, Raise> {
+    let connect = Arc::new(connect_to(to, options)?);
+    Ok(lua.create_any_userdata(ActionObject(Action::Connect(connect)))?)
+}
+
+fn connect_to(to: &Value, options: &Value) -> Result<Connect, Raise> {
     let argument = Argument::new("connect", 1, "address");
     let mut connect =
         Connect { addresses: Vec::new(), random: false, timeout: None, connect_timeout: None };

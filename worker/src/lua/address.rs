@@ -10,9 +10,10 @@
 //! A text that is no address, or a look-up that fails, raises.
 
 use std::net::{SocketAddr, ToSocketAddrs as _};
+use std::sync::OnceLock;
 use std::thread;
 
-use mlua::{IntoLua, Lua, UserDataMethods as _, Value};
+use mlua::{AnyUserData, IntoLua, Lua, UserDataMethods as _, Value};
 use qrelay_shared::endpoint::{self, CONTROL_PORT, Endpoint, POND_PORT, Parsed, QMQP_PORT};
 
 use super::convert::{self, Argument};
@@ -23,13 +24,22 @@ use super::watch::Watch;
 use crate::deadline::Deadline;
 
 /// The userdata.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct AddressObject(Vec<Endpoint>);
+#[derive(Debug)]
+pub struct AddressObject {
+    endpoints: Vec<Endpoint>,
+    /// The action object that connects here, made at the first use.
+    pub(super) connect: OnceLock<AnyUserData>,
+}
 
 impl AddressObject {
+    /// These endpoints; at least one.
+    fn new(endpoints: Vec<Endpoint>) -> Self {
+        Self { endpoints, connect: OnceLock::new() }
+    }
+
     /// The endpoints, in the order in which they are tried; at least one.
     pub fn endpoints(&self) -> &[Endpoint] {
-        &self.0
+        &self.endpoints
     }
 }
 
@@ -41,7 +51,7 @@ impl IntoLua for AddressObject {
 
 impl std::fmt::Display for AddressObject {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        for (index, endpoint) in self.0.iter().enumerate() {
+        for (index, endpoint) in self.endpoints.iter().enumerate() {
             let comma = if index == 0 { "" } else { ", " };
             write!(f, "{comma}{endpoint}")?;
         }
@@ -66,7 +76,7 @@ pub fn endpoints(
     resolver: &str,
 ) -> Result<Vec<Endpoint>, Raise> {
     if let Some(object) = object(value) {
-        return Ok(object.0.clone());
+        return Ok(object.endpoints.clone());
     }
     let Some(text) = convert::text(value)? else {
         return Err(argument.wrong("a string or an address object", value));
@@ -93,7 +103,7 @@ pub fn register(lua: &Lua, watch: &std::sync::Arc<Watch>) -> mlua::Result<()> {
     class.register::<AddressObject>(|registry| {
         registry.add_meta_method("__tostring", |_, this, ()| Ok(this.to_string()));
         registry.add_meta_function("__eq", |_, (a, b): (Value, Value)| {
-            Ok(matches!((object(&a), object(&b)), (Some(a), Some(b)) if *a == *b))
+            Ok(matches!((object(&a), object(&b)), (Some(a), Some(b)) if a.endpoints == b.endpoints))
         });
     })?;
     let resolvers = [
@@ -120,7 +130,7 @@ fn resolve(
     let argument = Argument::new(function, 1, "address");
     let text = argument.text(address)?;
     match endpoint::parse(&text, port) {
-        Ok(Parsed::Endpoint(endpoint)) => Ok(Call::Now(AddressObject(vec![endpoint]))),
+        Ok(Parsed::Endpoint(endpoint)) => Ok(Call::Now(AddressObject::new(vec![endpoint]))),
         Ok(Parsed::Host { host, port }) => Ok(Call::Later(Box::new(Lookup { host, port, here }))),
         Err(error) => Err(argument.invalid(&format!("{}: {error}", convert::quoted(&text)))),
     }
@@ -153,7 +163,7 @@ fn reason(error: &std::io::Error) -> String {
 fn outcome(found: Result<Vec<SocketAddr>, String>) -> Outcome {
     match found {
         Ok(found) => {
-            Outcome::values(AddressObject(found.into_iter().map(Endpoint::Inet).collect()))
+            Outcome::values(AddressObject::new(found.into_iter().map(Endpoint::Inet).collect()))
         }
         Err(message) => Outcome::raise(message),
     }

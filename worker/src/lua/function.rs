@@ -36,7 +36,6 @@ pub type This<T> = Either<UserDataRef<T>, Value>;
 struct Prelude {
     awaiting: Function,
     class: Function,
-    memoized: Function,
 }
 
 fn prelude(lua: &Lua) -> mlua::Result<mlua::AppDataRef<'_, Prelude>> {
@@ -158,28 +157,6 @@ impl<'a> Class<'a> {
         self.methods.raw_set(name, blocking(self.lua, f)?)
     }
 
-    /// Adds a method of one argument whose result is the same each time and may be kept; `check`
-    /// raises if the object is none or stale.
-    ///
-    /// # Errors
-    /// Lua is out of memory.
-    pub fn memoized_method<A, R, T: 'static>(
-        &mut self,
-        name: &'static str,
-        f: impl Fn(&Lua, A) -> Result<R, Raise> + Send + 'static,
-        check: impl Fn(&This<T>) -> Result<(), Raise> + Send + 'static,
-    ) -> mlua::Result<()>
-    where
-        A: FromLuaMulti,
-        R: IntoLuaMulti,
-    {
-        self.readable.push(name);
-        let method = function(self.lua, f)?;
-        let check = function(self.lua, move |_, this: This<T>| check(&this))?;
-        let memoized = prelude(self.lua)?.memoized.clone();
-        self.methods.raw_set(name, memoized.call::<Function>((method, check))?)
-    }
-
     /// Adds a readable attribute.
     ///
     /// # Errors
@@ -264,11 +241,7 @@ pub fn install(lua: &Lua, watch: &Arc<Watch>) -> mlua::Result<()> {
         .load(include_str!("prelude.lua"))
         .set_name(format!("={}", error::CHUNK))
         .call((mark(), natives(lua, watch)?))?;
-    lua.set_app_data(Prelude {
-        awaiting: exports.get("awaiting")?,
-        class: exports.get("class")?,
-        memoized: exports.get("memoized")?,
-    });
+    lua.set_app_data(Prelude { awaiting: exports.get("awaiting")?, class: exports.get("class")? });
     Ok(())
 }
 

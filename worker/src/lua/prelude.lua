@@ -56,27 +56,6 @@ function prelude.class(methods, getters, setters, unknown)
   return index, newindex
 end
 
--- A method of one argument whose result is the same each time: it is kept for
--- all arguments but tables, which may change. `check` raises for a wrong self.
-function prelude.memoized(method, check)
-  local cache, room = {}, 256
-  return function(self, argument, ...)
-    local known = cache[argument]
-    if known and ... == nil then
-      check(self)
-      return known
-    end
-    known = method(self, argument, ...)
-    if ... == nil and type(argument) ~= 'table' then
-      if room == 0 then
-        cache, room = {}, 256
-      end
-      cache[argument], room = known, room - 1
-    end
-    return known
-  end
-end
-
 -- Errors raised by Rust are objects; scripts get them as strings with a
 -- position, like those of Lua's own libraries.
 local function caught(ok, ...)
@@ -92,8 +71,8 @@ end
 
 local protected, protected_with = pcall, xpcall
 
-function pcall(...)
-  return caught(protected(...))
+function pcall(f, ...)
+  return caught(protected(f, ...))
 end
 
 function xpcall(f, handler, ...)

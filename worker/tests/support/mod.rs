@@ -5,7 +5,6 @@ use std::fmt::Write as _;
 use std::net::{IpAddr, Ipv4Addr};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -137,7 +136,6 @@ pub fn mail() -> Mail {
 }
 
 /// A mail of a client on the network.
-#[allow(dead_code, reason = "not every test binary has remote clients")]
 pub fn remote_mail() -> Mail {
     mail_from(Peer::Remote(IpAddr::V4(Ipv4Addr::new(192, 0, 2, 7))), MESSAGE)
 }
@@ -176,12 +174,4 @@ pub fn mail_from(peer: Peer, message: &str) -> Mail {
         accepted: 0,
         listener: "/a".into(),
     }
-}
-
-/// Where a test's script may put files; kept for tests that need a path in their script.
-#[allow(dead_code, reason = "not every test binary needs it")]
-pub fn scratch() -> (tempfile::TempDir, PathBuf) {
-    let directory = tempfile::tempdir().expect("a temporary directory");
-    let path = directory.path().to_owned();
-    (directory, path)
 }

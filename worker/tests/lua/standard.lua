@@ -1,0 +1,96 @@
+-- Lua 5.3 as it is here: the whole library, old names, wrapped functions.
+
+assert(_VERSION == 'Lua 5.3')
+for _, name in ipairs{'coroutine', 'debug', 'io', 'math', 'os', 'package', 'string', 'table', 'utf8'} do
+  assert(type(_G[name]) == 'table', name)
+end
+assert(debug.sethook == nil)
+assert(debug.traceback('x'):find('^x\nstack traceback:'))
+
+local function raises(expected, f, ...)
+  local ok, message = pcall(f, ...)
+  assert(not ok, 'no error: ' .. expected)
+  assert(message:find(expected, 1, true), message)
+end
+
+-- 5.1
+assert(select('#', unpack{1, 2, 3}) == 3)
+assert(loadstring('return 5')() == 5)
+assert(math.pow(2, 10) == 1024)
+assert(math.log10(1000) > 2.999)
+assert(table.maxn{1, 2, [10] = 3, x = 4} == 10 and table.maxn{} == 0)
+raises("setfenv is not available in Lua 5.3; load() takes", setfenv, 1, {})
+raises("getfenv is not available in Lua 5.3; use _ENV", getfenv)
+raises("module is not available", module, 'x')
+raises("ffi is not available", function() return ffi.cdef end)
+raises("jit is not available", function() jit.off() end)
+raises("ffi is not available", require, 'ffi')
+
+local bit = require 'bit'
+assert(bit.band(0xff, 0x0f, 0x3) == 3)
+assert(bit.bor(1, 2, 4) == 7 and bit.bxor(0xff, 0x0f) == 0xf0)
+assert(bit.bnot(0) == -1 and bit.tobit(0xffffffff) == -1)
+assert(bit.lshift(1, 31) == -2147483648 and bit.lshift(1, 32) == 1)
+assert(bit.rshift(-256, 8) == 0xffffff and bit.arshift(-256, 8) == -1)
+assert(bit.rol(0x12345678, 12) == 0x45678123 and bit.ror(0x12345678, 12) == 0x67812345)
+assert(bit.bswap(0x12345678) == 0x78563412)
+assert(bit.tohex(255) == '000000ff' and bit.tohex(-1, 4) == 'ffff' and bit.tohex(255, -4) == '00FF')
+
+-- Errors are values, and strings keep their position.
+local ok, e = pcall(error, {code = 1})
+assert(not ok and e.code == 1)
+ok, e = pcall(function() error('text') end)
+assert(e:find('config.lua:%d+: text$'), e)
+ok, e = pcall(function() qmqp_resolve({}) end)
+assert(type(e) == 'string' and e:find('config.lua:%d+: bad argument'), e)
+ok, e = xpcall(function() qmqp_resolve({}) end, function(x) return type(x) .. x end)
+assert(e:find('^string.*bad argument'), e)
+assert(select('#', pcall(function() end)) == 1)
+assert(select('#', pcall(function() return nil, nil end)) == 3)
+
+-- Coroutines.
+local co = coroutine.create(function(a, b)
+  local c = coroutine.yield(a + b)
+  local d, e = coroutine.yield(c * 2)
+  return d, e
+end)
+assert(coroutine.status(co) == 'suspended')
+local function all(...) return table.concat({...}, ' ', 2) end
+assert(all(coroutine.resume(co, 1, 2)) == '3')
+assert(all(coroutine.resume(co, 5)) == '10')
+assert(all(coroutine.resume(co, 'x', 'y')) == 'x y')
+assert(coroutine.status(co) == 'dead')
+ok, e = coroutine.resume(co)
+assert(not ok and e == 'cannot resume dead coroutine')
+assert(select('#', coroutine.resume(coroutine.create(function() end))) == 1)
+co = coroutine.wrap(function() error({1}) end)
+ok, e = pcall(co)
+assert(not ok and e[1] == 1)
+co = coroutine.wrap(function() error('inner') end)
+ok, e = pcall(co)
+assert(e:find('inner'), e)
+co = coroutine.wrap(function() qmqp_resolve({}) end)
+ok, e = pcall(co)
+assert(type(e) == 'string' and e:find('bad argument'), e)
+raises('bad argument', coroutine.resume, nil)
+local t = {}
+for i in coroutine.wrap(function() for i = 1, 3 do coroutine.yield(i) end end) do t[#t + 1] = i end
+assert(#t == 3)
+assert(select(2, coroutine.running()) == true)
+
+qmqp_listen('/a', function(m)
+  assert(select(2, coroutine.running()) == false and coroutine.isyieldable())
+  -- Nobody but the operation resumes a coroutine that waits in one.
+  local other
+  local inner = coroutine.create(function() sleep(0.01) return 'done' end)
+  local spy = setmetatable({}, {__gc = function() end})
+  other = coroutine.create(function()
+    local ok, result = coroutine.resume(inner)
+    assert(ok and result == 'done', result)
+    assert(coroutine.status(inner) == 'dead')
+    return 'outer'
+  end)
+  local ok, result = coroutine.resume(other)
+  assert(ok and result == 'outer', result)
+  return m:discard()
+end)
