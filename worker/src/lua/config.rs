@@ -15,7 +15,7 @@ use std::sync::Arc;
 use mlua::{Function, Lua, UserDataMethods as _, Value};
 use nix::unistd::{Group, User};
 use parking_lot::Mutex;
-use qrelay_shared::endpoint::{self, Endpoint, EndpointError, POND_PORT, Parsed};
+use qrelay_shared::endpoint::{self, Endpoint, POND_PORT, Parsed};
 use qrelay_shared::network::Network;
 use qrelay_shared::settings::{
     DEFAULT_BACKLOG, DEFAULT_MAX_SIZE, DEFAULT_MODE, Declaration, ListenAddress, ListenerDecl,
@@ -215,11 +215,18 @@ fn listen_address(argument: &Argument<'_>, place: &Value) -> Result<ListenAddres
         Ok(Parsed::Endpoint(Endpoint::Path(path))) => Ok(ListenAddress::Path(tidy(path))),
         Ok(Parsed::Endpoint(Endpoint::Abstract(name))) => Ok(ListenAddress::Abstract(name)),
         Ok(Parsed::Endpoint(Endpoint::Inet(address))) => Ok(ListenAddress::Inet(address)),
-        Ok(Parsed::Host { .. }) | Err(EndpointError::Empty | EndpointError::Syntax) => {
-            Err(argument.wrong(EXPECTED, place))
+        Err(error) if !is_word(&text) => {
+            Err(argument.invalid(&format!("{}: {error}", convert::quoted(&text))))
         }
-        Err(error) => Err(argument.invalid(&format!("{}: {error}", convert::quoted(&text)))),
+        Ok(Parsed::Host { .. }) | Err(_) => Err(argument.wrong(EXPECTED, place)),
     }
+}
+
+/// Something that isn't even meant to be an IP address, a path or an `@name`.
+fn is_word(text: &[u8]) -> bool {
+    let is_address = matches!(endpoint::parse(text, 1), Ok(Parsed::Endpoint(_)));
+    let has_digits_only = text.iter().all(|b| b"0123456789.:[]".contains(b));
+    !is_address && !has_digits_only && !text.starts_with(b"/") && !text.starts_with(b"@")
 }
 
 /// Without doubled slashes and `.`, so that one file has one name.
