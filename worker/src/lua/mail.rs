@@ -30,19 +30,20 @@ const MAX_ACCOUNT: usize = 255;
 /// Most recipients, as in a request.
 const MAX_RECIPIENTS: usize = 1024;
 
-/// Where the mail is while its handler runs.
+/// Where the mail is while its handler runs. Empty it is small: it stays until Lua collects the
+/// object, and Lua doesn't see how much memory it takes.
 #[derive(Debug)]
-pub struct Slot(Mutex<Option<Mail>>);
+pub struct Slot(Mutex<Option<Box<Mail>>>);
 
 impl Slot {
     /// Puts the mail in.
     pub fn new(mail: Mail) -> Arc<Self> {
-        Arc::new(Self(Mutex::new(Some(mail))))
+        Arc::new(Self(Mutex::new(Some(Box::new(mail)))))
     }
 
     /// Takes it out; the object is stale from now on.
     pub fn take(&self) -> Option<Mail> {
-        self.0.lock().take()
+        self.0.lock().take().map(|mail| *mail)
     }
 
     /// The mail's id.

@@ -14,6 +14,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
+use mlua::state::{GcIncParams, GcMode};
 use mlua::{Function, Lua, Table, Value};
 use parking_lot::RwLock;
 use qrelay_shared::ipc::channel::SendError;
@@ -37,6 +38,14 @@ use crate::action::Action;
 use crate::deadline::Deadline;
 use crate::dictionary::{self, Opener};
 use crate::mail::Mail;
+
+/// When the collector begins again, in percent of what it left, and how fast it works, in percent
+/// of the rate of allocation. An object with a finalizer, as each mail has some, survives the cycle
+/// that finds it dead, and counts as in use when the next pause is computed; with Lua's own 200 and
+/// 200 a worker's memory grows without end (measured: 300 bytes per mail; with these
+/// values it stays where it was, at less CPU per mail).
+const GC_PAUSE: i32 = 110;
+const GC_STEP_MULTIPLIER: i32 = 1000;
 
 /// Part of the memory limit that may be in use after a full collection.
 const FULL: f64 = 0.9;
@@ -231,6 +240,8 @@ fn set_up(
     dictionaries: &SharedOpener,
 ) -> mlua::Result<(Lua, Monitor)> {
     let lua = new_lua();
+    let pace = GcIncParams::default().pause(GC_PAUSE).step_multiplier(GC_STEP_MULTIPLIER);
+    lua.gc_set_mode(GcMode::Incremental(pace));
     lua.set_memory_limit(Settings::default().lua_memory_limit)?;
     let monitor = Monitor::new(lua.clone(), Arc::clone(watch))?;
     function::install(&lua, watch)?;
