@@ -313,6 +313,31 @@ fn nested_coroutines_are_stopped() {
 }
 
 #[test]
+fn coroutines_that_catch_everything_are_stopped() {
+    runaway(
+        "function(m)
+           local function nest(n)
+             while true do
+               if n == 0 then pcall(error)
+               else pcall(coroutine.wrap(pcall), pcall, nest, n - 1) end
+             end
+           end
+           nest(5)
+         end",
+    );
+}
+
+#[test]
+fn waiting_is_not_running() {
+    let script = Script::load(
+        "settings{handler_timeout=0.1, hang_timeout=5}
+         qmqp_listen('/a', function(m) for i = 1, 4 do sleep(0.1) end return m:discard() end)",
+    );
+    let (_, action) = script.handle(0, mail());
+    assert!(action.is_ok(), "{}", script.log());
+}
+
+#[test]
 fn a_loop_in_a_surviving_coroutine_is_stopped() {
     runaway("function(m) while true do pcall(survivor) end end");
 }
@@ -516,4 +541,95 @@ fn files_that_cannot_be_read() {
             Err(error) => assert_eq!(error.to_string(), expected),
         }
     }
+}
+
+#[test]
+fn finalizers_may_use_the_mail() {
+    let script = Script::load(
+        "collectgarbage('setpause', 50)
+         qmqp_listen('/a', function(m)
+           for i = 1, 20000 do
+             setmetatable({}, {__gc = function() return m.sender, m.recipients, print end})
+             local x = m.sender .. i, m.recipients, m:header('subject')
+             m.account = i
+           end
+           return m:discard()
+         end)",
+    );
+    let (_, action) = script.handle(0, mail());
+    assert!(action.is_ok(), "{}", script.log());
+}
+
+#[test]
+fn endless_recursion_is_an_error() {
+    failure("function(m) local function f(s) return (s:gsub('.', f)) end f('x') end", "overflow");
+    failure(
+        "function(m)
+           local t = setmetatable({}, {__tostring = function(t) return tostring(t) end})
+           return tostring(t)
+         end",
+        "overflow",
+    );
+    failure("function(m) local function f() return pcall(f) end error(tostring(f())) end", "");
+    failure(
+        "function(m)
+           local function f() return coroutine.wrap(f)() end
+           f()
+         end",
+        "overflow",
+    );
+}
+
+/// Resident memory of this process in KiB.
+fn resident() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").expect("/proc");
+    let line = status.lines().find(|line| line.starts_with("VmRSS:")).expect("VmRSS");
+    line.split_whitespace().nth(1).and_then(|n| n.parse().ok()).expect("a number")
+}
+
+/// Many threads, every way in which a handler can end; nothing accumulates.
+#[test]
+fn many_threads_leave_nothing_behind() {
+    let script = Script::load(
+        "settings{handler_timeout=0.05, hang_timeout=5}
+         qmqp_listen('/0', function(m) sleep(0) return m:connect('@a') end)
+         qmqp_listen('/1', function(m) sleep(10) return m:discard() end)
+         qmqp_listen('/2', function(m) coroutine.wrap(function() sleep(0.001) end)() end)
+         qmqp_listen('/3', function(m) error{} end)
+         qmqp_listen('/4', function(m)
+           m:insert_header('X-A', m.sender)
+           local _ = m.recipients
+           return m:connect{'@a', '@b'}
+         end)
+         local n = 0
+         qmqp_listen('/5', function(m)
+           n = n + 1
+           if n % 50 == 0 then while true do pcall(error) end end
+           return m:defer()
+         end)",
+    );
+    let round = || {
+        std::thread::scope(|scope| {
+            for thread in 0..8 {
+                let script = &script;
+                scope.spawn(move || {
+                    for i in 0..100 {
+                        let limit = Duration::from_millis(if i % 2 == 0 { 2 } else { 5000 });
+                        let listener = (thread + i) % 6;
+                        let limit = if listener == 1 { Duration::from_millis(2) } else { limit };
+                        let (mail, _) = script.handle_within(listener, mail(), limit);
+                        assert_eq!(mail.id, "id-1");
+                    }
+                });
+            }
+        });
+    };
+    round();
+    let before = resident();
+    (0..10).for_each(|_| round());
+    let after = resident();
+    assert!(after < before + 16 * 1024, "{before} KiB before, {after} KiB after");
+    let (_, action) = script.handle(0, mail());
+    assert!(action.is_ok());
+    assert_eq!(script.state.held().duration, Duration::ZERO);
 }

@@ -1,7 +1,8 @@
 //! What a script declares: `qmqp_listen`, `settings`, `systemd`, `max_size`, `log_server`.
 //!
 //! Contract: while the script loads, a [`Draft`] collects listeners, handlers
-//! and settings; [`Draft::finish`] makes the [`Declaration`] of them. Names of
+//! and settings; [`Draft::finish`] makes the [`Declaration`] of them. It is not
+//! locked while Lua is asked something, which may run a finalizer. Names of
 //! owners are looked up here, once, so that a replaced worker's generation
 //! doesn't depend on them.
 //!
@@ -118,15 +119,17 @@ pub fn register(lua: &Lua, draft: &SharedDraft) -> mlua::Result<()> {
     let globals = lua.globals();
     let listening = Arc::clone(draft);
     let listen = function::function(lua, move |lua, arguments: (Value, Value, Value)| {
-        qmqp_listen(lua, &mut listening.lock(), arguments)
+        qmqp_listen(lua, &listening, arguments)
     })?;
     globals.set("qmqp_listen", listen)?;
     let setting = Arc::clone(draft);
     let settings = function::function(lua, move |_, table: Value| {
-        let mut draft = setting.lock();
-        draft.only_while_loading("settings")?;
-        let table = Argument::new("settings", 1, "settings").table(&table)?.clone();
-        settings::apply(&table, &mut draft.settings)
+        setting.lock().only_while_loading("settings")?;
+        let mut settings = setting.lock().settings.clone();
+        let table = Argument::new("settings", 1, "settings").table(&table)?;
+        settings::apply(table, &mut settings)?;
+        setting.lock().settings = settings;
+        Ok(())
     })?;
     globals.set("settings", settings)?;
     systemd(lua, draft)
@@ -136,10 +139,10 @@ pub fn register(lua: &Lua, draft: &SharedDraft) -> mlua::Result<()> {
 fn systemd(lua: &Lua, draft: &SharedDraft) -> mlua::Result<()> {
     let passed = Arc::clone(draft);
     let index = function::function(lua, move |_, (_, key): (Value, Value)| {
-        let draft = passed.lock();
+        let passed = passed.lock().systemd.clone();
         let name = key.as_string().map(mlua::LuaString::to_string_lossy).unwrap_or_default();
-        if !draft.systemd.contains(&name) {
-            let known: Vec<&str> = draft.systemd.iter().map(String::as_str).collect();
+        if !passed.contains(&name) {
+            let known: Vec<&str> = passed.iter().map(String::as_str).collect();
             return Err(convert::unknown_name("systemd", "socket named", &key, &known).into());
         }
         Ok(SystemdValue(Systemd(Some(name))))
@@ -178,13 +181,13 @@ impl Draft {
 
 fn qmqp_listen(
     lua: &Lua,
-    draft: &mut Draft,
+    draft: &SharedDraft,
     (place, handler, options): (Value, Value, Value),
 ) -> Result<(), Raise> {
-    draft.only_while_loading("qmqp_listen")?;
+    draft.lock().only_while_loading("qmqp_listen")?;
     let argument = Argument::new("qmqp_listen", 1, "where");
     let address = listen_address(&argument, &place)?;
-    if draft.listeners.iter().any(|listener| listener.address == address) {
+    if draft.lock().listeners.iter().any(|listener| listener.address == address) {
         return Err(argument.invalid(&format!("{address} is already listened on")));
     }
     let Value::Function(handler) = handler else {
@@ -192,7 +195,9 @@ fn qmqp_listen(
     };
     let options = Options::new("qmqp_listen", 3, &options, OPTIONS)?;
     let max_size = global_max_size(lua)?;
-    draft.listeners.push(listener(address, &options, max_size)?);
+    let listener = listener(address, &options, max_size)?;
+    let mut draft = draft.lock();
+    draft.listeners.push(listener);
     draft.handlers.push(handler);
     Ok(())
 }

@@ -2,7 +2,9 @@
 //!
 //! Contract: the [`Slot`] holds the mail while its handler runs. Whoever runs
 //! the handler takes it back afterwards, without needing Lua; from then on the
-//! object is stale, whoever kept it.
+//! object is stale, whoever kept it. Nothing is asked of Lua while the slot is
+//! locked: making a string may run a finalizer of the script, which may use the
+//! same mail.
 //!
 //! # Failure
 //! Wrong names and values raise; a stale object raises `Stale object`.
@@ -10,7 +12,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use mlua::{Either, Lua, MetaMethod, MultiValue, Value};
+use mlua::{Either, Lua, MetaMethod, MultiValue, Table, Value};
 use parking_lot::Mutex;
 use qrelay_shared::ipc::message::Peer;
 use qrelay_shared::{address, mail as header};
@@ -109,30 +111,33 @@ pub fn register(lua: &Lua) -> mlua::Result<()> {
 
 fn envelope(class: &mut Class<'_>) -> mlua::Result<()> {
     class.getter("sender", |lua, this: &MailObject| {
-        this.with(|mail| Ok(lua.create_string(sender(mail))?))
+        let sender = this.with(|mail| Ok(sender(mail).to_vec()))?;
+        Ok(lua.create_string(sender)?)
     })?;
     class.setter("sender", |_, this: &MailObject, value| {
-        this.with(|mail| set_sender(mail, &value))
+        let sender = valid_sender(&value)?;
+        this.with(|mail| {
+            mail.sender = Some(sender);
+            Ok(())
+        })
     })?;
     class.getter("recipients", |lua, this: &MailObject| {
-        this.with(|mail| match &mail.recipients {
-            Some(list) => string_list(lua, list.iter().map(Vec::as_slice)),
-            None => {
-                let ranges = mail.request.recipients.iter();
-                string_list(lua, ranges.map(|range| &mail.buffer[range.clone()]))
-            }
-        })
+        string_list(lua, this.with(|mail| Ok(recipients(mail)))?)
     })?;
     class.setter("recipients", |_, this: &MailObject, value| {
-        this.with(|mail| set_recipients(mail, &value))
-    })?;
-    class.getter("account", |lua, this: &MailObject| {
+        let recipients = valid_recipients(&value)?;
         this.with(|mail| {
-            Ok(mail.account.as_ref().map(|text| lua.create_string(text)).transpose()?)
+            mail.recipients = Some(recipients);
+            Ok(())
         })
     })?;
+    class.getter("account", |_, this: &MailObject| this.with(|mail| Ok(mail.account.clone())))?;
     class.setter("account", |_, this: &MailObject, value| {
-        this.with(|mail| set_account(mail, &value))
+        let account = valid_account(&value)?;
+        this.with(|mail| {
+            mail.account = account;
+            Ok(())
+        })
     })
 }
 
@@ -140,28 +145,34 @@ fn sender(mail: &Mail) -> &[u8] {
     mail.sender.as_deref().unwrap_or(&mail.buffer[mail.request.sender.clone()])
 }
 
-fn string_list<'a>(
-    lua: &Lua,
-    items: impl ExactSizeIterator<Item = &'a [u8]>,
-) -> Result<mlua::Table, Raise> {
+fn recipients(mail: &Mail) -> Vec<Vec<u8>> {
+    match &mail.recipients {
+        Some(list) => list.clone(),
+        None => {
+            let ranges = mail.request.recipients.iter();
+            ranges.map(|range| mail.buffer[range.clone()].to_vec()).collect()
+        }
+    }
+}
+
+fn string_list(lua: &Lua, items: Vec<Vec<u8>>) -> Result<Table, Raise> {
     let table = lua.create_table_with_capacity(items.len(), 0)?;
-    for (index, item) in items.enumerate() {
+    for (index, item) in items.into_iter().enumerate() {
         table.raw_set(index + 1, lua.create_string(item)?)?;
     }
     Ok(table)
 }
 
-fn set_sender(mail: &mut Mail, value: &Value) -> Result<(), Raise> {
+fn valid_sender(value: &Value) -> Result<Vec<u8>, Raise> {
     let argument = Argument::Variable("sender");
     let text = argument.text(value)?;
-    if !address::is_valid_sender(&text) {
-        return Err(argument.wrong("a valid address or ''", value));
+    if address::is_valid_sender(&text) {
+        return Ok(text.to_vec());
     }
-    mail.sender = Some(text.to_vec());
-    Ok(())
+    Err(argument.wrong("a valid address or ''", value))
 }
 
-fn set_recipients(mail: &mut Mail, value: &Value) -> Result<(), Raise> {
+fn valid_recipients(value: &Value) -> Result<Vec<Vec<u8>>, Raise> {
     let argument = Argument::Variable("recipients");
     let values = argument.list(value)?;
     if values.is_empty() || values.len() > MAX_RECIPIENTS {
@@ -169,21 +180,16 @@ fn set_recipients(mail: &mut Mail, value: &Value) -> Result<(), Raise> {
         return Err(argument
             .invalid(&format!("expected a list of 1 to {MAX_RECIPIENTS} addresses, got {got}")));
     }
-    let mut recipients = Vec::with_capacity(values.len());
-    for value in &values {
-        match convert::text(value)? {
-            Some(text) if address::is_valid(&text) => recipients.push(text.to_vec()),
-            _ => return Err(argument.wrong("valid addresses", value)),
-        }
-    }
-    mail.recipients = Some(recipients);
-    Ok(())
+    let valid = |value: &Value| match convert::text(value)? {
+        Some(text) if address::is_valid(&text) => Ok(text.to_vec()),
+        _ => Err(argument.wrong("valid addresses", value)),
+    };
+    values.iter().map(valid).collect()
 }
 
-fn set_account(mail: &mut Mail, value: &Value) -> Result<(), Raise> {
+fn valid_account(value: &Value) -> Result<Option<String>, Raise> {
     if value.is_nil() {
-        mail.account = None;
-        return Ok(());
+        return Ok(None);
     }
     let argument = Argument::Variable("account");
     let text = argument.text(value)?;
@@ -191,8 +197,7 @@ fn set_account(mail: &mut Mail, value: &Value) -> Result<(), Raise> {
     if !(1..=MAX_ACCOUNT).contains(&text.len()) || shown.as_bytes() != &*text {
         return Err(argument.wrong("1 to 255 bytes of printable text, or nil", value));
     }
-    mail.account = Some(shown);
-    Ok(())
+    Ok(Some(shown))
 }
 
 /// Facts about the client and the connection.
@@ -216,12 +221,11 @@ fn client(class: &mut Class<'_>) -> mlua::Result<()> {
         })
     })?;
     class.getter("peer", |_, this: &MailObject| this.with(|mail| Ok(peer(&mail.peer))))?;
-    class.getter("listener", |lua, this: &MailObject| {
-        this.with(|mail| Ok(lua.create_string(mail.listener.as_bytes())?))
+    class.getter("listener", |_, this: &MailObject| {
+        let listener = this.with(|mail| Ok(Arc::clone(&mail.listener)))?;
+        Ok(listener.to_string())
     })?;
-    class.getter("id", |lua, this: &MailObject| {
-        this.with(|mail| Ok(lua.create_string(&mail.id)?))
-    })?;
+    class.getter("id", |_, this: &MailObject| this.with(|mail| Ok(mail.id.clone())))?;
     class.getter("size", |_, this: &MailObject| this.with(|mail| Ok(mail.request.message.len())))
 }
 
@@ -236,22 +240,18 @@ fn peer(peer: &Peer) -> String {
 
 fn headers(class: &mut Class<'_>) -> mlua::Result<()> {
     class.method("header", |lua, (this, name): (This, Value)| {
-        with(&this, |mail| {
-            let name = header_name("header", &name)?;
-            let value = header::header_value(message(mail), &name);
-            Ok(value.map(|value| lua.create_string(value)).transpose()?)
-        })
+        alive(&this)?;
+        let name = header_name("header", &name)?;
+        let value = with(&this, |mail| Ok(header::header_value(message(mail), &name)))?;
+        Ok(value.map(|value| lua.create_string(value)).transpose()?)
     })?;
     class.method("headers", |lua, (this, name): (This, Value)| {
-        with(&this, |mail| {
-            let name = header_name("headers", &name)?;
-            let values = header::headers(message(mail), &name);
-            string_list(lua, values.iter().map(Vec::as_slice))
-        })
+        alive(&this)?;
+        let name = header_name("headers", &name)?;
+        string_list(lua, with(&this, |mail| Ok(header::headers(message(mail), &name)))?)
     })?;
     class.method("insert_header", |_, (this, name, value): (This, Value, Value)| {
         alive(&this)?;
-        // Before the mail is locked: `__tostring` may use it.
         let line = header_line(&name, &value)?;
         with(&this, |mail| {
             if mail.inserted.len() >= MAX_INSERTED {
@@ -262,10 +262,9 @@ fn headers(class: &mut Class<'_>) -> mlua::Result<()> {
         })
     })?;
     class.method("remove_header", |_, (this, name): (This, Value)| {
-        with(&this, |mail| {
-            let name = header_name("remove_header", &name)?;
-            Ok(remove_header(mail, &name))
-        })
+        alive(&this)?;
+        let name = header_name("remove_header", &name)?;
+        with(&this, |mail| Ok(remove_header(mail, &name)))
     })
 }
 

@@ -1,7 +1,6 @@
 //! `settings{…}`: the table's keys into [`Settings`].
 //!
-//! Contract: each key has one row in [`KEYS`], with its limits. The same rows
-//! show the values for `qrelay check`.
+//! Contract: each key has one row in [`KEYS`], with its limits.
 //!
 //! # Failure
 //! An unknown key, a wrong type or a value out of range raises, and names the
@@ -55,13 +54,12 @@ const KEYS: &[(&str, Kind)] = &[
     ("max_hops", Kind::Small(1, 1000, |s| &mut s.max_hops)),
 ];
 
-/// Takes over the keys of the table that a script passes to `settings`.
+/// Takes over the keys of the table that a script passes to `settings`; `settings` is of no use after
+/// an error.
 ///
 /// # Errors
 /// See the module.
 pub fn apply(table: &Table, settings: &mut Settings) -> Result<(), Raise> {
-    // All or nothing: a script may catch the error.
-    let mut changed = settings.clone();
     for pair in table.pairs::<Value, Value>() {
         let (key, value) = pair?;
         let name = key.as_string().map(mlua::LuaString::to_string_lossy).unwrap_or_default();
@@ -69,9 +67,8 @@ pub fn apply(table: &Table, settings: &mut Settings) -> Result<(), Raise> {
             let known: Vec<&str> = KEYS.iter().map(|(name, _)| *name).collect();
             return Err(convert::unknown_name("settings", "key", &key, &known).into());
         };
-        set(&Argument::Option { function: "settings", key: name }, kind, &value, &mut changed)?;
+        set(&Argument::Option { function: "settings", key: name }, kind, &value, settings)?;
     }
-    *settings = changed;
     Ok(())
 }
 
@@ -124,20 +121,4 @@ pub fn consistent(settings: &Settings, listeners: &[ListenerDecl]) -> Result<(),
         ));
     }
     Ok(())
-}
-
-/// All settings as name and value, durations in seconds.
-pub fn show(settings: &Settings) -> Vec<(&'static str, String)> {
-    let mut settings = settings.clone();
-    let shown = |(name, kind): &(&'static str, Kind)| {
-        let value = match kind {
-            Kind::Duration(field) => field(&mut settings).as_secs_f64().to_string(),
-            Kind::Small(_, _, field) => field(&mut settings).to_string(),
-            Kind::Count(_, field) => field(&mut settings).to_string(),
-            Kind::Bytes(_, field) => field(&mut settings).to_string(),
-            Kind::Share(field) => field(&mut settings).to_string(),
-        };
-        (*name, value)
-    };
-    KEYS.iter().map(shown).collect()
 }
