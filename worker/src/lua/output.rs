@@ -2,7 +2,7 @@
 //! log, with the id of the mail whose handler wrote them.
 //!
 //! Contract: one record per line. What is written without a line end waits for
-//! it, up to [`LINE_MAX`] bytes, and at the latest until the script has loaded
+//! it, up to `LINE_MAX` bytes, and at the latest until the script has loaded
 //! or the handler returns. The log escapes control characters.
 //!
 //! # Failure

@@ -1,6 +1,6 @@
 //! `settings{…}`: the table's keys into [`Settings`].
 //!
-//! Contract: each key has one row in [`KEYS`], with its limits.
+//! Contract: each key has one row in `KEYS`, with its limits.
 //!
 //! # Failure
 //! An unknown key, a wrong type or a value out of range raises, and names the

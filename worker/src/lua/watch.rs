@@ -3,7 +3,7 @@
 //!
 //! Contract: between [`Watch::begin`] and the end of the [`Turn`], the thread
 //! that holds Lua runs it for one job. A count hook looks at the clock every
-//! [`COUNT`] instructions. Once the turn's limit has passed it raises an error
+//! `COUNT` instructions. Once the turn's limit has passed it raises an error
 //! at every instruction, since a `pcall` swallows a single one, until the turn
 //! is over. A Lua thread has a hook of its own, and one that resumes others
 //! would get to its next count late, so `coroutine.resume` and `wrap` look at
