@@ -64,7 +64,7 @@ pub fn run(
             let end = || end(0);
             let script = Arc::clone(&script);
             let worker = Worker::new(declaration, instance, script, reports, logger.clone(), end);
-            worker.start().map(|()| worker)
+            worker.run().map(|()| worker)
         },
     );
     match worker {

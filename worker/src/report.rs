@@ -11,6 +11,7 @@ use std::os::fd::AsFd;
 use std::time::Duration;
 
 use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{setsockopt, sockopt};
 use nix::sys::time::{TimeVal, TimeValLike};
 use qrelay_shared::ipc::channel::{Channel, Received, RecvBuffer, RecvError, SendError};
@@ -42,6 +43,12 @@ impl Reports {
     /// See [`RecvError`]; `Empty` when the idle time is over.
     pub fn next_job(&self, buffer: &mut RecvBuffer) -> Result<Received<Job>, RecvError> {
         self.channel.recv(buffer)
+    }
+
+    /// Whether a job is queued.
+    pub fn has_job(&self) -> bool {
+        let mut fds = [PollFd::new(self.channel.as_fd(), PollFlags::POLLIN)];
+        poll(&mut fds, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
     }
 
     /// This worker can take jobs.

@@ -18,7 +18,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use nix::sys::signal::{SigSet, Signal};
-use parking_lot::Mutex;
+use parking_lot::{Condvar, Mutex};
 use qrelay_shared::ipc::channel::{RecvBuffer, RecvError};
 use qrelay_shared::ipc::message::Job;
 use qrelay_shared::qmqp::Reply;
@@ -26,6 +26,7 @@ use qrelay_shared::settings::{Declaration, Settings};
 use slog::{Logger, error, warn};
 
 use crate::memory::Budget;
+use crate::record::age;
 use crate::reply::{answer, linger};
 use crate::report::Reports;
 use crate::script::Script;
@@ -38,6 +39,12 @@ pub const IDLE: Duration = Duration::from_secs(30);
 /// Virtual memory per thread. Lua's C recursion crashes on 1 MiB, and reports a clean error
 /// on 2 (measured with a `gsub` callback that recurses).
 const STACK_SIZE: usize = 4 << 20;
+
+/// Virtual memory of the thread that starts others.
+const WATCH_STACK_SIZE: usize = 128 << 10;
+
+/// How often it looks, while nobody waits for jobs.
+const WATCH_INTERVAL: Duration = Duration::from_millis(10);
 
 /// How long to wait after a failure that passes by itself, such as ENOMEM.
 const PAUSE: Duration = Duration::from_millis(100);
@@ -68,6 +75,8 @@ pub struct Worker {
     /// Names the process.
     pub logger: Logger,
     census: Mutex<Census>,
+    /// Told when nobody waits for jobs any more.
+    short: Condvar,
     end: Box<dyn Fn() + Send + Sync>,
 }
 
@@ -96,6 +105,7 @@ impl Worker {
             listeners: listeners.collect(),
             budget: Budget::new(settings.mail_memory),
             census: Mutex::new(Census::new(settings.worker_connections as usize)),
+            short: Condvar::new(),
             settings,
             instance,
             script,
@@ -105,14 +115,46 @@ impl Worker {
         })
     }
 
-    /// Starts the first thread; it starts others as they are needed.
+    /// Starts the first threads; they start others as they are needed.
     ///
     /// # Errors
     /// The system has no thread for us.
-    pub fn start(self: &Arc<Self>) -> io::Result<()> {
+    pub fn run(self: &Arc<Self>) -> io::Result<()> {
+        let worker = Arc::clone(self);
+        std::thread::Builder::new().stack_size(WATCH_STACK_SIZE).spawn(move || worker.watch())?;
+        self.start()
+    }
+
+    fn start(self: &Arc<Self>) -> io::Result<()> {
         let worker = Arc::clone(self);
         std::thread::Builder::new().stack_size(STACK_SIZE).spawn(move || worker.thread())?;
         Ok(())
+    }
+
+    /// Starts a thread that has been counted already.
+    fn start_another(self: &Arc<Self>) {
+        if let Err(error) = self.start() {
+            self.census.lock().not_started();
+            warn!(self.logger, "no further thread"; "error" => %error);
+        }
+    }
+
+    /// Starts threads when all are busy and nobody takes the jobs that are queued. Never ends.
+    fn watch(self: &Arc<Self>) {
+        loop {
+            let taken = {
+                let mut census = self.census.lock();
+                while !census.is_short() {
+                    self.short.wait(&mut census);
+                }
+                census.taken()
+            };
+            std::thread::sleep(WATCH_INTERVAL);
+            if self.reports.has_job() {
+                let start = self.census.lock().stuck(taken);
+                (0..start).for_each(|_| self.start_another());
+            }
+        }
     }
 
     fn thread(self: Arc<Self>) {
@@ -147,11 +189,15 @@ impl Worker {
     /// Serves one job.
     fn take(self: &Arc<Self>, job: &Job, client: Option<OwnedFd>, buffer: &mut Vec<u8>) {
         let Some(client) = client else { return self.lost(job.job) };
-        if self.census.lock().took_job()
-            && let Err(error) = self.start()
-        {
-            self.census.lock().not_started();
-            warn!(self.logger, "no further thread"; "error" => %error);
+        let (start, short) = {
+            let mut census = self.census.lock();
+            (census.took_job(age(job.spoke)), census.is_short())
+        };
+        if start {
+            self.start_another();
+        }
+        if short {
+            self.short.notify_one();
         }
         let client = Arc::new(client);
         let session = Session::new(self, job, &client);

@@ -88,7 +88,7 @@ impl Harness {
                 let _ = end.send(());
             },
         );
-        worker.start().expect("thread");
+        worker.run().expect("thread");
         Self { jobs, next: 1, ended, worker }
     }
 
