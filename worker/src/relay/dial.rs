@@ -7,7 +7,7 @@
 //! An errno; `ETIMEDOUT` also for our own limit and for a local listener whose backlog stays
 //! full that long.
 
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 use nix::errno::Errno;
 use nix::sys::socket::{
@@ -15,6 +15,7 @@ use nix::sys::socket::{
     setsockopt, socket, sockopt,
 };
 use qrelay_shared::endpoint::Endpoint;
+use qrelay_shared::sys::net::delay_acks;
 
 use crate::deadline::Deadline;
 use crate::io::socket_timeout;
@@ -44,6 +45,10 @@ fn dial_socket(
     deadline: Deadline,
 ) -> Result<OwnedFd, Errno> {
     let fd = socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
+    if family != AddressFamily::Unix {
+        // It only saves packets.
+        let _ = delay_acks(fd.as_fd());
+    }
     loop {
         let timeout = socket_timeout(deadline).ok_or(Errno::ETIMEDOUT)?;
         setsockopt(&fd, sockopt::SendTimeout, &timeout)?;
