@@ -6,6 +6,7 @@
 //! only place with unsafe code in the whole project.
 
 pub mod address;
+pub mod control;
 pub mod dictionary;
 pub mod endpoint;
 pub mod exit;

@@ -206,22 +206,22 @@ struct Fields {
 }
 
 impl Fields {
-    fn single(key: Key, value: u64) -> Self {
+    fn single(key: impl Into<Key>, value: u64) -> Self {
         let mut fields = Self::default();
         fields.push(key, &format_args!("{value}"));
         fields
     }
 
-    fn push(&mut self, key: Key, value: &fmt::Arguments<'_>) {
+    fn push(&mut self, key: impl Into<Key>, value: &fmt::Arguments<'_>) {
         let start = self.values.len();
         // Writing to a string can't fail.
         let _ = write!(self.values, "{}", Escaped(value));
-        self.pairs.push((key, start..self.values.len()));
+        self.pairs.push((key.into(), start..self.values.len()));
     }
 
     /// In the order in which they were written in the source; slog serializes the last first.
-    fn iter(&self) -> impl Iterator<Item = (Key, &str)> {
-        self.pairs.iter().rev().map(|(key, range)| (*key, &self.values[range.clone()]))
+    fn iter(&self) -> impl Iterator<Item = (&str, &str)> {
+        self.pairs.iter().rev().map(|(key, range)| (key.as_str(), &self.values[range.clone()]))
     }
 }
 

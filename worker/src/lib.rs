@@ -9,6 +9,7 @@
 
 pub mod action;
 pub mod check;
+pub mod connection;
 pub mod control;
 pub mod deadline;
 pub mod dictionary;

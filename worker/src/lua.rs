@@ -5,7 +5,9 @@
 //! [`operation`] is how a handler waits without holding it. [`function`] and
 //! [`convert`] are what every library is made with: [`mail`], [`action`],
 //! [`address`], [`config`] (what a script declares), [`output`] (`print` and
-//! `io`) and [`compat`] (names of Lua 5.1), each with one `register()`.
+//! `io`), [`compat`] (names of Lua 5.1), [`sodium`], [`json`], [`jwt`],
+//! [`socket`], [`control_client`], [`log`] and [`every`], each with one
+//! `register()`.
 //!
 //! # Failure
 //! Misuse raises a Lua error of type string, with the caller's position, as
@@ -16,15 +18,22 @@ pub mod action;
 pub mod address;
 pub mod compat;
 pub mod config;
+pub mod control_client;
 pub mod convert;
 pub mod error;
+pub mod every;
 pub mod exec;
 pub mod function;
+pub mod json;
+pub mod jwt;
+pub mod log;
 pub mod mail;
 pub mod monitor;
 pub mod operation;
 pub mod output;
 pub mod settings;
 pub mod shared;
+pub mod socket;
+pub mod sodium;
 pub mod state;
 pub mod watch;

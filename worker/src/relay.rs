@@ -2,7 +2,7 @@
 //! No Lua here.
 
 pub mod connect;
-mod dial;
+pub(crate) mod dial;
 mod envelope;
 mod exchange;
 

@@ -38,7 +38,7 @@ pub const IDLE: Duration = Duration::from_secs(30);
 
 /// Virtual memory per thread. Lua's C recursion crashes on 1 MiB, and reports a clean error
 /// on 2 (measured with a `gsub` callback that recurses).
-const STACK_SIZE: usize = 4 << 20;
+pub(crate) const STACK_SIZE: usize = 4 << 20;
 
 /// Virtual memory of the thread that starts others.
 const WATCH_STACK_SIZE: usize = 128 << 10;
@@ -233,8 +233,8 @@ impl Worker {
     }
 }
 
-/// I/O threads take no signals: they would only interrupt system calls.
-fn block_signals() {
+/// Threads other than the main one take no signals: they would only interrupt system calls.
+pub(crate) fn block_signals() {
     let mut blocked = SigSet::empty();
     for signal in
         [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGQUIT, Signal::SIGCHLD]

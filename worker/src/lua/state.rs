@@ -33,7 +33,9 @@ use super::operation::Sleep;
 use super::output::{self, Log};
 use super::shared::SharedOpener;
 use super::watch::{Held, Watch};
-use super::{action, address, compat, config, shared};
+use super::{
+    action, address, compat, config, control_client, every, json, jwt, log, shared, socket, sodium,
+};
 use crate::action::Action;
 use crate::deadline::Deadline;
 use crate::dictionary::{self, Opener};
@@ -69,7 +71,7 @@ pub struct LoadOptions {
 /// A loaded configuration; one per process, shared by its threads.
 pub struct State {
     lua: Lua,
-    monitor: Monitor,
+    monitor: Arc<Monitor>,
     watch: Arc<Watch>,
     log: Arc<Log>,
     logger: Logger,
@@ -103,13 +105,15 @@ impl State {
         let watch = Watch::new();
         let log = Log::new(logger.clone(), Arc::clone(&watch));
         let draft = Draft::new(systemd);
-        let (lua, monitor) = set_up(&watch, &log, &draft, &dictionaries).map_err(internal)?;
+        let (lua, monitor) =
+            set_up(&watch, &log, &logger, &draft, &dictionaries).map_err(internal)?;
         let result = run_script(&lua, &config, reload, &draft);
         log.flush(None);
         // Neither may be inherited: each process has a way of its own.
         dictionary::hang_up();
         *dictionaries.write() = Box::new(|_| Err(SendError::Closed));
         result?;
+        socket::release(&lua);
         std::env::set_current_dir("/")
             .map_err(|e| ConfigError::Internal(format!("cannot change to /: {e}")))?;
         let (declaration, handlers) = draft
@@ -124,7 +128,7 @@ impl State {
         let randomseed = math_randomseed(&lua).map_err(internal)?;
         let state = Self {
             lua,
-            monitor,
+            monitor: Arc::new(monitor),
             watch,
             log,
             logger,
@@ -139,7 +143,7 @@ impl State {
     }
 
     /// To be called in a freshly forked worker: other random numbers, other log lines, a way of its
-    /// own to the shared dictionaries.
+    /// own to the shared dictionaries, and the threads of `every`.
     pub fn after_fork(&self, worker: WorkerId, dictionaries: Opener) {
         *self.dictionaries.write() = dictionaries;
         self.worker.store(worker, Ordering::Relaxed);
@@ -152,6 +156,14 @@ impl State {
         if let Err(error) = self.randomseed.call::<()>(u32::from_ne_bytes(seed)) {
             slog::warn!(self.logger, "math.randomseed: {}", error::describe(&error).0);
         }
+        let terms = every::Terms {
+            monitor: Arc::clone(&self.monitor),
+            settings: self.settings.clone(),
+            logger: self.logger.clone(),
+            log: Arc::clone(&self.log),
+            worker,
+        };
+        every::start(&self.lua, terms);
     }
 
     /// Runs the listener's handler for a mail to its end, and what it waits for on this thread with
@@ -236,6 +248,7 @@ impl State {
 fn set_up(
     watch: &Arc<Watch>,
     log: &Arc<Log>,
+    logger: &Logger,
     draft: &SharedDraft,
     dictionaries: &SharedOpener,
 ) -> mlua::Result<(Lua, Monitor)> {
@@ -252,6 +265,13 @@ fn set_up(
     action::register(&lua)?;
     mail::register(&lua)?;
     shared::register(&lua, dictionaries)?;
+    sodium::register(&lua)?;
+    json::register(&lua)?;
+    jwt::register(&lua)?;
+    socket::register(&lua, watch)?;
+    control_client::register(&lua, watch)?;
+    log::register(&lua, logger, watch)?;
+    every::register(&lua, watch)?;
     let sleep = function::blocking(&lua, |_, seconds: Value| {
         let argument = Argument::new("sleep", 1, "seconds");
         let seconds = argument.number(&seconds, 0.0, MAX_TIMEOUT)?;

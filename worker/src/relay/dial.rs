@@ -20,32 +20,41 @@ use qrelay_shared::sys::net::delay_acks;
 use crate::deadline::Deadline;
 use crate::io::socket_timeout;
 
-/// Connects to one address.
+/// Connects a stream to one address.
 ///
 /// # Errors
 /// As connect(2).
 pub fn dial(endpoint: &Endpoint, deadline: Deadline) -> Result<OwnedFd, Errno> {
+    dial_as(endpoint, SockType::Stream, deadline)
+}
+
+/// Connects a socket of some type to one address.
+///
+/// # Errors
+/// As socket(2) and connect(2).
+pub fn dial_as(endpoint: &Endpoint, kind: SockType, deadline: Deadline) -> Result<OwnedFd, Errno> {
     match endpoint {
         Endpoint::Inet(address) => {
             let family = if address.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
-            dial_socket(family, &SockaddrStorage::from(*address), deadline)
+            dial_socket(family, kind, &SockaddrStorage::from(*address), deadline)
         }
         Endpoint::Path(path) => {
-            dial_socket(AddressFamily::Unix, &UnixAddr::new(path.as_path())?, deadline)
+            dial_socket(AddressFamily::Unix, kind, &UnixAddr::new(path.as_path())?, deadline)
         }
         Endpoint::Abstract(name) => {
-            dial_socket(AddressFamily::Unix, &UnixAddr::new_abstract(name)?, deadline)
+            dial_socket(AddressFamily::Unix, kind, &UnixAddr::new_abstract(name)?, deadline)
         }
     }
 }
 
 fn dial_socket(
     family: AddressFamily,
+    kind: SockType,
     address: &dyn SockaddrLike,
     deadline: Deadline,
 ) -> Result<OwnedFd, Errno> {
-    let fd = socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
-    if family != AddressFamily::Unix {
+    let fd = socket(family, kind, SockFlag::SOCK_CLOEXEC, None)?;
+    if family != AddressFamily::Unix && kind == SockType::Stream {
         // It only saves packets.
         let _ = delay_acks(fd.as_fd());
     }
