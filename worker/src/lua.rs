@@ -14,6 +14,7 @@
 
 pub mod action;
 pub mod address;
+pub mod background;
 pub mod compat;
 pub mod config;
 pub mod convert;
@@ -24,6 +25,8 @@ pub mod mail;
 pub mod monitor;
 pub mod operation;
 pub mod output;
+pub mod pg;
+pub mod scope;
 pub mod settings;
 pub mod shared;
 pub mod state;

@@ -37,7 +37,7 @@ pub const IDLE: Duration = Duration::from_secs(30);
 
 /// Virtual memory per thread. Lua's C recursion crashes on 1 MiB, and reports a clean error
 /// on 2 (measured with a `gsub` callback that recurses).
-const STACK_SIZE: usize = 4 << 20;
+pub const STACK_SIZE: usize = 4 << 20;
 
 /// How long to wait after a failure that passes by itself, such as ENOMEM.
 const PAUSE: Duration = Duration::from_millis(100);

@@ -22,6 +22,7 @@ use qrelay_shared::ipc::message::WorkerId;
 use qrelay_shared::settings::{Declaration, Settings};
 use slog::Logger;
 
+use super::background::Background;
 use super::config::{Draft, SharedDraft};
 use super::convert::{Argument, MAX_TIMEOUT};
 use super::error;
@@ -33,7 +34,7 @@ use super::operation::Sleep;
 use super::output::{self, Log};
 use super::shared::SharedOpener;
 use super::watch::{Held, Watch};
-use super::{action, address, compat, config, shared};
+use super::{action, address, compat, config, pg, shared};
 use crate::action::Action;
 use crate::deadline::Deadline;
 use crate::dictionary::{self, Opener};
@@ -69,7 +70,7 @@ pub struct LoadOptions {
 /// A loaded configuration; one per process, shared by its threads.
 pub struct State {
     lua: Lua,
-    monitor: Monitor,
+    monitor: Arc<Monitor>,
     watch: Arc<Watch>,
     log: Arc<Log>,
     logger: Logger,
@@ -79,6 +80,7 @@ pub struct State {
     worker: AtomicU64,
     exhausted: AtomicBool,
     dictionaries: SharedOpener,
+    pg: Arc<pg::Library>,
 }
 
 /// The one call that mlua asks to be marked: only so does it load Lua's whole standard library, of
@@ -103,10 +105,12 @@ impl State {
         let watch = Watch::new();
         let log = Log::new(logger.clone(), Arc::clone(&watch));
         let draft = Draft::new(systemd);
-        let (lua, monitor) = set_up(&watch, &log, &draft, &dictionaries).map_err(internal)?;
+        let pg = pg::Library::new(logger.clone());
+        let (lua, monitor) = set_up(&watch, &log, &draft, &dictionaries, &pg).map_err(internal)?;
         let result = run_script(&lua, &config, reload, &draft);
         log.flush(None);
-        // Neither may be inherited: each process has a way of its own.
+        // Nothing of this may be inherited: each process has its own ways.
+        pg.close();
         dictionary::hang_up();
         *dictionaries.write() = Box::new(|_| Err(SendError::Closed));
         result?;
@@ -124,7 +128,7 @@ impl State {
         let randomseed = math_randomseed(&lua).map_err(internal)?;
         let state = Self {
             lua,
-            monitor,
+            monitor: Arc::new(monitor),
             watch,
             log,
             logger,
@@ -134,6 +138,7 @@ impl State {
             worker: AtomicU64::new(0),
             exhausted: AtomicBool::new(false),
             dictionaries,
+            pg,
         };
         Ok((state, declaration))
     }
@@ -152,6 +157,9 @@ impl State {
         if let Err(error) = self.randomseed.call::<()>(u32::from_ne_bytes(seed)) {
             slog::warn!(self.logger, "math.randomseed: {}", error::describe(&error).0);
         }
+        let (monitor, log) = (Arc::clone(&self.monitor), Arc::clone(&self.log));
+        let background = Background::new(monitor, log, self.logger.clone(), self.settings.clone());
+        self.pg.start(&Arc::new(background));
     }
 
     /// Runs the listener's handler for a mail to its end, and what it waits for on this thread with
@@ -238,6 +246,7 @@ fn set_up(
     log: &Arc<Log>,
     draft: &SharedDraft,
     dictionaries: &SharedOpener,
+    pg: &Arc<pg::Library>,
 ) -> mlua::Result<(Lua, Monitor)> {
     let lua = new_lua();
     let pace = GcIncParams::default().pause(GC_PAUSE).step_multiplier(GC_STEP_MULTIPLIER);
@@ -252,6 +261,7 @@ fn set_up(
     action::register(&lua)?;
     mail::register(&lua)?;
     shared::register(&lua, dictionaries)?;
+    pg::register(&lua, watch, pg)?;
     let sleep = function::blocking(&lua, |_, seconds: Value| {
         let argument = Argument::new("sleep", 1, "seconds");
         let seconds = argument.number(&seconds, 0.0, MAX_TIMEOUT)?;
