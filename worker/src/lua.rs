@@ -16,6 +16,7 @@
 
 pub mod action;
 pub mod address;
+pub mod background;
 pub mod compat;
 pub mod config;
 pub mod control_client;
@@ -31,6 +32,8 @@ pub mod mail;
 pub mod monitor;
 pub mod operation;
 pub mod output;
+pub mod pg;
+pub mod scope;
 pub mod settings;
 pub mod shared;
 pub mod socket;

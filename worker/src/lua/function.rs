@@ -157,6 +157,15 @@ impl<'a> Class<'a> {
         self.methods.raw_set(name, blocking(self.lua, f)?)
     }
 
+    /// Adds a method that is written in Lua.
+    ///
+    /// # Errors
+    /// Lua is out of memory.
+    pub fn lua_method(&mut self, name: &'static str, method: Function) -> mlua::Result<()> {
+        self.readable.push(name);
+        self.methods.raw_set(name, method)
+    }
+
     /// Adds a readable attribute.
     ///
     /// # Errors

@@ -20,6 +20,7 @@ use parking_lot::{Mutex, MutexGuard};
 use super::error;
 use super::mail::Slot;
 use super::operation::{Operation, Outcome, Pending};
+use super::scope::{Ending, Scope};
 use super::watch::Watch;
 use crate::deadline::Deadline;
 
@@ -101,10 +102,12 @@ impl Monitor {
         results: impl FnOnce(MultiValue) -> R,
     ) -> Result<R, Stop> {
         let mut budget = job.budget;
+        let scope = Arc::new(Scope::default());
+        let _ending = Ending(&scope);
         let mut hold = self.hold(job.deadline).ok_or(Stop::Deadline)?;
         let thread = hold.coroutine(job.function).map_err(|e| stop(&e))?;
         let argument = arguments(&self.lua).map_err(|e| stop(&e))?;
-        let mut step = hold.resume(&thread, argument, job, &mut budget)?;
+        let mut step = hold.resume(&thread, argument, job, &scope, &mut budget)?;
         loop {
             match step {
                 Step::Finished(values) => {
@@ -127,7 +130,7 @@ impl Monitor {
                     if let Ok(pending) = pending.borrow::<Pending>() {
                         pending.finish(outcome);
                     }
-                    step = hold.resume(&thread, (), job, &mut budget)?;
+                    step = hold.resume(&thread, (), job, &scope, &mut budget)?;
                 }
             }
         }
@@ -168,10 +171,11 @@ impl Hold<'_> {
         thread: &Thread,
         arguments: impl IntoLuaMulti,
         job: &Job<'_>,
+        scope: &Arc<Scope>,
         budget: &mut Duration,
     ) -> Result<Step, Stop> {
         let Monitor { lua, watch, .. } = self.monitor;
-        let turn = watch.begin(job.number, job.mail.clone(), *budget);
+        let turn = watch.begin(job.number, job.mail.clone(), scope, *budget);
         let result = thread.resume::<MultiValue>(arguments);
         let (lasted, expired) = turn.end();
         *budget = budget.saturating_sub(lasted);

@@ -22,6 +22,7 @@ use qrelay_shared::ipc::message::WorkerId;
 use qrelay_shared::settings::{Declaration, Settings};
 use slog::Logger;
 
+use super::background::Background;
 use super::config::{Draft, SharedDraft};
 use super::convert::{Argument, MAX_TIMEOUT};
 use super::error;
@@ -33,9 +34,13 @@ use super::operation::Sleep;
 use super::output::{self, Log};
 use super::shared::SharedOpener;
 use super::watch::{Held, Watch};
+<<<<<<< HEAD
 use super::{
     action, address, compat, config, control_client, every, json, jwt, log, shared, socket, sodium,
 };
+=======
+use super::{action, address, compat, config, pg, shared};
+>>>>>>> 20ff9ba (PostgreSQL in Lua: pool, statements, transactions, notifications, TLS)
 use crate::action::Action;
 use crate::deadline::Deadline;
 use crate::dictionary::{self, Opener};
@@ -81,6 +86,7 @@ pub struct State {
     worker: AtomicU64,
     exhausted: AtomicBool,
     dictionaries: SharedOpener,
+    pg: Arc<pg::Library>,
 }
 
 /// The one call that mlua asks to be marked: only so does it load Lua's whole standard library, of
@@ -105,11 +111,17 @@ impl State {
         let watch = Watch::new();
         let log = Log::new(logger.clone(), Arc::clone(&watch));
         let draft = Draft::new(systemd);
+<<<<<<< HEAD
         let (lua, monitor) =
             set_up(&watch, &log, &logger, &draft, &dictionaries).map_err(internal)?;
+=======
+        let pg = pg::Library::new(logger.clone());
+        let (lua, monitor) = set_up(&watch, &log, &draft, &dictionaries, &pg).map_err(internal)?;
+>>>>>>> 20ff9ba (PostgreSQL in Lua: pool, statements, transactions, notifications, TLS)
         let result = run_script(&lua, &config, reload, &draft);
         log.flush(None);
-        // Neither may be inherited: each process has a way of its own.
+        // Nothing of this may be inherited: each process has its own ways.
+        pg.close();
         dictionary::hang_up();
         *dictionaries.write() = Box::new(|_| Err(SendError::Closed));
         result?;
@@ -138,6 +150,7 @@ impl State {
             worker: AtomicU64::new(0),
             exhausted: AtomicBool::new(false),
             dictionaries,
+            pg,
         };
         Ok((state, declaration))
     }
@@ -156,6 +169,7 @@ impl State {
         if let Err(error) = self.randomseed.call::<()>(u32::from_ne_bytes(seed)) {
             slog::warn!(self.logger, "math.randomseed: {}", error::describe(&error).0);
         }
+<<<<<<< HEAD
         let terms = every::Terms {
             monitor: Arc::clone(&self.monitor),
             settings: self.settings.clone(),
@@ -164,6 +178,11 @@ impl State {
             worker,
         };
         every::start(&self.lua, terms);
+=======
+        let (monitor, log) = (Arc::clone(&self.monitor), Arc::clone(&self.log));
+        let background = Background::new(monitor, log, self.logger.clone(), self.settings.clone());
+        self.pg.start(&Arc::new(background));
+>>>>>>> 20ff9ba (PostgreSQL in Lua: pool, statements, transactions, notifications, TLS)
     }
 
     /// Runs the listener's handler for a mail to its end, and what it waits for on this thread with
@@ -251,6 +270,7 @@ fn set_up(
     logger: &Logger,
     draft: &SharedDraft,
     dictionaries: &SharedOpener,
+    pg: &Arc<pg::Library>,
 ) -> mlua::Result<(Lua, Monitor)> {
     let lua = new_lua();
     let pace = GcIncParams::default().pause(GC_PAUSE).step_multiplier(GC_STEP_MULTIPLIER);
@@ -265,6 +285,7 @@ fn set_up(
     action::register(&lua)?;
     mail::register(&lua)?;
     shared::register(&lua, dictionaries)?;
+<<<<<<< HEAD
     sodium::register(&lua)?;
     json::register(&lua)?;
     jwt::register(&lua)?;
@@ -272,6 +293,9 @@ fn set_up(
     control_client::register(&lua, watch)?;
     log::register(&lua, logger, watch)?;
     every::register(&lua, watch)?;
+=======
+    pg::register(&lua, watch, pg)?;
+>>>>>>> 20ff9ba (PostgreSQL in Lua: pool, statements, transactions, notifications, TLS)
     let sleep = function::blocking(&lua, |_, seconds: Value| {
         let argument = Argument::new("sleep", 1, "seconds");
         let seconds = argument.number(&seconds, 0.0, MAX_TIMEOUT)?;

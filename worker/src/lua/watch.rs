@@ -23,6 +23,7 @@ use mlua::{HookTriggers, Lua, Table, VmState};
 use parking_lot::Mutex;
 
 use super::mail::Slot;
+use super::scope::Scope;
 
 /// Instructions between two looks at the clock: some 100 µs.
 const COUNT: u32 = 10_000;
@@ -56,6 +57,8 @@ pub struct Watch {
     flags: OnceLock<Table>,
     /// The mail whose handler runs.
     mail: Mutex<Option<Arc<Slot>>>,
+    /// What ends with the run.
+    scope: Mutex<Option<Arc<Scope>>>,
 }
 
 impl Watch {
@@ -70,6 +73,7 @@ impl Watch {
             tightened: AtomicBool::new(false),
             flags: OnceLock::new(),
             mail: Mutex::new(None),
+            scope: Mutex::new(None),
         })
     }
 
@@ -79,13 +83,20 @@ impl Watch {
     }
 
     /// Starts a turn of at most `budget`; only the holder of Lua may.
-    pub fn begin(&self, job: u64, mail: Option<Arc<Slot>>, budget: Duration) -> Turn<'_> {
+    pub fn begin(
+        &self,
+        job: u64,
+        mail: Option<Arc<Slot>>,
+        scope: &Arc<Scope>,
+        budget: Duration,
+    ) -> Turn<'_> {
         let now = self.now();
         let budget = u64::try_from(budget.as_nanos()).unwrap_or(NEVER);
         self.expired.store(false, Ordering::Relaxed);
         self.limit.store(now.saturating_add(budget), Ordering::Relaxed);
         self.job.store(job, Ordering::Relaxed);
         *self.mail.lock() = mail;
+        *self.scope.lock() = Some(Arc::clone(scope));
         self.since.store(now, Ordering::Release);
         Turn { watch: self, began: now }
     }
@@ -108,6 +119,11 @@ impl Watch {
     /// The mail whose handler runs.
     pub fn mail(&self) -> Option<Arc<Slot>> {
         self.mail.lock().clone()
+    }
+
+    /// What ends with the running run; while the script loads there is none.
+    pub fn scope(&self) -> Option<Arc<Scope>> {
+        self.scope.lock().clone()
     }
 
     /// What is left of the running turn.
@@ -194,5 +210,6 @@ impl Drop for Turn<'_> {
         self.watch.job.store(0, Ordering::Relaxed);
         self.watch.limit.store(NEVER, Ordering::Relaxed);
         *self.watch.mail.lock() = None;
+        *self.watch.scope.lock() = None;
     }
 }

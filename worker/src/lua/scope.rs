@@ -1,0 +1,54 @@
+//! What ends with a run of Lua: resources that a script holds and must not keep longer, such as a
+//! database connection in a transaction.
+//!
+//! Contract: whoever makes such a resource for a script registers it with the scope of the run
+//! ([`super::watch::Watch::scope`]); when the run ends, however it does, the resource is ended,
+//! whether or not the garbage collector has come by.
+//!
+//! # Failure
+//! None.
+
+use std::sync::{Arc, Weak};
+
+use parking_lot::Mutex;
+
+/// Something that ends with the run in which it was made.
+pub trait Resource: Send + Sync {
+    /// Ends it, if it hasn't ended yet. Called without Lua; must not block.
+    fn end(&self);
+}
+
+/// One run's resources.
+#[derive(Default)]
+pub struct Scope(Mutex<Vec<Weak<dyn Resource>>>);
+
+impl std::fmt::Debug for Scope {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("Scope").field(&self.0.lock().len()).finish()
+    }
+}
+
+impl Scope {
+    /// The resource ends with this run.
+    pub fn add<R: Resource + 'static>(&self, resource: &Arc<R>) {
+        let resource: Arc<dyn Resource> = Arc::<R>::clone(resource);
+        let mut resources = self.0.lock();
+        resources.retain(|other| other.strong_count() > 0);
+        resources.push(Arc::downgrade(&resource));
+    }
+
+    /// The run is over.
+    pub fn end(&self) {
+        let resources = std::mem::take(&mut *self.0.lock());
+        resources.iter().filter_map(Weak::upgrade).for_each(|resource| resource.end());
+    }
+}
+
+/// Ends a scope when it is dropped.
+pub struct Ending<'a>(pub &'a Scope);
+
+impl Drop for Ending<'_> {
+    fn drop(&mut self) {
+        self.0.end();
+    }
+}
