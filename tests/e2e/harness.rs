@@ -10,6 +10,7 @@ pub mod client;
 pub mod daemon;
 pub mod mail;
 pub mod notify;
+pub mod postgres;
 pub mod processes;
 pub mod record;
 pub mod sink;

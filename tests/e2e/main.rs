@@ -20,6 +20,8 @@ mod crash;
 mod docs;
 mod limits;
 mod lua;
+mod pg;
+mod pg_trouble;
 mod postfix;
 mod relay;
 mod reload;

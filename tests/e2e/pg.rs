@@ -1,0 +1,546 @@
+//! PostgreSQL as scripts see it: values, statements, errors, transactions, arrays, and where a
+//! connection string leads.
+
+use std::process::Command;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crate::harness::postgres::Cluster;
+use crate::harness::{Client, Daemon, Mail, Site, submit};
+
+/// A daemon with one worker whose global `db` is the cluster, and whose handler runs the Lua code
+/// of the mail's field `X-Code`; what that returns is the reply.
+struct Evaluator {
+    daemon: Daemon,
+    cluster: Arc<Cluster>,
+}
+
+impl Evaluator {
+    fn start() -> Self {
+        Self::with("")
+    }
+
+    /// With this code before the listener.
+    fn with(prologue: &str) -> Self {
+        let cluster = Cluster::shared();
+        let daemon = Daemon::start(&format!(
+            "settings{{workers=1}}
+             db = pg:new('{}')
+             {prologue}
+             qmqp_listen('$DIR/in', function(m)
+               local result = assert(load(m:header('X-Code')))()
+               return m:discard(tostring(result))
+             end)",
+            cluster.conninfo()
+        ));
+        Self { daemon, cluster }
+    }
+
+    fn run(&self, code: &str) -> String {
+        let mut mail = Mail::new("x");
+        mail.message.splice(0..0, format!("X-Code: {code}\n").into_bytes());
+        submit(self.daemon.path("in"), &mail).to_string()
+    }
+
+    /// Runs code that must return `expected`.
+    #[track_caller]
+    fn expect(&self, code: &str, expected: &str) {
+        assert_eq!(self.run(code), format!("K{expected}"), "{code}\n{}", self.daemon.text());
+    }
+
+    /// Runs a statement that must fail with a message that has all of these parts.
+    #[track_caller]
+    fn expect_failure(&self, call: &str, parts: &[&str]) {
+        let told = self.run(&format!("local r, e = {call} return tostring(r) .. ' ' .. e"));
+        let fits = told.starts_with("Knil ") && parts.iter().all(|part| told.contains(part));
+        assert!(fits, "{call}: {told}\n{}", self.daemon.text());
+    }
+}
+
+/// A table's columns: name, type, and what a row has in it, as Lua.
+const COLUMNS: &[(&str, &str, &str)] = &[
+    ("i2", "int2", "-32768"),
+    ("i4", "int4", "'2147483647'"),
+    ("i8", "int8", "math.mininteger"),
+    ("whole", "int8", "2^53"),
+    ("n", "numeric", "'12345678901234567890.123456789'"),
+    ("n2", "numeric(10,2)", "0.1"),
+    ("f4", "float4", "1.5"),
+    ("f8", "float8", "0.1 + 0.2"),
+    ("huge", "float8", "1e300"),
+    ("inf", "float8", "-1/0"),
+    ("nan", "float8", "0/0"),
+    ("yes", "bool", "true"),
+    ("no", "bool", "false"),
+    ("word", "bool", "'yes'"),
+    ("t", "text", "'it\\'s \\\\ \"quoted\" \\195\\164 $1 -- /* '"),
+    ("empty", "text", "''"),
+    ("number", "text", "42.0"),
+    ("c", "char(5)", "'ab'"),
+    ("v", "varchar(10)", "'abc'"),
+    ("by", "bytea", "'\\\\x00ff5c27'"),
+    ("ts", "timestamp", "'2024-02-29 12:34:56.789'"),
+    ("tz", "timestamptz", "'2024-02-29 12:34:56+02'"),
+    ("d", "date", "'2024-02-29'"),
+    ("ti", "time", "'23:59:59'"),
+    ("iv", "interval", "'1 year 2 days 03:04:05'"),
+    ("u", "uuid", "'a0eebc99-9c0b-4ef8-bb6d-6bb9bd380a11'"),
+    ("ip", "inet", "'192.0.2.0/24'"),
+    ("j", "json", "'{\"a\" : [1, null]}'"),
+    ("jb", "jsonb", "'{\"b\":2,\"a\" : [1, null]}'"),
+    ("ia", "int4[]", "pg:encode_array{1, 2, 3}"),
+    ("ta", "text[]", "pg:encode_array{'a', 'b,c', '\"', '\\\\', '', 'NULL', n=7}"),
+    ("nested", "int4[]", "'{{1,2},{3,4}}'"),
+    ("e", "mood", "'happy'"),
+    ("null", "int4", "nil"),
+];
+
+#[test]
+fn values_are_what_psql_prints() {
+    let evaluator = Evaluator::start();
+    let column = |(name, kind, _): &(&str, &str, &str)| format!("\"{name}\" {kind}");
+    let columns: Vec<_> = COLUMNS.iter().map(column).collect();
+    let cluster = &evaluator.cluster;
+    cluster.psql("CREATE TYPE mood AS ENUM ('sad', 'happy')");
+    cluster.psql(&format!("CREATE TABLE kinds ({})", columns.join(",")));
+    let places: Vec<_> = (1..=COLUMNS.len()).map(|number| format!("${number}")).collect();
+    let values: Vec<_> = COLUMNS.iter().map(|(_, _, value)| *value).collect();
+    let site = evaluator.daemon.path("rows");
+    let code = format!(
+        "local n = {count} local p = table.pack({values}) assert(p.n == n) \
+         local r = assert(db:execute('INSERT INTO kinds VALUES ({places})', p)) \
+         assert(r:affected() == 1 and r:fetch() == nil) \
+         r = assert(db:execute('SELECT * FROM kinds')) \
+         local f = io.open('{file}', 'w') \
+         for row in r:rows('n') do \
+           for i = 1, n do row[i] = row[i] or '' end f:write(table.concat(row, '|'), '\\n') end \
+         f:close() return 'done'",
+        count = COLUMNS.len(),
+        values = values.join(", "),
+        places = places.join(","),
+        file = site.display(),
+    );
+    evaluator.expect(&code, "done");
+    let written = std::fs::read_to_string(&site).expect("rows");
+    assert_eq!(written, cluster.psql("SELECT * FROM kinds"));
+    assert!(written.contains("0.30000000000000004|1e+300|-Infinity|NaN|t|f|t"), "{written}");
+    cluster.psql("DROP TABLE kinds; DROP TYPE mood");
+}
+
+#[test]
+fn results() {
+    let evaluator = Evaluator::start();
+    for (code, expected) in [
+        // By name, by number, into a given table; NULL clears.
+        ("return db:execute('SELECT 1 AS a, NULL AS b'):fetch().a", "1"),
+        ("return db:execute('SELECT 1 AS a'):fetch({}, 'a').a", "1"),
+        ("return db:execute('SELECT 7'):fetch(nil, 'n')[1]", "7"),
+        ("local t = {b = 5} return tostring(db:execute('SELECT NULL AS b'):fetch(t).b)", "nil"),
+        ("local t = {} return db:execute('SELECT 1'):fetch(t) == t", "true"),
+        ("local r = db:execute('SELECT 1') r:fetch() return r:fetch()", "nil"),
+        // Iteration, with a new table each.
+        (
+            "local s = {} for r in db:execute('SELECT generate_series(1, 3) AS i'):rows() do \
+             s[#s + 1] = r end return s[1].i .. s[2].i .. s[3].i .. #s",
+            "1233",
+        ),
+        // Several statements: the last result counts; nothing is left of the others.
+        ("return db:execute('SELECT 1 AS a; SELECT 2 AS a'):fetch().a", "2"),
+        ("return db:execute('SELECT 1 AS a; SELECT 2 AS a WHERE false'):fetch()", "nil"),
+        ("return db:execute('SELECT generate_series(1, 5)'):affected()", "5"),
+        ("return db:execute(''):fetch()", "nil"),
+        // Parameters: their number, n, conversions.
+        ("return db:execute('SELECT $1 + 1 AS x', {41}):fetch().x", "42"),
+        ("return db:execute('SELECT $1 AS x', {1}):fetch().x", "1"),
+        ("return tostring(db:execute('SELECT $1 AS a, $2::int AS x', {1, nil, n=2}):fetch().x)", "nil"),
+        ("return db:execute('SELECT $1::bool AS x', {true}):fetch().x", "t"),
+        ("return db:execute('SELECT $1 AS x -- end', {'y'}):fetch().x", "y"),
+        ("return db:execute('SELECT 5 AS x', {}):fetch().x", "5"),
+        ("return tostring(db)", ""),
+    ] {
+        if expected.is_empty() {
+            assert!(evaluator.run(code).starts_with("Kdatabase"), "{}", evaluator.run(code));
+        } else {
+            evaluator.expect(code, expected);
+        }
+    }
+}
+
+#[test]
+fn misuse_raises_and_failure_returns() {
+    let evaluator = Evaluator::start();
+    for wrong in [
+        "db.execute('SELECT 1')",
+        "db:execute()",
+        "db:execute({})",
+        "db:execute('SELECT $1', 1)",
+        "db:execute('SELECT $1', {{}})",
+        "db:execute('SELECT $1', {print})",
+        "db:execute('SELECT $1', {n=-1})",
+        "db:execute('SELECT $1', {n=1e9})",
+        "db:execute('SELECT 1'):fetch('a')",
+        "db:execute('SELECT 1'):fetch({}, 'x')",
+        "db:execute('SELECT 1'):rows('x')",
+        "db:excute('SELECT 1')",
+        "db:transaction()",
+        "db:transaction(1)",
+        "db:listen('', print)",
+        "db:listen('x')",
+        "db:listen(('x'):rep(64), print)",
+        "pg.new('dbname=x')",
+        "pg:new()",
+        "pg:new('x')",
+        "pg:new('usr=x')",
+        "pg:new('host=a sslmode=maybe')",
+        "pg:new('host=a sslcert=x')",
+        "pg:new('', {})",
+        "pg:new('', nil, {max_conections=1})",
+        "pg:new('', nil, {max_connections=0})",
+        "pg:encode_array('x')",
+        "pg:encode_array{print}",
+        "pg:decode_array({})",
+    ] {
+        let code = format!("return pcall(function() {wrong} end)");
+        evaluator.expect(&code, "false");
+    }
+    for (call, parts) in [
+        ("db:execute('SELEC')", &["ERROR 42601", "SELEC"][..]),
+        ("db:execute('SELECT * FROM nowhere')", &["42P01", "\"nowhere\" does not exist"]),
+        ("db:execute('SELECT * FROM nowhere WHERE $1', {1})", &["42P01"]),
+        ("db:execute('SELECT $1::int', {'x'})", &["22P02", "\"x\""]),
+        ("db:execute('SELECT 1/$1::int', {0})", &["22012"]),
+        ("db:execute('SELECT $1, $2', {0})", &["42601"]),
+        ("db:execute('SELECT $1', {'a\\0b'})", &["NUL"]),
+        ("db:execute('SELECT \\0')", &["NUL"]),
+        ("db:execute('SELECT $1', {'a\\255b'})", &["22021", "0xff"]),
+        ("db:execute('SELECT \\255')", &["22021"]),
+        ("db:execute('COPY pg_class TO STDOUT')", &[]),
+        ("pg:decode_array('{a')", &["malformed array"]),
+        ("pg:new('host=/nonexistent'):execute('SELECT 1')", &["/nonexistent/.s.PGSQL.5432"]),
+    ] {
+        evaluator.expect_failure(call, parts);
+        // The next statement has a connection that works.
+        evaluator.expect("return db:execute('SELECT 1 AS a'):fetch().a", "1");
+    }
+}
+
+#[test]
+fn parameters_never_change_the_statement() {
+    let evaluator = Evaluator::start();
+    let cluster = &evaluator.cluster;
+    cluster.psql("CREATE TABLE victim (v text)");
+    for value in [
+        r"\'); DROP TABLE victim; --",
+        r"\\\'); DROP TABLE victim; --",
+        r"\\",
+        r"$1",
+        r"-- $1",
+        r"/*",
+        r"$$",
+        r"E\\x27",
+        r"\195\164\\\'",
+    ] {
+        for setting in ["on", "off"] {
+            let code = format!(
+                "local v = '{value}' \
+                 return db:transaction(function(tx) \
+                   assert(tx:execute('SET LOCAL standard_conforming_strings = {setting}')) \
+                   assert(tx:execute('INSERT INTO victim VALUES ($1)', {{v}})) \
+                   local r = assert(tx:execute('SELECT v FROM victim WHERE v = $1', {{v}})) \
+                   return r:fetch().v == v end)"
+            );
+            evaluator.expect(&code, "true");
+        }
+    }
+    let second = "db:execute('SELECT $1; DROP TABLE victim', {1})";
+    evaluator.expect_failure(second, &["42601", "multiple commands"]);
+    let second = "db:execute('SELECT 1 WHERE $1; DROP TABLE victim; --', {true})";
+    evaluator.expect_failure(second, &["42601"]);
+    assert_eq!(cluster.psql("SELECT count(*) FROM victim"), "18\n");
+    cluster.psql("DROP TABLE victim");
+}
+
+#[test]
+fn transactions() {
+    let evaluator = Evaluator::start();
+    let cluster = &evaluator.cluster;
+    cluster.psql("CREATE TABLE ledger (x int)");
+    let insert = "tx:execute('INSERT INTO ledger VALUES ($1)', {1})";
+    let count = || cluster.psql("SELECT count(*) FROM ledger");
+    evaluator.expect(&format!("return db:transaction(function(tx) {insert} end)"), "true");
+    assert_eq!(count(), "1\n");
+    evaluator.expect(
+        &format!("return pcall(db.transaction, db, function(tx) {insert} error('no') end)"),
+        "false",
+    );
+    assert_eq!(count(), "1\n");
+    // A statement failed, and nobody cared: nothing counts, and the script is told.
+    let careless = format!("db:transaction(function(tx) {insert} tx:execute('SELEC') end)");
+    evaluator.expect_failure(&careless, &["25P02"]);
+    assert_eq!(count(), "1\n");
+    // What the function returns.
+    evaluator.expect("return select('#', db:transaction(function() return 1, 2, 3 end))", "3");
+    evaluator.expect("return db:transaction(function(tx) kept = tx end)", "true");
+    evaluator.expect_failure("kept:execute('SELECT 1')", &["over"]);
+    // A bare BEGIN leaves nothing open, one with its end is as good as any statement.
+    for begin in ["BEGIN", "start transaction", "SELECT 1; BEGIN; INSERT INTO ledger VALUES (2)"] {
+        evaluator.expect_failure(&format!("db:execute('{begin}')"), &["db:transaction"]);
+    }
+    evaluator.expect_failure("db:execute('BEGIN; SELEC')", &["42601"]);
+    evaluator.expect_failure("db:execute('BEGIN; SELECT 1/0')", &["22012"]);
+    let whole = "BEGIN; INSERT INTO ledger VALUES (3); COMMIT";
+    evaluator.expect(&format!("return db:execute('{whole}') ~= nil"), "true");
+    assert_eq!(count(), "2\n");
+    let idle = "SELECT count(*) FROM pg_stat_activity WHERE state LIKE 'idle in%'";
+    assert_eq!(cluster.psql(idle), "0\n");
+    cluster.psql("DROP TABLE ledger");
+}
+
+#[test]
+fn a_transaction_ends_with_its_handler() {
+    let cluster = Cluster::shared();
+    let daemon = Daemon::start(&format!(
+        "settings{{workers=1, relay_timeout=1, handler_timeout=0.5}}
+         local db = pg:new('{}', nil, {{max_connections=1}})
+         qmqp_listen('$DIR/in', function(m)
+           if m.sender == 'good@x' then return m:discard(db:execute('SELECT 1'):fetch(nil, 'n')[1]) end
+           return db:transaction(function(tx)
+             assert(tx:execute('SELECT 1'))
+             if m.sender == 'slow@x' then sleep(60) end
+             while true do end
+           end)
+         end)",
+        cluster.conninfo()
+    ));
+    for (sender, reply) in [("slow@x", "Zrelay failed"), ("runaway@x", "Zscript failed")] {
+        assert_eq!(submit(daemon.path("in"), &Mail::new("x").from(sender)), reply);
+        let told = submit(daemon.path("in"), &Mail::new("x").from("good@x"));
+        assert_eq!(told, "K1", "{}", daemon.text());
+    }
+}
+
+#[test]
+fn statements_survive_changes() {
+    let evaluator = Evaluator::start();
+    let cluster = &evaluator.cluster;
+    cluster.psql("CREATE TABLE changing (x int); INSERT INTO changing VALUES (1)");
+    let select = "return db:execute('SELECT * FROM changing WHERE x = $1', {1}):fetch(nil, 'n')[1]";
+    evaluator.expect(select, "1");
+    cluster.psql("ALTER TABLE changing ADD y int");
+    evaluator.expect(select, "1");
+    evaluator.expect("return db:execute('DISCARD ALL') ~= nil", "true");
+    evaluator.expect(select, "1");
+    // More different statements than stay prepared.
+    let many = "for i = 1, 300 do assert(db:execute('SELECT $1 + ' .. i, {1})) end \
+                return db:execute('SELECT count(*) FROM pg_prepared_statements'):fetch(nil, 'n')[1]";
+    let told = evaluator.run(many);
+    let count: u32 = told.trim_start_matches('K').parse().expect(&told);
+    assert!(count <= 130, "{told}");
+    cluster.psql("DROP TABLE changing");
+}
+
+#[test]
+fn arrays() {
+    let evaluator = Evaluator::start();
+    for (code, expected) in [
+        ("return pg:encode_array{}", "{}"),
+        ("return pg:encode_array{1, 'a', true}", "{\"1\",\"a\",\"1\"}"),
+        ("return pg:encode_array{nil, 'NULL', n=3}", "{NULL,\"NULL\",NULL}"),
+        ("return pg:encode_array{{1}, {2}}", "{{\"1\"},{\"2\"}}"),
+        ("local t = pg:decode_array('{a,NULL}') return t[1] .. tostring(t[2]) .. t.n", "anil2"),
+        ("return #pg:decode_array('{}')", "0"),
+        ("return pg:decode_array('{{1,2},{3,4}}')[2][1]", "3"),
+        (
+            "local t = {'', 'a b', '\"', '\\\\', '{,}', 'NULL', '\\195\\164', ' '} \
+             local r = db:execute('SELECT $1::text[] AS a', {pg:encode_array(t)}):fetch().a \
+             return table.concat(pg:decode_array(r), '|') == table.concat(t, '|')",
+            "true",
+        ),
+        (
+            "local r = db:execute(\"SELECT '[0:1]={7,8}'::int[] AS a\"):fetch().a \
+             return pg:decode_array(r)[2]",
+            "8",
+        ),
+    ] {
+        evaluator.expect(code, expected);
+    }
+}
+
+#[test]
+fn queries_run_while_the_script_loads() {
+    let evaluator = Evaluator::with(
+        "loaded = assert(db:execute('SELECT pg_backend_pid() AS pid')):fetch().pid
+         assert(db:transaction(function(tx) return tx:execute('SELECT $1', {1}) end))",
+    );
+    let told = evaluator.run("return db:execute('SELECT pg_backend_pid() AS pid'):fetch().pid");
+    let other = evaluator.run("return loaded");
+    assert_ne!(told, other, "a worker has connections of its own");
+    assert!(evaluator.daemon.reload(), "{}", evaluator.daemon.text());
+    evaluator.expect("return db:execute('SELECT 1 AS a'):fetch().a", "1");
+}
+
+#[test]
+fn the_default_socket_and_the_schema() {
+    let cluster = Cluster::shared();
+    let me = nix::unistd::User::from_uid(nix::unistd::geteuid()).ok().flatten().expect("me").name;
+    cluster.psql(&format!("CREATE ROLE \"{me}\" LOGIN"));
+    cluster.psql("CREATE DATABASE foo");
+    let grant = format!("GRANT USAGE ON SCHEMA schemaname, \"Odd, One\" TO \"{me}\"");
+    cluster
+        .psql_in("foo", &format!("CREATE SCHEMA schemaname; CREATE SCHEMA \"Odd, One\"; {grant}"));
+    cluster.psql_in("foo", "CREATE TABLE schemaname.bar AS SELECT 42 AS id");
+    cluster.psql_in("foo", &format!("GRANT SELECT ON schemaname.bar TO \"{me}\""));
+    let site = Site::with(
+        "db = pg:new('dbname=foo', 'schemaname')
+         other = pg:new('postgresql:///foo', '\"Odd, One\", schemaname')
+         qmqp_listen('$DIR/in', function(m)
+           local row = assert(db:execute('SELECT id, current_user AS who FROM bar')):fetch({}, 'a')
+           local path = assert(other:execute('SHOW search_path')):fetch(nil, 'n')[1]
+           return m:discard(row.id .. ' ' .. row.who .. ' ' .. path)
+         end)",
+    );
+    // The directory where Debian's libpq looks is another one for this daemon alone.
+    let script = format!(
+        "mount -t tmpfs none /run && mkdir /run/postgresql && \
+         mount --bind {} /run/postgresql && exec \"$@\"",
+        cluster.dir().display()
+    );
+    let launch = site.launch().env("PGPORT", &cluster.port().to_string());
+    let daemon = launch.through(&["unshare", "--mount", "sh", "-c", &script, "sh"]).ready();
+    let told = submit(daemon.path("in"), &Mail::new("x"));
+    assert_eq!(told.to_string(), format!("K42 {me} \"Odd, One\", schemaname"), "{}", daemon.text());
+    drop(daemon);
+    cluster.psql("DROP DATABASE foo WITH (FORCE)");
+    cluster.psql(&format!("DROP ROLE \"{me}\""));
+}
+
+#[test]
+fn passwords_come_from_the_string_or_the_file() {
+    let cluster = Cluster::start(&[]);
+    cluster.psql("CREATE ROLE secret LOGIN PASSWORD 'se:cret'");
+    let hba = "local all postgres trust\nlocal all all scram-sha-256\n";
+    std::fs::write(cluster.data().join("pg_hba.conf"), hba).expect("pg_hba.conf");
+    cluster.psql("SELECT pg_reload_conf()");
+    let site = Site::new();
+    let file = site.path("passwords");
+    std::fs::write(&file, "*:*:*:secret:se\\:cret\n").expect("file");
+    let mode = |mode| std::os::unix::fs::PermissionsExt::from_mode(mode);
+    std::fs::set_permissions(&file, mode(0o600)).expect("mode");
+    let place = format!("host={} port={} dbname=postgres", cluster.dir().display(), cluster.port());
+    site.configure(&format!(
+        "local function try(conninfo)
+           local r, e = pg:new('{place} user=secret ' .. conninfo):execute('SELECT current_user')
+           return r and r:fetch(nil, 'n')[1] or e:match('28P01') or e:match('password missing') or e
+         end
+         qmqp_listen('$DIR/in', function(m)
+           return m:discard(table.concat({{try('password=se:cret'), try('password=wrong'), try(''),
+             try('passfile=$DIR/passwords')}}, ' '))
+         end)"
+    ));
+    let daemon = site.launch().env("PGPASSFILE", "/nonexistent").ready();
+    let told = submit(daemon.path("in"), &Mail::new("x"));
+    assert_eq!(told, "Ksecret 28P01 password missing secret", "{}", daemon.text());
+}
+
+#[test]
+fn queries_of_different_mails_run_at_the_same_time() {
+    let cluster = Cluster::shared();
+    let daemon = Daemon::start(&format!(
+        "settings{{workers=1, client_share=1}}
+         local db = pg:new('{}', nil, {{max_connections=8}})
+         qmqp_listen('$DIR/in', function(m)
+           assert(db:execute('SELECT pg_sleep(0.05)'))
+           return m:discard('slept')
+         end)",
+        cluster.conninfo()
+    ));
+    let burst = |count: usize| {
+        let started = Instant::now();
+        let mut clients: Vec<_> = (0..count)
+            .map(|_| {
+                let mut client = Client::connect(daemon.path("in"));
+                client.send(&Mail::new("x").request());
+                client
+            })
+            .collect();
+        for client in &mut clients {
+            assert_eq!(client.outcome(), "Kslept", "{}", daemon.text());
+        }
+        started.elapsed()
+    };
+    burst(16);
+    let took = burst(64);
+    assert!(took >= Duration::from_millis(400), "{took:?}");
+    assert!(took < Duration::from_millis(900), "{took:?}");
+    let count = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'qrelay' \
+                 AND query LIKE '%pg_sleep%'";
+    let connections: u32 = cluster.psql(count).trim().parse().expect("number");
+    assert!(connections <= 8, "{connections}");
+}
+
+#[test]
+fn tls_as_sslmode_says() {
+    let cluster =
+        Cluster::prepare(&["ssl=on", "ssl_cert_file=server.crt", "ssl_key_file=server.key"]);
+    let (key, certificate) = (cluster.data().join("server.key"), cluster.data().join("server.crt"));
+    let mut openssl = Command::new("openssl");
+    openssl.args(["req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]);
+    openssl.args(["-subj", "/CN=test", "-addext", "subjectAltName=DNS:localhost"]);
+    openssl.arg("-keyout").arg(&key).arg("-out").arg(&certificate);
+    let output = openssl.output().expect("openssl runs");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    cluster.give_to_server(&key);
+    cluster.give_to_server(&certificate);
+    let hba = "local all all trust\nhost all all 127.0.0.1/32 trust\n";
+    std::fs::write(cluster.data().join("pg_hba.conf"), hba).expect("pg_hba.conf");
+    cluster.restart();
+    let site = Site::new();
+    std::fs::copy(&certificate, site.path("root.crt")).expect("copy");
+    let mut other = Command::new("openssl");
+    other.args(["req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=x"]);
+    other.arg("-keyout").arg(site.path("other.key")).arg("-out").arg(site.path("other.crt"));
+    assert!(other.output().expect("openssl runs").status.success());
+    site.configure(
+        "qmqp_listen('$DIR/in', function(m)
+           local db = pg:new('user=postgres dbname=postgres ' .. m:header('X-Conninfo'))
+           local r, e = db:execute('SELECT ssl FROM pg_stat_ssl WHERE pid = pg_backend_pid()')
+           return m:discard(r and r:fetch(nil, 'n')[1] or e)
+         end)",
+    );
+    let daemon = site.start();
+    let directory = daemon.site().dir().display().to_string();
+    let try_it = |conninfo: &str| {
+        let mut mail = Mail::new("x");
+        let text = format!("X-Conninfo: port={} {conninfo}\n", cluster.port());
+        mail.message.splice(0..0, text.replace("$DIR", &directory).into_bytes());
+        submit(daemon.path("in"), &mail).to_string()
+    };
+    let by_name = "host=localhost hostaddr=127.0.0.1";
+    let cases = [
+        (format!("{by_name} sslmode=disable"), "Kf"),
+        (format!("{by_name} sslmode=prefer"), "Kt"),
+        (by_name.to_owned(), "Kt"),
+        (format!("{by_name} sslmode=require"), "Kt"),
+        (format!("{by_name} sslmode=require sslrootcert=$DIR/root.crt"), "Kt"),
+        (format!("{by_name} sslmode=verify-ca sslrootcert=$DIR/root.crt"), "Kt"),
+        (format!("{by_name} sslmode=verify-full sslrootcert=$DIR/root.crt"), "Kt"),
+        ("host=127.0.0.1 sslmode=verify-ca sslrootcert=$DIR/root.crt".into(), "Kt"),
+        // Not signed by that root, or not for that name.
+        ("host=127.0.0.1 sslmode=verify-full sslrootcert=$DIR/root.crt".into(), "Kcannot"),
+        (format!("{by_name} sslmode=verify-ca sslrootcert=$DIR/other.crt"), "Kcannot"),
+        (format!("{by_name} sslmode=require sslrootcert=$DIR/other.crt"), "Kcannot"),
+        // Local sockets have no TLS, whatever is asked for, as with libpq.
+        (format!("host={} sslmode=require", cluster.dir().display()), "Kf"),
+        // No file, no connection.
+        (format!("{by_name} sslmode=verify-full sslrootcert=$DIR/none.crt"), "Zscript failed"),
+    ];
+    for (conninfo, expected) in &cases {
+        let told = try_it(conninfo);
+        assert!(told.starts_with(expected), "{conninfo}: {told}\n{}", daemon.text());
+    }
+    // A server without TLS.
+    let plain = Cluster::shared();
+    let plain_port = |mode: &str| format!("port={} {by_name} sslmode={mode}", plain.port());
+    assert_eq!(try_it(&plain_port("prefer")), "Kf");
+    assert!(try_it(&plain_port("require")).starts_with("Kcannot connect"));
+}
