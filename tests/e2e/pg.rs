@@ -152,7 +152,10 @@ fn results() {
         // Parameters: their number, n, conversions.
         ("return db:execute('SELECT $1 + 1 AS x', {41}):fetch().x", "42"),
         ("return db:execute('SELECT $1 AS x', {1}):fetch().x", "1"),
-        ("return tostring(db:execute('SELECT $1 AS a, $2::int AS x', {1, nil, n=2}):fetch().x)", "nil"),
+        (
+            "return tostring(db:execute('SELECT $1 AS a, $2::int AS x', {1, nil, n=2}):fetch().x)",
+            "nil",
+        ),
         ("return db:execute('SELECT $1::bool AS x', {true}):fetch().x", "t"),
         ("return db:execute('SELECT $1 AS x -- end', {'y'}):fetch().x", "y"),
         ("return db:execute('SELECT 5 AS x', {}):fetch().x", "5"),

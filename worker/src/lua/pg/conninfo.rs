@@ -196,7 +196,7 @@ mod tests {
 
     #[test]
     fn what_is_no_connection_string() {
-        let error = |text| Parameters::parse(text).map_err(|e| e.to_string()).unwrap_err();
+        let error = |text| Parameters::parse(text).expect_err(text).to_string();
         assert_eq!(error("foo"), "missing '=' after 'foo'");
         assert_eq!(error("user='x"), "a quote is not closed");
         assert!(error("usr=x").contains("did you mean 'user'"), "{}", error("usr=x"));

@@ -102,7 +102,8 @@ pub fn register(lua: &Lua, watch: &Arc<Watch>, library: &Arc<Library>) -> mlua::
             if !database.channels.lock().insert(name.clone()) {
                 return Err(format!("'{name}' has a listener already").into());
             }
-            Ok(library.listen(database.pool.target(), name, callback))
+            library.listen(database.pool.target(), name, callback);
+            Ok(())
         })
     })?;
     class.register::<DatabaseObject>(|_| ())

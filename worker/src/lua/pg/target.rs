@@ -39,6 +39,10 @@ const KEEPALIVE_IDLE: u64 = 30;
 const KEEPALIVE_INTERVAL: u64 = 10;
 const KEEPALIVE_COUNT: u64 = 3;
 
+/// Seconds to connect to one address, unless the configuration says otherwise, as for relays: else
+/// an address that swallows everything would leave no time for the next.
+const CONNECT_TIMEOUT: u64 = 5;
+
 /// A database.
 #[derive(Debug)]
 pub struct Target {
@@ -300,8 +304,9 @@ impl Reader<'_> {
         let seconds = |key, default| {
             self.number(key).map(|n| Duration::from_secs(n.filter(|n| *n > 0).unwrap_or(default)))
         };
-        if let Some(limit) = self.number("connect_timeout")?.filter(|limit| *limit > 0) {
-            config.connect_timeout(Duration::from_secs(limit));
+        match self.number("connect_timeout")?.unwrap_or(CONNECT_TIMEOUT) {
+            0 => {}
+            limit => drop(config.connect_timeout(Duration::from_secs(limit))),
         }
         if let Some(limit) = self.number("tcp_user_timeout")?.filter(|limit| *limit > 0) {
             config.tcp_user_timeout(Duration::from_millis(limit));
