@@ -10,15 +10,20 @@
 //! temporary directory, strings that begin with 192.0.2. or [2001:db8: (the networks for
 //! documentation, RFC 5737 and RFC 3849) a next hop that accepts everything, and a port on 127.0.0.1
 //! one that is free.
+//!
+//! Blocks that use `pg:` run with a database server of the tests' own, with what docs/lua/pg.md says
+//! is in it.
 
 use std::fs;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use crate::harness::daemon::is_socket;
-use crate::harness::{Mail, Sink, Site, Target, run, submit};
+use crate::harness::daemon::{QRELAY, is_socket};
+use crate::harness::postgres::Cluster;
+use crate::harness::{Mail, Sink, Site, Target, submit};
 
 /// Blocks that run at the same time; most of their time is waiting.
 const AT_ONCE: usize = 4;
@@ -37,12 +42,13 @@ struct Block {
 fn every_block_of_the_documentation_runs() {
     let blocks: Vec<_> = pages().iter().flat_map(|page| blocks(page)).collect();
     assert!(blocks.len() > 20, "only {} blocks were found", blocks.len());
+    let database = database(&blocks);
     let (next, failed) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
     std::thread::scope(|scope| {
         for _ in 0..AT_ONCE {
             scope.spawn(|| {
                 while let Some(block) = blocks.get(next.fetch_add(1, Ordering::Relaxed)) {
-                    if catch_unwind(AssertUnwindSafe(|| check(block))).is_err() {
+                    if catch_unwind(AssertUnwindSafe(|| check(block, &database))).is_err() {
                         failed.lock().expect("lock").push(block.place.clone());
                     }
                 }
@@ -59,8 +65,33 @@ fn every_example_relays_a_mail() {
     assert!(!scripts.is_empty());
     for script in scripts {
         let source = fs::read_to_string(&script).expect("example");
-        serve(&Block { place: script.display().to_string(), source, reply: 'K' });
+        let block = Block { place: script.display().to_string(), source, reply: 'K' };
+        let database = database(std::slice::from_ref(&block));
+        serve(&block, &database);
     }
+}
+
+/// A database server if some of the blocks use one, and the environment by which they find it.
+struct Database {
+    environment: Vec<(&'static str, String)>,
+    _cluster: Option<Cluster>,
+}
+
+fn database(blocks: &[Block]) -> Database {
+    if !blocks.iter().any(|block| block.source.contains("pg:")) {
+        return Database { environment: Vec::new(), _cluster: None };
+    }
+    let cluster = Cluster::start(&[]);
+    cluster.psql("CREATE DATABASE foo");
+    let page = fs::read_to_string(root().join("docs/lua/pg.md")).expect("docs/lua/pg.md");
+    let schema = page.split_once("```sql\n").and_then(|(_, rest)| rest.split_once("```"));
+    cluster.psql_in("foo", schema.expect("a schema in docs/lua/pg.md").0);
+    let environment = vec![
+        ("PGHOST", cluster.dir().display().to_string()),
+        ("PGPORT", cluster.port().to_string()),
+        ("PGUSER", "postgres".to_owned()),
+    ];
+    Database { environment, _cluster: Some(cluster) }
 }
 
 fn root() -> &'static Path {
@@ -119,28 +150,38 @@ fn block<'a>(place: String, mut source: String, words: impl Iterator<Item = &'a 
     Block { place, source, reply }
 }
 
-fn check(block: &Block) {
-    if block.source.contains("qmqp_listen(") { serve(block) } else { load(block) }
+fn check(block: &Block, database: &Database) {
+    if block.source.contains("qmqp_listen(") {
+        serve(block, database);
+    } else {
+        load(block, database);
+    }
 }
 
 /// Runs a part of a script that makes no listener.
-fn load(block: &Block) {
+fn load(block: &Block, database: &Database) {
     let listener = "qmqp_listen('$DIR/qrelay.sock', function(m) return m:discard() end)";
     let site = Site::with(&format!("{}\n{listener}\n", block.source));
     let config = site.path("config.lua");
-    let output = run(&["check", "--config", config.to_str().expect("UTF-8")]);
+    let mut command = Command::new(QRELAY);
+    command.args(["check", "--config"]).arg(config).envs(database.environment.clone());
+    let output = command.stdin(Stdio::null()).output().expect("the binary runs");
     let errors = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{}: {errors}", block.place);
 }
 
 /// Sends a mail through each of a script's sockets.
-fn serve(block: &Block) {
+fn serve(block: &Block, database: &Database) {
     let site = Site::new();
     let next_hop = site.path("next.sock");
     let sink = Sink::answering(next_hop.clone(), "Kok");
     site.configure(&relocated(&block.source, &next_hop));
     let directory = site.dir().to_str().expect("UTF-8").to_owned();
-    let daemon = site.launch().env("QRELAY_DIR", &directory).ready();
+    let mut launch = site.launch().env("QRELAY_DIR", &directory);
+    for (name, value) in &database.environment {
+        launch = launch.env(name, value);
+    }
+    let daemon = launch.ready();
     let mut mail = Mail::new("Hello, Bob.").from("alice@example.com").to(&["bob@example.org"]);
     mail.message = b"From: alice@example.com\nSubject: A test\n\nHello, Bob.\n".to_vec();
     let sockets: Vec<_> = files_below(daemon.site().dir(), "sock")
