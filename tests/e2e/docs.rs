@@ -11,8 +11,8 @@
 //! documentation, RFC 5737 and RFC 3849) a next hop that accepts everything, and a port on 127.0.0.1
 //! one that is free.
 //!
-//! Blocks that use `pg:` run with a database server of the tests' own, with what docs/lua/pg.md says
-//! is in it.
+//! Blocks that use `pg:` run with a database server of the tests' own, in which the
+//! `sql` blocks of all pages have been run.
 
 use std::fs;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -83,9 +83,12 @@ fn database(blocks: &[Block]) -> Database {
     }
     let cluster = Cluster::start(&[]);
     cluster.psql("CREATE DATABASE foo");
-    let page = fs::read_to_string(root().join("docs/lua/pg.md")).expect("docs/lua/pg.md");
-    let schema = page.split_once("```sql\n").and_then(|(_, rest)| rest.split_once("```"));
-    cluster.psql_in("foo", schema.expect("a schema in docs/lua/pg.md").0);
+    for page in pages() {
+        let text = fs::read_to_string(page).expect("page");
+        for part in text.split("```sql\n").skip(1) {
+            cluster.psql_in("foo", part.split("```").next().expect("the block's end"));
+        }
+    }
     let environment = vec![
         ("PGHOST", cluster.dir().display().to_string()),
         ("PGPORT", cluster.port().to_string()),

@@ -75,6 +75,24 @@ fn an_unreachable_server_is_a_failure() {
 }
 
 #[test]
+fn a_broken_connection_costs_no_mail() {
+    let cluster = Cluster::start(&[]);
+    let daemon = Daemon::start(&format!(
+        "settings{{workers=1}}
+         local db = pg:new('{}')
+         qmqp_listen('$DIR/in', function(m)
+           return m:discard(assert(db:execute('SELECT $1', {{m.sender}})):fetch(nil, 'n')[1])
+         end)",
+        cluster.conninfo()
+    ));
+    for sender in ["a@x", "b@x", "c@x"] {
+        let told = submit(daemon.path("in"), &Mail::new("x").from(sender));
+        assert_eq!(told.to_string(), format!("K{sender}"), "{}", daemon.text());
+        cluster.restart();
+    }
+}
+
+#[test]
 fn a_restart_under_load_is_survived() {
     let cluster = Cluster::start(&[]);
     let daemon = Daemon::start(&format!(

@@ -75,6 +75,14 @@ pub fn comparison(what: &str, slots: &[Slot], baseline: &[Slot]) -> (f64, f64) {
     (median(rate), median(cpu))
 }
 
+/// Prints how much more CPU time per mail a relay takes; returns the median in microseconds.
+pub fn added_cpu(slots: &[Slot], baseline: &[Slot]) -> f64 {
+    let more = slots.iter().zip(baseline).map(|(a, b)| a.cpu_per_mail() - b.cpu_per_mail());
+    let added = median(more);
+    println!("{:<32} CPU {added:+.1} µs per mail", "difference");
+    added
+}
+
 fn spread(ratios: &[f64]) -> String {
     let least = ratios.iter().copied().fold(f64::INFINITY, f64::min);
     let most = ratios.iter().copied().fold(0.0, f64::max);
