@@ -47,8 +47,10 @@ impl Connection {
     /// # Errors
     /// There is no thread to be had.
     pub fn open<E: Send + 'static>(number: u64, target: Arc<Target>, ended: E) -> io::Result<Self> {
-        let (requests, asked) = bounded::<Request>(1);
-        let (answer, answers) = bounded(1);
+        // Channels without room: the receiver is nearly always waiting already, and goes to sleep at
+        // once, while it would first look for a message for some time if there were room for one.
+        let (requests, asked) = bounded::<Request>(0);
+        let (answer, answers) = bounded(0);
         let (open, opened) = bounded(1);
         let serve = move || {
             let _ended = ended;
