@@ -38,7 +38,6 @@ pub const IDLE: Duration = Duration::from_secs(30);
 
 /// Virtual memory per thread. Lua's C recursion crashes on 1 MiB, and reports a clean error
 /// on 2 (measured with a `gsub` callback that recurses).
-<<<<<<< HEAD
 pub(crate) const STACK_SIZE: usize = 4 << 20;
 
 /// Virtual memory of the thread that starts others.
@@ -46,9 +45,6 @@ const WATCH_STACK_SIZE: usize = 128 << 10;
 
 /// How often it looks, while nobody waits for jobs.
 const WATCH_INTERVAL: Duration = Duration::from_millis(10);
-=======
-pub const STACK_SIZE: usize = 4 << 20;
->>>>>>> 20ff9ba (PostgreSQL in Lua: pool, statements, transactions, notifications, TLS)
 
 /// How long to wait after a failure that passes by itself, such as ENOMEM.
 const PAUSE: Duration = Duration::from_millis(100);

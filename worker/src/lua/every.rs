@@ -10,23 +10,17 @@
 //! A run that fails is logged with its traceback, and the next one comes in its
 //! time. A thread that can't be had is logged.
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use mlua::{Function, Lua, Value};
-use qrelay_shared::ipc::message::WorkerId;
-use qrelay_shared::settings::Settings;
-use slog::Logger;
 
+use super::background::Background;
 use super::convert::Argument;
 use super::error::Raise;
 use super::function::function;
-use super::monitor::{Job, Monitor, Stop};
-use super::output::Log;
 use super::watch::Watch;
-use crate::deadline::Deadline;
 use crate::serve::{STACK_SIZE, block_signals};
 
 /// Shortest period in seconds; a shorter one would keep Lua from the mails.
@@ -75,71 +69,24 @@ fn add(lua: &Lua, seconds: &Value, function: &Value) -> Result<(), Raise> {
     Ok(())
 }
 
-/// What the runs of a worker have in common.
-pub struct Terms {
-    /// Owner of Lua.
-    pub monitor: Arc<Monitor>,
-    /// How long a run may take.
-    pub settings: Settings,
-    /// Where failures go.
-    pub logger: Logger,
-    /// Unfinished lines of output.
-    pub log: Arc<Log>,
-    /// Who runs them.
-    pub worker: WorkerId,
-}
-
 /// To be called in a worker: starts the threads.
-pub fn start(lua: &Lua, terms: Terms) {
+pub fn start(lua: &Lua, background: &Arc<Background>) {
     let timers = lua.remove_app_data::<Timers>().unwrap_or_default();
-    let terms = Arc::new(terms);
     for timer in timers.0 {
-        let own = Arc::clone(&terms);
+        let own = Arc::clone(background);
         let thread = thread::Builder::new().name("every".into()).stack_size(STACK_SIZE);
         if let Err(error) = thread.spawn(move || run(&timer, &own)) {
-            slog::error!(terms.logger, "every: no thread"; "error" => %error);
+            slog::error!(background.logger(), "every: no thread"; "error" => %error);
         }
     }
 }
 
-fn run(timer: &Timer, terms: &Terms) {
+fn run(timer: &Timer, background: &Background) {
     block_signals();
     let mut next = Instant::now();
     loop {
         next = (next + timer.period).max(Instant::now());
         thread::sleep(next.saturating_duration_since(Instant::now()));
-        // A panic has been logged; it costs this run only.
-        let _ = catch_unwind(AssertUnwindSafe(|| once(timer, terms)));
-    }
-}
-
-fn once(timer: &Timer, terms: &Terms) {
-    let job = Job {
-        function: &timer.function,
-        number: 0,
-        mail: None,
-        deadline: Deadline::after(terms.settings.relay_timeout),
-        budget: terms.settings.handler_timeout,
-    };
-    let result = terms.monitor.run(&job, |_| Ok(Value::Nil), drop);
-    terms.log.flush(None);
-    if let Err(stop) = result {
-        failed(terms, stop);
-    }
-}
-
-fn failed(terms: &Terms, stop: Stop) {
-    let Terms { logger, worker, settings, .. } = terms;
-    match stop {
-        Stop::Deadline => {
-            let limit = settings.relay_timeout.as_secs_f64();
-            slog::error!(logger, "every: given up after waiting for {} s", limit; "worker" => worker);
-        }
-        Stop::Error { message, traceback } => {
-            slog::error!(logger, "every: {}", message; "worker" => worker);
-            for frame in traceback.iter().flat_map(|text| text.lines()) {
-                slog::error!(logger, "  {}", frame.trim_start(); "worker" => worker);
-            }
-        }
+        background.call("every", &timer.function, |_| Ok(Value::Nil));
     }
 }

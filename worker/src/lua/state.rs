@@ -34,13 +34,10 @@ use super::operation::Sleep;
 use super::output::{self, Log};
 use super::shared::SharedOpener;
 use super::watch::{Held, Watch};
-<<<<<<< HEAD
 use super::{
-    action, address, compat, config, control_client, every, json, jwt, log, shared, socket, sodium,
+    action, address, compat, config, control_client, every, json, jwt, log, pg, shared, socket,
+    sodium,
 };
-=======
-use super::{action, address, compat, config, pg, shared};
->>>>>>> 20ff9ba (PostgreSQL in Lua: pool, statements, transactions, notifications, TLS)
 use crate::action::Action;
 use crate::deadline::Deadline;
 use crate::dictionary::{self, Opener};
@@ -111,13 +108,9 @@ impl State {
         let watch = Watch::new();
         let log = Log::new(logger.clone(), Arc::clone(&watch));
         let draft = Draft::new(systemd);
-<<<<<<< HEAD
-        let (lua, monitor) =
-            set_up(&watch, &log, &logger, &draft, &dictionaries).map_err(internal)?;
-=======
         let pg = pg::Library::new(logger.clone());
-        let (lua, monitor) = set_up(&watch, &log, &draft, &dictionaries, &pg).map_err(internal)?;
->>>>>>> 20ff9ba (PostgreSQL in Lua: pool, statements, transactions, notifications, TLS)
+        let (lua, monitor) =
+            set_up(&watch, &log, &logger, &draft, &dictionaries, &pg).map_err(internal)?;
         let result = run_script(&lua, &config, reload, &draft);
         log.flush(None);
         // Nothing of this may be inherited: each process has its own ways.
@@ -156,7 +149,7 @@ impl State {
     }
 
     /// To be called in a freshly forked worker: other random numbers, other log lines, a way of its
-    /// own to the shared dictionaries, and the threads of `every`.
+    /// own to the shared dictionaries, and the threads of `every` and of `db:listen`.
     pub fn after_fork(&self, worker: WorkerId, dictionaries: Opener) {
         *self.dictionaries.write() = dictionaries;
         self.worker.store(worker, Ordering::Relaxed);
@@ -169,20 +162,11 @@ impl State {
         if let Err(error) = self.randomseed.call::<()>(u32::from_ne_bytes(seed)) {
             slog::warn!(self.logger, "math.randomseed: {}", error::describe(&error).0);
         }
-<<<<<<< HEAD
-        let terms = every::Terms {
-            monitor: Arc::clone(&self.monitor),
-            settings: self.settings.clone(),
-            logger: self.logger.clone(),
-            log: Arc::clone(&self.log),
-            worker,
-        };
-        every::start(&self.lua, terms);
-=======
         let (monitor, log) = (Arc::clone(&self.monitor), Arc::clone(&self.log));
-        let background = Background::new(monitor, log, self.logger.clone(), self.settings.clone());
-        self.pg.start(&Arc::new(background));
->>>>>>> 20ff9ba (PostgreSQL in Lua: pool, statements, transactions, notifications, TLS)
+        let (settings, logger) = (self.settings.clone(), self.logger.clone());
+        let background = Arc::new(Background::new(monitor, log, logger, settings, worker));
+        every::start(&self.lua, &background);
+        self.pg.start(&background);
     }
 
     /// Runs the listener's handler for a mail to its end, and what it waits for on this thread with
@@ -285,7 +269,6 @@ fn set_up(
     action::register(&lua)?;
     mail::register(&lua)?;
     shared::register(&lua, dictionaries)?;
-<<<<<<< HEAD
     sodium::register(&lua)?;
     json::register(&lua)?;
     jwt::register(&lua)?;
@@ -293,9 +276,7 @@ fn set_up(
     control_client::register(&lua, watch)?;
     log::register(&lua, logger, watch)?;
     every::register(&lua, watch)?;
-=======
     pg::register(&lua, watch, pg)?;
->>>>>>> 20ff9ba (PostgreSQL in Lua: pool, statements, transactions, notifications, TLS)
     let sleep = function::blocking(&lua, |_, seconds: Value| {
         let argument = Argument::new("sleep", 1, "seconds");
         let seconds = argument.number(&seconds, 0.0, MAX_TIMEOUT)?;

@@ -17,6 +17,7 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 use super::session::{Answer, Request, Session};
 use super::target::{Cancel, Target};
 use crate::deadline::Deadline;
+use crate::serve::block_signals;
 
 /// Virtual memory of a connection's thread: a TLS handshake of an unoptimised build takes less
 /// than half of it (measured), everything else a fraction.
@@ -54,6 +55,7 @@ impl Connection {
         let (open, opened) = bounded(1);
         let serve = move || {
             let _ended = ended;
+            block_signals();
             match target.connect() {
                 Ok((client, cancel)) => {
                     // Whoever asks may have given up.
