@@ -2,11 +2,12 @@
 //!
 //! [`state`] is what the rest of the worker sees: load a script, run a handler.
 //! Beneath it, [`monitor`] decides who may use Lua, [`watch`] how long, and
-//! [`operation`] is how a handler waits without holding it. [`function`] and
+//! [`operation`] is how a handler waits without holding it; [`background`] runs
+//! what isn't a handler, and [`scope`] is what ends with a run. [`function`] and
 //! [`convert`] are what every library is made with: [`mail`], [`action`],
 //! [`address`], [`config`] (what a script declares), [`output`] (`print` and
 //! `io`), [`compat`] (names of Lua 5.1), [`sodium`], [`json`], [`jwt`],
-//! [`socket`], [`control_client`], [`log`] and [`every`], each with one
+//! [`socket`], [`control_client`], [`log`], [`every`] and [`pg`] (PostgreSQL), each with one
 //! `register()`.
 //!
 //! # Failure

@@ -38,7 +38,7 @@ pub const IDLE: Duration = Duration::from_secs(30);
 
 /// Virtual memory per thread. Lua's C recursion crashes on 1 MiB, and reports a clean error
 /// on 2 (measured with a `gsub` callback that recurses).
-pub const STACK_SIZE: usize = 4 << 20;
+pub(crate) const STACK_SIZE: usize = 4 << 20;
 
 /// Virtual memory of the thread that starts others.
 const WATCH_STACK_SIZE: usize = 128 << 10;

@@ -1,15 +1,17 @@
-//! Functions of the script that run without a mail, in a worker: callbacks.
+//! Functions of the script that run without a mail, in a worker: timers and callbacks.
 //!
 //! Contract: the caller's thread runs the function as a handler is run, as a coroutine that may
 //! wait, with the budget of a handler (`handler_timeout`) and, for what it waits for, the time of a
 //! mail (`relay_timeout`).
 //!
 //! # Failure
-//! Errors are logged, with traceback. The caller goes on.
+//! Errors are logged, with traceback. A panic costs its own run. The caller goes on.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use mlua::{Function, Lua, Value};
+use qrelay_shared::ipc::message::WorkerId;
 use qrelay_shared::settings::Settings;
 use slog::Logger;
 
@@ -17,21 +19,25 @@ use super::monitor::{Job, Monitor, Stop};
 use super::output::Log;
 use crate::deadline::Deadline;
 
-/// Virtual memory of a thread that runs Lua, as of those that serve mails.
-pub const STACK_SIZE: usize = crate::serve::STACK_SIZE;
-
 /// What running a function takes.
 pub struct Background {
     monitor: Arc<Monitor>,
     log: Arc<Log>,
     logger: Logger,
     settings: Settings,
+    worker: WorkerId,
 }
 
 impl Background {
-    /// Runs functions by this monitor.
-    pub fn new(monitor: Arc<Monitor>, log: Arc<Log>, logger: Logger, settings: Settings) -> Self {
-        Self { monitor, log, logger, settings }
+    /// Runs functions by this monitor, in this worker.
+    pub fn new(
+        monitor: Arc<Monitor>,
+        log: Arc<Log>,
+        logger: Logger,
+        settings: Settings,
+        worker: WorkerId,
+    ) -> Self {
+        Self { monitor, log, logger, settings, worker }
     }
 
     /// Where errors go.
@@ -49,17 +55,27 @@ impl Background {
         let deadline = Deadline::after(self.settings.relay_timeout);
         let budget = self.settings.handler_timeout;
         let job = Job { function, number: 0, mail: None, deadline, budget };
-        let result = self.monitor.run(&job, argument, |_| ());
+        let run = || self.monitor.run(&job, argument, drop);
+        let result = catch_unwind(AssertUnwindSafe(run));
         self.log.flush(None);
-        match result {
-            Ok(()) => {}
-            Err(Stop::Deadline) => {
-                slog::error!(self.logger, "{} failed: its time is over", what);
+        // A panic has been logged.
+        if let Ok(Err(stop)) = result {
+            self.failed(what, stop);
+        }
+    }
+
+    fn failed(&self, what: &str, stop: Stop) {
+        let Self { logger, worker, settings, .. } = self;
+        match stop {
+            Stop::Deadline => {
+                let limit = settings.relay_timeout.as_secs_f64();
+                slog::error!(logger, "{}: given up after waiting for {} s", what, limit;
+                    "worker" => worker);
             }
-            Err(Stop::Error { message, traceback }) => {
-                slog::error!(self.logger, "{} failed: {}", what, message);
+            Stop::Error { message, traceback } => {
+                slog::error!(logger, "{}: {}", what, message; "worker" => worker);
                 for frame in traceback.iter().flat_map(|text| text.lines()) {
-                    slog::error!(self.logger, "  {}", frame.trim_start());
+                    slog::error!(logger, "  {}", frame.trim_start(); "worker" => worker);
                 }
             }
         }

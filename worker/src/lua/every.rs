@@ -10,19 +10,18 @@
 //! A run that fails is logged with its traceback, and the next one comes in its
 //! time. A thread that can't be had is logged.
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use mlua::{Function, Lua, Value};
 
-use super::background::{Background, STACK_SIZE};
+use super::background::Background;
 use super::convert::Argument;
 use super::error::Raise;
 use super::function::function;
 use super::watch::Watch;
-use crate::serve::block_signals;
+use crate::serve::{STACK_SIZE, block_signals};
 
 /// Shortest period in seconds; a shorter one would keep Lua from the mails.
 const MIN_PERIOD: f64 = 0.01;
@@ -88,9 +87,6 @@ fn run(timer: &Timer, background: &Background) {
     loop {
         next = (next + timer.period).max(Instant::now());
         thread::sleep(next.saturating_duration_since(Instant::now()));
-        // A panic has been logged; it costs this run only.
-        let _ = catch_unwind(AssertUnwindSafe(|| {
-            background.call("every", &timer.function, |_| Ok(Value::Nil));
-        }));
+        background.call("every", &timer.function, |_| Ok(Value::Nil));
     }
 }

@@ -149,7 +149,7 @@ impl State {
     }
 
     /// To be called in a freshly forked worker: other random numbers, other log lines, a way of its
-    /// own to the shared dictionaries, and the threads of `every`.
+    /// own to the shared dictionaries, and the threads of `every` and of `db:listen`.
     pub fn after_fork(&self, worker: WorkerId, dictionaries: Opener) {
         *self.dictionaries.write() = dictionaries;
         self.worker.store(worker, Ordering::Relaxed);
@@ -163,8 +163,8 @@ impl State {
             slog::warn!(self.logger, "math.randomseed: {}", error::describe(&error).0);
         }
         let (monitor, log) = (Arc::clone(&self.monitor), Arc::clone(&self.log));
-        let background = Background::new(monitor, log, self.logger.clone(), self.settings.clone());
-        let background = Arc::new(background);
+        let (settings, logger) = (self.settings.clone(), self.logger.clone());
+        let background = Arc::new(Background::new(monitor, log, logger, settings, worker));
         every::start(&self.lua, &background);
         self.pg.start(&background);
     }

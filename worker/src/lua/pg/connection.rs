@@ -17,6 +17,7 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 use super::session::{Answer, Request, Session};
 use super::target::{Cancel, Target};
 use crate::deadline::Deadline;
+use crate::serve::block_signals;
 
 /// Virtual memory of a connection's thread: a TLS handshake of an unoptimised build takes less
 /// than half of it (measured), everything else a fraction.
@@ -47,11 +48,14 @@ impl Connection {
     /// # Errors
     /// There is no thread to be had.
     pub fn open<E: Send + 'static>(number: u64, target: Arc<Target>, ended: E) -> io::Result<Self> {
-        let (requests, asked) = bounded::<Request>(1);
-        let (answer, answers) = bounded(1);
+        // Channels without room: the receiver is nearly always waiting already, and goes to sleep at
+        // once, while it would first look for a message for some time if there were room for one.
+        let (requests, asked) = bounded::<Request>(0);
+        let (answer, answers) = bounded(0);
         let (open, opened) = bounded(1);
         let serve = move || {
             let _ended = ended;
+            block_signals();
             match target.connect() {
                 Ok((client, cancel)) => {
                     // Whoever asks may have given up.

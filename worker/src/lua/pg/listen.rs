@@ -20,10 +20,11 @@ use mlua::{Function, Value};
 use postgres::fallible_iterator::FallibleIterator as _;
 use slog::{info, warn};
 
-use super::super::background::{self, Background};
+use super::super::background::Background;
 use super::connection;
 use super::statement::quote_identifier;
 use super::target::{Target, describe};
+use crate::serve::{STACK_SIZE, block_signals};
 
 /// Pauses before a connection is made again: at most half of the two seconds within which a server
 /// that came back should be noticed.
@@ -74,7 +75,7 @@ impl Listener {
         let listener = Self { name: channel.name.clone(), calls, missed: Arc::clone(&missed) };
         let thread = thread::Builder::new().name("pg-callback".into());
         thread
-            .stack_size(background::STACK_SIZE)
+            .stack_size(STACK_SIZE)
             .spawn(move || run_callbacks(&channel, &background, &waiting, &missed))?;
         Ok(listener)
     }
@@ -93,7 +94,8 @@ fn run_callbacks(
     waiting: &Receiver<Option<String>>,
     missed: &AtomicBool,
 ) {
-    let what = format!("the listener of '{}'", channel.name);
+    block_signals();
+    let what = format!("listen '{}'", channel.name);
     let call = |payload: Option<String>| {
         background.call(&what, &channel.callback, |lua| match payload {
             Some(payload) => lua.create_string(payload).map(Value::String),
@@ -118,6 +120,7 @@ struct Follower {
 
 impl Follower {
     fn run(&self) {
+        block_signals();
         let logger = self.background.logger();
         let (mut pause, mut broken) = (PAUSE_MIN, false);
         loop {
