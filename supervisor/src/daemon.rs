@@ -16,12 +16,13 @@ use std::time::{Duration, Instant};
 use nix::sys::prctl;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::Signal;
-use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid, waitpid};
+use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::Pid;
 use qrelay_shared::exit::Exit;
 use qrelay_shared::ipc::channel::RecvBuffer;
 use qrelay_shared::ipc::message::{JobId, WorkerId};
 use qrelay_shared::qmqp::Reply;
+use qrelay_shared::sys::process::{ended_child, reap};
 use slog::{Level, Logger, error, info, warn};
 
 use crate::connections::Connections;
@@ -290,14 +291,10 @@ impl Daemon {
 
     /// Reaps every child that has ended.
     fn reap(&mut self, now: Instant) {
-        let flags = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT;
-        while let Ok(status) = waitid(Id::All, flags) {
-            let Some(pid) = status.pid() else { return };
+        while let Some(pid) = self.next_ended() {
             // Its process group can be named only until it is reaped.
             let orphan_of = self.orphans.reaping(pid);
-            if waitpid(pid, Some(WaitPidFlag::WNOHANG)).is_err() {
-                return;
-            }
+            let Ok(status) = reap(pid) else { return };
             if let Some(job) = orphan_of {
                 self.answer_orphan(job);
             } else if let Some(worker) = self.worker_of(pid) {
@@ -307,6 +304,18 @@ impl Daemon {
                 self.remember_stranger(pid, status);
             }
         }
+    }
+
+    /// A child to be reaped, and a worker first: its programs become our children at the moment
+    /// at which it can be reaped. If one of them went first, its number could be another process'
+    /// by the time the dead worker's programs are told to end.
+    fn next_ended(&self) -> Option<Pid> {
+        let any = ended_child(None)?;
+        if self.worker_of(any).is_some() {
+            return Some(any);
+        }
+        let mut workers = self.workers.values().filter_map(|worker| worker.pid);
+        Some(workers.find(|&worker| ended_child(Some(worker)).is_some()).unwrap_or(any))
     }
 
     /// The program of a mail whose worker died has ended: its client may try again.
