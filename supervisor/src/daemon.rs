@@ -23,7 +23,7 @@ use qrelay_shared::ipc::channel::RecvBuffer;
 use qrelay_shared::ipc::message::{JobId, WorkerId};
 use qrelay_shared::qmqp::Reply;
 use qrelay_shared::sys::process::{ended_child, reap};
-use slog::{Level, Logger, error, info, warn};
+use slog::{Level, Logger, debug, error, info, warn};
 
 use crate::connections::Connections;
 use crate::dictionary_server::DictionaryServer;
@@ -219,6 +219,7 @@ impl Daemon {
         self.workers_due(now);
         self.rollout_due(now);
         self.orphans.kill_overdue(now);
+        self.answer_orphans(now);
         self.stopping_due(now);
     }
 
@@ -293,10 +294,10 @@ impl Daemon {
     fn reap(&mut self, now: Instant) {
         while let Some(pid) = self.next_ended() {
             // Its process group can be named only until it is reaped.
-            let orphan_of = self.orphans.reaping(pid);
+            let is_orphan = self.orphans.reaping(pid, now);
             let Ok(status) = reap(pid) else { return };
-            if let Some(job) = orphan_of {
-                self.answer_orphan(job);
+            if is_orphan {
+                debug!(self.log, "a dead worker's program has ended"; "pid" => pid.as_raw());
             } else if let Some(worker) = self.worker_of(pid) {
                 self.take_last_reports(worker);
                 self.worker_ended(worker, Some(status), now);
@@ -318,9 +319,11 @@ impl Daemon {
         Some(workers.find(|&worker| ended_child(Some(worker)).is_some()).unwrap_or(any))
     }
 
-    /// The program of a mail whose worker died has ended: its client may try again.
-    fn answer_orphan(&mut self, job: JobId) {
-        self.connections.answer(job, &Reply::temporary(TRY_AGAIN), &self.watcher);
+    /// Programs of mails whose worker died are over: their clients may try again.
+    fn answer_orphans(&mut self, now: Instant) {
+        for job in self.orphans.over(now) {
+            self.connections.answer(job, &Reply::temporary(TRY_AGAIN), &self.watcher);
+        }
     }
 
     /// A child that isn't known may be a worker whose pid its zygote has yet to tell.

@@ -2,9 +2,9 @@
 //! children now, and must not deliver a mail whose client is told to try again.
 //!
 //! Each leads a process group of its own. The group gets SIGTERM, SIGKILL after
-//! a grace, and whatever is left of it SIGKILL when the leader ends; only then
-//! is the client answered. One that the worker had started and not yet
-//! reported is recognized by its standard input, and killed at once.
+//! a grace, and whatever is left of it SIGKILL when the leader ends; only when
+//! nothing is left is the client answered. One that the worker had started and not yet
+//! reported is recognized by its standard input.
 //!
 //! # Failure
 //! A program that became another user's can't be signalled; it isn't waited for.
@@ -12,6 +12,7 @@
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
 use nix::sys::signal::{Signal, kill, killpg};
 use nix::unistd::{Pid, getpgid, getpgrp};
 use qrelay_shared::ipc::message::JobId;
@@ -20,10 +21,30 @@ use qrelay_shared::sys::input;
 /// From SIGTERM to SIGKILL, as for a program that has timed out.
 const GRACE: Duration = Duration::from_secs(10);
 
+/// How long the rest of a group may take to vanish after SIGKILL. What takes
+/// longer hangs in the kernel, and doesn't come back to do anything.
+const VANISH: Duration = Duration::from_secs(1);
+
 #[derive(Debug)]
 struct Orphan {
     job: JobId,
-    kill_at: Instant,
+    group: Pid,
+    /// It has been reaped, and the rest of its group killed.
+    ended: bool,
+    /// When it is killed or, if it has ended, no longer waited for.
+    due: Instant,
+}
+
+impl Orphan {
+    fn new(job: JobId, group: Pid, now: Instant) -> Self {
+        Self { job, group, ended: false, due: now + GRACE }
+    }
+
+    /// Nothing of it is left. (A signal of 0 does nothing: should the group's number be another
+    /// one's by now, that isn't disturbed.)
+    fn is_over(&self, now: Instant) -> bool {
+        self.ended && (self.due <= now || killpg(self.group, None) == Err(Errno::ESRCH))
+    }
 }
 
 /// Those that still run.
@@ -40,15 +61,15 @@ impl Orphans {
             // The worker had not reaped it, so the group is still this program's. A
             // group that can't be found has no member that could deliver anything.
             if killpg(pid, Signal::SIGTERM).is_ok() {
-                self.table.insert(pid, Orphan { job, kill_at: now + GRACE });
+                self.table.insert(pid, Orphan::new(job, pid, now));
                 jobs.push(job);
             }
         }
         jobs
     }
 
-    /// Kills the programs that a dead worker had started for these jobs without being able to
-    /// report them; the result is those jobs.
+    /// The same for programs that a dead worker had started for these jobs without being able to
+    /// report them.
     pub fn adopt_unreported(&mut self, jobs: &[JobId], now: Instant) -> Vec<JobId> {
         let mut found = Vec::new();
         for pid in children() {
@@ -56,56 +77,65 @@ impl Orphans {
             if self.table.contains_key(&pid) || self.table.contains_key(&group) {
                 continue;
             }
-            let Some(job) = job_of(pid, jobs) else { continue };
-            // Unreported means that it has just begun.
-            let _ = kill(pid, Signal::SIGKILL);
-            if group != getpgrp() {
-                let _ = killpg(group, Signal::SIGKILL);
-            }
-            self.table.insert(pid, Orphan { job, kill_at: now + GRACE });
+            let (job, group) = match input::mail_of(pid).filter(|job| jobs.contains(job)) {
+                Some(job) if group != getpgrp() => {
+                    let _ = killpg(group, Signal::SIGTERM);
+                    (job, group)
+                }
+                _ => match input::mails_of(pid).into_iter().find(|job| jobs.contains(job)) {
+                    // A copy of the worker that hasn't become the program yet, and won't.
+                    Some(job) => {
+                        let _ = kill(pid, Signal::SIGKILL);
+                        (job, pid)
+                    }
+                    None => continue,
+                },
+            };
+            self.table.insert(pid, Orphan::new(job, group, now));
             found.push(job);
         }
         found
     }
 
-    /// This child is about to be reaped: ends the rest of its group, and tells whose it was.
-    pub fn reaping(&mut self, pid: Pid) -> Option<JobId> {
-        let orphan = self.table.remove(&pid)?;
-        let _ = killpg(pid, Signal::SIGKILL);
-        Some(orphan.job)
+    /// This child is about to be reaped: ends the rest of its group. Says whether it is one of
+    /// these.
+    pub fn reaping(&mut self, pid: Pid, now: Instant) -> bool {
+        let Some(orphan) = self.table.get_mut(&pid) else { return false };
+        let _ = killpg(orphan.group, Signal::SIGKILL);
+        orphan.ended = true;
+        orphan.due = now + VANISH;
+        true
+    }
+
+    /// The jobs whose programs are over, all of their groups included.
+    pub fn over(&mut self, now: Instant) -> Vec<JobId> {
+        self.table.extract_if(|_, orphan| orphan.is_over(now)).map(|(_, o)| o.job).collect()
     }
 
     /// SIGKILL for those that ignore SIGTERM.
     pub fn kill_overdue(&mut self, now: Instant) {
-        for (&pid, orphan) in self.table.iter_mut().filter(|(_, o)| o.kill_at <= now) {
-            let _ = killpg(pid, Signal::SIGKILL);
-            orphan.kill_at = now + GRACE;
+        for orphan in self.table.values_mut().filter(|o| !o.ended && o.due <= now) {
+            let _ = killpg(orphan.group, Signal::SIGKILL);
+            orphan.due = now + GRACE;
         }
     }
 
     /// SIGKILL for all.
     pub fn kill_all(&self) {
-        for &pid in self.table.keys() {
-            let _ = killpg(pid, Signal::SIGKILL);
+        for orphan in self.table.values().filter(|orphan| !orphan.ended) {
+            let _ = killpg(orphan.group, Signal::SIGKILL);
         }
     }
 
-    /// When [`Self::kill_overdue`] has something to do.
+    /// When [`Self::kill_overdue`] or [`Self::over`] has something to do.
     pub fn next_deadline(&self) -> Option<Instant> {
-        self.table.values().map(|orphan| orphan.kill_at).min()
+        self.table.values().map(|orphan| orphan.due).min()
     }
 
     /// None is left.
     pub fn is_empty(&self) -> bool {
         self.table.is_empty()
     }
-}
-
-/// Which of the jobs a child works for: the one on its standard input, or, in a worker's copy
-/// that hasn't become the program yet, any that is open.
-fn job_of(pid: Pid, jobs: &[JobId]) -> Option<JobId> {
-    let input = input::mail_of(pid).filter(|job| jobs.contains(job));
-    input.or_else(|| input::mails_of(pid).into_iter().find(|job| jobs.contains(job)))
 }
 
 /// All children of this process. (The kernel's own list of them is a build option.)
@@ -152,7 +182,8 @@ mod tests {
         assert_eq!(orphans.adopt_unreported(&[71_001], now), [], "it is known already");
         assert_eq!(orphans.next_deadline(), Some(now + GRACE));
         assert_eq!(child.wait().expect("wait").signal(), Some(Signal::SIGTERM as i32));
-        assert_eq!(orphans.reaping(pid(&child)), Some(71_001));
+        assert!(orphans.reaping(pid(&child), now));
+        assert_eq!(orphans.over(now), [71_001]);
         assert!(orphans.is_empty());
     }
 
@@ -162,11 +193,42 @@ mod tests {
         let mut orphans = Orphans::default();
         let (mut mine, mut other) = (program(71_002), program(71_003));
         assert_eq!(orphans.adopt_unreported(&[71_002, 71_004], now), [71_002]);
-        assert_eq!(mine.wait().expect("wait").signal(), Some(Signal::SIGKILL as i32));
-        assert_eq!(orphans.reaping(pid(&mine)), Some(71_002));
+        assert_eq!(mine.wait().expect("wait").signal(), Some(Signal::SIGTERM as i32));
+        assert!(orphans.reaping(pid(&mine), now) && !orphans.reaping(pid(&other), now));
+        assert_eq!(orphans.over(now), [71_002]);
         assert!(other.try_wait().expect("wait").is_none(), "another worker's goes on");
         other.kill().expect("kill");
         other.wait().expect("wait");
+    }
+
+    #[test]
+    fn it_is_over_when_its_group_is() {
+        let now = Instant::now();
+        let mut orphans = Orphans::default();
+        let mut leader = program(71_007);
+        let mut other = Command::new("/bin/sleep");
+        let mut other =
+            other.arg("60").process_group(pid(&leader).as_raw()).spawn().expect("spawn");
+        orphans.adopt(&[(71_007, pid(&leader))], now);
+        assert_eq!(orphans.over(now), [], "it hasn't ended");
+        orphans.reaping(pid(&leader), now);
+        leader.wait().expect("wait");
+        assert_eq!(orphans.over(now), [], "the other isn't reaped");
+        other.wait().expect("wait");
+        assert_eq!(orphans.over(now), [71_007]);
+    }
+
+    #[test]
+    fn a_copy_of_the_worker_never_becomes_the_program() {
+        let now = Instant::now();
+        let mut orphans = Orphans::default();
+        let input = input::sealed(71_006, &[b"mail"]).expect("input");
+        // The file is open, but isn't standard input yet.
+        let mut command = Command::new("/bin/sleep");
+        command.arg("60").stdin(Stdio::null()).stdout(Stdio::from(input));
+        let mut child = command.spawn().expect("spawn");
+        assert_eq!(orphans.adopt_unreported(&[71_006], now), [71_006]);
+        assert_eq!(child.wait().expect("wait").signal(), Some(Signal::SIGKILL as i32));
     }
 
     #[test]

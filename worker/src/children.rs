@@ -12,6 +12,7 @@
 
 use std::fmt;
 use std::sync::Arc;
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::sys::signal::{Signal, killpg};
@@ -22,7 +23,14 @@ use qrelay_shared::ipc::message::JobId;
 use qrelay_shared::sys::process::reap;
 use qrelay_shared::sys::spawn::{Program, spawn};
 
+use crate::deadline::Deadline;
 use crate::report::Reports;
+
+/// How long the rest of a process group may take to vanish after SIGKILL. What takes longer hangs
+/// in the kernel, and doesn't come back to do anything.
+const VANISH: Duration = Duration::from_secs(1);
+/// How often it is looked at: it is usually gone at once.
+const GLANCE: Duration = Duration::from_millis(1);
 
 /// All programs of a worker.
 #[derive(Debug)]
@@ -105,6 +113,19 @@ impl Child {
     /// Waits for its end.
     pub fn reap(mut self) -> Exit {
         self.finish()
+    }
+
+    /// After its end: ends the rest of its group, which can be named as long as its leader isn't
+    /// reaped, and waits until nothing is left.
+    pub fn reap_group(self) {
+        let group = self.pid;
+        self.signal_group(Signal::SIGKILL);
+        self.reap();
+        let limit = Deadline::after(VANISH);
+        // A signal of 0 does nothing, should the number be another group's by now.
+        while killpg(group, None) != Err(Errno::ESRCH) && !limit.expired() {
+            std::thread::sleep(GLANCE);
+        }
     }
 
     /// Leaves it to a thread that does nothing but wait for its end.

@@ -231,9 +231,7 @@ impl<'a> Run<'a> {
             }
         }
         if ended {
-            // The group can be named as long as its leader isn't reaped.
-            child.signal_group(Signal::SIGKILL);
-            child.reap();
+            child.reap_group();
         } else {
             error!(self.logger, "program can't be killed"; "id" => self.id,
                 "pid" => child.pid().as_raw());
