@@ -8,10 +8,13 @@
 #![deny(unsafe_code)]
 
 pub mod action;
+pub mod cgroup;
 pub mod check;
+pub mod children;
 pub mod control;
 pub mod deadline;
 pub mod dictionary;
+pub mod identity;
 mod io;
 mod logging;
 pub mod lua;

@@ -4,7 +4,7 @@
 //! Beneath it, [`monitor`] decides who may use Lua, [`watch`] how long, and
 //! [`operation`] is how a handler waits without holding it. [`function`] and
 //! [`convert`] are what every library is made with: [`mail`], [`action`],
-//! [`address`], [`config`] (what a script declares), [`output`] (`print` and
+//! [`cgroup`], [`address`], [`config`] (what a script declares), [`output`] (`print` and
 //! `io`) and [`compat`] (names of Lua 5.1), each with one `register()`.
 //!
 //! # Failure
@@ -14,6 +14,7 @@
 
 pub mod action;
 pub mod address;
+pub mod cgroup;
 pub mod compat;
 pub mod config;
 pub mod convert;

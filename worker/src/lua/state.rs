@@ -33,7 +33,7 @@ use super::operation::Sleep;
 use super::output::{self, Log};
 use super::shared::SharedOpener;
 use super::watch::{Held, Watch};
-use super::{action, address, compat, config, shared};
+use super::{action, address, cgroup, compat, config, shared};
 use crate::action::Action;
 use crate::deadline::Deadline;
 use crate::dictionary::{self, Opener};
@@ -250,6 +250,7 @@ fn set_up(
     config::register(&lua, draft)?;
     address::register(&lua, watch)?;
     action::register(&lua)?;
+    cgroup::register(&lua)?;
     mail::register(&lua)?;
     shared::register(&lua, dictionaries)?;
     let sleep = function::blocking(&lua, |_, seconds: Value| {
