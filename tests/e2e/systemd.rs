@@ -197,7 +197,7 @@ fn the_environment_of_the_service_manager_stays_in_the_supervisor() {
     let launch = site.launch().env("WATCHDOG_USEC", "30000000");
     let daemon = activate(launch, "name", vec![socket]).ready();
     for pid in daemon.zygotes().into_iter().chain(daemon.workers()) {
-        let environment = std::fs::read(format!("/proc/{pid}/environ")).expect("there");
+        let environment = fs::read(format!("/proc/{pid}/environ")).expect("there");
         let environment = String::from_utf8_lossy(&environment);
         for name in ["NOTIFY_SOCKET", "WATCHDOG_USEC", "LISTEN_FDS", "LISTEN_FDNAMES"] {
             let found = environment.split('\0').find(|entry| entry.starts_with(name));
