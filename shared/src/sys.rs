@@ -4,5 +4,9 @@
 
 pub mod activation;
 pub mod fdpass;
+pub mod input;
 pub mod net;
+pub mod pidfd;
 pub mod process;
+pub mod spawn;
+pub mod xattr;

@@ -16,13 +16,14 @@ use std::time::{Duration, Instant};
 use nix::sys::prctl;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::Signal;
-use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid, waitpid};
+use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::Pid;
 use qrelay_shared::exit::Exit;
 use qrelay_shared::ipc::channel::RecvBuffer;
 use qrelay_shared::ipc::message::{JobId, WorkerId};
 use qrelay_shared::qmqp::Reply;
-use slog::{Level, Logger, error, info, warn};
+use qrelay_shared::sys::process::{ended_child, reap};
+use slog::{Level, Logger, debug, error, info, warn};
 
 use crate::connections::Connections;
 use crate::dictionary_server::DictionaryServer;
@@ -218,6 +219,7 @@ impl Daemon {
         self.workers_due(now);
         self.rollout_due(now);
         self.orphans.kill_overdue(now);
+        self.answer_orphans(now);
         self.stopping_due(now);
     }
 
@@ -290,16 +292,12 @@ impl Daemon {
 
     /// Reaps every child that has ended.
     fn reap(&mut self, now: Instant) {
-        let flags = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT;
-        while let Ok(status) = waitid(Id::All, flags) {
-            let Some(pid) = status.pid() else { return };
+        while let Some(pid) = self.next_ended() {
             // Its process group can be named only until it is reaped.
-            let orphan_of = self.orphans.reaping(pid);
-            if waitpid(pid, Some(WaitPidFlag::WNOHANG)).is_err() {
-                return;
-            }
-            if let Some(job) = orphan_of {
-                self.answer_orphan(job);
+            let is_orphan = self.orphans.reaping(pid, now);
+            let Ok(status) = reap(pid) else { return };
+            if is_orphan {
+                debug!(self.log, "a dead worker's program has ended"; "pid" => pid.as_raw());
             } else if let Some(worker) = self.worker_of(pid) {
                 self.take_last_reports(worker);
                 self.worker_ended(worker, Some(status), now);
@@ -309,9 +307,23 @@ impl Daemon {
         }
     }
 
-    /// The program of a mail whose worker died has ended: its client may try again.
-    fn answer_orphan(&mut self, job: JobId) {
-        self.connections.answer(job, &Reply::temporary(TRY_AGAIN), &self.watcher);
+    /// A child to be reaped, and a worker first: its programs become our children at the moment
+    /// at which it can be reaped. If one of them went first, its number could be another process'
+    /// by the time the dead worker's programs are told to end.
+    fn next_ended(&self) -> Option<Pid> {
+        let any = ended_child(None)?;
+        if self.worker_of(any).is_some() {
+            return Some(any);
+        }
+        let mut workers = self.workers.values().filter_map(|worker| worker.pid);
+        Some(workers.find(|&worker| ended_child(Some(worker)).is_some()).unwrap_or(any))
+    }
+
+    /// Programs of mails whose worker died are over: their clients may try again.
+    fn answer_orphans(&mut self, now: Instant) {
+        for job in self.orphans.over(now) {
+            self.connections.answer(job, &Reply::temporary(TRY_AGAIN), &self.watcher);
+        }
     }
 
     /// A child that isn't known may be a worker whose pid its zygote has yet to tell.

@@ -253,6 +253,9 @@ impl Daemon {
             self.log_death(worker, link.pid, status, &death);
             busy = self.orphans.adopt(&link.children, now);
         }
+        if !death.jobs.is_empty() {
+            busy.extend(self.orphans.adopt_unreported(&death.jobs, now));
+        }
         for &job in &death.jobs {
             self.log_lost(worker, job);
             if !busy.contains(&job) {

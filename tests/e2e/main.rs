@@ -14,10 +14,12 @@ mod harness;
 
 mod bad_config;
 mod bad_input;
+mod cgroup;
 mod chaos;
 mod cli;
 mod crash;
 mod docs;
+mod exec;
 mod limits;
 mod lua;
 mod pg;

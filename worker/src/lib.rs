@@ -8,11 +8,14 @@
 #![deny(unsafe_code)]
 
 pub mod action;
+pub mod cgroup;
 pub mod check;
+pub mod children;
 pub mod connection;
 pub mod control;
 pub mod deadline;
 pub mod dictionary;
+pub mod identity;
 mod io;
 mod logging;
 pub mod lua;

@@ -5,7 +5,7 @@
 //! [`operation`] is how a handler waits without holding it; [`background`] runs
 //! what isn't a handler, and [`scope`] is what ends with a run. [`function`] and
 //! [`convert`] are what every library is made with: [`mail`], [`action`],
-//! [`address`], [`config`] (what a script declares), [`output`] (`print` and
+//! [`cgroup`], [`address`], [`config`] (what a script declares), [`output`] (`print` and
 //! `io`), [`compat`] (names of Lua 5.1), [`sodium`], [`json`], [`jwt`],
 //! [`socket`], [`control_client`], [`log`], [`every`] and [`pg`] (PostgreSQL), each with one
 //! `register()`.
@@ -18,6 +18,7 @@
 pub mod action;
 pub mod address;
 pub mod background;
+pub mod cgroup;
 pub mod compat;
 pub mod config;
 pub mod control_client;

@@ -67,16 +67,19 @@ pub fn run(
             worker.run().map(|()| worker)
         },
     );
-    match worker {
-        Ok(worker) => worker.reports.ready(),
+    let worker = match worker {
+        Ok(worker) => worker,
         Err(error) => {
             error!(logger, "worker can't start"; "error" => %error);
             return Exit::System;
         }
-    }
+    };
+    worker.reports.ready();
     control::run(&Channel::from_fd(control), &*script);
     warn!(logger, "the supervisor is gone; finishing what is here");
     std::thread::sleep(declaration.settings.drain_timeout);
+    // Nobody is left to do it after us.
+    worker.children.kill_all();
     end(UNFINISHED)
 }
 

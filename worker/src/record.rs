@@ -20,6 +20,9 @@ use crate::relay::Delivery;
 /// Stands for the action when there was none.
 const NO_ACTION: &str = "-";
 
+/// Stands for the reply when the client left before it was due.
+const CANCELED: &str = "canceled";
+
 /// Bytes of a Pond message that are neither sender, recipients nor reply:
 /// `from=<> to= ` and ` … +1024 more`, with some room.
 const FRAME: usize = 64;
@@ -32,6 +35,7 @@ pub struct Outcome {
     action: &'static str,
     next_hop: Option<String>,
     attempted: bool,
+    canceled: bool,
     refused: bool,
 }
 
@@ -48,13 +52,13 @@ impl Outcome {
 
     /// An action that hands the mail to nobody.
     pub fn own(action: &'static str, reply: Reply) -> Self {
-        Self { reply, action, next_hop: None, attempted: false, refused: false }
+        Self { reply, action, next_hop: None, attempted: false, canceled: false, refused: false }
     }
 
     /// An action that handed the mail on, or tried.
     pub fn delivery(action: &'static str, delivery: Delivery) -> Self {
-        let Delivery { reply, next_hop, attempted } = delivery;
-        Self { reply, action, next_hop, attempted, refused: false }
+        let Delivery { reply, next_hop, attempted, canceled } = delivery;
+        Self { reply, action, next_hop, attempted, canceled, refused: false }
     }
 }
 
@@ -62,7 +66,10 @@ impl Outcome {
 pub fn record(mail: &Mail, outcome: &Outcome) -> MailRecord<'static> {
     let sender = mail.sender.as_deref().unwrap_or(&mail.buffer[mail.request.sender.clone()]);
     let sender = escape_for_log(sender);
-    let text = printable(&outcome.reply.text);
+    let text = match outcome.canceled {
+        true => CANCELED.to_owned(),
+        false => printable(&outcome.reply.text),
+    };
     let room = pond::MAX_MESSAGE.saturating_sub(FRAME + sender.len() + text.len());
     let recipients = match &mail.recipients {
         Some(recipients) => Recipients::join(recipients, room),
@@ -81,7 +88,7 @@ pub fn record(mail: &Mail, outcome: &Outcome) -> MailRecord<'static> {
         account: mail.account.clone().map(Cow::Owned),
         action: outcome.action.into(),
         next_hop: outcome.next_hop.clone().map(Cow::Owned),
-        status: Some(outcome.reply.status),
+        status: (!outcome.canceled).then_some(outcome.reply.status),
         text: text.into(),
         size: mail.request.message.len() as u64 + inserted,
         received,
@@ -170,6 +177,7 @@ mod tests {
             reply: Reply::accepted("o\nk"),
             next_hop: Some("192.0.2.1:628".into()),
             attempted: true,
+            canceled: false,
         };
         let record = record(&mail, &Outcome::delivery("connect", delivery));
         assert_eq!((record.size, record.received, record.sent), (26, 77, 85));
@@ -185,6 +193,15 @@ mod tests {
         let mail = mail(b"", b"", &[b"r@x"]);
         let record = record(&mail, &Outcome::own("reject", Reply::permanent("rejected")));
         assert_eq!((record.sent, &*record.action, &*record.sender), (0, "reject", ""));
+    }
+
+    #[test]
+    fn a_client_that_left_was_told_nothing() {
+        let reply = Reply::temporary("timeout");
+        let delivery = Delivery { reply, next_hop: None, attempted: true, canceled: true };
+        let mail = mail(b"", b"", &[b"r@x"]);
+        let record = record(&mail, &Outcome::delivery("exec", delivery));
+        assert_eq!((record.status, &*record.text), (None, "canceled"));
     }
 
     #[test]

@@ -5,6 +5,9 @@ pub mod connect;
 pub(crate) mod dial;
 mod envelope;
 mod exchange;
+pub mod exec;
+pub mod exec_raw;
+pub mod program;
 
 use qrelay_shared::qmqp::Reply;
 
@@ -17,4 +20,6 @@ pub struct Delivery {
     pub next_hop: Option<String>,
     /// The mail began to go out.
     pub attempted: bool,
+    /// The client left before it was over; the reply is for nobody.
+    pub canceled: bool,
 }

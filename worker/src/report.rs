@@ -14,6 +14,7 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{setsockopt, sockopt};
 use nix::sys::time::{TimeVal, TimeValLike};
+use nix::unistd::Pid;
 use qrelay_shared::ipc::channel::{Channel, Received, RecvBuffer, RecvError, SendError};
 use qrelay_shared::ipc::message::{Job, JobId, MailRecord, Report, ToJobs, ToReports};
 
@@ -59,6 +60,16 @@ impl Reports {
     /// The client of this job is to be answered by the supervisor.
     pub fn lost(&self, job: JobId) {
         self.send(&Report::Lost { job });
+    }
+
+    /// A program, leader of its own process group, runs for this job.
+    pub fn child(&self, job: JobId, pid: Pid) {
+        self.send(&Report::Child { job, pid: pid.as_raw() });
+    }
+
+    /// That program has ended and is about to be reaped.
+    pub fn child_gone(&self, job: JobId) {
+        self.send(&Report::ChildGone { job });
     }
 
     /// This job may take that long.

@@ -25,6 +25,7 @@ use qrelay_shared::qmqp::Reply;
 use qrelay_shared::settings::{Declaration, Settings};
 use slog::{Logger, error, warn};
 
+use crate::children::Children;
 use crate::memory::Budget;
 use crate::record::age;
 use crate::reply::{answer, linger};
@@ -71,7 +72,9 @@ pub struct Worker {
     /// Memory for messages.
     pub budget: Budget,
     /// Jobs come from here, and what became of them goes back.
-    pub reports: Reports,
+    pub reports: Arc<Reports>,
+    /// The programs that run for mails.
+    pub children: Arc<Children>,
     /// Names the process.
     pub logger: Logger,
     census: Mutex<Census>,
@@ -101,6 +104,7 @@ impl Worker {
             max_size: listener.max_size,
         });
         let settings = declaration.settings.clone();
+        let reports = Arc::new(reports);
         Arc::new(Self {
             listeners: listeners.collect(),
             budget: Budget::new(settings.mail_memory),
@@ -109,6 +113,7 @@ impl Worker {
             settings,
             instance,
             script,
+            children: Children::new(Arc::clone(&reports)),
             reports,
             logger,
             end: Box::new(end),

@@ -15,14 +15,14 @@ use std::time::Duration;
 use qrelay_shared::ipc::message::{Job, MailRecord};
 use qrelay_shared::mail::received_count;
 use qrelay_shared::qmqp::{Limits, Reply, Request, RequestError, parse};
-use slog::error;
 
 use crate::action::Action;
 use crate::deadline::Deadline;
 use crate::lua::state::HandlerError;
 use crate::mail::Mail;
 use crate::record::{Outcome, age, record};
-use crate::relay::connect;
+use crate::relay::program::Host;
+use crate::relay::{connect, exec, exec_raw};
 use crate::reply::{answer, drop_surplus, linger};
 use crate::request::{Incoming, Terms, recycle};
 use crate::serve::{Listener, Worker};
@@ -151,12 +151,18 @@ impl<'w> Session<'w> {
                 let delivery = connect::relay(mail, target, limit, deadline, &self.worker.logger);
                 Outcome::delivery(name, delivery)
             }
-            Action::Exec(_) | Action::ExecRaw(_) => {
-                // No library function makes these yet.
-                error!(self.worker.logger, "unknown action"; "id" => &mail.id, "action" => name);
-                Outcome::own(name, Reply::temporary("internal server error"))
+            Action::Exec(program) => {
+                Outcome::delivery(name, exec::run(&self.host(deadline), mail, program))
+            }
+            Action::ExecRaw(program) => {
+                Outcome::delivery(name, exec_raw::run(&self.host(deadline), mail, program))
             }
         }
+    }
+
+    /// What a program runs under.
+    fn host(&self, deadline: Deadline) -> Host<'_> {
+        Host { children: &self.worker.children, deadline, logger: &self.worker.logger }
     }
 
     /// Lets a drain wait for an action that may take longer than a drain does anyway.

@@ -90,7 +90,8 @@ pub enum Report<'a> {
         /// Its process id, equal to its process group.
         pid: i32,
     },
-    /// That child has been reaped.
+    /// That child has ended and is about to be reaped: from now on its number may become
+    /// another process'.
     ChildGone {
         /// The mail it handled.
         job: JobId,

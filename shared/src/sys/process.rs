@@ -1,10 +1,10 @@
-//! Forking without exec, for the zygote, and process-wide switches of the C library.
+//! Forking without exec, for the zygote; reaping; and process-wide switches of the C library.
 
 use std::io::{Read, Write};
 use std::os::fd::{FromRawFd, OwnedFd};
 
 use nix::errno::Errno;
-use nix::sys::wait::waitpid;
+use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::{ForkResult, Pid, fork};
 
 /// Which side of a fork this is.
@@ -77,6 +77,42 @@ fn intermediate(mut pipe: std::fs::File) -> Result<Forked, ForkError> {
     exit_now(i32::from(told.is_err()))
 }
 
+/// A child that has ended and isn't reaped yet: `of` if that is given, else any.
+pub fn ended_child(of: Option<Pid>) -> Option<Pid> {
+    let (kind, id) = match of {
+        Some(pid) => (libc::P_PID, pid.as_raw().cast_unsigned()),
+        None => (libc::P_ALL, 0),
+    };
+    let mut info = std::mem::MaybeUninit::<libc::siginfo_t>::zeroed();
+    let flags = libc::WEXITED | libc::WNOHANG | libc::WNOWAIT;
+    // SAFETY: `info` has room for what the kernel writes, and outlives the call.
+    let result = unsafe { libc::waitid(kind, id, info.as_mut_ptr(), flags) };
+    if result != 0 {
+        return None;
+    }
+    // SAFETY: all zeroes are a valid siginfo_t, and waitid sets the fields of a child.
+    let pid = unsafe { info.assume_init().si_pid() };
+    (pid > 0).then(|| Pid::from_raw(pid))
+}
+
+/// Reaps a child, waiting for its end. One that was ended by a real-time signal, which nix has no
+/// name for, counts as exited with 128 + its number, as in a shell.
+///
+/// # Errors
+/// `ECHILD`: it is no child of this process, or reaped already.
+pub fn reap(pid: Pid) -> Result<WaitStatus, Errno> {
+    let mut status = 0;
+    // SAFETY: `status` has room for the integer that the kernel writes, and outlives the call.
+    while unsafe { libc::waitpid(pid.as_raw(), &raw mut status, 0) } == -1 {
+        match Errno::last() {
+            Errno::EINTR => {}
+            error => return Err(error),
+        }
+    }
+    WaitStatus::from_raw(pid, status)
+        .or_else(|_| Ok(WaitStatus::Exited(pid, 128 + libc::WTERMSIG(status))))
+}
+
 /// Ends this process without running anything that was registered for its end.
 pub fn exit_now(status: i32) -> ! {
     // SAFETY: _exit has no preconditions.
@@ -112,4 +148,34 @@ pub fn take_stdin() -> Result<OwnedFd, Errno> {
     nix::unistd::dup2_stdin(null)?;
     // SAFETY: F_DUPFD_CLOEXEC has just made this descriptor, nobody else owns it.
     Ok(unsafe { OwnedFd::from_raw_fd(taken) })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sys::spawn::{Program, spawn};
+    use std::os::fd::AsFd;
+
+    fn child(script: &str) -> Pid {
+        let null = std::fs::File::open("/dev/null").expect("/dev/null");
+        let arguments = ["/bin/sh", "-c", script].map(|text| text.to_owned());
+        let arguments = arguments.map(|text| std::ffi::CString::new(text).expect("no NUL"));
+        let stdio = [null.as_fd(), null.as_fd(), null.as_fd()];
+        spawn(&Program { arguments: &arguments, environment: &[], stdio }).expect("spawn")
+    }
+
+    #[test]
+    fn every_way_to_end_is_seen() {
+        for (script, expected) in
+            [("exit 7", "Exited"), ("kill -9 $$", "Signaled"), ("kill -40 $$", "Exited")]
+        {
+            let pid = child(script);
+            while ended_child(Some(pid)).is_none() {
+                std::thread::yield_now();
+            }
+            let status = format!("{:?}", reap(pid));
+            assert!(status.contains(expected), "{script}: {status}");
+            assert_eq!(reap(pid), Err(Errno::ECHILD));
+        }
+    }
 }

@@ -18,9 +18,11 @@ use qrelay_shared::ipc::message::Peer;
 use qrelay_shared::{address, mail as header};
 
 use super::action;
+use super::cgroup;
 use super::convert::{self, Argument, Text};
 use super::error::Raise;
 use super::function::{self, Class};
+use crate::cgroup::Cgroup;
 use crate::mail::Mail;
 
 /// Header lines that a handler may insert into one mail.
@@ -35,22 +37,44 @@ const MAX_RECIPIENTS: usize = 1024;
 /// Where the mail is while its handler runs. Empty it is small: it stays until Lua collects the
 /// object, and Lua doesn't see how much memory it takes.
 #[derive(Debug)]
-pub struct Slot(Mutex<Option<Box<Mail>>>);
+pub struct Slot(Mutex<Option<Box<Held>>>);
+
+/// What there is of a mail while its handler runs.
+#[derive(Debug)]
+struct Held {
+    mail: Mail,
+    /// The control groups that the script has asked for, the client's own first.
+    cgroups: Vec<Cgroup>,
+}
 
 impl Slot {
     /// Puts the mail in.
     pub fn new(mail: Mail) -> Arc<Self> {
-        Arc::new(Self(Mutex::new(Some(Box::new(mail)))))
+        Arc::new(Self(Mutex::new(Some(Box::new(Held { mail, cgroups: Vec::new() })))))
     }
 
-    /// Takes it out; the object is stale from now on.
+    /// Takes it out; the object is stale from now on, and the groups' directories are closed.
     pub fn take(&self) -> Option<Mail> {
-        self.0.lock().take().map(|mail| *mail)
+        self.0.lock().take().map(|held| held.mail)
     }
 
     /// The mail's id.
     pub fn id(&self) -> Option<String> {
-        self.0.lock().as_ref().map(|mail| mail.id.clone())
+        self.0.lock().as_ref().map(|held| held.mail.id.clone())
+    }
+
+    /// Works on the mail and its control groups. Nothing in it may ask Lua, which could ask for
+    /// this mail.
+    ///
+    /// # Errors
+    /// What `f` raises, or that the mail is gone.
+    pub fn with<R>(
+        &self,
+        f: impl FnOnce(&mut Mail, &mut Vec<Cgroup>) -> Result<R, Raise>,
+    ) -> Result<R, Raise> {
+        let mut held = self.0.lock();
+        let held = held.as_mut().ok_or("Stale object")?;
+        f(&mut held.mail, &mut held.cgroups)
     }
 }
 
@@ -92,7 +116,12 @@ pub fn alive(this: &This) -> Result<(), Raise> {
 
 impl MailObject {
     fn with<R>(&self, f: impl FnOnce(&mut Mail) -> Result<R, Raise>) -> Result<R, Raise> {
-        f(self.0.0.lock().as_mut().ok_or("Stale object")?)
+        self.0.with(|mail, _| f(mail))
+    }
+
+    /// Where the mail is.
+    pub fn slot(&self) -> &Arc<Slot> {
+        &self.0
     }
 }
 
@@ -104,6 +133,7 @@ pub fn register(lua: &Lua) -> mlua::Result<()> {
     let mut class = Class::new(lua, "mail")?;
     envelope(&mut class)?;
     client(&mut class)?;
+    cgroup::attribute(&mut class)?;
     headers(&mut class)?;
     action::methods(&mut class)?;
     class.register::<MailObject>(|_| ())

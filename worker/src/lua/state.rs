@@ -35,8 +35,8 @@ use super::output::{self, Log};
 use super::shared::SharedOpener;
 use super::watch::{Held, Watch};
 use super::{
-    action, address, compat, config, control_client, every, json, jwt, log, pg, shared, socket,
-    sodium,
+    action, address, cgroup, compat, config, control_client, every, json, jwt, log, pg, shared,
+    socket, sodium,
 };
 use crate::action::Action;
 use crate::deadline::Deadline;
@@ -267,6 +267,7 @@ fn set_up(
     config::register(&lua, draft)?;
     address::register(&lua, watch)?;
     action::register(&lua)?;
+    cgroup::register(&lua)?;
     mail::register(&lua)?;
     shared::register(&lua, dictionaries)?;
     sodium::register(&lua)?;

@@ -44,7 +44,12 @@ pub fn relay(
             Ok(socket) => {
                 let next_hop = endpoint.to_string();
                 let reply = attempt.exchange(mail, &socket, &next_hop);
-                return Delivery { reply, next_hop: Some(next_hop), attempted: true };
+                return Delivery {
+                    reply,
+                    next_hop: Some(next_hop),
+                    attempted: true,
+                    canceled: false,
+                };
             }
             Err(Undialed::Failed) => last = Some(endpoint),
             Err(Undialed::Late) => return unsent(attempt.late, Some(endpoint)),
@@ -58,6 +63,7 @@ fn unsent(text: &str, endpoint: Option<&Endpoint>) -> Delivery {
         reply: Reply::temporary(text),
         next_hop: endpoint.map(ToString::to_string),
         attempted: false,
+        canceled: false,
     }
 }
 

@@ -42,8 +42,8 @@ impl<'m> Envelope<'m> {
     }
 }
 
-/// What remains of the message as received.
-fn kept(mail: &Mail) -> Vec<&[u8]> {
+/// What remains of the message as received; none of the pieces is empty.
+pub fn kept(mail: &Mail) -> Vec<&[u8]> {
     let mut pieces = Vec::with_capacity(mail.removed.len() + 1);
     let mut at = mail.request.message.start;
     let end = mail.request.message.end;

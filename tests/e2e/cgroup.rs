@@ -1,0 +1,264 @@
+//! The client's control group, in a real one with real attributes.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use nix::sys::signal::Signal;
+
+use crate::harness::daemon::QRELAY;
+use crate::harness::processes::{self, signal};
+use crate::harness::{Client, Daemon, Mail, Site, Target, eventually, submit};
+
+/// Where cgroup2 is mounted on this machine.
+fn mount() -> PathBuf {
+    let mounts = fs::read_to_string("/proc/self/mountinfo").expect("mountinfo");
+    let line = mounts.lines().find(|line| line.contains(" - cgroup2 "));
+    line.expect("cgroup2 is mounted").split(' ').nth(4).expect("mount point").into()
+}
+
+/// A control group, removed at the end.
+struct Group {
+    directory: PathBuf,
+}
+
+impl Group {
+    fn new() -> Self {
+        static SERIAL: AtomicU32 = AtomicU32::new(0);
+        let number = SERIAL.fetch_add(1, Ordering::Relaxed);
+        let directory = mount().join(format!("qrelay-test-{}-{number}", std::process::id()));
+        fs::create_dir(&directory).expect("cgroup (as root)");
+        Self { directory }
+    }
+
+    fn below(&self, name: &str) -> Self {
+        let directory = self.directory.join(name);
+        fs::create_dir(&directory).expect("cgroup");
+        Self { directory }
+    }
+
+    /// As /proc/PID/cgroup has it, for processes in the same namespace.
+    fn path(&self) -> String {
+        let relative = self.directory.strip_prefix(mount()).expect("below the mount");
+        format!("/{}", relative.display())
+    }
+
+    fn set(&self, name: &str, value: &str) {
+        let mut command = Command::new("setfattr");
+        command.args(["-n", name, "-v", value]).arg(&self.directory);
+        assert!(command.status().expect("setfattr").success(), "{name}");
+    }
+
+    /// A command that runs in this group.
+    fn command(&self) -> Command {
+        let mut command = Command::new("/bin/sh");
+        let procs = self.directory.join("cgroup.procs");
+        command.args(["-c", "echo $$ >\"$0\" && exec \"$@\""]).arg(procs);
+        command
+    }
+
+    /// Submits a mail from within and says what the client printed.
+    fn submit(&self, to: &Path) -> String {
+        let mut command = self.command();
+        command.arg(QRELAY).arg("send").arg("--to").arg(to);
+        command.args(["--sender", "a@example.com", "b@example.org"]);
+        let output = command.stdin(Stdio::null()).output().expect("send");
+        String::from_utf8_lossy(&output.stdout).trim_end().to_owned()
+    }
+}
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        let removed = crate::harness::record::within(crate::harness::PATIENCE, || {
+            fs::remove_dir(&self.directory).ok()
+        });
+        if removed.is_none() && !std::thread::panicking() {
+            panic!("{} can't be removed", self.directory.display());
+        }
+    }
+}
+
+/// A daemon whose handler runs this with the mail as `m`, and discards the mail with what it
+/// returns.
+fn handler(body: &str) -> Daemon {
+    Daemon::start(&format!(
+        "settings{{workers=1}}
+         kept = {{}}
+         local function handler(m)
+           return m:discard((function() {body} end)())
+         end
+         qmqp_listen('$DIR/in', handler)"
+    ))
+}
+
+#[test]
+fn path_and_parents() {
+    let group = Group::new();
+    let inner = group.below("inner.scope");
+    let daemon = handler(
+        "local c = m.cgroup
+         assert(c.parent.path == c.path:match('^(.*)/[^/]*$') and c.parent.parent == nil)
+         assert(c == m.cgroup and c ~= c.parent and c.parent == m.cgroup.parent)
+         assert(c ~= c.path and c.xattr == m.cgroup.xattr and c.xattr ~= c.parent.xattr)
+         assert(tostring(c) == c.path and type(c) == 'userdata')
+         assert(c.nothing == nil and c[1] == nil)
+         assert(not pcall(function() c.path = '/' end))
+         m:insert_header('X-Cgroup', c)
+         return c.path",
+    );
+    assert_eq!(inner.submit(&daemon.path("in")), inner.path());
+}
+
+#[test]
+fn attributes() {
+    let group = Group::new();
+    let inner = group.below("inner");
+    inner.set("user.site", "example.org");
+    inner.set("trusted.binary", "0x00ff0a");
+    inner.set("user.a.b", "dotted");
+    inner.set("user.empty", "");
+    group.set("user.site", "of the parent");
+    let daemon = handler(
+        "local x = m.cgroup.xattr
+         assert(x.site == 'example.org' and x['user.site'] == x.site)
+         assert(x['trusted.binary'] == '\\0\\xff\\n')
+         assert(x['user.a.b'] == 'dotted' and x['a.b'] == nil)
+         assert(x.empty == '')
+         assert(x.none == nil and x[''] == nil and x['a\\0b'] == nil and x[1] == nil)
+         assert(x[true] == nil and x[('x'):rep(300)] == nil)
+         assert(not pcall(function() x.site = 'y' end))
+         assert(m.cgroup.parent.xattr.site == 'of the parent')
+         local all = {}
+         for name, value in pairs(x) do all[#all + 1] = name .. '=' .. #value end
+         table.sort(all)
+         return table.concat(all, ' ')",
+    );
+    let told = inner.submit(&daemon.path("in"));
+    assert_eq!(told, "trusted.binary=3 user.a.b=6 user.empty=0 user.site=11");
+}
+
+#[test]
+fn a_large_value() {
+    let group = Group::new();
+    group.set("user.large", &"x".repeat(3000));
+    let daemon = handler("return #m.cgroup.xattr.large");
+    assert_eq!(group.submit(&daemon.path("in")), "3000");
+}
+
+#[test]
+fn objects_of_an_answered_mail_are_stale_and_hold_nothing() {
+    let group = Group::new();
+    let inner = group.below("inner");
+    inner.set("user.a", "1");
+    let daemon = handler(
+        "local c = m.cgroup
+         for _, old in ipairs(kept) do
+           for _, use in ipairs{
+             function() return old.path end, function() return old.parent end,
+             function() return old.xattr end, function() return kept.xattr.a end,
+             function() for _ in pairs(kept.xattr) do end end, function() return kept.mail.cgroup end,
+           } do
+             local ok, message = pcall(use)
+             assert(not ok and message:find('Stale object', 1, true), message)
+           end
+           assert(tostring(old) == c.path and type(old) == 'userdata' and old == c)
+         end
+         kept[#kept + 1], kept.mail, kept.xattr = c, m, c.xattr
+         return #kept .. c.xattr.a .. c.parent.path:sub(1, 1)",
+    );
+    for count in 1..=3 {
+        assert_eq!(inner.submit(&daemon.path("in")), format!("{count}1/"));
+    }
+    let worker = daemon.workers()[0];
+    let held: Vec<_> = processes::descriptors(worker)
+        .into_iter()
+        .filter(|(_, link)| link.starts_with(mount()) && *link != mount())
+        .collect();
+    assert_eq!(held, [], "directories of control groups");
+}
+
+#[test]
+fn a_client_that_has_exited_has_none() {
+    let group = Group::new();
+    let daemon = handler(
+        "print('waiting')
+         local deadline = os.time() + 10
+         while io.open('$DIR/gone') == nil and os.time() < deadline do sleep(0.01) end
+         local ok, message = pcall(function() return m.cgroup end)
+         print('asked: ' .. tostring(ok) .. ' ' .. tostring(message))",
+    );
+    let mut command = group.command();
+    command.arg(QRELAY).arg("send").arg("--to").arg(daemon.path("in"));
+    command.args(["--sender", "a@example.com", "b@example.org"]);
+    let mut client = command.stdin(Stdio::null()).spawn().expect("send");
+    daemon.wait_for_log("waiting");
+    client.kill().expect("kill");
+    client.wait().expect("wait");
+    fs::write(daemon.path("gone"), "").expect("write");
+    let line = daemon.wait_for_log("asked:");
+    assert!(line.contains("false") && line.contains("the client has exited"), "{line}");
+}
+
+#[test]
+fn a_client_from_the_network_has_none() {
+    let port = Target::free_port();
+    let daemon = Daemon::start(&format!(
+        "qmqp_listen('{port}', function(m) return m:discard(tostring(m.cgroup)) end)"
+    ));
+    assert_eq!(submit(port, &Mail::new("x")), "Knil");
+    drop(daemon);
+}
+
+#[test]
+fn the_socket_says_who_it_is_whoever_sends() {
+    // The connection is made in one group, used in another.
+    let group = Group::new();
+    let daemon = handler("return m.cgroup.path");
+    let mut command = group.command();
+    command.args(["/bin/sleep", "1000"]);
+    let mut other = command.spawn().expect("spawn");
+    let own = fs::read_to_string("/proc/self/cgroup").expect("cgroup");
+    let own = own.lines().find_map(|line| line.strip_prefix("0::")).expect("version 2");
+    let mut client = Client::connect(daemon.path("in"));
+    assert_eq!(client.send(&Mail::new("x").request()).outcome().to_string(), format!("K{own}"));
+    signal(other.id().cast_signed(), Signal::SIGKILL);
+    other.wait().expect("wait");
+}
+
+#[test]
+fn a_group_of_another_namespace_has_a_path_but_no_attributes() {
+    let (ours, theirs) = (Group::new(), Group::new());
+    theirs.set("user.site", "secret");
+    let site = Site::with(
+        "settings{workers=1}
+         qmqp_listen('$DIR/in', function(m)
+           local c = m.cgroup
+           assert(c.xattr.site == nil)
+           for _ in pairs(c.xattr) do error('an attribute') end
+           assert(c.parent == nil)
+           return m:discard(c.path)
+         end)",
+    );
+    let procs = ours.directory.join("cgroup.procs");
+    let script = format!("echo $$ >{} && exec unshare --cgroup \"$@\"", procs.display());
+    let mut daemon = site.launch().through(&["/bin/sh", "-c", &script, "sh"]).ready();
+    assert_eq!(theirs.submit(&daemon.path("in")), format!("/..{}", theirs.path()));
+    daemon.stop();
+}
+
+#[test]
+fn reading_it_costs_no_descriptors() {
+    let group = Group::new();
+    group.set("user.a", "1");
+    let daemon = handler("return m.cgroup.xattr.a .. tostring(m.cgroup.parent)");
+    let worker = daemon.workers()[0];
+    assert_eq!(group.submit(&daemon.path("in")), "1nil");
+    let before = processes::descriptors(worker).len();
+    for _ in 0..20 {
+        assert_eq!(group.submit(&daemon.path("in")), "1nil");
+    }
+    eventually("as few as before", || {
+        (processes::descriptors(worker).len() <= before).then_some(())
+    });
+}

@@ -1,0 +1,362 @@
+//! Control groups (cgroup v2) of clients, and their extended attributes.
+//!
+//! Contract: the path is the one in /proc/PID/cgroup, read while the client's process surely
+//! existed. A group's directory is opened beneath the mount of cgroup2, wherever that is, and
+//! no symbolic link or `..` leads out of it. While the client lives its group can't be
+//! removed, so the directory is that group's.
+//!
+//! # Failure
+//! [`CgroupError`]. A client whose group can't be known (no cgroup v2, no local client) has
+//! none; a group in another cgroup namespace (`/..`) has a path and no attributes. Where no
+//! cgroup2 file system is mounted, there is a path, and asking for attributes fails.
+
+use std::ffi::{CString, OsStr};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::{Path, PathBuf};
+
+use nix::errno::Errno;
+use nix::fcntl::{OFlag, OpenHow, ResolveFlag, open, openat2};
+use nix::sys::stat::Mode;
+use nix::unistd::Pid;
+use parking_lot::Mutex;
+use qrelay_shared::sys::xattr;
+use thiserror::Error;
+
+use crate::identity::{Client, IdentityError, read};
+
+/// Why a group or an attribute can't be read.
+#[derive(Debug, Error)]
+pub enum CgroupError {
+    /// The client's process isn't known, or not any more.
+    #[error("{0}")]
+    Identity(#[from] IdentityError),
+    /// No cgroup2 file system is mounted that this process can see.
+    #[error("no cgroup2 file system is mounted")]
+    NotMounted,
+    /// A call to the system failed for this path.
+    #[error("cgroup {path}: {error}")]
+    Os {
+        /// The group.
+        path: String,
+        /// What the system says.
+        error: Errno,
+    },
+}
+
+/// An attribute's full name and its value.
+pub type Attribute = (Vec<u8>, Vec<u8>);
+
+/// One group; holds its directory open.
+#[derive(Debug)]
+pub struct Cgroup {
+    path: Vec<u8>,
+    directory: Directory,
+}
+
+/// Where a group's attributes are.
+#[derive(Debug)]
+enum Directory {
+    /// In this directory.
+    Open(OwnedFd),
+    /// Out of our sight: another namespace's, or above what is mounted.
+    Hidden,
+    /// Nowhere that this process can see.
+    NotMounted,
+}
+
+impl Cgroup {
+    /// Its path, as in /proc/PID/cgroup.
+    pub fn path(&self) -> &[u8] {
+        &self.path
+    }
+
+    /// The value of an attribute; a name without a dot is one of the namespace `user`.
+    ///
+    /// # Errors
+    /// As fgetxattr(2).
+    pub fn attribute(&self, name: &[u8]) -> Result<Option<Vec<u8>>, CgroupError> {
+        let Some(directory) = self.directory()? else { return Ok(None) };
+        // What can't be a name isn't there.
+        let Some(name) = full_name(name) else { return Ok(None) };
+        match xattr::get(directory, &name) {
+            Ok(value) => Ok(value),
+            Err(Errno::ERANGE) => Ok(None),
+            Err(error) => Err(self.failed(error)),
+        }
+    }
+
+    /// All attributes: full names and values.
+    ///
+    /// # Errors
+    /// As flistxattr(2) and fgetxattr(2).
+    pub fn attributes(&self) -> Result<Vec<Attribute>, CgroupError> {
+        let Some(directory) = self.directory()? else { return Ok(Vec::new()) };
+        let mut all = Vec::new();
+        for name in xattr::list(directory).map_err(|error| self.failed(error))? {
+            // One that has just been removed isn't there.
+            if let Some(value) = self.attribute(name.as_bytes())? {
+                all.push((name.into_bytes(), value));
+            }
+        }
+        Ok(all)
+    }
+
+    fn directory(&self) -> Result<Option<BorrowedFd<'_>>, CgroupError> {
+        match &self.directory {
+            Directory::Open(directory) => Ok(Some(directory.as_fd())),
+            Directory::Hidden => Ok(None),
+            Directory::NotMounted => Err(CgroupError::NotMounted),
+        }
+    }
+
+    fn failed(&self, error: Errno) -> CgroupError {
+        failed(&self.path, error)
+    }
+}
+
+fn failed(path: &[u8], error: Errno) -> CgroupError {
+    CgroupError::Os { path: String::from_utf8_lossy(path).into_owned(), error }
+}
+
+/// The name with its namespace.
+fn full_name(name: &[u8]) -> Option<CString> {
+    let prefix: &[u8] = if name.contains(&b'.') { b"" } else { b"user." };
+    CString::new([prefix, name].concat()).ok().filter(|_| !name.is_empty())
+}
+
+/// The path of the group above; the root counts as none.
+pub fn parent(path: &[u8]) -> Option<&[u8]> {
+    let slash = path.iter().rposition(|&byte| byte == b'/')?;
+    let parent = &path[..slash];
+    // The root of another namespace is as little a group as our own.
+    (!parent.is_empty() && !parent.ends_with(b"/..")).then_some(parent)
+}
+
+/// All groups, as far as this process sees them.
+#[derive(Debug, Default)]
+pub struct Hierarchy {
+    /// Once it has been found.
+    mount: Mutex<Option<Mount>>,
+}
+
+/// Where groups are directories.
+#[derive(Debug)]
+struct Mount {
+    /// The mount point, open.
+    directory: OwnedFd,
+    /// The path of the group that is mounted there.
+    root: Vec<u8>,
+}
+
+impl Hierarchy {
+    /// The group of a local connection's client, `None` if it is in none of version 2. Arguments
+    /// as for [`Client::of`].
+    ///
+    /// # Errors
+    /// See [`CgroupError`].
+    pub fn of_client(
+        &self,
+        socket: BorrowedFd<'_>,
+        pid: Pid,
+        accepted: u64,
+    ) -> Result<Option<Cgroup>, CgroupError> {
+        let client = Client::of(socket, pid, accepted)?;
+        let file = read(&format!("/proc/{}/cgroup", client.pid()))?;
+        client.check()?;
+        let Some(path) = unified_path(&file) else { return Ok(None) };
+        if path.ends_with(b" (deleted)") {
+            // The group of a process that only waits to be reaped.
+            return Err(IdentityError::Exited.into());
+        }
+        let cgroup = self.group(path)?;
+        client.check()?;
+        Ok(Some(cgroup))
+    }
+
+    /// The group with this path.
+    ///
+    /// # Errors
+    /// See [`CgroupError`]; `ENOENT` in it if there is no such group any more.
+    pub fn group(&self, path: &[u8]) -> Result<Cgroup, CgroupError> {
+        let mut mount = self.mount.lock();
+        if mount.is_none() {
+            *mount = find_mount()?;
+        }
+        let directory = match &*mount {
+            Some(mount) => mount.open(path)?,
+            None => Directory::NotMounted,
+        };
+        Ok(Cgroup { path: path.to_vec(), directory })
+    }
+}
+
+impl Mount {
+    fn open(&self, path: &[u8]) -> Result<Directory, CgroupError> {
+        let Some(relative) = below(&self.root, path) else { return Ok(Directory::Hidden) };
+        let how = OpenHow::new()
+            .flags(OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC)
+            .resolve(ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_SYMLINKS);
+        let opened = openat2(&self.directory, Path::new(OsStr::from_bytes(relative)), how);
+        opened.map(Directory::Open).map_err(|error| failed(path, error))
+    }
+}
+
+/// The path of a group relative to the mounted one, `None` if it isn't below.
+fn below<'p>(root: &[u8], path: &'p [u8]) -> Option<&'p [u8]> {
+    if path == b"/.." || path.starts_with(b"/../") {
+        return None;
+    }
+    let root = root.strip_suffix(b"/").unwrap_or(root);
+    match path.strip_prefix(root)? {
+        b"" | b"/" => Some(b"."),
+        rest => rest.strip_prefix(b"/"),
+    }
+}
+
+fn find_mount() -> Result<Option<Mount>, CgroupError> {
+    let mounts = read("/proc/self/mountinfo")?;
+    let Some((point, root)) = unified_mount(&mounts) else { return Ok(None) };
+    let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+    let directory = open(&point, flags, Mode::empty())
+        .map_err(|error| failed(point.as_os_str().as_bytes(), error))?;
+    Ok(Some(Mount { directory, root }))
+}
+
+/// Of /proc/PID/cgroup the path in the hierarchy of version 2, whose number is always 0.
+fn unified_path(file: &[u8]) -> Option<&[u8]> {
+    let mut lines = file.split(|&byte| byte == b'\n');
+    lines.find_map(|line| line.strip_prefix(b"0::")).filter(|path| path.starts_with(b"/"))
+}
+
+/// Mount point and root of the cgroup2 file system in proc_pid_mountinfo(5). Of several the one
+/// that shows most: the shortest root.
+fn unified_mount(mountinfo: &[u8]) -> Option<(PathBuf, Vec<u8>)> {
+    let lines = mountinfo.split(|&byte| byte == b'\n');
+    lines.filter_map(mount_of_line).min_by_key(|(_, root)| root.len())
+}
+
+fn mount_of_line(line: &[u8]) -> Option<(PathBuf, Vec<u8>)> {
+    let mut fields = line.split(|&byte| byte == b' ');
+    let (root, point) = (fields.nth(3)?, fields.next()?);
+    // Optional fields end with a dash; the type of the file system follows.
+    fields.find(|field| *field == b"-")?;
+    if fields.next()? != b"cgroup2" {
+        return None;
+    }
+    Some((std::ffi::OsString::from_vec(unescape(point)).into(), unescape(root)))
+}
+
+/// Space, tab, newline and backslash are written as `\` and three octal digits.
+fn unescape(field: &[u8]) -> Vec<u8> {
+    let mut out = Vec::with_capacity(field.len());
+    let mut rest = field;
+    while let [first, tail @ ..] = rest {
+        let digits = tail.get(..3).and_then(|digits| str::from_utf8(digits).ok());
+        match digits.and_then(|digits| u8::from_str_radix(digits, 8).ok()) {
+            Some(byte) if *first == b'\\' => {
+                out.push(byte);
+                rest = &tail[3..];
+            }
+            _ => {
+                out.push(*first);
+                rest = tail;
+            }
+        }
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::net::UnixStream;
+
+    #[test]
+    fn paths_of_processes() {
+        let table: [(&[u8], Option<&[u8]>); 6] = [
+            (b"0::/a/b.slice\n", Some(b"/a/b.slice")),
+            (b"12:cpu:/x\n1:name=systemd:/y\n0::/z\n", Some(b"/z")),
+            (b"0::/\n", Some(b"/")),
+            (b"0::/../other\n", Some(b"/../other")),
+            (b"3:cpu:/x\n", None),
+            (b"", None),
+        ];
+        for (file, path) in table {
+            assert_eq!(unified_path(file), path);
+        }
+    }
+
+    #[test]
+    fn parents() {
+        let table: [(&[u8], Option<&[u8]>); 6] = [
+            (b"/a/b/c", Some(b"/a/b")),
+            (b"/a/b", Some(b"/a")),
+            (b"/a", None),
+            (b"/", None),
+            (b"/../a/b", Some(b"/../a")),
+            (b"/../a", None),
+        ];
+        for (path, expected) in table {
+            assert_eq!(parent(path), expected, "{}", String::from_utf8_lossy(path));
+        }
+    }
+
+    #[test]
+    fn mounts() {
+        let hybrid = b"31 23 0:28 / /sys/fs/cgroup rw,relatime - tmpfs tmpfs rw,mode=755\n\
+            32 31 0:29 / /sys/fs/cgroup/cpu rw,relatime - cgroup cgroup rw,cpu\n\
+            38 31 0:31 / /sys/fs/cgroup/unified rw,relatime shared:5 master:1 - cgroup2 cgroup2 rw\n";
+        let expected = (PathBuf::from("/sys/fs/cgroup/unified"), b"/".to_vec());
+        assert_eq!(unified_mount(hybrid), Some(expected));
+        let part = b"1 2 0:3 /sub\\040tree /mnt/a\\134b rw - cgroup2 none rw\n";
+        let expected = (PathBuf::from("/mnt/a\\b"), b"/sub tree".to_vec());
+        assert_eq!(unified_mount(part), Some(expected));
+        let both = b"1 2 0:3 /sub /a rw - cgroup2 x rw\n1 2 0:3 / /b rw - cgroup2 x rw\n";
+        assert_eq!(unified_mount(both), Some((PathBuf::from("/b"), b"/".to_vec())));
+        for none in [&b""[..], b"1 2\n", b"1 2 0:3 / /cgroup2 rw - tmpfs cgroup2 rw\n"] {
+            assert_eq!(unified_mount(none), None);
+        }
+    }
+
+    #[test]
+    fn only_what_is_below_the_mount() {
+        type Row<'a> = (&'a [u8], &'a [u8], Option<&'a [u8]>);
+        let table: [Row<'_>; 8] = [
+            (b"/", b"/a/b", Some(b"a/b")),
+            (b"/", b"/", Some(b".")),
+            (b"/a", b"/a/b", Some(b"b")),
+            (b"/a", b"/a", Some(b".")),
+            (b"/a", b"/ab", None),
+            (b"/a", b"/b", None),
+            (b"/", b"/../a", None),
+            (b"/", b"/..", None),
+        ];
+        for (root, path, relative) in table {
+            assert_eq!(below(root, path), relative);
+        }
+    }
+
+    #[test]
+    fn names_of_attributes() {
+        let full = |name: &[u8]| full_name(name).map(CString::into_bytes);
+        assert_eq!(full(b"foo").as_deref(), Some(&b"user.foo"[..]));
+        assert_eq!(full(b"trusted.foo").as_deref(), Some(&b"trusted.foo"[..]));
+        assert_eq!(full(b""), None);
+        assert_eq!(full(b"a\0b"), None);
+    }
+
+    #[test]
+    fn our_own_group() {
+        let (ours, _theirs) = UnixStream::pair().expect("pair");
+        let hierarchy = Hierarchy::default();
+        let file = std::fs::read("/proc/self/cgroup").expect("/proc");
+        let group = hierarchy.of_client(ours.as_fd(), Pid::this(), u64::MAX).expect("it is us");
+        assert_eq!(group.as_ref().map(Cgroup::path), unified_path(&file));
+        let foreign = hierarchy.group(b"/../elsewhere").expect("a path");
+        match foreign.attributes() {
+            Ok(attributes) => assert!(attributes.is_empty()),
+            Err(error) => assert!(matches!(error, CgroupError::NotMounted), "{error}"),
+        }
+    }
+}

@@ -1,0 +1,173 @@
+//! Which process a client is, safe against the reuse of its number.
+//!
+//! Contract: a [`Client`] holds the process that connected, whoever accepted the connection. What
+//! was read about its number in /proc was about that process if [`Client::check`] succeeds
+//! before and after: as long as the process isn't reaped, nobody else gets the number.
+//!
+//! # Failure
+//! [`IdentityError`]; a client that has exited is nobody any more.
+
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+
+use nix::errno::Errno;
+use nix::unistd::{Pid, SysconfVar, sysconf};
+use qrelay_shared::sys::pidfd;
+use thiserror::Error;
+
+/// Why a client's process isn't known.
+#[derive(Debug, Error, PartialEq, Eq)]
+pub enum IdentityError {
+    /// It has ended, and its number may be another process' by now.
+    #[error("the client has exited")]
+    Exited,
+    /// A call to the system failed.
+    #[error("{0}: {1}")]
+    Os(&'static str, Errno),
+}
+
+/// A client's process.
+#[derive(Debug)]
+pub struct Client {
+    pid: Pid,
+    process: OwnedFd,
+}
+
+impl Client {
+    /// The process behind a local connection, `pid` being its number when it connected and
+    /// `accepted` when the connection was accepted, in nanoseconds of CLOCK_BOOTTIME.
+    ///
+    /// # Errors
+    /// See [`IdentityError`].
+    pub fn of(socket: BorrowedFd<'_>, pid: Pid, accepted: u64) -> Result<Self, IdentityError> {
+        let process = match pidfd::of_peer(socket) {
+            Ok(process) => process,
+            Err(Errno::ESRCH | Errno::EINVAL) => return Err(IdentityError::Exited),
+            Err(Errno::ENOPROTOOPT) => return Self::by_number(pid, accepted),
+            Err(error) => return Err(IdentityError::Os("SO_PEERPIDFD", error)),
+        };
+        let client = Self { pid, process };
+        client.check()?;
+        Ok(client)
+    }
+
+    /// Before Linux 6.5: the process that has the number, if it had it when the connection was
+    /// accepted.
+    fn by_number(pid: Pid, accepted: u64) -> Result<Self, IdentityError> {
+        let process = pidfd::open(pid).map_err(|error| match error {
+            Errno::ESRCH => IdentityError::Exited,
+            error => IdentityError::Os("pidfd_open", error),
+        })?;
+        let client = Self { pid, process };
+        let stat = read(&format!("/proc/{pid}/stat"))?;
+        client.check()?;
+        match start_time(&stat, ticks_per_second()) {
+            Some(started) if started <= accepted => Ok(client),
+            _ => Err(IdentityError::Exited),
+        }
+    }
+
+    /// Its number.
+    pub fn pid(&self) -> Pid {
+        self.pid
+    }
+
+    /// Whether the number is still its own.
+    ///
+    /// # Errors
+    /// [`IdentityError::Exited`] if not.
+    pub fn check(&self) -> Result<(), IdentityError> {
+        let number = self.process.as_fd().as_raw_fd();
+        let info = read(&format!("/proc/self/fdinfo/{number}"))?;
+        match fdinfo_pid(&info) {
+            Some(pid) if pid == self.pid.as_raw() => Ok(()),
+            _ => Err(IdentityError::Exited),
+        }
+    }
+}
+
+/// A file in /proc; one that isn't there belonged to a process that is gone.
+///
+/// # Errors
+/// See [`IdentityError`].
+pub fn read(path: &str) -> Result<Vec<u8>, IdentityError> {
+    std::fs::read(path).map_err(|error| match error.raw_os_error().map(Errno::from_raw) {
+        Some(Errno::ENOENT | Errno::ESRCH) => IdentityError::Exited,
+        other => IdentityError::Os("/proc", other.unwrap_or(Errno::EIO)),
+    })
+}
+
+/// The `Pid:` of a pidfd's fdinfo: -1 once the process has been reaped, 0 for a process that
+/// has no number here.
+fn fdinfo_pid(info: &[u8]) -> Option<i32> {
+    let mut lines = info.split(|&byte| byte == b'\n');
+    let value = lines.find_map(|line| line.strip_prefix(b"Pid:"))?;
+    str::from_utf8(value).ok()?.trim().parse().ok()
+}
+
+/// When a process started, in nanoseconds since boot, from proc_pid_stat(5). It is rounded down
+/// to a tick (10 ms as a rule), so a client that connects at once isn't mistaken for a later one.
+fn start_time(stat: &[u8], ticks_per_second: u64) -> Option<u64> {
+    // The second field is in parentheses and may contain anything; field 22 is what we want.
+    let after = stat.iter().rposition(|&byte| byte == b')')?;
+    let mut fields = str::from_utf8(&stat[after + 1..]).ok()?.split_ascii_whitespace();
+    let ticks: u64 = fields.nth(19)?.parse().ok()?;
+    ticks.checked_mul(1_000_000_000 / ticks_per_second.max(1))
+}
+
+/// USER_HZ: 100 on every architecture that we run on, but ask.
+fn ticks_per_second() -> u64 {
+    let value = sysconf(SysconfVar::CLK_TCK).ok().flatten();
+    value.and_then(|ticks| u64::try_from(ticks).ok()).unwrap_or(100)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::net::UnixStream;
+    use std::process::Command;
+
+    #[test]
+    fn numbers_of_descriptors() {
+        let info = b"pos:\t0\nflags:\t02000002\nmnt_id:\t15\nino:\t7\nPid:\t4711\nNSpid:\t4711\n";
+        assert_eq!(fdinfo_pid(info), Some(4711));
+        assert_eq!(fdinfo_pid(b"Pid:\t-1\n"), Some(-1));
+        assert_eq!(fdinfo_pid(b"NSpid:\t1\n"), None);
+        assert_eq!(fdinfo_pid(b""), None);
+    }
+
+    #[test]
+    fn start_times() {
+        let stat = b"12 (a) b) (c) S 1 12 12 0 -1 4194560 1 2 3 4 5 6 7 8 20 0 1 0 250 9 10\n";
+        assert_eq!(start_time(stat, 100), Some(2_500_000_000));
+        assert_eq!(start_time(b"12 (a) S 1", 100), None);
+        assert_eq!(start_time(b"", 100), None);
+    }
+
+    #[test]
+    fn the_peer_of_a_socket() {
+        let (ours, _theirs) = UnixStream::pair().expect("pair");
+        let client = Client::of(ours.as_fd(), Pid::this(), u64::MAX).expect("it is us");
+        assert_eq!(client.check(), Ok(()));
+        let other = Client::of(ours.as_fd(), Pid::parent(), u64::MAX);
+        assert_eq!(other.err(), Some(IdentityError::Exited), "not the process that connected");
+    }
+
+    #[test]
+    fn by_its_number() {
+        assert!(Client::by_number(Pid::this(), u64::MAX).is_ok());
+        let before = Client::by_number(Pid::this(), 0);
+        assert_eq!(before.err(), Some(IdentityError::Exited), "it started later");
+        let gone = Client::by_number(Pid::from_raw(i32::MAX), u64::MAX);
+        assert_eq!(gone.err(), Some(IdentityError::Exited));
+    }
+
+    #[test]
+    fn a_process_that_ends() {
+        let mut child = Command::new("/bin/sleep").arg("60").spawn().expect("spawn");
+        let pid = Pid::from_raw(child.id().cast_signed());
+        let client = Client::by_number(pid, u64::MAX).expect("alive");
+        child.kill().expect("kill");
+        child.wait().expect("wait");
+        assert_eq!(client.check(), Err(IdentityError::Exited));
+    }
+}
