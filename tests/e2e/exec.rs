@@ -261,7 +261,7 @@ fn a_client_that_is_gone_ends_it() {
         ));
         let daemon = site.start();
         let mut client = match over_tcp {
-            true => Client::connect(port.clone()),
+            true => Client::connect(port),
             false => Client::connect(daemon.path("in")),
         };
         client.send(&mail().request());
