@@ -85,6 +85,9 @@ fn is_label(label: &[u8]) -> bool {
 ///
 /// `\`, `<`, `>`, `,` and bytes that are no UTF-8 become `\xNN`, control characters `?`.
 pub fn escape_for_log(addr: &[u8]) -> String {
+    if is_plain(addr) && !addr.iter().any(|byte| b"\\<>,".contains(byte)) {
+        return String::from_utf8_lossy(addr).into_owned();
+    }
     let mut out = String::with_capacity(addr.len());
     for chunk in addr.utf8_chunks() {
         for c in chunk.valid().chars() {
@@ -107,7 +110,16 @@ fn push_escaped(out: &mut String, byte: u8) {
 /// Foreign text (a reply, a name) as one printable line: control characters become `?`, bytes that
 /// are no UTF-8 the replacement character U+FFFD.
 pub fn printable(text: &[u8]) -> String {
-    String::from_utf8_lossy(text).chars().map(shown).collect()
+    let lossy = String::from_utf8_lossy(text);
+    if is_plain(text) {
+        return lossy.into_owned();
+    }
+    lossy.chars().map(shown).collect()
+}
+
+/// Nearly every address and reply is printable ASCII, which is shown as it is.
+fn is_plain(text: &[u8]) -> bool {
+    text.iter().all(|byte| (b' '..=b'~').contains(byte))
 }
 
 /// `?` for what would change a terminal or break a line instead of showing something: the control
