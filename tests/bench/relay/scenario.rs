@@ -76,6 +76,19 @@ end)
         target: Target::CpuAtMost(1.15),
     },
     Scenario {
+        name: "incr",
+        about: "counts every mail in a shared dictionary, against one that just relays",
+        script: "
+local mails = shared:new('mails')
+qmqp_listen(socket, function(m)
+  mails:incr('uid-' .. m.uid, 1, 3600)
+  return m:connect(next_hop)
+end)
+",
+        baseline: Baseline::Script(RELAY),
+        target: Target::RateAtLeast(0.75),
+    },
+    Scenario {
         name: "pg",
         about: "one indexed SELECT per mail, against no database (PGHOST and so on say where; makes a table)",
         script: "
