@@ -1,119 +1,201 @@
 //! One connection on a thread of its own.
 //!
-//! Contract: the thread connects, then answers one request at a time, until nobody can ask any
-//! more. The database client has no time limit; who asks has one, and a connection that doesn't
-//! answer by it is abandoned: its statement is cancelled, and its thread ends when the server says
-//! something or the connection breaks.
+//! Contract: the thread takes tasks from its pool's queue, one at a time, and connects when it has
+//! to; a connection that turns out to be broken before a request has left is made again. The
+//! database client has no time limit; who asks has one, and abandons the task when it is over: the
+//! statement is cancelled, and the thread ends when the server says something or the connection
+//! breaks.
 //!
 //! # Failure
-//! [`Asked::Expired`] makes the connection useless, and so does [`Answer::Lost`].
+//! What goes wrong is the answer. A panic ends the thread, and with it the task's channel.
 
-use std::io;
 use std::sync::Arc;
 use std::thread;
 
-use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
+use crossbeam_channel::{Receiver, Sender};
+use parking_lot::Mutex;
 
+use super::pool::{Seat, Shared};
 use super::session::{Answer, Request, Session};
-use super::target::{Cancel, Target};
-use crate::deadline::Deadline;
+use super::target::Cancel;
 use crate::serve::block_signals;
 
 /// Virtual memory of a connection's thread: a TLS handshake of an unoptimised build takes less
 /// than half of it (measured), everything else a fraction.
 pub const STACK_SIZE: usize = 512 << 10;
 
-/// The asking side.
-pub struct Connection {
-    /// Its number in the pool.
-    pub number: u64,
-    requests: Sender<Request>,
-    answers: Receiver<Answer>,
-    opened: Receiver<Result<Cancel, String>>,
-    cancel: Option<Cancel>,
+/// Something to be done on a connection.
+pub struct Task {
+    /// What is asked first.
+    pub request: Request,
+    /// What is asked afterwards: the connection is kept until nobody can ask any more.
+    pub more: Option<Receiver<Request>>,
+    /// Where answers go.
+    pub answers: Sender<Answer>,
+    /// How far it is.
+    pub stage: Arc<Stage>,
 }
 
-/// What asking led to.
-#[derive(Debug)]
-pub enum Asked<T> {
-    /// An answer.
-    Answered(T),
-    /// None in time.
-    Expired,
+/// How far a task is: known to who asked and to the thread that works on it.
+#[derive(Default)]
+pub struct Stage(Mutex<Step>);
+
+#[derive(Default)]
+enum Step {
+    /// Nobody works on it.
+    #[default]
+    Queued,
+    /// A connection works on it, or is being made for it.
+    Running(Option<Arc<Cancel>>),
+    /// Nobody waits for it, and nobody has begun with it.
+    Skipped,
+    /// Nobody waits for it any more.
+    Abandoned,
+    /// It is over.
+    Done,
 }
 
-impl Connection {
-    /// Starts to connect. `ended` is dropped at the end of the thread.
-    ///
-    /// # Errors
-    /// There is no thread to be had.
-    pub fn open<E: Send + 'static>(number: u64, target: Arc<Target>, ended: E) -> io::Result<Self> {
-        // Channels without room: the receiver is nearly always waiting already, and goes to sleep at
-        // once, while it would first look for a message for some time if there were room for one.
-        let (requests, asked) = bounded::<Request>(0);
-        let (answer, answers) = bounded(0);
-        let (open, opened) = bounded(1);
-        let serve = move || {
-            let _ended = ended;
-            block_signals();
-            match target.connect() {
-                Ok((client, cancel)) => {
-                    // Whoever asks may have given up.
-                    if open.send(Ok(cancel)).is_ok() {
-                        serve(Session::new(client), &asked, &answer);
+/// What was abandoned.
+pub enum Abandoned {
+    /// Nothing that would go on.
+    Idle,
+    /// A thread that works on it.
+    Working(Option<Arc<Cancel>>),
+}
+
+/// What the end of a task means.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Finish {
+    /// Somebody waits for the answer.
+    Answer,
+    /// It was abandoned before anybody worked on it.
+    Skipped,
+    /// It was abandoned meanwhile.
+    Abandoned,
+}
+
+impl Stage {
+    /// Work begins, or its connection is known; false if nobody waits.
+    fn run(&self, cancel: Option<&Arc<Cancel>>) -> bool {
+        let mut step = self.0.lock();
+        let wanted = matches!(*step, Step::Queued | Step::Running(_));
+        if wanted {
+            *step = Step::Running(cancel.cloned());
+        }
+        wanted
+    }
+
+    /// It is over.
+    pub fn finish(&self) -> Finish {
+        match std::mem::replace(&mut *self.0.lock(), Step::Done) {
+            Step::Abandoned => Finish::Abandoned,
+            Step::Skipped => Finish::Skipped,
+            Step::Queued | Step::Running(_) | Step::Done => Finish::Answer,
+        }
+    }
+
+    /// Nobody waits any more.
+    pub fn abandon(&self) -> Abandoned {
+        let mut step = self.0.lock();
+        let next = if matches!(*step, Step::Queued) { Step::Skipped } else { Step::Abandoned };
+        match std::mem::replace(&mut *step, next) {
+            Step::Running(cancel) => Abandoned::Working(cancel),
+            _ => Abandoned::Idle,
+        }
+    }
+}
+
+/// Has the server cancel what an abandoned connection is doing.
+pub fn cancel(cancel: Arc<Cancel>) {
+    let thread = thread::Builder::new().name("pg-cancel".into()).stack_size(STACK_SIZE);
+    // Without a thread the statement goes on until its end.
+    let _ = thread.spawn(move || cancel.run());
+}
+
+/// Starts a thread that works on tasks until there can be no more.
+///
+/// # Errors
+/// There is no thread to be had.
+pub fn start(shared: Arc<Shared>, tasks: Receiver<Task>) -> std::io::Result<()> {
+    let thread = thread::Builder::new().name("pg".into()).stack_size(STACK_SIZE);
+    let work = move || Worker { seat: Seat::new(shared, tasks), connection: None }.run();
+    thread.spawn(work).map(drop)
+}
+
+struct Worker {
+    /// Dropped before the seat: whoever waits for the thread's end wants this to be closed.
+    connection: Option<(Session, Arc<Cancel>)>,
+    seat: Seat,
+}
+
+impl Worker {
+    fn run(mut self) {
+        block_signals();
+        while let Some(task) = self.seat.next() {
+            let wanted = task.stage.run(self.connection.as_ref().map(|(_, cancel)| cancel));
+            let answer = if wanted { self.work(&task) } else { None };
+            if !self.seat.finish() {
+                break;
+            }
+            if let Some(answer) = answer {
+                // Who asked may have given up just now.
+                let _ = task.answers.send(answer);
+            }
+        }
+    }
+
+    /// Does a task to its end; its last answer, if there is one.
+    fn work(&mut self, task: &Task) -> Option<Answer> {
+        let answer = self.answer(&task.request, &task.stage);
+        let (Some(more), Answer::Done(_)) = (&task.more, &answer) else { return Some(answer) };
+        let mut next = answer;
+        while task.answers.send(next).is_ok() {
+            let Ok(request) = more.recv() else { break };
+            next = match &mut self.connection {
+                Some((session, _)) => session.answer(&request),
+                None => Answer::Failed("the connection is gone".into()),
+            };
+            if let Answer::Lost { message, .. } = next {
+                self.connection = None;
+                next = Answer::Failed(message);
+            }
+        }
+        // The server rolls back what was begun.
+        self.connection.take_if(|(session, _)| session.is_in_transaction());
+        None
+    }
+
+    fn answer(&mut self, request: &Request, stage: &Stage) -> Answer {
+        let mut again = true;
+        loop {
+            let session = match self.connected(stage) {
+                Ok(session) => session,
+                Err(message) => return Answer::Failed(message),
+            };
+            match session.answer(request) {
+                Answer::Lost { message, unsent } => {
+                    self.connection = None;
+                    if !(unsent && std::mem::take(&mut again)) {
+                        return Answer::Failed(message);
                     }
                 }
-                Err(message) => drop(open.send(Err(message))),
+                answer => return answer,
+            }
+        }
+    }
+
+    fn connected(&mut self, stage: &Stage) -> Result<&mut Session, String> {
+        let connection = match self.connection.take() {
+            Some(connection) => connection,
+            None => {
+                let (client, cancel) = self.seat.target().connect()?;
+                let cancel = Arc::new(cancel);
+                if !stage.run(Some(&cancel)) {
+                    return Err("nobody waits any more".into());
+                }
+                (Session::new(client), cancel)
             }
         };
-        thread::Builder::new().name("pg".into()).stack_size(STACK_SIZE).spawn(serve)?;
-        Ok(Self { number, requests, answers, opened, cancel: None })
-    }
-
-    /// Waits until it is connected.
-    pub fn opened(&mut self, deadline: Deadline) -> Asked<Result<(), String>> {
-        match self.opened.recv_deadline(deadline.instant()) {
-            Ok(Ok(cancel)) => {
-                self.cancel = Some(cancel);
-                Asked::Answered(Ok(()))
-            }
-            Ok(Err(message)) => Asked::Answered(Err(message)),
-            Err(RecvTimeoutError::Timeout) => Asked::Expired,
-            Err(RecvTimeoutError::Disconnected) => Asked::Answered(Err(BROKEN.into())),
-        }
-    }
-
-    /// Asks and waits for the answer.
-    pub fn ask(&self, request: Request, deadline: Deadline) -> Asked<Answer> {
-        let lost = |unsent| Asked::Answered(Answer::Lost { message: BROKEN.into(), unsent });
-        if self.requests.send(request).is_err() {
-            return lost(true);
-        }
-        match self.answers.recv_deadline(deadline.instant()) {
-            Ok(answer) => Asked::Answered(answer),
-            Err(RecvTimeoutError::Timeout) => Asked::Expired,
-            Err(RecvTimeoutError::Disconnected) => lost(false),
-        }
-    }
-
-    /// Gives it up while it works.
-    pub fn abandon(self) {
-        let Some(cancel) = self.cancel else { return };
-        let thread = thread::Builder::new().name("pg-cancel".into()).stack_size(STACK_SIZE);
-        // Without a thread the statement goes on until its end.
-        let _ = thread.spawn(move || cancel.run());
-    }
-}
-
-/// The thread is gone, for a reason that nobody foresaw.
-const BROKEN: &str = "the connection's thread has ended";
-
-fn serve(mut session: Session, requests: &Receiver<Request>, answers: &Sender<Answer>) {
-    while let Ok(request) = requests.recv() {
-        let answer = session.answer(&request);
-        let lost = matches!(answer, Answer::Lost { .. });
-        if answers.send(answer).is_err() || lost {
-            break;
-        }
+        Ok(&mut self.connection.insert(connection).0)
     }
 }

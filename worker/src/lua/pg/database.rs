@@ -183,7 +183,7 @@ struct Execute {
 
 impl Operation for Execute {
     fn run(self: Box<Self>, deadline: Deadline) -> Outcome {
-        outcome(self.pool.ask(&self.request, deadline), ResultObject::new)
+        outcome(self.pool.ask(self.request, deadline), ResultObject::new)
     }
 }
 
@@ -217,7 +217,7 @@ struct Continue {
 
 impl Continue {
     fn ask(self, deadline: Deadline) -> Result<Rows, Refusal> {
-        let Some(mut lease) = self.transaction.0.lock().take() else {
+        let Some(lease) = self.transaction.0.lock().take() else {
             return Err(Refusal::Failed("the transaction is over, or another request runs".into()));
         };
         let over = matches!(self.request, Request::Commit | Request::Rollback);

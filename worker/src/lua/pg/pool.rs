@@ -1,23 +1,27 @@
-//! The connections of one `pg:new`: at most so many, opened when they are needed, used again.
+//! The connections of one `pg:new`: at most so many, made when they are needed, used again.
 //!
-//! Contract: [`Pool::ask`] takes a free connection, opens one, or waits for one, until the
-//! deadline. A [`Lease`] keeps a connection over several requests. Only a connection that is ready
-//! for anything goes back. Connections that were abandoned count as well, so that a server which
+//! Contract: tasks wait in one queue, from which the connections' threads take them: a connection
+//! that is done with one goes on with the next without sleeping in between. A [`Lease`] keeps a
+//! connection over several requests. Connections that were abandoned count as well: a server that
 //! doesn't answer costs at most twice as many threads as there may be connections.
 //!
 //! # Failure
-//! [`Refusal`]. What the server says about a statement is an answer.
+//! [`Refusal`].
 
-use std::collections::BTreeSet;
-use std::sync::{Arc, Weak};
+use std::io;
+use std::sync::Arc;
 use std::time::Duration;
 
+use crossbeam_channel::{Receiver, RecvTimeoutError, SendTimeoutError, Sender, bounded, unbounded};
 use parking_lot::{Condvar, Mutex};
 
-use super::connection::{Asked, Connection};
+use super::connection::{self, Abandoned, Finish, Stage, Task};
 use super::session::{Answer, Request, Rows};
 use super::target::Target;
 use crate::deadline::Deadline;
+
+/// How long the end of loading waits for connections that the script has opened.
+pub const CLOSE_TIME: Duration = Duration::from_secs(5);
 
 /// Why there is no result.
 #[derive(Debug)]
@@ -30,197 +34,245 @@ pub enum Refusal {
 
 /// The connections.
 pub struct Pool {
+    shared: Arc<Shared>,
+    queue: Mutex<Queue>,
+}
+
+/// Its threads end when nobody can put anything in any more.
+struct Queue {
+    tasks: Sender<Task>,
+    taken: Receiver<Task>,
+}
+
+impl Queue {
+    fn new() -> Self {
+        let (tasks, taken) = unbounded();
+        Self { tasks, taken }
+    }
+}
+
+/// What the threads know of their pool.
+pub struct Shared {
     target: Arc<Target>,
     max: usize,
     state: Mutex<State>,
-    /// A connection came back, or a thread ended.
-    changed: Condvar,
+    /// A thread has ended.
+    ended: Condvar,
 }
 
 #[derive(Default)]
 struct State {
-    idle: Vec<Connection>,
-    /// Idle ones, leased ones, and those that are being opened.
-    open: usize,
-    /// The numbers of connections whose threads are alive.
-    threads: BTreeSet<u64>,
-    /// Those of them that nobody waits for any more.
-    abandoned: BTreeSet<u64>,
-    counter: u64,
+    /// Threads that take tasks.
+    threads: usize,
+    /// Tasks in the queue or in work, but for abandoned work.
+    outstanding: usize,
+    /// Threads with work that nobody waits for any more.
+    abandoned: usize,
 }
 
-/// Notes the end of a connection's thread.
-struct Ended {
-    pool: Weak<Pool>,
-    number: u64,
-}
+impl Shared {
+    /// Where the connections lead.
+    pub fn target(&self) -> &Arc<Target> {
+        &self.target
+    }
 
-impl Drop for Ended {
-    fn drop(&mut self) {
-        if let Some(pool) = self.pool.upgrade() {
-            let mut state = pool.state.lock();
-            state.threads.remove(&self.number);
-            state.abandoned.remove(&self.number);
-            drop(state);
-            pool.changed.notify_all();
+    /// Starts a thread if there is work for it and there may be one more.
+    fn grow(self: &Arc<Self>, state: &mut State, taken: &Receiver<Task>) -> io::Result<()> {
+        let needed = state.outstanding > state.threads;
+        if !needed || state.threads >= self.max || state.abandoned >= self.max {
+            return Ok(());
         }
+        connection::start(Arc::clone(self), taken.clone())?;
+        state.threads += 1;
+        Ok(())
+    }
+}
+
+/// A thread's place in its pool; it is given up when this is dropped.
+pub struct Seat {
+    shared: Arc<Shared>,
+    taken: Receiver<Task>,
+    /// Of the task in work.
+    stage: Option<Arc<Stage>>,
+    abandoned: bool,
+}
+
+impl Seat {
+    /// For a thread that [`Shared::grow`] has started.
+    pub fn new(shared: Arc<Shared>, taken: Receiver<Task>) -> Self {
+        Self { shared, taken, stage: None, abandoned: false }
+    }
+
+    /// Where connections lead.
+    pub fn target(&self) -> &Target {
+        &self.shared.target
+    }
+
+    /// The next task; none if there can be no more.
+    pub fn next(&mut self) -> Option<Task> {
+        let task = self.taken.recv().ok()?;
+        self.stage = Some(Arc::clone(&task.stage));
+        Some(task)
+    }
+
+    /// The task is over; false if nobody waits for it, and the thread isn't counted any more.
+    pub fn finish(&mut self) -> bool {
+        let Some(stage) = self.stage.take() else { return true };
+        match stage.finish() {
+            Finish::Answer | Finish::Skipped => {
+                self.shared.state.lock().outstanding -= 1;
+                true
+            }
+            Finish::Abandoned => {
+                self.abandoned = true;
+                false
+            }
+        }
+    }
+}
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        self.finish();
+        let mut state = self.shared.state.lock();
+        if self.abandoned {
+            state.abandoned -= 1;
+        } else {
+            state.threads -= 1;
+        }
+        // If there can be none, those who wait do so until their deadlines.
+        let _ = self.shared.grow(&mut state, &self.taken);
+        drop(state);
+        self.shared.ended.notify_all();
     }
 }
 
 impl Pool {
     /// No connections yet.
     pub fn new(target: Arc<Target>, max: usize) -> Arc<Self> {
-        Arc::new(Self { target, max, state: Mutex::default(), changed: Condvar::new() })
+        let (state, ended) = (Mutex::default(), Condvar::new());
+        let shared = Arc::new(Shared { target, max, state, ended });
+        Arc::new(Self { shared, queue: Mutex::new(Queue::new()) })
     }
 
     /// Where the connections lead.
     pub fn target(&self) -> &Arc<Target> {
-        &self.target
+        self.shared.target()
     }
 
-    /// Has a request answered. One that never left, because its connection had broken, is sent
-    /// again once.
+    /// Has a request answered.
     ///
     /// # Errors
     /// See [`Refusal`].
-    pub fn ask(self: &Arc<Self>, request: &Request, deadline: Deadline) -> Result<Rows, Refusal> {
-        let mut again = true;
-        loop {
-            let mut lease = self.lease(deadline)?;
-            match lease.try_ask(request.clone(), deadline)? {
-                Answer::Done(rows) => return Ok(rows),
-                Answer::Lost { unsent: true, .. } if again => again = false,
-                Answer::Failed(message) | Answer::Lost { message, .. } => {
-                    return Err(Refusal::Failed(message));
-                }
-            }
-        }
+    pub fn ask(&self, request: Request, deadline: Deadline) -> Result<Rows, Refusal> {
+        let (answers, answered) = bounded(0);
+        let stage = Arc::new(Stage::default());
+        let task = Task { request, more: None, answers, stage: Arc::clone(&stage) };
+        self.enqueue(task, deadline)?;
+        self.caller(stage, answered).wait(deadline)
     }
 
     /// Begins a transaction.
     ///
     /// # Errors
     /// See [`Refusal`].
-    pub fn begin(self: &Arc<Self>, deadline: Deadline) -> Result<Lease, Refusal> {
-        let mut again = true;
-        loop {
-            let mut lease = self.lease(deadline)?;
-            match lease.try_ask(Request::Begin, deadline)? {
-                Answer::Done(_) => {
-                    lease.busy = true;
-                    return Ok(lease);
-                }
-                Answer::Lost { unsent: true, .. } if again => again = false,
-                Answer::Failed(message) | Answer::Lost { message, .. } => {
-                    return Err(Refusal::Failed(message));
-                }
-            }
-        }
+    pub fn begin(&self, deadline: Deadline) -> Result<Lease, Refusal> {
+        let ((answers, answered), (requests, more)) = (bounded(0), bounded(0));
+        let stage = Arc::new(Stage::default());
+        let more = Some(more);
+        let task = Task { request: Request::Begin, more, answers, stage: Arc::clone(&stage) };
+        self.enqueue(task, deadline)?;
+        let caller = self.caller(stage, answered);
+        caller.wait(deadline)?;
+        Ok(Lease { requests, caller })
     }
 
-    /// Closes every connection, and waits for the end of their threads: those that work on
-    /// something end after it.
+    /// Ends every thread as soon as it has nothing to do, and waits for that.
     pub fn close(&self, deadline: Deadline) {
-        let mut state = self.state.lock();
-        let idle = std::mem::take(&mut state.idle);
-        state.open -= idle.len();
-        drop(idle);
-        while !state.threads.is_empty() {
-            if self.changed.wait_until(&mut state, deadline.instant()).timed_out() {
+        *self.queue.lock() = Queue::new();
+        let mut state = self.shared.state.lock();
+        while state.threads + state.abandoned > 0 {
+            if self.shared.ended.wait_until(&mut state, deadline.instant()).timed_out() {
                 break;
             }
         }
     }
 
-    fn lease(self: &Arc<Self>, deadline: Deadline) -> Result<Lease, Refusal> {
-        let mut state = self.state.lock();
-        loop {
-            if let Some(connection) = state.idle.pop() {
-                return Ok(self.leased(connection));
-            }
-            if state.open < self.max && state.abandoned.len() < self.max {
-                break;
-            }
-            if self.changed.wait_until(&mut state, deadline.instant()).timed_out() {
+    /// Puts a task into the queue, if there are threads for it or may be; else waits for one of
+    /// those that were abandoned.
+    fn enqueue(&self, task: Task, deadline: Deadline) -> Result<(), Refusal> {
+        let shared = &self.shared;
+        let mut state = shared.state.lock();
+        while state.threads == 0 && state.abandoned >= shared.max {
+            if shared.ended.wait_until(&mut state, deadline.instant()).timed_out() {
                 return Err(Refusal::Expired);
             }
         }
-        state.open += 1;
-        state.counter += 1;
-        let number = state.counter;
-        state.threads.insert(number);
-        drop(state);
-        let ended = Ended { pool: Arc::downgrade(self), number };
-        match Connection::open(number, Arc::clone(&self.target), ended) {
-            Ok(connection) => self.wait_for(connection, deadline),
-            Err(error) => {
-                self.closed();
-                Err(Refusal::Failed(format!("no thread for a connection: {error}")))
-            }
+        let queue = self.queue.lock();
+        state.outstanding += 1;
+        if let Err(error) = shared.grow(&mut state, &queue.taken)
+            && state.threads == 0
+        {
+            state.outstanding -= 1;
+            return Err(Refusal::Failed(format!("no thread for a connection: {error}")));
         }
+        drop(state);
+        // The queue has a receiver of its own.
+        let _ = queue.tasks.send(task);
+        Ok(())
     }
 
-    fn wait_for(
-        self: &Arc<Self>,
-        mut connection: Connection,
-        deadline: Deadline,
-    ) -> Result<Lease, Refusal> {
-        match connection.opened(deadline) {
-            Asked::Answered(Ok(())) => Ok(self.leased(connection)),
-            Asked::Answered(Err(message)) => {
-                self.closed();
+    fn caller(&self, stage: Arc<Stage>, answers: Receiver<Answer>) -> Caller {
+        let shared = Arc::clone(&self.shared);
+        Caller { shared, taken: self.queue.lock().taken.clone(), stage, answers }
+    }
+}
+
+/// Waits for the answers to a task.
+struct Caller {
+    shared: Arc<Shared>,
+    taken: Receiver<Task>,
+    stage: Arc<Stage>,
+    answers: Receiver<Answer>,
+}
+
+impl Caller {
+    fn wait(&self, deadline: Deadline) -> Result<Rows, Refusal> {
+        match self.answers.recv_deadline(deadline.instant()) {
+            Ok(Answer::Done(rows)) => Ok(rows),
+            Ok(Answer::Failed(message) | Answer::Lost { message, .. }) => {
                 Err(Refusal::Failed(message))
             }
-            Asked::Expired => {
-                self.abandon(connection);
+            Err(RecvTimeoutError::Disconnected) => {
+                Err(Refusal::Failed("the connection's thread has ended".into()))
+            }
+            Err(RecvTimeoutError::Timeout) => {
+                self.abandon();
                 Err(Refusal::Expired)
             }
         }
     }
 
-    fn leased(self: &Arc<Self>, connection: Connection) -> Lease {
-        Lease { pool: Arc::clone(self), connection: Some(connection), busy: false }
-    }
-
-    /// A connection isn't there any more.
-    fn closed(&self) {
-        self.state.lock().open -= 1;
-        self.changed.notify_one();
-    }
-
-    fn abandon(&self, connection: Connection) {
-        let mut state = self.state.lock();
-        state.open -= 1;
-        if state.threads.contains(&connection.number) {
-            state.abandoned.insert(connection.number);
-        }
+    fn abandon(&self) {
+        // The state is locked first: the thread's end is counted after this.
+        let mut state = self.shared.state.lock();
+        let Abandoned::Working(cancel) = self.stage.abandon() else { return };
+        state.threads -= 1;
+        state.outstanding -= 1;
+        state.abandoned += 1;
+        // If there can be none, those who wait do so until their deadlines.
+        let _ = self.shared.grow(&mut state, &self.taken);
         drop(state);
-        self.changed.notify_one();
-        connection.abandon();
-    }
-
-    /// When one connection has broken, the idle ones probably have, too.
-    fn distrust(&self) {
-        let mut state = self.state.lock();
-        let idle = std::mem::take(&mut state.idle);
-        state.open -= idle.len();
-    }
-
-    fn give_back(&self, connection: Connection) {
-        self.state.lock().idle.push(connection);
-        self.changed.notify_one();
+        if let Some(token) = cancel {
+            connection::cancel(token);
+        }
     }
 }
 
-/// How long a fork waits for connections to end that were opened while the script was loaded.
-pub const CLOSE_TIME: Duration = Duration::from_secs(5);
-
 /// A connection that somebody has for himself.
 pub struct Lease {
-    pool: Arc<Pool>,
-    connection: Option<Connection>,
-    /// It is in the middle of something: it can't be given to others.
-    busy: bool,
+    requests: Sender<Request>,
+    caller: Caller,
 }
 
 impl Lease {
@@ -228,54 +280,13 @@ impl Lease {
     ///
     /// # Errors
     /// See [`Refusal`].
-    pub fn ask(&mut self, request: Request, deadline: Deadline) -> Result<Rows, Refusal> {
-        let ends = matches!(request, Request::Commit | Request::Rollback);
-        match self.try_ask(request, deadline)? {
-            Answer::Done(rows) => {
-                self.busy &= !ends;
-                Ok(rows)
+    pub fn ask(&self, request: Request, deadline: Deadline) -> Result<Rows, Refusal> {
+        match self.requests.send_deadline(request, deadline.instant()) {
+            Ok(()) => self.caller.wait(deadline),
+            Err(SendTimeoutError::Timeout(_)) => Err(Refusal::Expired),
+            Err(SendTimeoutError::Disconnected(_)) => {
+                Err(Refusal::Failed("the connection is gone".into()))
             }
-            Answer::Failed(message) => {
-                self.busy &= !ends;
-                Err(Refusal::Failed(message))
-            }
-            Answer::Lost { message, .. } => Err(Refusal::Failed(message)),
-        }
-    }
-
-    fn try_ask(&mut self, request: Request, deadline: Deadline) -> Result<Answer, Refusal> {
-        let Some(connection) = self.connection.take() else {
-            return Err(Refusal::Failed("the connection is gone".into()));
-        };
-        match connection.ask(request, deadline) {
-            Asked::Answered(answer @ Answer::Lost { .. }) => {
-                drop(connection);
-                self.pool.distrust();
-                self.pool.closed();
-                Ok(answer)
-            }
-            Asked::Answered(answer) => {
-                self.connection = Some(connection);
-                Ok(answer)
-            }
-            Asked::Expired => {
-                self.pool.abandon(connection);
-                Err(Refusal::Expired)
-            }
-        }
-    }
-}
-
-impl Drop for Lease {
-    fn drop(&mut self) {
-        match self.connection.take() {
-            Some(connection) if self.busy => {
-                // The server rolls back what was begun.
-                drop(connection);
-                self.pool.closed();
-            }
-            Some(connection) => self.pool.give_back(connection),
-            None => {}
         }
     }
 }

@@ -31,7 +31,7 @@ const TRUSTED: Duration = Duration::from_millis(100);
 const TRIAL: Duration = Duration::from_secs(5);
 
 /// What a session is asked for.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Request {
     /// Statements without parameters.
     Query(String),
@@ -100,6 +100,11 @@ impl Session {
             in_transaction: false,
             last_used: Instant::now(),
         }
+    }
+
+    /// Whether a transaction was begun and not ended.
+    pub fn is_in_transaction(&self) -> bool {
+        self.in_transaction
     }
 
     /// Does what is asked.
