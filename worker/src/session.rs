@@ -8,6 +8,7 @@
 //! # Failure
 //! Of a session: a reply `Z` or `D`, or none to a client that is gone. Nothing propagates.
 
+use std::cell::Cell;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
@@ -37,17 +38,18 @@ enum Unread {
 }
 
 /// One client's connection and what it came with.
-#[derive(Debug)]
 pub struct Session<'w> {
     worker: &'w Worker,
     job: &'w Job,
     client: &'w Arc<OwnedFd>,
+    /// The connection to the next hop, closed when the client has its answer.
+    spent: Cell<Option<OwnedFd>>,
 }
 
 impl<'w> Session<'w> {
     /// A session for a job that has just been received.
     pub fn new(worker: &'w Worker, job: &'w Job, client: &'w Arc<OwnedFd>) -> Self {
-        Self { worker, job, client }
+        Self { worker, job, client, spent: Cell::new(None) }
     }
 
     /// Serves the client to the end. `buffer` is the thread's, empty before and after.
@@ -57,6 +59,7 @@ impl<'w> Session<'w> {
             None => self.refuse(Reply::temporary("internal server error"), Unread::Some),
         };
         self.worker.reports.done(self.job.job, record);
+        drop(self.spent.take());
         recycle(buffer);
     }
 
@@ -148,7 +151,9 @@ impl<'w> Session<'w> {
             Action::Defer(own) => Outcome::own(name, Reply::temporary(text(own, "deferred"))),
             Action::Connect(target) => {
                 let limit = self.worker.settings.connect_timeout;
-                let delivery = connect::relay(mail, target, limit, deadline, &self.worker.logger);
+                let (delivery, spent) =
+                    connect::relay(mail, target, limit, deadline, &self.worker.logger);
+                self.spent.set(spent);
                 Outcome::delivery(name, delivery)
             }
             Action::Exec(program) => {
@@ -184,7 +189,10 @@ impl<'w> Session<'w> {
         answer(self.client, reply);
         match unread {
             Unread::Unknown => drop_surplus(self.client),
-            Unread::Some => linger(self.client),
+            Unread::Some => {
+                drop(self.spent.take());
+                linger(self.client);
+            }
         }
     }
 }

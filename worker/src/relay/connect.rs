@@ -9,6 +9,7 @@
 //! if it is the action's own. The cause goes to the log.
 
 use std::hash::{BuildHasher, Hasher, RandomState};
+use std::os::fd::OwnedFd;
 use std::time::Duration;
 
 use qrelay_shared::endpoint::Endpoint;
@@ -24,13 +25,16 @@ use crate::deadline::Deadline;
 use crate::mail::Mail;
 
 /// Relays the mail. `deadline` is the mail's, `connect_timeout` the setting.
+///
+/// The connection that was used comes back. Closing it costs more than all else that is left to
+/// do for a mail, and less once the next hop has closed its side: so it is kept for last.
 pub fn relay(
     mail: &Mail,
     action: &Connect,
     connect_timeout: Duration,
     deadline: Deadline,
     logger: &Logger,
-) -> Delivery {
+) -> (Delivery, Option<OwnedFd>) {
     let attempt = Attempt {
         logger,
         id: &mail.id,
@@ -44,18 +48,15 @@ pub fn relay(
             Ok(socket) => {
                 let next_hop = endpoint.to_string();
                 let reply = attempt.exchange(mail, &socket, &next_hop);
-                return Delivery {
-                    reply,
-                    next_hop: Some(next_hop),
-                    attempted: true,
-                    canceled: false,
-                };
+                let next_hop = Some(next_hop);
+                let delivery = Delivery { reply, next_hop, attempted: true, canceled: false };
+                return (delivery, Some(socket));
             }
             Err(Undialed::Failed) => last = Some(endpoint),
-            Err(Undialed::Late) => return unsent(attempt.late, Some(endpoint)),
+            Err(Undialed::Late) => return (unsent(attempt.late, Some(endpoint)), None),
         }
     }
-    unsent("connect failed", last)
+    (unsent("connect failed", last), None)
 }
 
 fn unsent(text: &str, endpoint: Option<&Endpoint>) -> Delivery {
@@ -85,7 +86,7 @@ enum Undialed {
 }
 
 impl Attempt<'_> {
-    fn dial(&self, endpoint: &Endpoint) -> Result<std::os::fd::OwnedFd, Undialed> {
+    fn dial(&self, endpoint: &Endpoint) -> Result<OwnedFd, Undialed> {
         dial(endpoint, self.deadline.at_most(self.connect_timeout)).map_err(|error| {
             warn!(self.logger, "connect failed"; "id" => self.id,
                 "next_hop" => %endpoint, "error" => error.desc());
@@ -93,7 +94,7 @@ impl Attempt<'_> {
         })
     }
 
-    fn exchange(&self, mail: &Mail, socket: &std::os::fd::OwnedFd, next_hop: &str) -> Reply {
+    fn exchange(&self, mail: &Mail, socket: &OwnedFd, next_hop: &str) -> Reply {
         let envelope = Envelope::new(mail);
         exchange(socket, &envelope.pieces(), self.deadline).unwrap_or_else(|error| {
             warn!(self.logger, "relay failed"; "id" => self.id,
@@ -156,7 +157,7 @@ mod tests {
 
     fn run(action: &Connect, remaining: Duration) -> Delivery {
         let mail = mail(b"A: b\n\n", b"s@x", &[b"r@x"]);
-        relay(&mail, action, Duration::from_secs(5), Deadline::after(remaining), &logger())
+        relay(&mail, action, Duration::from_secs(5), Deadline::after(remaining), &logger()).0
     }
 
     const LONG: Duration = Duration::from_secs(5);
