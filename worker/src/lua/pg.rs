@@ -1,8 +1,8 @@
 //! The library `pg`: PostgreSQL.
 //!
-//! [`conninfo`], [`uri`] and [`passfile`] read what names a database, [`target`] and [`tls`] connect
-//! to it. [`connection`] is a thread with a [`session`], [`pool`] hands connections out. [`database`]
-//! and [`result`] are what a script sees, [`statement`] and [`array`] its values as text, [`listen`]
+//! [`conninfo`], [`uri`] and [`passfile`] read what names a database, [`mod@target`] and [`tls`] connect
+//! to it. [`connection`] is a thread with a [`session`], [`pool`] gives it work. [`database`]
+//! and [`result`] are what a script sees, [`statement`] and [`mod@array`] its values as text, [`listen`]
 //! its callbacks.
 //!
 //! Contract: connections are opened when they are needed, in each worker. Those that were opened

@@ -2,7 +2,7 @@
 //!
 //! Contract: text in, parameters out; nothing is connected, and no file is read. A parameter that is
 //! given twice has its last value. What isn't given comes from the environment variable that libpq
-//! reads for it; the built-in defaults are [`super::target`]'s.
+//! reads for it; the built-in defaults are those of [`Target`](super::target::Target).
 //!
 //! # Failure
 //! [`ConnInfoError`]. An unknown parameter is an error, never ignored.
