@@ -60,12 +60,24 @@ impl PondSender {
         }
         let datagram = datagram(mail, peer);
         if let Err(error) = self.try_send(&datagram) {
-            self.lost += 1;
-            if self.report.pass(Instant::now()).is_some() {
-                warn!(log, "log records are lost: {error}";
-                    "log_server" => %self.server, "lost" => self.lost);
-                self.lost = 0;
+            self.count_lost(&error, log);
+            // UDP tells of an earlier datagram: this one has not been tried yet.
+            let earlier = error.kind() == io::ErrorKind::ConnectionRefused;
+            if earlier
+                && matches!(self.target, Some(Target::Udp(_)))
+                && let Err(error) = self.try_send(&datagram)
+            {
+                self.count_lost(&error, log);
             }
+        }
+    }
+
+    fn count_lost(&mut self, error: &io::Error, log: &Logger) {
+        self.lost += 1;
+        if self.report.pass(Instant::now()).is_some() {
+            warn!(log, "log records are lost: {error}";
+                "log_server" => %self.server, "lost" => self.lost);
+            self.lost = 0;
         }
     }
 
@@ -75,14 +87,7 @@ impl PondSender {
             None => self.target.insert(Target::open(&self.server)?),
         };
         match target {
-            Target::Udp(socket) => match socket.send(datagram) {
-                // The news of an earlier one: this one has not been tried yet.
-                Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
-                    self.lost += 1;
-                    socket.send(datagram)
-                }
-                sent => sent,
-            },
+            Target::Udp(socket) => socket.send(datagram),
             Target::Path(socket, path) => socket.send_to(datagram, path),
             Target::Abstract(socket, address) => socket.send_to_addr(datagram, address),
         }
