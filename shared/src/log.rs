@@ -24,6 +24,9 @@ use slog::{Drain, KV, Key, Level, Logger, OwnedKVList, Record, Serializer};
 /// Longest line: PIPE_BUF, up to which writes to a pipe are atomic (pipe(7)).
 pub const LINE_MAX: usize = 4096;
 
+/// Longest message: what a script's error says must not push the mail's id out of the line.
+const MESSAGE_MAX: usize = LINE_MAX / 4 * 3;
+
 /// Where the native protocol of systemd-journald is spoken.
 const JOURNAL: &str = "/run/systemd/journal/socket";
 
@@ -109,7 +112,8 @@ impl Drain for Output {
         {
             self.lost.fetch_add(lost, Ordering::Relaxed);
         }
-        let message = Escaped(record.msg()).to_string();
+        let mut message = Escaped(record.msg()).to_string();
+        cut(&mut message, MESSAGE_MAX);
         if !self.emit(record.level(), &message, &fields) {
             self.lost.fetch_add(1, Ordering::Relaxed);
         }
