@@ -1,0 +1,402 @@
+//! What a bad handler costs: its own mail, a moment of its worker, and nothing of the others; and
+//! the log names the culprit.
+//!
+//! Every case runs twice: with one worker, where a probe follows the culprit into it, and with
+//! two, where a steady stream of probes goes on. The probes say which worker they were in.
+//!
+//! # Failure
+//! A case that fails is named by its code.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use crate::harness::{Client, Daemon, Mail, Outcome, PATIENCE, eventually, processes, submit};
+
+/// What the daemons of the cases are told about time, in seconds.
+const HANDLER_TIMEOUT: f64 = 0.4;
+const HANG_TIMEOUT: f64 = 0.7;
+
+/// Where no worker may be taken for hanging, however busy the machine is.
+const LONG: f64 = 10.0;
+
+/// The supervisor asks every 250 ms and then judges; the rest is the machine, which is busy.
+const SLACK: Duration = Duration::from_millis(1500);
+
+/// What becomes of a mail of a bad handler.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Cost {
+    /// `Zscript failed`, nothing else.
+    Mail,
+    /// The worker dies, and its mails are told to try again.
+    Worker,
+}
+
+/// The line of the handlers' code in config.lua, as tracebacks have it.
+const LINE: &str = "config.lua:8:";
+
+/// A mail from bad@x runs `code`, after a file says so; every other one tells in which worker it is.
+fn config(workers: usize, cost: Cost, settings: &str, code: &str) -> String {
+    let hang_timeout = if cost == Cost::Worker { HANG_TIMEOUT } else { LONG };
+    format!(
+        "settings{{workers={workers}, handler_timeout={HANDLER_TIMEOUT},
+            hang_timeout={hang_timeout}, {settings}}}
+         qmqp_listen('$DIR/in', function(m)
+           if m.sender ~= 'bad@x' then
+             me = me or math.random(1 << 50)
+             return m:discard(me)
+           end local f = io.open('$DIR/started', 'w') f:close()
+           {code}
+         end)"
+    )
+}
+
+fn bad() -> Mail {
+    Mail::new("x").from("bad@x")
+}
+
+fn probe(daemon: &Daemon) -> Outcome {
+    submit(daemon.path("in"), &Mail::new("x").from("probe@x"))
+}
+
+/// Sends a mail to the bad handler and waits until it runs.
+#[track_caller]
+fn begin(daemon: &Daemon) -> Client {
+    let started = daemon.path("started");
+    let mut client = Client::connect(daemon.path("in"));
+    client.send(&bad().request());
+    eventually("the handler", || started.exists().then_some(()));
+    std::fs::remove_file(started).expect("removed");
+    client
+}
+
+/// Runs `code` as its own mail's handler with probes behind and beside it. `culprit` has to stand
+/// in the log.
+#[track_caller]
+fn assert_isolated(code: &str, cost: Cost, culprit: &str) {
+    let daemon = behind(code, cost, culprit);
+    if cost == Cost::Mail {
+        // Somewhere in the traceback.
+        daemon.wait_for_log(LINE);
+    }
+    beside(code, cost);
+}
+
+/// The only worker: what its others wait.
+#[track_caller]
+fn behind(code: &str, cost: Cost, culprit: &str) -> Daemon {
+    let daemon = Daemon::start(&config(1, cost, "", code));
+    let workers = daemon.workers();
+    let (mut culprits, started) = (begin(&daemon), Instant::now());
+    let told = probe(&daemon);
+    let waited = started.elapsed();
+    match cost {
+        Cost::Mail => {
+            assert_eq!(culprits.outcome(), "Zscript failed", "{code}");
+            assert_eq!(told.status(), 'K', "{told} behind {code}");
+            let most = Duration::from_secs_f64(HANDLER_TIMEOUT) + SLACK;
+            assert!(waited < most, "{waited:?} behind {code}");
+            assert_eq!(daemon.workers(), workers, "{code}");
+        }
+        Cost::Worker => {
+            assert_eq!(culprits.outcome(), "Ztry again later", "{code}");
+            assert!(told.status() == 'K' || told == "Ztry again later", "{told} behind {code}");
+            let most = Duration::from_secs_f64(HANG_TIMEOUT) + SLACK;
+            assert!(waited < most, "{waited:?} behind {code}");
+            daemon.wait_for_workers(1, &workers);
+        }
+    }
+    assert_eq!(probe(&daemon).status(), 'K', "after {code}");
+    assert_named(&daemon, cost, culprit);
+    daemon
+}
+
+/// The culprit's id, and where it came from or what it did, are in the log.
+#[track_caller]
+fn assert_named(daemon: &Daemon, cost: Cost, culprit: &str) {
+    daemon.wait_for_log(culprit);
+    let first = match cost {
+        Cost::Mail => daemon.wait_for_log("script failed: "),
+        Cost::Worker => daemon.wait_for_log("mail lost its worker"),
+    };
+    let id = first.split(' ').find_map(|word| word.strip_prefix("id=")).expect("an id");
+    if cost == Cost::Mail {
+        assert!(first.contains(&format!("listener={}", daemon.path("in").display())), "{first}");
+        let about = format!("id={id} from=<bad@x>");
+        assert!(daemon.wait_for_log(&about).contains("status=Z"), "{about}");
+    }
+}
+
+/// One of two workers: what the other one notices.
+#[track_caller]
+fn beside(code: &str, cost: Cost) {
+    let daemon = Daemon::start(&config(2, cost, "", code));
+    let workers = daemon.wait_for_workers(2, &[]);
+    let over = AtomicBool::new(false);
+    let (probes, told) = std::thread::scope(|scope| {
+        let mut client = begin(&daemon);
+        let stream = scope.spawn(|| {
+            let mut probes = Vec::new();
+            while !over.load(Ordering::Relaxed) || probes.len() < 20 {
+                let started = Instant::now();
+                probes.push((probe(&daemon).to_string(), started.elapsed()));
+            }
+            probes
+        });
+        let told = client.outcome();
+        over.store(true, Ordering::Relaxed);
+        (stream.join().expect("probes"), told)
+    });
+    match cost {
+        Cost::Mail => {
+            assert_eq!(told, "Zscript failed", "{code}");
+            assert_eq!(daemon.workers(), workers, "{code}");
+        }
+        Cost::Worker => {
+            assert_eq!(told, "Ztry again later", "{code}");
+            eventually("a new worker", || {
+                let now = daemon.workers();
+                let kept = now.iter().filter(|pid| workers.contains(pid)).count();
+                (kept == 1 && now.len() == 2).then_some(())
+            });
+            assert_eq!(daemon.count_log("worker died"), 1, "{code}");
+        }
+    }
+    assert_unharmed(probes, cost, code);
+}
+
+/// All probes of at least one worker were answered at once, whatever those of the culprit's got.
+#[track_caller]
+fn assert_unharmed(probes: Vec<(String, Duration)>, cost: Cost, code: &str) {
+    let mut by_worker: BTreeMap<String, Vec<Duration>> = BTreeMap::new();
+    for (told, took) in probes {
+        let retry = told == "Ztry again later" && cost == Cost::Worker;
+        assert!(told.starts_with('K') || retry, "{told} beside {code}");
+        by_worker.entry(told).or_default().push(took);
+    }
+    // At most one may have followed the culprit before the supervisor knew.
+    let retried = by_worker.remove("Ztry again later").unwrap_or_default();
+    assert!(retried.len() <= 1, "{} told to try again beside {code}", retried.len());
+    let best = by_worker.values_mut().map(|times| {
+        times.sort();
+        (times.len(), times[times.len() / 2], times[times.len() - 1])
+    });
+    let (count, median, slowest) = best.max_by_key(|(count, ..)| *count).expect("answers");
+    assert!(count >= 5, "{count} probes beside {code}");
+    assert!(median < Duration::from_millis(100), "{median:?} beside {code}");
+    assert!(slowest < SLACK, "{slowest:?} beside {code}");
+}
+
+const STOPPED: &str = "stopped: the handler ran longer than handler_timeout";
+
+#[test]
+fn an_endless_loop() {
+    assert_isolated("while true do end", Cost::Mail, STOPPED);
+}
+
+#[test]
+fn an_endless_loop_in_pcall() {
+    let code = "while true do pcall(function() while true do end end) end";
+    assert_isolated(code, Cost::Mail, STOPPED);
+}
+
+#[test]
+fn an_endless_comparison() {
+    let code = "local t = {} for i = 1, 50 do t[i] = i end \
+        while true do pcall(table.sort, t, function() while true do end end) end";
+    assert_isolated(code, Cost::Mail, STOPPED);
+}
+
+#[test]
+fn an_endless_loop_in_nested_coroutines() {
+    let code = "local function nest(n) if n == 0 then while true do end end \
+        return coroutine.wrap(function() while true do pcall(nest, n - 1) end end)() end nest(5)";
+    assert_isolated(code, Cost::Mail, STOPPED);
+}
+
+#[test]
+fn an_endless_loop_where_no_hook_reaches() {
+    let code = "xpcall(error, function() while true do end end)";
+    assert_isolated(code, Cost::Worker, "worker hangs in Lua: killing it");
+}
+
+#[test]
+fn a_string_of_a_gibibyte() {
+    let code = "return m:discard(#(('x'):rep(1 << 30)))";
+    assert_isolated(code, Cost::Mail, "not enough memory");
+}
+
+#[test]
+fn a_string_that_doubles() {
+    let code = "local s = 'x' while true do s = s .. s end";
+    assert_isolated(code, Cost::Mail, "not enough memory");
+}
+
+#[test]
+fn recursion_without_end() {
+    // Two hundred thousand frames take their time in a debug build: either limit may be first.
+    let code = "local function f() return 1 + f() end return f()";
+    assert_isolated(code, Cost::Mail, "script failed: ");
+}
+
+#[test]
+fn recursion_through_gsub() {
+    let code = "local function f() return (('x'):gsub('.', f)) end f()";
+    assert_isolated(code, Cost::Mail, "C stack overflow");
+}
+
+#[test]
+fn recursion_through_tostring() {
+    let code = "tostring(setmetatable({}, {__tostring = function(t) return tostring(t) end}))";
+    assert_isolated(code, Cost::Mail, "C stack overflow");
+}
+
+#[test]
+fn recursion_through_sort_and_metamethods() {
+    for code in [
+        "local function f() table.sort({1, 2, 3}, f) end f()",
+        "local t = setmetatable({}, {__index = function(t, k) return t[k + 1] end}) return t[1]",
+        "local function f() return coroutine.wrap(f)() end f()",
+        "local function f() return pcall(f) end f() error('over')",
+        "local function f() error(setmetatable({}, {__tostring = f})) end f()",
+    ] {
+        assert_isolated(code, Cost::Mail, "script failed: ");
+    }
+}
+
+#[test]
+fn errors_of_every_type() {
+    for code in [
+        "error({})",
+        "error()",
+        "error(nil)",
+        "error(42)",
+        "error(print)",
+        "error(setmetatable({}, {__tostring = function() error('again') end}))",
+        "error(setmetatable({}, {__metatable = false, __name = 7}))",
+        "error(('long '):rep(1 << 20))",
+        "error('\\27[31m red \\0 nothing')",
+        "error(m)",
+        "error(coroutine.create(print))",
+    ] {
+        behind(code, Cost::Mail, "script failed: ").wait_for_log(LINE);
+    }
+    // This one spoils its own traceback, too.
+    let code = "error(setmetatable({}, {__tostring = function() return {} end}))";
+    behind(code, Cost::Mail, "'__tostring' must return a string");
+    beside("error({})", Cost::Mail);
+}
+
+#[test]
+fn a_to_string_that_never_ends() {
+    let code = "error(setmetatable({}, {__tostring = function() while true do end end}))";
+    behind(code, Cost::Mail, "script failed: ");
+    beside(code, Cost::Mail);
+}
+
+#[test]
+fn exit_in_a_handler() {
+    assert_isolated("os.exit()", Cost::Worker, "worker died: exit status 0");
+    assert_isolated("os.exit(3)", Cost::Worker, "worker died: exit status 3");
+}
+
+#[test]
+fn a_crash_in_c() {
+    // What a faulty instruction of a library would raise.
+    let code = "os.execute('kill -ILL $PPID') sleep(20)";
+    assert_isolated(code, Cost::Worker, "worker died: SIGILL");
+}
+
+#[test]
+fn a_pattern_that_runs_away() {
+    let code = "string.find(('a'):rep(30), ('a*'):rep(30) .. 'b')";
+    assert_isolated(code, Cost::Worker, "worker hangs in Lua: killing it");
+}
+
+/// The line about a hang names the mail.
+#[test]
+fn a_hang_names_its_mail() {
+    let code = "string.find(('a'):rep(30), ('a*'):rep(30) .. 'b')";
+    let daemon = Daemon::start(&config(1, Cost::Worker, "", code));
+    assert_eq!(begin(&daemon).outcome(), "Ztry again later");
+    let line = daemon.wait_for_log("worker hangs in Lua");
+    let id = line.split(' ').find(|word| word.starts_with("id=")).expect("an id");
+    let lost = daemon.wait_for_log("mail lost its worker");
+    assert!(lost.contains(id), "{line}\n{lost}");
+}
+
+/// How many descriptors the only worker has.
+fn descriptors(daemon: &Daemon) -> usize {
+    processes::descriptors(daemon.workers()[0]).len()
+}
+
+#[test]
+fn coroutines_that_are_never_resumed() {
+    let code = "for i = 1, 10 do coroutine.wrap(function() coroutine.yield(m.sender) end)() end \
+        kept = kept or {} kept[#kept + 1] = coroutine.create(function() return m.sender end) \
+        return m:discard('left')";
+    let daemon = Daemon::start(&config(1, Cost::Mail, "lua_memory_limit=4*1024*1024", code));
+    assert_eq!(submit(daemon.path("in"), &bad()), "Kleft");
+    let (workers, before) = (daemon.workers(), descriptors(&daemon));
+    for _ in 0..200 {
+        assert_eq!(submit(daemon.path("in"), &bad()), "Kleft");
+        assert_eq!(probe(&daemon).status(), 'K');
+    }
+    eventually("no more descriptors", || (descriptors(&daemon) <= before).then_some(()));
+    assert_eq!(daemon.workers(), workers);
+}
+
+#[test]
+fn a_coroutine_that_waits_and_is_forgotten() {
+    // It waits in an operation when the handler has ended already: nobody resumes it.
+    let code = "local c = coroutine.create(function() coroutine.yield() sleep(100) end) \
+        coroutine.resume(c) return m:discard('left')";
+    let daemon = Daemon::start(&config(1, Cost::Mail, "", code));
+    for _ in 0..20 {
+        let started = Instant::now();
+        assert_eq!(submit(daemon.path("in"), &bad()), "Kleft");
+        assert!(started.elapsed() < SLACK, "{:?}", started.elapsed());
+    }
+}
+
+#[test]
+fn ten_thousand_objects_kept() {
+    let code = "kept = kept or {} for i = 1, 10000 do kept[#kept + 1] = {i, m} end \
+        return m:discard('kept')";
+    // The first of these has room for them, and keeps them.
+    let daemon = Daemon::start(&config(1, Cost::Mail, "", code));
+    let workers = daemon.workers();
+    assert_eq!(submit(daemon.path("in"), &bad()), "Kkept");
+    let before = descriptors(&daemon);
+    for _ in 0..10 {
+        assert_eq!(submit(daemon.path("in"), &bad()), "Kkept");
+        assert_eq!(probe(&daemon).status(), 'K');
+    }
+    assert_eq!(daemon.workers(), workers);
+    eventually("no more descriptors", || (descriptors(&daemon) <= before).then_some(()));
+}
+
+#[test]
+fn what_is_kept_until_memory_is_full_costs_its_own_mail_and_then_the_worker_is_replaced() {
+    let code = "kept = kept or {} for i = 1, 10000 do kept[#kept + 1] = {i, m} end \
+        return m:discard('kept')";
+    let daemon = Daemon::start(&config(2, Cost::Mail, "lua_memory_limit=8*1024*1024", code));
+    let workers = daemon.wait_for_workers(2, &[]);
+    let started = Instant::now();
+    let mut failed = 0;
+    while daemon.workers().iter().filter(|pid| workers.contains(pid)).count() == 2 {
+        assert!(started.elapsed() < PATIENCE, "never replaced; {failed} failed");
+        let told = submit(daemon.path("in"), &bad());
+        assert!(told == "Kkept" || told == "Zscript failed", "{told}");
+        failed += usize::from(told.status() == 'Z');
+        let told = probe(&daemon);
+        // A full worker may fail one more before it is known to be full.
+        assert!(told.status() == 'K' || told == "Zscript failed", "{told}");
+    }
+    assert!(failed > 0);
+    daemon.wait_for_log("memory limit is reached");
+    let line = daemon.wait_for_log("script failed: not enough memory");
+    assert!(line.contains(&format!("listener={}", daemon.path("in").display())), "{line}");
+    assert_eq!(daemon.count_log("worker died"), 0, "replaced, not crashed");
+    eventually("service", || (probe(&daemon).status() == 'K').then_some(()));
+}

@@ -1,0 +1,508 @@
+//! One Pond datagram per mail: the original's bytes, whatever kind of address the log server has,
+//! and a log server in trouble costs records, never mails.
+//!
+//! # Failure
+//! A datagram that isn't one (magic, attributes, CRC) panics where it is taken apart.
+
+use std::io;
+use std::net::{Ipv4Addr, UdpSocket};
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::net::{SocketAddr as LocalAddr, UnixDatagram};
+use std::path::Path;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use nix::sched::{CloneFlags, setns};
+use nix::sys::signal::Signal;
+
+use crate::harness::processes::signal;
+use crate::harness::{Client, Daemon, Mail, PATIENCE, Sink, Site, Target, eventually, submit};
+
+/// Relayed, rejected, discarded: datagrams of the original program.
+const VECTORS: [&str; 3] = [
+    "6304610301000660ff6bc4ca1a03616363743432000d66726f6d3d3c616363406578616d706c652e636f6d3e20746f3d3c7231406578616d706c652e6f72673e2c3c7232406578616d706c652e6f72673e206f6b0009000000000000001a0a000000000000004d00000000000000550b00000000000001d50f03e13a0bc1",
+    "6304610301000660ff6bc4cb810d66726f6d3d3c72656a406578616d706c652e636f6d3e20746f3d3c7231406578616d706c652e6f72673e2072656a6563746564000900000000000000120a000000000000003b00000000000000000b000000000000001a0f03d055ac87",
+    "6304610301000660ff6bc4cc950d66726f6d3d3c64406578616d706c652e636f6d3e20746f3d3c7231406578616d706c652e6f72673e20646973636172646564000900000000000000120a000000000000003900000000000000000b000000000000001a0f0382f3f8bf",
+];
+
+/// Ids of attributes, as the protocol page has them.
+mod id {
+    pub const TIMESTAMP: u8 = 1;
+    pub const REMOTE_HOST: u8 = 2;
+    pub const SITE: u8 = 3;
+    pub const LENGTH: u8 = 9;
+    pub const TRAFFIC: u8 = 10;
+    pub const DURATION: u8 = 11;
+    pub const MESSAGE: u8 = 13;
+    pub const FORWARDED_TO: u8 = 14;
+    pub const TYPE: u8 = 15;
+    pub const TRUNCATED: u8 = 20;
+}
+
+/// CRC-32 (IEEE), bit by bit.
+fn crc32(bytes: &[u8]) -> u32 {
+    !bytes.iter().fold(!0, |crc: u32, &byte| {
+        (0..8).fold(crc ^ u32::from(byte), |crc, _| (crc >> 1) ^ (0xedb8_8320 * (crc & 1)))
+    })
+}
+
+fn unhex(text: &str) -> Vec<u8> {
+    let byte = |at: usize| u8::from_str_radix(&text[at..at + 2], 16).expect("hex");
+    (0..text.len()).step_by(2).map(byte).collect()
+}
+
+/// A datagram taken apart; strings are without their NUL.
+#[derive(Debug, PartialEq, Eq)]
+struct Record {
+    attributes: Vec<(u8, Vec<u8>)>,
+}
+
+impl Record {
+    #[track_caller]
+    fn parse(datagram: &[u8]) -> Self {
+        let (content, crc) = datagram.split_at(datagram.len() - 4);
+        assert_eq!(content[..4], [0x63, 0x04, 0x61, 0x03], "magic");
+        assert_eq!(crc, crc32(&content[4..]).to_be_bytes(), "CRC");
+        let mut rest = &content[4..];
+        let mut attributes = Vec::new();
+        while let [id, after @ ..] = rest {
+            let (length, skip) = match *id {
+                id::TIMESTAMP | id::LENGTH | id::DURATION => (8, 0),
+                id::TRAFFIC => (16, 0),
+                id::TYPE | id::TRUNCATED => (1, 0),
+                _ => (after.iter().position(|&byte| byte == 0).expect("a string's end"), 1),
+            };
+            attributes.push((*id, after[..length].to_vec()));
+            rest = &after[length + skip..];
+        }
+        Self { attributes }
+    }
+
+    fn get(&self, id: u8) -> Option<&[u8]> {
+        self.attributes.iter().find(|(found, _)| *found == id).map(|(_, value)| &**value)
+    }
+
+    fn text(&self, id: u8) -> Option<String> {
+        self.get(id).map(|value| String::from_utf8_lossy(value).into_owned())
+    }
+
+    #[track_caller]
+    fn message(&self) -> String {
+        self.text(id::MESSAGE).expect("MESSAGE")
+    }
+
+    #[track_caller]
+    fn number(&self, id: u8) -> u64 {
+        let bytes = self.get(id).and_then(|value| value.try_into().ok());
+        u64::from_be_bytes(bytes.expect("a number"))
+    }
+}
+
+/// The datagram without CRC and FORWARDED_TO, TIMESTAMP and DURATION being zero; the rest is as
+/// it was, byte by byte.
+#[track_caller]
+fn comparable(datagram: &[u8]) -> Vec<u8> {
+    let mut out = datagram[..4].to_vec();
+    for (id, value) in Record::parse(datagram).attributes {
+        match id {
+            id::TIMESTAMP | id::DURATION => out.extend([&[id][..], &[0; 8]].concat()),
+            id::FORWARDED_TO => {}
+            id::REMOTE_HOST | id::SITE | id::MESSAGE => out.extend([&[id], &*value, &[0]].concat()),
+            _ => out.extend([&[id], &*value].concat()),
+        }
+    }
+    out
+}
+
+/// Takes datagrams.
+#[derive(Debug)]
+enum LogServer {
+    Local(UnixDatagram),
+    Udp(UdpSocket),
+}
+
+impl LogServer {
+    fn at(path: &Path) -> Self {
+        Self::local(UnixDatagram::bind(path).expect("bind"))
+    }
+
+    fn local(socket: UnixDatagram) -> Self {
+        socket.set_read_timeout(Some(PATIENCE)).expect("timeout");
+        Self::Local(socket)
+    }
+
+    fn udp(address: &str) -> (Self, u16) {
+        let socket = UdpSocket::bind(address).expect("bind");
+        socket.set_read_timeout(Some(PATIENCE)).expect("timeout");
+        let port = socket.local_addr().expect("address").port();
+        (Self::Udp(socket), port)
+    }
+
+    fn receive(&self) -> io::Result<Vec<u8>> {
+        let mut datagram = vec![0; 100_000];
+        let length = match self {
+            Self::Local(socket) => socket.recv(&mut datagram)?,
+            Self::Udp(socket) => socket.recv(&mut datagram)?,
+        };
+        datagram.truncate(length);
+        Ok(datagram)
+    }
+
+    #[track_caller]
+    fn datagram(&self) -> Vec<u8> {
+        match self.receive() {
+            Ok(datagram) => datagram,
+            Err(error) => panic!("no log record: {error}"),
+        }
+    }
+
+    #[track_caller]
+    fn record(&self) -> Record {
+        Record::parse(&self.datagram())
+    }
+
+    /// Takes records until there is one with this message; how many there were before it. (A
+    /// client is told before its record is sent.)
+    #[track_caller]
+    fn skip_to(&self, message: &str) -> usize {
+        (0..).take_while(|_| self.record().message() != message).count()
+    }
+
+    /// Everything has been taken, and nothing is there.
+    #[track_caller]
+    fn assert_empty(&self) {
+        match self {
+            Self::Local(socket) => socket.set_nonblocking(true),
+            Self::Udp(socket) => socket.set_nonblocking(true),
+        }
+        .expect("flag");
+        let more = self.receive();
+        assert!(more.is_err(), "unasked: {:?}", more.map(|datagram| Record::parse(&datagram)));
+    }
+}
+
+/// A configuration that discards mails and logs to `server`, a Lua expression.
+fn logging_to(server: &str) -> String {
+    format!(
+        "log_server = {server}
+         settings{{workers=1}}
+         qmqp_listen('$DIR/in', function(m) return m:discard() end)"
+    )
+}
+
+/// The mails of the vectors.
+fn mail(sender: &str, recipients: &[&str]) -> Mail {
+    let mut mail = Mail::new("").from(sender).to(recipients);
+    mail.message = b"Subject: x\n\nhello\n".to_vec();
+    mail
+}
+
+#[test]
+fn the_original_s_datagrams() {
+    let site = Site::new();
+    let server = LogServer::at(&site.path("log"));
+    site.configure(
+        "log_server = '$DIR/log'
+         settings{workers=1}
+         qmqp_listen('$DIR/in', function(m)
+           if m.sender == 'rej@example.com' then return m:reject() end
+           if m.sender == 'd@example.com' then return m:discard() end
+           m.account = 'acct42'
+           m:insert_header('X-A', 'b')
+           return m:connect('$DIR/next')
+         end)",
+    );
+    let _sink = Sink::answering(site.path("next"), "Kok");
+    let daemon = site.start();
+    let mails = [
+        (mail("acc@example.com", &["r1@example.org", "r2@example.org"]), "Kok"),
+        (mail("rej@example.com", &["r1@example.org"]), "Drejected"),
+        (mail("d@example.com", &["r1@example.org"]), "Kdiscarded"),
+    ];
+    for ((mail, told), vector) in mails.iter().zip(VECTORS) {
+        let before = SystemTime::now().duration_since(UNIX_EPOCH).expect("clock").as_micros();
+        let started = Instant::now();
+        assert_eq!(submit(daemon.path("in"), mail), *told);
+        let datagram = server.datagram();
+        let took = started.elapsed().as_micros();
+        let after = SystemTime::now().duration_since(UNIX_EPOCH).expect("clock").as_micros();
+        assert_eq!(comparable(&datagram), comparable(&unhex(vector)), "{told}");
+
+        let record = Record::parse(&datagram);
+        let stamp = u128::from(record.number(id::TIMESTAMP));
+        assert!((before..=after).contains(&stamp), "{before} {stamp} {after}");
+        assert!((1..=took).contains(&u128::from(record.number(id::DURATION))), "{took}");
+        let next = (*told == "Kok").then(|| daemon.path("next").display().to_string());
+        assert_eq!(record.text(id::FORWARDED_TO), next);
+    }
+    server.assert_empty();
+}
+
+#[test]
+fn attributes_are_in_order() {
+    let (server, port) = LogServer::udp("127.0.0.1:0");
+    let address = Target::free_port();
+    let next = Sink::tcp(crate::harness::sink::slowly(Duration::ZERO, "Kok"));
+    let _daemon = Daemon::start(&format!(
+        "log_server = '127.0.0.1:{port}'
+         qmqp_listen('{address}', function(m) m.account = 'a' return m:connect('{}') end)",
+        next.address()
+    ));
+    // Together longer than a message may be.
+    let recipients: Vec<_> =
+        (0..1000).map(|i| format!("{}{i}@example.org", "r".repeat(50))).collect();
+    let recipients: Vec<_> = recipients.iter().map(String::as_str).collect();
+    assert_eq!(submit(address, &mail("s@x", &recipients)), "Kok");
+    let record = server.record();
+    let ids: Vec<_> = record.attributes.iter().map(|(id, _)| *id).collect();
+    assert_eq!(ids, [1, 2, 3, 14, 13, 9, 10, 11, 15, 20]);
+    assert_eq!(record.text(id::REMOTE_HOST).as_deref(), Some("127.0.0.1"));
+    assert_eq!(record.text(id::FORWARDED_TO), Some(next.address().to_string()));
+    assert_eq!(record.get(id::TRUNCATED), Some(&[id::MESSAGE][..]));
+    let message = record.message();
+    assert!(message.len() < 32 * 1024, "{}", message.len());
+    let listed = message.matches("<r").count();
+    assert!(listed > 400, "{listed}");
+    assert!(message.ends_with(&format!(",… +{} more ok", 1000 - listed)), "{message}");
+}
+
+#[test]
+fn every_kind_of_address() {
+    let (v4, v4_port) = LogServer::udp("127.0.0.1:0");
+    let (v6, v6_port) = LogServer::udp("[::1]:0");
+    let name = format!("qrelay-pond-{}", std::process::id());
+    let hidden = LocalAddr::from_abstract_name(&name).expect("name");
+    let hidden = LogServer::local(UnixDatagram::bind_addr(&hidden).expect("bind"));
+    let site = Site::new();
+    let file = LogServer::at(&site.path("log"));
+    let servers = [
+        (&v4, format!("'127.0.0.1:{v4_port}'")),
+        (&v4, format!("log_resolve('127.0.0.1:{v4_port}')")),
+        (&v6, format!("'[::1]:{v6_port}'")),
+        (&v6, format!("log_resolve('[::1]:{v6_port}')")),
+        (&hidden, format!("'@{name}'")),
+        (&hidden, format!("log_resolve('@{name}')")),
+        (&file, "'$DIR/log'".into()),
+        (&file, "log_resolve('$DIR/log')".into()),
+    ];
+    site.configure(&logging_to("nil"));
+    let daemon = site.start();
+    // Each by a reload, so this also shows that a reload changes the server.
+    for (server, address) in &servers {
+        daemon.site().configure(&logging_to(address));
+        assert!(daemon.reload(), "{address}");
+        let mail = mail("s@x", &["r@x"]);
+        assert_eq!(submit(daemon.path("in"), &mail), "Kdiscarded");
+        assert_eq!(server.record().message(), "from=<s@x> to=<r@x> discarded", "{address}");
+    }
+    // One that can't be declared leaves the old one, none is none.
+    daemon.site().configure(&logging_to("42"));
+    assert!(!daemon.reload());
+    assert_eq!(submit(daemon.path("in"), &mail("kept@x", &["r@x"])), "Kdiscarded");
+    assert_eq!(file.record().message(), "from=<kept@x> to=<r@x> discarded");
+    daemon.site().configure(&logging_to("nil"));
+    assert!(daemon.reload());
+    assert_eq!(submit(daemon.path("in"), &mail("none@x", &["r@x"])), "Kdiscarded");
+    daemon.wait_for_log("none@x");
+    for (server, _) in &servers {
+        server.assert_empty();
+    }
+}
+
+/// In a network of its own, which has loopback only: the machine's is nobody's to route.
+#[test]
+fn multicast() {
+    let site = Site::with(&logging_to("'224.0.0.99:5479'"));
+    let alone = "ip link set lo up && ip route add 224.0.0.0/4 dev lo && exec \"$@\"";
+    let daemon = site.launch().through(&["unshare", "-n", "sh", "-c", alone, "sh"]).ready();
+    let network = std::fs::File::open(format!("/proc/{}/ns/net", daemon.pid())).expect("network");
+    let server = std::thread::spawn(move || {
+        setns(network, CloneFlags::CLONE_NEWNET).expect("the daemon's network");
+        let (server, _) = LogServer::udp("224.0.0.99:5479");
+        let LogServer::Udp(socket) = &server else { panic!("UDP") };
+        let loopback = Ipv4Addr::LOCALHOST;
+        socket.join_multicast_v4(&Ipv4Addr::new(224, 0, 0, 99), &loopback).expect("joins");
+        server
+    });
+    let server = server.join().expect("a server");
+    assert_eq!(submit(daemon.path("in"), &mail("s@x", &["r@x"])), "Kdiscarded");
+    assert_eq!(server.record().message(), "from=<s@x> to=<r@x> discarded");
+}
+
+#[test]
+fn remote_hosts_are_named_and_local_clients_are_not() {
+    let (server, port) = LogServer::udp("127.0.0.1:0");
+    let v4 = Target::free_port();
+    let daemon = Daemon::start(&format!(
+        "log_server = '127.0.0.1:{port}'
+         local function handler(m) return m:discard() end
+         qmqp_listen('{v4}', handler)
+         qmqp_listen('[::1]:{}', handler)
+         qmqp_listen('$DIR/in', handler)",
+        v4.port()
+    ));
+    let v6 = std::net::SocketAddr::from((std::net::Ipv6Addr::LOCALHOST, v4.port()));
+    for (client, host) in [
+        (Target::from(v4), Some("127.0.0.1")),
+        (Target::from(v6), Some("::1")),
+        (Target::from(daemon.path("in")), None),
+    ] {
+        assert_eq!(submit(client, &mail("s@x", &["r@x"])), "Kdiscarded");
+        assert_eq!(server.record().text(id::REMOTE_HOST).as_deref(), host);
+    }
+}
+
+#[test]
+fn refused_requests_have_no_record() {
+    let site = Site::new();
+    let server = LogServer::at(&site.path("log"));
+    site.configure(
+        "log_server, max_size = '$DIR/log', 2000
+         settings{workers=1, max_hops=2}
+         qmqp_listen('$DIR/in', function(m) return m:discard() end)",
+    );
+    let daemon = site.start();
+    let mut looping = mail("s@x", &["r@x"]);
+    looping.message.splice(0..0, b"Received: by x\n".repeat(3));
+    for (request, told) in [
+        (b"3:abc,".to_vec(), "Dmalformed input"),
+        (b"hello".to_vec(), "Dmalformed input"),
+        (mail("nobody", &["r@x"]).request(), "Dbad address"),
+        (mail("s@x", &[""]).request(), "Dbad address"),
+        (mail("s@x", &["r@x"; 1025]).request(), "Dtoo many recipients"),
+        (Mail::of_size(3000).request(), "Dmessage too large"),
+        (looping.request(), "Dtoo many hops"),
+    ] {
+        let mut client = Client::connect(daemon.path("in"));
+        assert_eq!(client.send(&request).half_close().outcome(), told);
+    }
+    // One that breaks off, one that never says anything.
+    for start in [&b"100:1"[..], b""] {
+        Client::connect(daemon.path("in")).send(start).half_close().outcome();
+    }
+    assert_eq!(submit(daemon.path("in"), &mail("good@x", &["r@x"])), "Kdiscarded");
+    assert_eq!(server.record().message(), "from=<good@x> to=<r@x> discarded");
+    assert!(daemon.reload(), "a turn of everything");
+    server.assert_empty();
+}
+
+#[test]
+fn every_end_has_its_text() {
+    let site = Site::new();
+    let server = LogServer::at(&site.path("log"));
+    site.configure(
+        "log_server = '$DIR/log'
+         settings{workers=1}
+         qmqp_listen('$DIR/in', function(m)
+           if m.sender == 'wrong@x' then error('wrong') end
+           if m.sender == 'later@x' then return m:defer() end
+           if m.sender == 'gone@x' then return m:exec_raw('/bin/sleep', 30) end
+           return m:connect('$DIR/nowhere')
+         end)",
+    );
+    let daemon = site.start();
+    for (sender, told) in [
+        ("wrong@x", "Zscript failed"),
+        ("later@x", "Zdeferred"),
+        ("unlucky@x", "Zconnect failed"),
+        ("", "Zconnect failed"),
+    ] {
+        assert_eq!(submit(daemon.path("in"), &mail(sender, &["r@x"])), told);
+        let record = server.record();
+        assert_eq!(record.message(), format!("from=<{sender}> to=<r@x> {}", &told[1..]));
+        assert_eq!(record.get(id::FORWARDED_TO), None, "nothing was forwarded");
+    }
+    let mut client = Client::connect(daemon.path("in"));
+    client.send(&mail("gone@x", &["r@x"]).request());
+    let worker = daemon.workers()[0];
+    eventually("the program", || {
+        let sleeping = crate::harness::processes::children_named(worker, "sleep");
+        (!sleeping.is_empty()).then_some(())
+    });
+    drop(client);
+    assert_eq!(server.record().message(), "from=<gone@x> to=<r@x> canceled");
+}
+
+#[test]
+fn a_mail_whose_worker_was_killed_has_a_record() {
+    let site = Site::new();
+    let server = LogServer::at(&site.path("log"));
+    site.configure(
+        "log_server = '$DIR/log'
+         settings{workers=1}
+         qmqp_listen('$DIR/in', function(m) return m:connect('$DIR/next') end)",
+    );
+    let (sink, gate) = Sink::gated(site.path("next"));
+    let daemon = site.start();
+    let mut clients: Vec<_> = (0..3).map(|_| Client::connect(daemon.path("in"))).collect();
+    for client in &mut clients {
+        client.send(&mail("s@x", &["r@x"]).request());
+    }
+    sink.record().wait_for_count(3);
+    signal(daemon.workers()[0], Signal::SIGKILL);
+    for client in &mut clients {
+        assert_eq!(client.outcome(), "Ztry again later");
+        let message = server.record().message();
+        assert!(message.ends_with(" try again later"), "{message}");
+    }
+    gate.open();
+    assert_eq!(submit(daemon.path("in"), &mail("s@x", &["r@x"])), "Kok");
+    assert_eq!(server.record().message(), "from=<s@x> to=<r@x> ok");
+    server.assert_empty();
+}
+
+/// Sends 50 mails, none of which notices anything, and waits for the report of lost records.
+#[track_caller]
+fn assert_costs_records_only(daemon: &Daemon, server: &str) {
+    let mut times = Vec::new();
+    for _ in 0..50 {
+        let started = Instant::now();
+        assert_eq!(submit(daemon.path("in"), &mail("s@x", &["r@x"])), "Kdiscarded", "{server}");
+        times.push(started.elapsed());
+    }
+    times.sort();
+    assert!(times[25] < Duration::from_millis(100), "{times:?}");
+    let line = daemon.wait_for_log("lost=");
+    assert!(line.contains(server), "{line}");
+    assert_eq!(daemon.count_log("lost="), 1, "once a minute:\n{}", daemon.text());
+}
+
+#[test]
+fn a_missing_server_costs_records_only() {
+    let daemon = Daemon::start(&logging_to("'$DIR/log'"));
+    let path = daemon.path("log").display().to_string();
+    assert_costs_records_only(&daemon, &path);
+    // One that comes gets the records from then on; so does its successor.
+    for sender in ["first@x", "second@x"] {
+        let server = LogServer::at(&daemon.path("log"));
+        assert_eq!(submit(daemon.path("in"), &mail(sender, &["r@x"])), "Kdiscarded");
+        server.skip_to(&format!("from=<{sender}> to=<r@x> discarded"));
+        drop(server);
+        std::fs::remove_file(daemon.path("log")).expect("removed");
+    }
+}
+
+#[test]
+fn a_dead_server_costs_records_only() {
+    let (server, port) = LogServer::udp("127.0.0.1:0");
+    let daemon = Daemon::start(&logging_to(&format!("'127.0.0.1:{port}'")));
+    drop(server);
+    assert_costs_records_only(&daemon, &format!("127.0.0.1:{port}"));
+    let (server, _) = LogServer::udp(&format!("127.0.0.1:{port}"));
+    assert_eq!(submit(daemon.path("in"), &mail("back@x", &["r@x"])), "Kdiscarded");
+    server.skip_to("from=<back@x> to=<r@x> discarded");
+}
+
+#[test]
+fn a_full_server_costs_records_only() {
+    let site = Site::new();
+    let server = LogServer::at(&site.path("log"));
+    site.configure(&logging_to("'$DIR/log'"));
+    let daemon = site.start();
+    let path = daemon.path("log").display().to_string();
+    assert_costs_records_only(&daemon, &path);
+    // What fitted is there; as soon as it reads, it gets what comes.
+    assert_eq!(server.record().message(), "from=<s@x> to=<r@x> discarded");
+    assert_eq!(submit(daemon.path("in"), &mail("last@x", &["r@x"])), "Kdiscarded");
+    let fitted = server.skip_to("from=<last@x> to=<r@x> discarded");
+    assert!((1..49).contains(&fitted), "{fitted}");
+}

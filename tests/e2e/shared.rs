@@ -1,0 +1,230 @@
+//! The dictionary that all workers and generations share: nothing is lost, nothing counted twice,
+//! whoever is killed or reloaded, and it never takes more memory than it may.
+//!
+//! `QRELAY_FULL=1` runs the numbers of the requirement; otherwise they are smaller.
+
+use std::collections::BTreeSet;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::Signal;
+
+use crate::harness::processes::{self, signal};
+use crate::harness::{Client, Daemon, Mail, eventually, submit};
+
+/// How much each mail of the counting tests adds.
+const PER_MAIL: u64 = 10;
+
+/// What a handler does to count to ten, answering with all that it was told.
+const COUNT: &str = "local told = {}
+     for i = 1, 10 do told[i] = assert(d:incr('count')) end
+     return m:discard(table.concat(told, ' '))";
+
+/// The handler runs `body` with the dictionary `d` and the mail `m`; a mail from sum@x asks for
+/// the sum.
+fn counter(settings: &str, body: &str) -> String {
+    format!(
+        "settings{{{settings}, client_share=1}}
+         local d = shared:new('d')
+         qmqp_listen('$DIR/in', function(m)
+           if m.sender == 'sum@x' then return m:discard(d:get('count') or 'nil') end
+           {body}
+         end)"
+    )
+}
+
+#[track_caller]
+fn sum(daemon: &Daemon) -> u64 {
+    let told = submit(daemon.path("in"), &Mail::new("x").from("sum@x")).to_string();
+    told[1..].parse().expect("a number")
+}
+
+/// What a handler of [`COUNT`] answered, taken apart.
+#[track_caller]
+fn numbers(told: &str) -> Vec<u64> {
+    assert!(told.starts_with('K'), "{told}");
+    told[1..].split(' ').map(|number| number.parse().expect("a number")).collect()
+}
+
+#[test]
+fn every_increment_counts_once() {
+    let full = std::env::var_os("QRELAY_FULL").is_some_and(|value| value == "1");
+    let mails = if full { 10_000 } else { 1000 };
+    let daemon = Daemon::start(&counter("workers=4, worker_connections=64", COUNT));
+    daemon.wait_for_workers(4, &[]);
+    let left = AtomicU64::new(mails);
+    let one = || left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| n.checked_sub(1));
+    let client = || {
+        let mut told = Vec::new();
+        while one().is_ok() {
+            told.extend(numbers(&submit(daemon.path("in"), &Mail::new("x")).to_string()));
+        }
+        told
+    };
+    let told: Vec<u64> = std::thread::scope(|scope| {
+        let clients: Vec<_> = (0..4 * 64).map(|_| scope.spawn(client)).collect();
+        clients.into_iter().flat_map(|client| client.join().expect("client")).collect()
+    });
+    assert_eq!(sum(&daemon), mails * PER_MAIL);
+    let distinct: BTreeSet<_> = told.iter().copied().collect();
+    assert_eq!(distinct, (1..=mails * PER_MAIL).collect(), "each number was told once");
+    assert_eq!(told.len(), distinct.len());
+}
+
+#[test]
+fn it_outlives_workers_and_generations() {
+    let daemon = Daemon::start(&counter("workers=2", COUNT));
+    let (done, tried, accepted) = (AtomicBool::new(false), AtomicU64::new(0), AtomicU64::new(0));
+    std::thread::scope(|scope| {
+        for _ in 0..16 {
+            scope.spawn(|| {
+                while !done.load(Ordering::Relaxed) {
+                    tried.fetch_add(1, Ordering::Relaxed);
+                    let told = submit(daemon.path("in"), &Mail::new("x"));
+                    match told.status() {
+                        'K' => accepted.fetch_add(1, Ordering::Relaxed),
+                        _ => {
+                            assert_eq!(told, "Ztry again later");
+                            0
+                        }
+                    };
+                }
+            });
+        }
+        for _ in 0..4 {
+            let more = accepted.load(Ordering::Relaxed) + 50;
+            eventually("mails", || (accepted.load(Ordering::Relaxed) > more).then_some(()));
+            if let Some(&worker) = daemon.workers().last() {
+                signal(worker, Signal::SIGKILL);
+            }
+            let more = accepted.load(Ordering::Relaxed) + 50;
+            eventually("mails", || (accepted.load(Ordering::Relaxed) > more).then_some(()));
+            assert!(daemon.reload());
+        }
+        done.store(true, Ordering::Relaxed);
+    });
+    let (tried, accepted) = (tried.into_inner(), accepted.into_inner());
+    let sum = sum(&daemon);
+    println!("{sum} counted by {tried} mails, {accepted} of them accepted");
+    assert!(daemon.count_log("worker died") > 0);
+    assert!(accepted * PER_MAIL <= sum && sum <= tried * PER_MAIL, "{accepted} {sum} {tried}");
+    // A generation that does not know the dictionary doesn't end it.
+    daemon.site().configure("qmqp_listen('$DIR/in', function(m) return m:discard('none') end)");
+    assert!(daemon.reload());
+    assert_eq!(submit(daemon.path("in"), &Mail::new("x")), "Knone");
+    daemon.site().configure(&counter("workers=3", COUNT));
+    assert!(daemon.reload());
+    assert_eq!(self::sum(&daemon), sum);
+}
+
+#[test]
+fn it_works_while_loading() {
+    let config = "local d = shared:new('d')
+         local loads = d:incr('loads')
+         function reload() d:incr('reloads') end
+         settings{workers=2}
+         qmqp_listen('$DIR/in', function(m)
+           return m:discard(loads .. ' ' .. tostring(d:get('reloads')))
+         end)";
+    let daemon = Daemon::start(config);
+    daemon.wait_for_workers(2, &[]);
+    assert_eq!(submit(daemon.path("in"), &Mail::new("x")), "K1 nil");
+    assert!(daemon.reload());
+    assert_eq!(submit(daemon.path("in"), &Mail::new("x")), "K2 1");
+}
+
+#[test]
+fn add_has_one_winner() {
+    let daemon = Daemon::start(&counter(
+        "workers=4",
+        "return m:discard(tostring(d:add(m.sender, m.id)) .. ' ' .. m.id .. ' ' .. d:get(m.sender))",
+    ));
+    daemon.wait_for_workers(4, &[]);
+    for round in 0..5 {
+        let request = Mail::new("x").from(&format!("lock{round}@x")).request();
+        let mut clients: Vec<_> = (0..100).map(|_| Client::connect(daemon.path("in"))).collect();
+        for client in &mut clients {
+            client.send(&request);
+        }
+        let told: Vec<_> = clients.iter_mut().map(|client| client.outcome().to_string()).collect();
+        let winners: Vec<_> = told.iter().filter(|told| told.starts_with("Ktrue ")).collect();
+        assert_eq!(winners.len(), 1, "{told:?}");
+        let winner = winners[0].split(' ').nth(1).expect("an id");
+        // Everybody sees the winner's value at once.
+        assert!(told.iter().all(|told| told.ends_with(winner)), "{winner}: {told:?}");
+    }
+}
+
+#[test]
+fn a_window_begins_with_its_first_use_and_ends_whatever_happens_in_it() {
+    let window = Duration::from_millis(500);
+    let daemon = Daemon::start(&counter("workers=2", "return m:discard(d:incr('w', 1, 0.5))"));
+    daemon.wait_for_workers(2, &[]);
+    let mut sent = Instant::now();
+    assert_eq!(submit(daemon.path("in"), &Mail::new("x")), "K1");
+    let mut told_by = Instant::now();
+    let mut last = 1;
+    for _ in 0..2 {
+        loop {
+            let asked = Instant::now();
+            let told = submit(daemon.path("in"), &Mail::new("x")).to_string();
+            let count: u64 = told[1..].parse().expect("a number");
+            if count == 1 {
+                assert!(sent.elapsed() >= window, "too early: {:?}", sent.elapsed());
+                (sent, told_by, last) = (asked, Instant::now(), 1);
+                break;
+            }
+            assert_eq!(count, last + 1);
+            assert!(asked < told_by + window, "an increment doesn't extend it");
+            last = count;
+        }
+    }
+}
+
+#[test]
+fn a_flood_of_keys_stays_within_the_bound() {
+    const BOUND: u64 = 1 << 20;
+    let daemon = Daemon::start(&counter(
+        "workers=2, shared_memory=1048576, handler_timeout=20, hang_timeout=30",
+        "local size, count = m.sender:match('(%d+)x(%d+)')
+         d:get('used')
+         for i = 1, count do
+           assert(d:set(m.id .. i, ('v'):rep(size + 0)))
+           if i % 10 == 0 then d:get('used') end
+         end
+         return m:discard(tostring(d:get('used')) .. ' ' .. tostring(d:get('unused')))",
+    ));
+    // All that a dictionary of the test's size makes the process take beside it.
+    let flood = |size: u64, count: u64| {
+        let mail = Mail::new("x").from(&format!("{size}x{count}@x"));
+        submit(daemon.path("in"), &mail).to_string()
+    };
+    assert_eq!(flood(65_536, 10), "Knil nil");
+    let before = processes::memory(daemon.pid(), "status", "VmRSS");
+    // 64 MiB of values, then 20,000 keys that have next to none.
+    for _ in 0..10 {
+        flood(65_536, 100);
+        flood(1, 2000);
+    }
+    let after = processes::memory(daemon.pid(), "status", "VmRSS");
+    println!("supervisor: {} KiB, then {} KiB resident", before / 1024, after / 1024);
+    assert!(after <= before + 2 * BOUND, "{before} {after}");
+}
+
+#[test]
+fn what_is_used_stays_and_what_is_not_goes_first() {
+    let daemon = Daemon::start(&counter(
+        "workers=1, shared_memory=1048576",
+        "d:set('used', 'still') d:set('unused', 'still')
+         for i = 1, 500 do
+           assert(d:set('k' .. i, ('v'):rep(10000)))
+           assert(d:get('used') == 'still')
+         end
+         return m:discard(tostring(d:get('unused')) .. ' ' .. #d:keys())",
+    ));
+    let told = submit(daemon.path("in"), &Mail::new("x")).to_string();
+    let (unused, keys) = told.split_once(' ').expect("two words");
+    assert_eq!(unused, "Knil");
+    let keys: usize = keys.parse().expect("a number");
+    assert!((90..=105).contains(&keys), "{keys} keys of 10,000 bytes in 1 MiB");
+}
