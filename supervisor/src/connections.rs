@@ -31,7 +31,7 @@ pub const MAX_HELD: usize = 4096;
 /// How long the rest of an answered request is read.
 const LINGER: Duration = Duration::from_secs(2);
 /// Connections taken from one listener before the others get their turn.
-const ACCEPT_BATCH: usize = 64;
+pub const ACCEPT_BATCH: usize = 64;
 
 /// Where a connection is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -177,6 +177,31 @@ impl Connections {
             Err(Errno::EAGAIN | Errno::EINTR) => Some(false),
             Err(_) => None,
         }
+    }
+
+    /// Takes urgent data out (MSG_OOB), which QMQP knows nothing of: it makes a socket readable
+    /// that has nothing to read, for ever.
+    pub fn drop_urgent(&self, id: JobId) {
+        if let Some(connection) = self.table.get(&id) {
+            let flags = MsgFlags::MSG_OOB | MsgFlags::MSG_DONTWAIT;
+            // An error says that there is none.
+            let _ = recv(connection.fd.as_raw_fd(), &mut [0], flags);
+        }
+    }
+
+    /// Makes room when too many connections are held: of the client that has the most, the one
+    /// that has been silent for longest is told to try again, and closed. It has sent nothing,
+    /// so nothing can be unread.
+    pub fn evict(&mut self, reply: &Reply, watcher: &Watcher) -> Option<Client> {
+        let (&client, _) = self.clients.iter().max_by_key(|(_, count)| **count)?;
+        let id = self.timers.iter().map(|&(_, id)| id).find(|id| {
+            self.table
+                .get(id)
+                .is_some_and(|c| c.state == State::Pending && Client::from(c.peer) == client)
+        })?;
+        self.answer(id, reply, watcher);
+        self.close(id, watcher);
+        Some(client)
     }
 
     /// Waits for its first byte until the time given.

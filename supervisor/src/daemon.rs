@@ -254,7 +254,9 @@ impl Daemon {
                 let drain = self.drain_timeout();
                 info!(self.log, "stopping"; "in_flight" => self.pool.in_flight(),
                     "drain_timeout" => drain.as_secs_f64());
-                self.phase = Phase::Stopping { deadline: now + drain };
+                let explicit = self.pool.latest_explicit();
+                let deadline = explicit.map_or(now + drain, |until| until.max(now + drain));
+                self.phase = Phase::Stopping { deadline };
                 self.systemd
                     .stopping(format!("Stopping: {} mails in flight", self.pool.in_flight()), now);
                 let commands = self.generations.stop();
@@ -275,19 +277,36 @@ impl Daemon {
 
     fn stopping_due(&mut self, now: Instant) {
         let Phase::Stopping { deadline } = self.phase else { return };
-        let deadline = self.pool.latest_explicit().map_or(deadline, |until| match deadline > now {
-            true => deadline.max(until),
-            false => deadline,
-        });
         self.retire_finished(now);
         let answered = self.connections.held() == 0 && self.orphans.is_empty();
         if self.workers.is_empty() && answered {
             self.phase = Phase::Ended(Exit::Success);
         } else if deadline <= now {
+            self.give_up_unserved(now);
             self.kill_all_workers();
             self.orphans.kill_all();
             self.phase = Phase::Stopping { deadline: now + Duration::from_millis(100) };
         }
+    }
+
+    /// An action's own time limit counts for a drain that has begun, but not for its end.
+    pub(crate) fn extend_stop(&mut self, until: Instant, now: Instant) {
+        if let Phase::Stopping { deadline } = &mut self.phase
+            && *deadline > now
+        {
+            *deadline = until.max(*deadline);
+        }
+    }
+
+    /// The drain is over: whoever has no worker yet gets none, and no worker is replaced.
+    fn give_up_unserved(&mut self, now: Instant) {
+        let unserved: Vec<_> =
+            self.connections.unserved().map(|(job, connection)| (job, connection.peer)).collect();
+        for (job, peer) in unserved {
+            self.pool.forget(peer.into(), job);
+            self.connections.answer(job, &Reply::temporary(TRY_AGAIN), &self.watcher);
+        }
+        self.retire_finished(now);
     }
 
     /// Reaps every child that has ended.
@@ -328,7 +347,9 @@ impl Daemon {
 
     /// A child that isn't known may be a worker whose pid its zygote has yet to tell.
     fn remember_stranger(&mut self, pid: Pid, status: WaitStatus) {
-        if self.workers.values().any(|worker| worker.pid.is_none()) {
+        let expected = self.workers.values().any(|worker| worker.pid.is_none())
+            || self.zygotes.values().any(|zygote| zygote.pid.is_none());
+        if expected {
             self.strangers.insert(pid, status);
         } else {
             self.strangers.clear();

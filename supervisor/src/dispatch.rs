@@ -14,7 +14,7 @@ use qrelay_shared::qmqp::Reply;
 use qrelay_shared::settings::Settings;
 use slog::{info, warn};
 
-use crate::connections::{Accepted, MAX_HELD, State};
+use crate::connections::{ACCEPT_BATCH, Accepted, MAX_HELD, State};
 use crate::daemon::{Daemon, Phase};
 use crate::event::{ListenerId, Source};
 use crate::fairness::Client;
@@ -28,7 +28,7 @@ pub(crate) const TRY_AGAIN: &str = "try again later";
 impl Daemon {
     /// Connections may be waiting in a listener's backlog.
     pub(crate) fn on_listener(&mut self, id: ListenerId) {
-        if self.connections.held() >= MAX_HELD {
+        if !self.make_room() {
             return self.disarm("too many connections wait");
         }
         let mut new = std::mem::take(&mut self.accepted);
@@ -43,6 +43,21 @@ impl Daemon {
         }
         self.accepted = new;
         self.dispatch_waiting();
+    }
+
+    /// Whether a batch of connections can be held, if need be instead of silent ones of the client
+    /// that has the most: one client must not shut out the others.
+    fn make_room(&mut self) -> bool {
+        let reply = Reply::temporary(TRY_AGAIN);
+        while self.connections.held() + ACCEPT_BATCH > MAX_HELD {
+            let Some(client) = self.connections.evict(&reply, &self.watcher) else { return false };
+            if let Some(suppressed) = self.exhausted.pass(Instant::now()) {
+                warn!(self.log, "too many silent connections: closing some";
+                    "client" => ?client, "held" => self.connections.held(),
+                    "suppressed" => suppressed);
+            }
+        }
+        true
     }
 
     /// Accepts all that is in a backlog, before the listener is closed.
@@ -170,7 +185,7 @@ impl Daemon {
             Some(State::Pending) => match self.connections.peek(job) {
                 None => self.connections.close(job, &self.watcher),
                 Some(true) => self.make_ready(job),
-                Some(false) => {}
+                Some(false) => self.connections.drop_urgent(job),
             },
             _ => {}
         }

@@ -125,7 +125,6 @@ impl Generations {
         }
         if self.again {
             self.again = false;
-            self.recovery = None;
             return self.load(Cause::Reload, now);
         }
         if self.recovery.is_some_and(|at| at <= now) {
@@ -220,7 +219,9 @@ impl Generations {
             Step::Loading { deadline } => Some(deadline),
             Step::Starting { .. } => None,
         });
-        let recovery = self.recovery.filter(|_| self.attempt.is_none());
+        // As long as it can't be tried, the end of what it waits for is what wakes us.
+        let possible = self.attempt.is_none() && self.draining.len() < MAX_DRAINING;
+        let recovery = self.recovery.filter(|_| possible);
         loading.into_iter().chain(recovery).min()
     }
 

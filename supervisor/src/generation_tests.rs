@@ -126,3 +126,27 @@ fn stopping_gives_up_the_attempt_and_ignores_orders() {
     assert!(generations.reload(now).is_empty());
     assert_eq!(generations.next_tick(), None);
 }
+
+#[test]
+fn a_failed_reload_does_not_forget_the_recovery() {
+    let now = Instant::now();
+    let mut generations = serving(now);
+    generations.zygotes_lost(1, now);
+    assert_eq!(generations.reload(now), [Command::Load(2, Cause::Reload)]);
+    assert_eq!(generations.failed(2, now), [Command::Abandon(2, Cause::Reload)]);
+    let due = generations.next_tick().expect("it is still to be tried");
+    assert_eq!(generations.tick(due).0, [Command::Load(3, Cause::Recovery)]);
+}
+
+#[test]
+fn a_recovery_that_must_wait_for_a_drain_keeps_nobody_awake() {
+    let now = Instant::now();
+    let mut generations = serving(now);
+    for generation in 2..=5 {
+        reload(&mut generations, generation, now);
+    }
+    generations.zygotes_lost(5, now);
+    assert_eq!(generations.next_tick(), None);
+    let later = now + LIMIT;
+    assert_eq!(generations.drained(1, later), [Command::Load(6, Cause::Recovery)]);
+}

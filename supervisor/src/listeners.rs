@@ -303,6 +303,14 @@ impl Listener {
         }
     }
 
+    /// A TCP port is given up at once, with what came in since its backlog was emptied.
+    pub fn stop_listening(&self) {
+        if let (Socket::Tcp(socket), false) = (&self.socket, self.adopted) {
+            // It can only fail if it doesn't listen any more.
+            let _ = shutdown(socket.as_raw_fd(), Shutdown::Read);
+        }
+    }
+
     fn close_path(&mut self) {
         if let Some(file) = self.file.take() {
             file.unlink();

@@ -56,6 +56,8 @@ enum State {
 struct Worker {
     generation: GenerationId,
     state: State,
+    /// It has been able to take jobs, whatever became of it since.
+    ready: bool,
     jobs: usize,
     mails: u64,
     held: Duration,
@@ -166,6 +168,7 @@ impl Pool {
             Worker {
                 generation,
                 state: State::Starting { until: now + START_TIMEOUT },
+                ready: false,
                 jobs: 0,
                 mails: 0,
                 held: Duration::ZERO,
@@ -184,6 +187,7 @@ impl Pool {
             return Vec::new();
         }
         entry.state = State::Ready;
+        entry.ready = true;
         let generation = entry.generation;
         self.next_ping.get_or_insert(now + PING_INTERVAL);
         let recycled = self.groups.get_mut(&generation).and_then(|group| group.recycling.take());
@@ -397,7 +401,7 @@ impl Pool {
         for &job in &jobs {
             self.unassign(job);
         }
-        let was_ready = !matches!(worker.state, State::Starting { .. });
+        let was_ready = worker.ready;
         let unexpected = !asked && !matches!(worker.state, State::Retiring { .. });
         if let Some(group) = self.groups.get_mut(&worker.generation) {
             if group.recycling == Some(id) {
@@ -436,11 +440,16 @@ impl Pool {
     pub fn starting(&self, generation: GenerationId) -> Vec<WorkerId> {
         self.workers
             .iter()
-            .filter(|(_, w)| {
-                w.generation == generation && matches!(w.state, State::Starting { .. })
-            })
+            .filter(|(_, w)| w.generation == generation && !w.ready)
             .map(|(&id, _)| id)
             .collect()
+    }
+
+    /// A worker that has never been ready is asked for anew.
+    pub fn restart(&mut self, worker: WorkerId, now: Instant) {
+        if let Some(worker) = self.workers.get_mut(&worker) {
+            worker.state = State::Starting { until: now + START_TIMEOUT };
+        }
     }
 
     /// Workers of the current generation that take jobs.

@@ -204,3 +204,16 @@ fn a_worker_that_never_gets_ready_is_killed() {
         (vec![Command::Kill(workers[0])], vec![(workers[0], Hang::NotReady)])
     );
 }
+
+#[test]
+fn a_death_before_ready_is_one_whatever_was_seen_first() {
+    let now = Instant::now();
+    let mut pool = Pool::default();
+    let workers = spawned(&pool.start(GENERATION, &settings(2, 8), now));
+    pool.condemn(workers[0], now);
+    assert_eq!(pool.starting(GENERATION), workers, "its zygote may be asked again");
+    assert!(!pool.died(workers[0], false, now).expect("known").was_ready);
+    pool.ready(workers[1], now);
+    pool.condemn(workers[1], now);
+    assert!(pool.died(workers[1], false, now).expect("known").was_ready);
+}

@@ -112,6 +112,8 @@ impl Daemon {
                     None => self.on_zygote_report(generation, received.message, now),
                 },
                 Err(RecvError::Empty) => break,
+                // A channel to the dictionaries that we had no descriptor for: the script is told.
+                Err(RecvError::DescriptorLost(_)) => {}
                 Err(error) => {
                     fault = Some(error);
                     break;
@@ -271,6 +273,7 @@ impl Daemon {
     fn refork(&mut self, generation: GenerationId, now: Instant) {
         for worker in self.pool.starting(generation) {
             self.workers.remove(&worker);
+            self.pool.restart(worker, now);
             self.fork_worker(generation, worker, now);
         }
     }
@@ -400,6 +403,9 @@ impl Daemon {
             listener.refuse_new();
         }
         self.accept_all(id);
+        if let Some(listener) = self.listeners.get(id) {
+            listener.stop_listening();
+        }
     }
 
     /// Binds the listener's unserved connections to the generation that knows it.

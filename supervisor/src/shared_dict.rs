@@ -20,6 +20,9 @@ const MAX_DICTIONARIES: usize = 256;
 /// counts, rounded up.
 const OVERHEAD: usize = 200;
 
+/// What `incr` says to a value that is no number, or when the sum is out of range.
+const NO_SUM: &str = "not a number";
+
 /// Bytes of keys in one answer.
 const MAX_KEYS_BYTES: usize = 64 * 1024;
 
@@ -142,13 +145,13 @@ impl Dictionary {
         limit: usize,
     ) -> Answer<'static> {
         let Some(entry) = self.entries.get_mut(key) else {
-            let Some(start) = add(&Value::Integer(0), by) else { return failed("not a number") };
+            let Some(start) = add(&Value::Integer(0), by) else { return failed(NO_SUM) };
             return match self.store(key, start.clone(), expires, used, limit) {
                 Answer::Changed(_) => Answer::Value(Some(start)),
                 refused => refused,
             };
         };
-        let Some(sum) = add(&entry.value, by) else { return failed("not a number") };
+        let Some(sum) = add(&entry.value, by) else { return failed(NO_SUM) };
         // Numbers are all of one size, so the count of bytes stays right.
         entry.value = sum.clone();
         self.touch(key, used);
@@ -190,10 +193,11 @@ impl Dictionary {
     }
 }
 
-/// The sum of two numbers, as Lua adds: integers wrap, anything with a float is a float.
+/// The sum of two numbers: of integers an integer, of anything with a float a float. An integer
+/// that doesn't fit is none: a counter must not become negative.
 fn add(a: &Value<'_>, b: &Value<'_>) -> Option<Value<'static>> {
     match (a, b) {
-        (Value::Integer(a), Value::Integer(b)) => Some(Value::Integer(a.wrapping_add(*b))),
+        (Value::Integer(a), Value::Integer(b)) => a.checked_add(*b).map(Value::Integer),
         (Value::Integer(a), Value::Float(b)) => Some(Value::Float(*a as f64 + b)),
         (Value::Float(a), Value::Integer(b)) => Some(Value::Float(a + *b as f64)),
         (Value::Float(a), Value::Float(b)) => Some(Value::Float(a + b)),
@@ -255,19 +259,19 @@ mod tests {
     }
 
     #[test]
-    fn increments_follow_lua() {
+    fn increments() {
         let (mut all, now) = (Dictionaries::default(), Instant::now());
         let mut by =
             |key, by| ask(&mut all, key, Operation::Increment { by, ttl: None }, LIMIT, now);
         assert_eq!(by("f", Value::Float(0.5)), Answer::Value(Some(Value::Float(0.5))));
         assert_eq!(by("f", Value::Integer(1)), Answer::Value(Some(Value::Float(1.5))));
         by("i", Value::Integer(i64::MAX));
-        assert_eq!(by("i", Value::Integer(1)), Answer::Value(Some(Value::Integer(i64::MIN))));
-        assert_eq!(by("i", text("1")), failed("not a number"));
+        assert_eq!(by("i", Value::Integer(1)), failed(NO_SUM));
+        assert_eq!(by("i", text("1")), failed(NO_SUM));
         let set = Operation::Set { value: text("x"), ttl: None };
         ask(&mut all, "s", set, LIMIT, now);
         let one = Operation::Increment { by: Value::Integer(1), ttl: None };
-        assert_eq!(ask(&mut all, "s", one, LIMIT, now), failed("not a number"));
+        assert_eq!(ask(&mut all, "s", one, LIMIT, now), failed(NO_SUM));
     }
 
     #[test]

@@ -201,6 +201,7 @@ impl Daemon {
                 }
                 let limit = Duration::from_millis(milliseconds).min(Duration::from_secs(3600));
                 self.pool.explicit_timeout(worker, now + limit);
+                self.extend_stop(now + limit, now);
             }
         }
         None
