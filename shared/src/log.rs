@@ -13,11 +13,12 @@ use std::fmt::{self, Write as _};
 use std::fs::OpenOptions;
 use std::io::{IoSlice, Write as _};
 use std::ops::Range;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::os::unix::net::UnixDatagram;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{MsgFlags, send};
 use slog::{Drain, KV, Key, Level, Logger, OwnedKVList, Record, Serializer};
 
@@ -46,6 +47,9 @@ enum Sink {
     Socket(OwnedFd),
     /// A description of our own, so that O_NONBLOCK is nobody else's.
     NonBlocking(std::fs::File),
+    /// A pipe or terminal that belongs to somebody else: it is asked before each line whether it
+    /// has room.
+    Polled,
     /// A regular file, which never makes a writer wait for a reader.
     Plain,
 }
@@ -67,7 +71,7 @@ impl Sink {
                 .write(true)
                 .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
                 .open("/proc/self/fd/2")
-                .map_or(Self::Plain, Self::NonBlocking),
+                .map_or(Self::Polled, Self::NonBlocking),
             _ => Self::Plain,
         }
     }
@@ -80,6 +84,13 @@ impl Sink {
             Self::NonBlocking(file) => {
                 let mut file = file;
                 file.write_vectored(&[IoSlice::new(line)]).is_ok_and(|n| n == line.len())
+            }
+            Self::Polled => {
+                let stderr = std::io::stderr();
+                let mut fds = [PollFd::new(stderr.as_fd(), PollFlags::POLLOUT)];
+                // A pipe that is ready takes PIPE_BUF without making us wait (pipe(7)).
+                poll(&mut fds, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
+                    && std::io::stderr().write_all(line).is_ok()
             }
             Self::Plain => std::io::stderr().write_all(line).is_ok(),
         }

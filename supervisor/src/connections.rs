@@ -183,9 +183,11 @@ impl Connections {
     /// that has nothing to read, for ever.
     pub fn drop_urgent(&self, id: JobId) {
         if let Some(connection) = self.table.get(&id) {
-            let flags = MsgFlags::MSG_OOB | MsgFlags::MSG_DONTWAIT;
-            // An error says that there is none.
-            let _ = recv(connection.fd.as_raw_fd(), &mut [0], flags);
+            let fd = connection.fd.as_raw_fd();
+            // Errors say that there is none. Reading nothing takes its mark away, and can't take
+            // a byte of the request that has come meanwhile.
+            let _ = recv(fd, &mut [0], MsgFlags::MSG_OOB | MsgFlags::MSG_DONTWAIT);
+            let _ = recv(fd, &mut [], MsgFlags::MSG_DONTWAIT);
         }
     }
 

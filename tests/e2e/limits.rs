@@ -2,6 +2,7 @@
 //! not the service, and it is over when the reason is.
 
 use std::io::Write;
+use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
@@ -262,4 +263,39 @@ fn one_users_drip_does_not_shut_out_the_others() {
     // The requirement is 100 ms on a quiet machine; here other tests run at the same time.
     let limit = if std::env::var_os("QRELAY_FULL").is_some() { 100 } else { 1000 };
     assert!(p99(&beside) < Duration::from_millis(limit), "{:?}", p99(&beside));
+}
+
+#[test]
+fn urgent_data_keeps_nobody_awake() {
+    let daemon = Daemon::start(
+        "settings{workers=1, client_timeout=30}
+         qmqp_listen('$DIR/in', function(m) return m:discard() end)",
+    );
+    let client = UnixStream::connect(daemon.path("in")).expect("connect");
+    let flags = nix::sys::socket::MsgFlags::MSG_OOB;
+    nix::sys::socket::send(client.as_raw_fd(), b"x", flags).expect("urgent data");
+    assert_eq!(submit(daemon.path("in"), &Mail::new("x")), "Kdiscarded");
+    // A rate needs a time to be measured over.
+    let (ticks, started) = (cpu_ticks(daemon.pid()), Instant::now());
+    while started.elapsed() < Duration::from_millis(500) {
+        assert_eq!(submit(daemon.path("in"), &Mail::new("x")), "Kdiscarded");
+        std::thread::park_timeout(Duration::from_millis(50));
+    }
+    let busy = cpu_ticks(daemon.pid()) - ticks;
+    assert!(busy < 20, "{busy} ticks of 10 ms in half a second");
+}
+
+#[test]
+fn a_silent_crowd_shuts_nobody_out() {
+    let daemon = Daemon::start(
+        "settings{workers=1, client_timeout=60}
+         qmqp_listen('$DIR/in', function(m) return m:discard() end)",
+    );
+    // More than the supervisor holds (4096) and the kernel keeps for it.
+    let crowd: Vec<_> = (0..4300).map(|_| Client::connect(daemon.path("in"))).collect();
+    let sent = send_as_nobody(&daemon.path("in"), "a@example.com");
+    assert_eq!(sent.status.code(), Some(0), "{sent:?}");
+    daemon.wait_for_log("too many silent connections");
+    let mut first = crowd.into_iter().next().expect("a crowd");
+    assert_eq!(first.outcome(), "Ztry again later");
 }

@@ -1,5 +1,6 @@
 //! The end: what is on its way is finished, nobody new is let in, nothing is left behind.
 
+use std::net::TcpStream;
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixListener;
 use std::time::{Duration, Instant};
@@ -269,4 +270,55 @@ fn a_socket_left_by_a_killed_daemon_is_replaced() {
     let _second =
         Daemon::start(&format!("qmqp_listen('{path}', function(m) return m:discard() end)"));
     assert_eq!(submit(first.path("in"), &Mail::new("x")), "Kdiscarded");
+}
+
+#[test]
+fn an_actions_own_timeout_outlasts_the_drain() {
+    let mut daemon = Daemon::start(
+        "settings{workers=1, drain_timeout=0.2}
+         qmqp_listen('$DIR/in', function(m) return m:connect('$DIR/out', {timeout=20}) end)",
+    );
+    let (mut client, _sink, gate) = in_flight(&daemon);
+    daemon.signal(Signal::SIGTERM);
+    wait_for_stopping(&daemon);
+    assert!(daemon.exit_within(Duration::from_secs(1)).is_none(), "its mail may take 20 s");
+    gate.open();
+    assert_eq!(client.outcome(), "Kok");
+    assert_eq!(daemon.wait_exit().code(), Some(0));
+}
+
+#[test]
+fn silent_clients_do_not_stand_against_a_second_signal() {
+    let mut daemon = relay("client_timeout=50");
+    let mut silent = Client::connect(daemon.path("in"));
+    let (mut client, _sink, _gate) = in_flight(&daemon);
+    daemon.signal(Signal::SIGTERM);
+    wait_for_stopping(&daemon);
+    daemon.signal(Signal::SIGTERM);
+    assert_eq!(silent.outcome(), "Ztry again later");
+    assert_eq!(client.outcome(), "Ztry again later");
+    drop((silent, client));
+    let status = daemon.exit_within(Duration::from_secs(10)).expect("it ends");
+    assert_eq!(status.code(), Some(0));
+    assert_eq!(daemon.count_log("worker died"), 0, "none was replaced, and killed again");
+    daemon.assert_nothing_left();
+}
+
+#[test]
+fn a_port_is_given_up_at_once() {
+    let port = Target::free_port();
+    let mut daemon = Daemon::start(&format!(
+        "qmqp_listen('$DIR/in', function(m) return m:connect('$DIR/out') end)
+         qmqp_listen('{port}', function(m) return m:discard() end)"
+    ));
+    assert!(TcpStream::connect(port).is_ok());
+    let (mut client, _sink, gate) = in_flight(&daemon);
+    daemon.signal(Signal::SIGTERM);
+    wait_for_stopping(&daemon);
+    eventually("connections to the port are refused", || {
+        TcpStream::connect(port).is_err().then_some(())
+    });
+    gate.open();
+    assert_eq!(client.outcome(), "Kok");
+    assert_eq!(daemon.wait_exit().code(), Some(0));
 }
