@@ -75,6 +75,7 @@ function bit.tohex(n, digits)
 end
 
 package.preload.bit = function() return bit end
+_G.bit = bit -- LuaJIT has it without require
 
 -- What can't be had says what to use instead.
 local function missing(name, hint)

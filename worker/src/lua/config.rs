@@ -91,6 +91,7 @@ impl Draft {
         if self.listeners.is_empty() {
             return Err("no listener: the script must call qmqp_listen() at least once".into());
         }
+        settings::fit(&mut self.settings, &self.listeners);
         settings::consistent(&self.settings, &self.listeners)?;
         let declaration = Declaration {
             listeners: self.listeners.clone(),

@@ -16,7 +16,7 @@ use mlua::{BorrowedBytes, Table, Value};
 use super::error::Raise;
 
 /// The integers that a float holds exactly: up to 2^53.
-const EXACT: f64 = 9_007_199_254_740_992.0;
+pub const EXACT: f64 = 9_007_199_254_740_992.0;
 
 /// Longest time that an action or a wait may be given, in seconds.
 pub const MAX_TIMEOUT: f64 = 3600.0;
@@ -169,17 +169,33 @@ pub fn text(value: &Value) -> Result<Option<Text<'static>>, Raise> {
     Ok(match value {
         Value::String(string) => Some(Text::Lua(string.as_bytes())),
         Value::Integer(n) => Some(Text::Number(n.to_string().into())),
-        Value::Number(n) => Some(Text::Number(number_text(value, *n)?.into())),
+        Value::Number(n) => Some(Text::Number(float_text(*n).into())),
         _ => None,
     })
 }
 
-fn number_text(value: &Value, n: f64) -> Result<String, Raise> {
+/// A float as text: what `tostring` makes of it (`%.14g`), but integers without `.0`.
+fn float_text(n: f64) -> String {
     if n.fract() == 0.0 && n.abs() <= EXACT {
-        Ok(format!("{n:.0}"))
-    } else {
-        Ok(value.to_string()?)
+        return format!("{n:.0}");
     }
+    if !n.is_finite() {
+        return n.to_string().to_ascii_lowercase();
+    }
+    // Rounded to 14 digits first, which may change the exponent.
+    let scientific = format!("{n:.13e}");
+    let (mantissa, exponent) = scientific.split_once('e').unwrap_or((&scientific, "0"));
+    let exponent: i32 = exponent.parse().unwrap_or(0);
+    let without_zeros = |digits: &str| match digits.contains('.') {
+        true => digits.trim_end_matches('0').trim_end_matches('.').to_owned(),
+        false => digits.to_owned(),
+    };
+    if (-4..14).contains(&exponent) {
+        let decimals = usize::try_from(13 - exponent).unwrap_or(0);
+        return without_zeros(&format!("{n:.decimals$}"));
+    }
+    let sign = if exponent < 0 { '-' } else { '+' };
+    format!("{}e{sign}{:02}", without_zeros(mantissa), exponent.abs())
 }
 
 /// A number, or a string that is one; NaN is none.
@@ -329,6 +345,26 @@ mod tests {
         assert_eq!(shown(Value::Number(42.0)).as_deref(), Some("42"));
         assert_eq!(shown(Value::Number(EXACT)).as_deref(), Some("9007199254740992"));
         assert_eq!(shown(Value::Boolean(true)), None);
+    }
+
+    #[test]
+    fn floats_are_written_as_lua_does() {
+        let table = [
+            (0.1 + 0.2, "0.3"),
+            (1.0 / 3.0, "0.33333333333333"),
+            (-2.5, "-2.5"),
+            (1e300, "1e+300"),
+            (1.5e-7, "1.5e-07"),
+            (0.0001, "0.0001"),
+            (123_456_789.125, "123456789.125"),
+            (99_999_999_999_999.5, "1e+14"),
+            (1e18, "1e+18"),
+            (f64::INFINITY, "inf"),
+            (f64::NEG_INFINITY, "-inf"),
+        ];
+        for (n, expected) in table {
+            assert_eq!(float_text(n), expected, "{n:?}");
+        }
     }
 
     #[test]

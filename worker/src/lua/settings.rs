@@ -98,6 +98,14 @@ fn set(
     Ok(())
 }
 
+/// Raises what the script left at its default to what its listeners need.
+pub fn fit(settings: &mut Settings, listeners: &[ListenerDecl]) {
+    let largest = listeners.iter().map(|listener| listener.max_size).max().unwrap_or_default();
+    if settings.mail_memory == Settings::default().mail_memory {
+        settings.mail_memory = settings.mail_memory.max(largest + ENVELOPE);
+    }
+}
+
 /// Checks the final values against each other and against the listeners.
 ///
 /// # Errors
@@ -121,4 +129,31 @@ pub fn consistent(settings: &Settings, listeners: &[ListenerDecl]) -> Result<(),
         ));
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_default_memory_for_mails_follows_the_largest_mail() {
+        let listener = |max_size| ListenerDecl {
+            address: qrelay_shared::settings::ListenAddress::Abstract(b"x".to_vec()),
+            mode: 0,
+            owner: None,
+            group: None,
+            backlog: 1,
+            max_size,
+            allow: None,
+        };
+        let mut settings = Settings::default();
+        fit(&mut settings, &[listener(1 << 20)]);
+        assert_eq!(settings, Settings::default());
+        let large = [listener(1 << 30)];
+        fit(&mut settings, &large);
+        assert!(consistent(&settings, &large).is_ok());
+        settings.mail_memory = 1 << 20;
+        fit(&mut settings, &large);
+        assert!(consistent(&settings, &large).is_err(), "what the script says stays");
+    }
 }

@@ -196,15 +196,12 @@ fn summand(value: &LuaValue) -> Result<Value<'static>, Raise> {
         LuaValue::Integer(number) => Ok(Value::Integer(*number)),
         LuaValue::Number(number) => Ok(Value::Float(*number)),
         other => match convert::number(other) {
-            Some(n) if n.fract() == 0.0 && n.abs() < EXACT => Ok(Value::Integer(n as i64)),
+            Some(n) if n.fract() == 0.0 && n.abs() < convert::EXACT => Ok(Value::Integer(n as i64)),
             Some(n) => Ok(Value::Float(n)),
             None => Err(Argument::new("incr", 2, "by").wrong("a number", other)),
         },
     }
 }
-
-/// Integers below this are exact as floats: 2^53.
-const EXACT: f64 = 9_007_199_254_740_992.0;
 
 fn lifetime(method: &str, position: usize, ttl: &LuaValue) -> Result<Option<Duration>, Raise> {
     match ttl {

@@ -76,7 +76,9 @@ pub fn plain(value: &Value) -> Result<Option<Vec<u8>>, Raise> {
         Value::Boolean(false) => Some(b"0".to_vec()),
         Value::Number(n) if n.is_nan() => Some(b"NaN".to_vec()),
         // Lua's own text has 14 digits, too few to be the same number again.
-        Value::Number(n) if n.fract() != 0.0 => Some(format!("{n:?}").into_bytes()),
+        Value::Number(n) if n.fract() != 0.0 || n.abs() > convert::EXACT => {
+            Some(format!("{n:?}").into_bytes())
+        }
         other => convert::text(other)?.map(|text| text.to_vec()),
     })
 }
