@@ -81,7 +81,8 @@ impl Cgroup {
         let Some(name) = full_name(name) else { return Ok(None) };
         match xattr::get(directory, &name) {
             Ok(value) => Ok(value),
-            Err(Errno::ERANGE) => Ok(None),
+            // Too long, or only a namespace.
+            Err(Errno::ERANGE | Errno::EINVAL) => Ok(None),
             Err(error) => Err(self.failed(error)),
         }
     }
@@ -344,6 +345,17 @@ mod tests {
         assert_eq!(full(b"trusted.foo").as_deref(), Some(&b"trusted.foo"[..]));
         assert_eq!(full(b""), None);
         assert_eq!(full(b"a\0b"), None);
+    }
+
+    #[test]
+    fn what_cannot_be_a_name_is_not_there() {
+        let directory = tempfile::tempdir().expect("a temporary directory");
+        let file = std::fs::File::open(directory.path()).expect("it is there");
+        let group = Cgroup { path: b"/a".to_vec(), directory: Directory::Open(file.into()) };
+        for name in [&b"user."[..], b"trusted.", b".", b"", b"a\0b", &[b'a'; 1000]] {
+            let value = group.attribute(name).expect("no error");
+            assert_eq!(value, None, "{}", String::from_utf8_lossy(name));
+        }
     }
 
     #[test]

@@ -491,6 +491,20 @@ fn bad_configurations_name_file_line_and_cause() {
 }
 
 #[test]
+fn mail_memory_fits_the_largest_message_unless_it_is_set() {
+    let listen = "max_size = 1 << 30 qmqp_listen('/a', print, {max_size = 1024})
+        qmqp_listen('/b', print) settings{workers = 3}";
+    let script = Script::load_with(listen, Options::default()).0.expect("a good configuration");
+    assert_eq!(script.declaration.settings.mail_memory, (1 << 30) + 300_000);
+    let small = "qmqp_listen('/a', print, {max_size = 1024}) settings{mail_memory = 1 << 20}";
+    let script = Script::load_with(small, Options::default()).0.expect("a good configuration");
+    assert_eq!(script.declaration.settings.mail_memory, 1 << 20);
+    let error =
+        config_error(&format!("settings{{mail_memory = 1 << 29}} {listen}"), Options::default());
+    assert!(error.contains("mail_memory (536870912 bytes) must be at least"), "{error}");
+}
+
+#[test]
 fn reload_runs_after_the_script() {
     let reload = || Options { reload: true, ..Options::default() };
     let source = "qmqp_listen('/a', print) function reload() print('reloaded') end";

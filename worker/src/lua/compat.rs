@@ -8,7 +8,7 @@ use mlua::Lua;
 
 use super::error::CHUNK;
 
-/// Defines the globals and the module `bit`.
+/// Defines the globals, and `bit` as a module, too.
 ///
 /// # Errors
 /// Lua is out of memory.

@@ -55,6 +55,8 @@ pub struct Draft {
     listeners: Vec<ListenerDecl>,
     handlers: Vec<Function>,
     settings: Settings,
+    /// Whether the script has set `mail_memory` itself.
+    own_mail_memory: bool,
     /// FileDescriptorNames of the sockets that systemd passed.
     systemd: Vec<String>,
 }
@@ -73,6 +75,7 @@ impl Draft {
             listeners: Vec::new(),
             handlers: Vec::new(),
             settings: Settings::default(),
+            own_mail_memory: false,
             systemd,
         }))
     }
@@ -91,7 +94,9 @@ impl Draft {
         if self.listeners.is_empty() {
             return Err("no listener: the script must call qmqp_listen() at least once".into());
         }
-        settings::fit(&mut self.settings, &self.listeners);
+        if !self.own_mail_memory {
+            settings::fit_mail_memory(&mut self.settings, &self.listeners);
+        }
         settings::consistent(&self.settings, &self.listeners)?;
         let declaration = Declaration {
             listeners: self.listeners.clone(),
@@ -129,7 +134,10 @@ pub fn register(lua: &Lua, draft: &SharedDraft) -> mlua::Result<()> {
         let mut settings = setting.lock().settings.clone();
         let table = Argument::new("settings", 1, "settings").table(&table)?;
         settings::apply(table, &mut settings)?;
-        setting.lock().settings = settings;
+        let own_mail_memory = settings::has_mail_memory(table)?;
+        let mut draft = setting.lock();
+        draft.settings = settings;
+        draft.own_mail_memory |= own_mail_memory;
         Ok(())
     })?;
     globals.set("settings", settings)?;

@@ -98,12 +98,18 @@ fn set(
     Ok(())
 }
 
-/// Raises what the script left at its default to what its listeners need.
-pub fn fit(settings: &mut Settings, listeners: &[ListenerDecl]) {
+/// Whether the table that a script passes to `settings` has the key `mail_memory`.
+///
+/// # Errors
+/// Lua is out of memory.
+pub fn has_mail_memory(table: &Table) -> Result<bool, Raise> {
+    Ok(!table.raw_get::<Value>("mail_memory")?.is_nil())
+}
+
+/// Raises `mail_memory`, which the script has left alone, to what its listeners need.
+pub fn fit_mail_memory(settings: &mut Settings, listeners: &[ListenerDecl]) {
     let largest = listeners.iter().map(|listener| listener.max_size).max().unwrap_or_default();
-    if settings.mail_memory == Settings::default().mail_memory {
-        settings.mail_memory = settings.mail_memory.max(largest + ENVELOPE);
-    }
+    settings.mail_memory = settings.mail_memory.max(largest + ENVELOPE);
 }
 
 /// Checks the final values against each other and against the listeners.
@@ -147,13 +153,12 @@ mod tests {
             allow: None,
         };
         let mut settings = Settings::default();
-        fit(&mut settings, &[listener(1 << 20)]);
+        fit_mail_memory(&mut settings, &[listener(1 << 20)]);
         assert_eq!(settings, Settings::default());
         let large = [listener(1 << 30)];
-        fit(&mut settings, &large);
+        fit_mail_memory(&mut settings, &large);
         assert!(consistent(&settings, &large).is_ok());
-        settings.mail_memory = 1 << 20;
-        fit(&mut settings, &large);
-        assert!(consistent(&settings, &large).is_err(), "what the script says stays");
+        settings.mail_memory -= 1;
+        assert!(consistent(&settings, &large).is_err());
     }
 }

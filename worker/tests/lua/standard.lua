@@ -26,7 +26,7 @@ raises("ffi is not available", function() return ffi.cdef end)
 raises("jit is not available", function() jit.off() end)
 raises("ffi is not available", require, 'ffi')
 
-local bit = require 'bit'
+assert(bit == require 'bit')
 assert(bit.band(0xff, 0x0f, 0x3) == 3)
 assert(bit.bor(1, 2, 4) == 7 and bit.bxor(0xff, 0x0f) == 0xf0)
 assert(bit.bnot(0) == -1 and bit.tobit(0xffffffff) == -1)

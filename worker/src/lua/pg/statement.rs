@@ -76,9 +76,9 @@ pub fn plain(value: &Value) -> Result<Option<Vec<u8>>, Raise> {
         Value::Boolean(false) => Some(b"0".to_vec()),
         Value::Number(n) if n.is_nan() => Some(b"NaN".to_vec()),
         // Lua's own text has 14 digits, too few to be the same number again.
-        Value::Number(n) if n.fract() != 0.0 || n.abs() > convert::EXACT => {
-            Some(format!("{n:?}").into_bytes())
-        }
+        Value::Number(n) if n.fract() != 0.0 => Some(format!("{n:?}").into_bytes()),
+        // Without an exponent it can be a bigint, too.
+        Value::Number(n) => Some(format!("{n:.0}").into_bytes()),
         other => convert::text(other)?.map(|text| text.to_vec()),
     })
 }
@@ -148,9 +148,14 @@ mod tests {
     #[test]
     fn numbers_keep_their_value() {
         let shown = |n: f64| plain(&Value::Number(n)).ok().flatten().map(String::from_utf8);
-        for (n, text) in
-            [(0.1 + 0.2, "0.30000000000000004"), (2.0, "2"), (-1e-7, "-1e-7"), (f64::NAN, "NaN")]
-        {
+        for (n, text) in [
+            (0.1 + 0.2, "0.30000000000000004"),
+            (2.0, "2"),
+            (-1e-7, "-1e-7"),
+            (2.0_f64.powi(60), "1152921504606846976"),
+            (f64::NAN, "NaN"),
+            (f64::INFINITY, "inf"),
+        ] {
             assert_eq!(shown(n), Some(Ok(text.to_owned())));
         }
     }
