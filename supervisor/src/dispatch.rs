@@ -3,7 +3,9 @@
 //! # Failure
 //! Out of descriptors, memory or credits, the listeners are unwatched (a
 //! level-triggered watched one would spin) until a job is done or 100 ms are
-//! over. A worker's job socket that takes no more counts as no credit.
+//! over. A worker's job socket that takes no more counts as no credit. When too
+//! many silent connections are held, the client that has the most of them loses
+//! its oldest ones.
 
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
