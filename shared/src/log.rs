@@ -9,6 +9,7 @@
 //! What can't be written at once is counted, and the count is written before
 //! the next line that can be.
 
+use std::borrow::Cow;
 use std::fmt::{self, Write as _};
 use std::fs::OpenOptions;
 use std::io::{IoSlice, Write as _};
@@ -28,14 +29,21 @@ pub const LINE_MAX: usize = 4096;
 /// Longest message: what a script's error says must not push the mail's id out of the line.
 const MESSAGE_MAX: usize = LINE_MAX / 4 * 3;
 
+/// Bytes that a usual line fits in.
+const LINE_ROOM: usize = 512;
+
 /// Where the native protocol of systemd-journald is spoken.
 const JOURNAL: &str = "/run/systemd/journal/socket";
 
 /// Makes the process's logger; `process` names it in every line. Call it again
 /// after a fork.
 pub fn init(level: Level, process: &'static str) -> Logger {
-    let output =
-        Output { process, pid: std::process::id(), sink: Sink::open(), lost: AtomicU64::new(0) };
+    let output = Output {
+        process,
+        pid: std::process::id().to_string(),
+        sink: Sink::open(),
+        lost: AtomicU64::new(0),
+    };
     Logger::root(slog::LevelFilter::new(output, level).fuse(), slog::o!())
 }
 
@@ -103,7 +111,7 @@ fn send_now(fd: std::os::fd::RawFd, bytes: &[u8]) -> bool {
 
 struct Output {
     process: &'static str,
-    pid: u32,
+    pid: String,
     sink: Sink,
     lost: AtomicU64,
 }
@@ -113,7 +121,7 @@ impl Drain for Output {
     type Err = slog::Never;
 
     fn log(&self, record: &Record<'_>, values: &OwnedKVList) -> Result<(), slog::Never> {
-        let mut fields = Fields::default();
+        let mut fields = Fields::with_room();
         // Serializing into a string can't fail.
         let _ = record.kv().serialize(record, &mut fields);
         let _ = values.serialize(record, &mut fields);
@@ -123,8 +131,14 @@ impl Drain for Output {
         {
             self.lost.fetch_add(lost, Ordering::Relaxed);
         }
-        let mut message = Escaped(record.msg()).to_string();
-        cut(&mut message, MESSAGE_MAX);
+        let message = match record.msg().as_str() {
+            Some(text) if is_plain(text) && text.len() <= MESSAGE_MAX => Cow::Borrowed(text),
+            _ => {
+                let mut message = Escaped(record.msg()).to_string();
+                cut(&mut message, MESSAGE_MAX);
+                Cow::Owned(message)
+            }
+        };
         if !self.emit(record.level(), &message, &fields) {
             self.lost.fetch_add(1, Ordering::Relaxed);
         }
@@ -143,14 +157,12 @@ impl Output {
 
     fn line(&self, level: Level, message: &str, fields: &Fields) -> Vec<u8> {
         let now = humantime::format_rfc3339_millis(std::time::SystemTime::now());
-        let mut line = String::with_capacity(512);
-        let _ = write!(
-            line,
-            "{now} {} {}[{}]: {message}{fields}",
-            level_name(level),
-            self.process,
-            self.pid,
-        );
+        let mut line = String::with_capacity(LINE_ROOM);
+        let _ = write!(line, "{now} ");
+        for part in [level_name(level), " ", self.process, "[", &self.pid, "]: ", message] {
+            line.push_str(part);
+        }
+        fields.append_to(&mut line);
         cut(&mut line, LINE_MAX - 1);
         line.push('\n');
         line.into_bytes()
@@ -158,7 +170,9 @@ impl Output {
 
     fn journal_entry(&self, level: Level, message: &str, fields: &Fields) -> Vec<u8> {
         let mut entry = String::with_capacity(1024);
-        let mut text = format!("{message}{fields}");
+        let mut text = String::with_capacity(LINE_ROOM);
+        text.push_str(message);
+        fields.append_to(&mut text);
         cut(&mut text, LINE_MAX);
         let _ = write!(
             entry,
@@ -227,6 +241,11 @@ impl Fields {
         fields
     }
 
+    /// Empty, with memory for those of a mail.
+    fn with_room() -> Self {
+        Self { values: String::with_capacity(LINE_ROOM), pairs: Vec::with_capacity(16) }
+    }
+
     fn push(&mut self, key: impl Into<Key>, value: &fmt::Arguments<'_>) {
         let start = self.values.len();
         // Writing to a string can't fail.
@@ -234,24 +253,54 @@ impl Fields {
         self.pairs.push((key.into(), start..self.values.len()));
     }
 
+    /// As [`Self::push`], of a text that needs no escaping.
+    fn push_plain(&mut self, key: Key, value: &str) -> slog::Result {
+        let start = self.values.len();
+        self.values.push_str(value);
+        self.pairs.push((key, start..self.values.len()));
+        Ok(())
+    }
+
+    fn push_integer(&mut self, key: Key, value: impl itoa::Integer) -> slog::Result {
+        self.push_plain(key, itoa::Buffer::new().format(value))
+    }
+
     /// In the order in which they were written in the source; slog serializes the last first.
     fn iter(&self) -> impl Iterator<Item = (&str, &str)> {
         self.pairs.iter().rev().map(|(key, range)| (key.as_str(), &self.values[range.clone()]))
     }
+
+    /// Writes them as the tail of a line.
+    fn append_to(&self, line: &mut String) {
+        for (key, value) in self.iter() {
+            let quoted;
+            let (quote, value) = match ambiguity(value) {
+                None => ("", value),
+                Some(Ambiguity::Separator) => ("\"", value),
+                Some(Ambiguity::Quote) => {
+                    quoted = value.replace('"', "\\\"");
+                    ("\"", &*quoted)
+                }
+            };
+            for part in [" ", key, "=", quote, value, quote] {
+                line.push_str(part);
+            }
+        }
+    }
 }
 
-/// As the tail of a line.
-impl fmt::Display for Fields {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.iter().try_for_each(|(key, value)| {
-            if !value.is_empty() && !value.contains([' ', '"', '=']) {
-                write!(f, " {key}={value}")
-            } else if value.contains('"') {
-                write!(f, " {key}=\"{}\"", value.replace('"', "\\\""))
-            } else {
-                write!(f, " {key}=\"{value}\"")
-            }
-        })
+/// Why a value can't stand in a line as it is.
+enum Ambiguity {
+    Separator,
+    Quote,
+}
+
+fn ambiguity(value: &str) -> Option<Ambiguity> {
+    match memchr::memchr3(b' ', b'"', b'=', value.as_bytes()) {
+        None if value.is_empty() => Some(Ambiguity::Separator),
+        None => None,
+        Some(at) if value[at..].contains('"') => Some(Ambiguity::Quote),
+        Some(_) => Some(Ambiguity::Separator),
     }
 }
 
@@ -261,10 +310,39 @@ impl Serializer for Fields {
         Ok(())
     }
 
+    fn emit_str(&mut self, key: Key, value: &str) -> slog::Result {
+        if is_plain(value) {
+            return self.push_plain(key, value);
+        }
+        self.push(key, &format_args!("{value}"));
+        Ok(())
+    }
+
+    fn emit_u32(&mut self, key: Key, value: u32) -> slog::Result {
+        self.push_integer(key, value)
+    }
+
+    fn emit_i32(&mut self, key: Key, value: i32) -> slog::Result {
+        self.push_integer(key, value)
+    }
+
+    fn emit_u64(&mut self, key: Key, value: u64) -> slog::Result {
+        self.push_integer(key, value)
+    }
+
+    fn emit_usize(&mut self, key: Key, value: usize) -> slog::Result {
+        self.push_integer(key, value)
+    }
+
     /// Absent is absent.
     fn emit_none(&mut self, _: Key) -> slog::Result {
         Ok(())
     }
+}
+
+/// Whether a text is printable ASCII, as nearly everything is that is logged.
+fn is_plain(text: &str) -> bool {
+    text.bytes().all(|byte| (b' '..=b'~').contains(&byte))
 }
 
 /// Shows a text with its control characters made harmless.
@@ -280,8 +358,7 @@ struct Escaper<'a, 'b>(&'a mut fmt::Formatter<'b>);
 
 impl fmt::Write for Escaper<'_, '_> {
     fn write_str(&mut self, text: &str) -> fmt::Result {
-        // Nearly everything that is logged is plain ASCII.
-        if text.bytes().all(|byte| (b' '..=b'~').contains(&byte)) {
+        if is_plain(text) {
             return self.0.write_str(text);
         }
         let mut rest = text;
@@ -315,7 +392,9 @@ mod tests {
         fields.push("c", &format_args!(""));
         fields.push("b", &format_args!("x y\"z"));
         fields.push("a", &format_args!("x"));
-        assert_eq!(fields.to_string(), " a=x b=\"x y\\\"z\" c=\"\"");
+        let mut line = String::new();
+        fields.append_to(&mut line);
+        assert_eq!(line, " a=x b=\"x y\\\"z\" c=\"\"");
     }
 
     #[test]

@@ -242,14 +242,13 @@ impl Connections {
         }
     }
 
-    /// Answers for the supervisor and lingers.
-    pub fn answer(&mut self, id: JobId, reply: &Reply, watcher: &Watcher) {
-        let Some(connection) = self.table.get_mut(&id) else { return };
+    /// Answers for the supervisor and lingers. False: the client is gone, or its worker had
+    /// answered it, just before it died.
+    pub fn answer(&mut self, id: JobId, reply: &Reply, watcher: &Watcher) -> bool {
+        let Some(connection) = self.table.get_mut(&id) else { return false };
         let fd = connection.fd.as_raw_fd();
-        // A client that is gone, or that the worker had answered just before it died,
-        // can't be told: that is no failure.
         let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
-        let _ = send(fd, &reply.encode(), flags);
+        let told = send(fd, &reply.encode(), flags).is_ok();
         let _ = shutdown(fd, Shutdown::Write);
         if matches!(connection.state, State::Dispatched(_)) {
             self.dispatched -= 1;
@@ -262,6 +261,7 @@ impl Connections {
         if !watched {
             self.drop_input(id, watcher);
         }
+        told
     }
 
     /// Reads and drops what an answered client still sends; closes at its end.

@@ -27,14 +27,14 @@ use slog::{Level, Logger, debug, error, info, warn};
 
 use crate::connections::Connections;
 use crate::dictionary_server::DictionaryServer;
-use crate::dispatch::TRY_AGAIN;
+use crate::dispatch::{Dispatches, TRY_AGAIN};
 use crate::event::{Source, Watcher, ZygoteId};
 use crate::generation::{GenerationId, Generations};
 use crate::listeners::Listeners;
 use crate::orphans::Orphans;
 use crate::pond_sender::PondSender;
 use crate::pool::Pool;
-use crate::rollout::Generation;
+use crate::rollout::{Ending, Generation};
 use crate::signals::Signals;
 use crate::systemd::Systemd;
 use crate::throttle::Throttle;
@@ -81,12 +81,15 @@ pub struct Daemon {
     pub(crate) buffer: Option<RecvBuffer>,
 
     pub(crate) listeners: Listeners,
+    /// Those whose backlog could not be emptied yet.
+    pub(crate) ending: Vec<Ending>,
     pub(crate) connections: Connections,
     /// Listeners are unwatched until then.
     pub(crate) disarmed: Option<Instant>,
     pub(crate) exhausted: Throttle,
-    /// Scratch lists, kept for their memory.
+    /// Scratch list, kept for its memory.
     pub(crate) accepted: Vec<JobId>,
+    pub(crate) dispatches: Dispatches,
 
     pub(crate) dictionaries: DictionaryServer,
     /// Of the current generation, if it has a log server.
@@ -140,10 +143,12 @@ impl Daemon {
             systemd: Systemd::new(now),
             buffer: Some(RecvBuffer::new()),
             listeners: Listeners::default(),
+            ending: Vec::new(),
             connections: Connections::default(),
             disarmed: None,
             exhausted: Throttle::new(Duration::from_secs(1)),
             accepted: Vec::new(),
+            dispatches: Dispatches::default(),
             dictionaries: DictionaryServer::default(),
             pond: None,
             pool: Pool::default(),
@@ -180,6 +185,7 @@ impl Daemon {
                 self.handle(source);
             }
             self.tick(Instant::now());
+            self.dispatch_late();
             self.dispatch_waiting();
         }
     }
@@ -279,7 +285,7 @@ impl Daemon {
         let Phase::Stopping { deadline } = self.phase else { return };
         self.retire_finished(now);
         let answered = self.connections.held() == 0 && self.orphans.is_empty();
-        if self.workers.is_empty() && answered {
+        if self.workers.is_empty() && answered && self.ending.is_empty() {
             self.phase = Phase::Ended(Exit::Success);
         } else if deadline <= now {
             self.give_up_unserved(now);
@@ -306,6 +312,7 @@ impl Daemon {
             self.pool.forget(peer.into(), job);
             self.connections.answer(job, &Reply::temporary(TRY_AGAIN), &self.watcher);
         }
+        self.ending.clear();
         self.retire_finished(now);
     }
 

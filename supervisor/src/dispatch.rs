@@ -3,15 +3,16 @@
 //! # Failure
 //! Out of descriptors, memory or credits, the listeners are unwatched (a
 //! level-triggered watched one would spin) until a job is done or 100 ms are
-//! over. A worker's job socket that takes no more counts as no credit. When too
+//! over. A worker's job socket that takes no more counts as no credit, for those
+//! too that only a generation on its way out can serve. When too
 //! many silent connections are held, the client that has the most of them loses
 //! its oldest ones.
 
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
-use qrelay_shared::ipc::channel::SendError;
-use qrelay_shared::ipc::message::{Job, JobId, Peer, WorkerId};
+use qrelay_shared::ipc::channel::{Batch, MAX_FDS, SendError};
+use qrelay_shared::ipc::message::{Job, JobId, Peer, ToJobs, WorkerId};
 use qrelay_shared::qmqp::Reply;
 use qrelay_shared::settings::Settings;
 use slog::{info, warn};
@@ -26,6 +27,39 @@ const DISARM: Duration = Duration::from_millis(100);
 
 /// What a client is told when no worker could finish its mail.
 pub(crate) const TRY_AGAIN: &str = "try again later";
+
+/// What is about to be passed to workers.
+#[derive(Debug, Default)]
+pub(crate) struct Dispatches {
+    /// Per worker, what goes into one datagram.
+    parcels: Vec<Parcel>,
+    batch: Batch<ToJobs>,
+    /// Connections of listeners that are gone, whose generation's workers had no room for them.
+    late: Vec<JobId>,
+}
+
+/// Jobs for one worker, each with its listener's number in the worker's generation.
+#[derive(Debug)]
+struct Parcel {
+    worker: WorkerId,
+    jobs: Vec<(JobId, u32)>,
+}
+
+impl Dispatches {
+    /// Adds a job to its worker's parcel, and gives the parcel out when it is full.
+    fn add(&mut self, job: JobId, worker: WorkerId, listener: u32) -> Option<Parcel> {
+        let at = match self.parcels.iter().position(|parcel| parcel.worker == worker) {
+            Some(at) => at,
+            None => {
+                self.parcels.push(Parcel { worker, jobs: Vec::with_capacity(MAX_FDS) });
+                self.parcels.len() - 1
+            }
+        };
+        let jobs = &mut self.parcels[at].jobs;
+        jobs.push((job, listener));
+        (jobs.len() == MAX_FDS).then(|| self.parcels.swap_remove(at))
+    }
+}
 
 impl Daemon {
     /// Connections may be waiting in a listener's backlog.
@@ -62,15 +96,28 @@ impl Daemon {
         true
     }
 
-    /// Accepts all that is in a backlog, before the listener is closed.
-    pub(crate) fn accept_all(&mut self, id: ListenerId) {
+    /// Accepts all that is in a backlog, before the listener is closed. False: there may be more,
+    /// to be accepted later.
+    pub(crate) fn accept_all(&mut self, id: ListenerId) -> bool {
         let mut new = Vec::new();
-        if let Some(listener) = self.listeners.get(id) {
-            while matches!(self.connections.accept(id, listener, &mut new), Accepted::More) {}
+        let mut exhausted = None;
+        while let Some(listener) = self.listeners.get(id) {
+            match self.connections.accept(id, listener, &mut new) {
+                Accepted::More => {}
+                Accepted::Empty => break,
+                Accepted::Exhausted(error) => {
+                    exhausted = Some(error);
+                    break;
+                }
+            }
         }
         for job in new {
             self.admit(job);
         }
+        if let Some(error) = &exhausted {
+            self.disarm(&format!("accept: {error}"));
+        }
+        exhausted.is_none()
     }
 
     /// Decides about a new connection: refuse, serve, or wait for its first byte.
@@ -120,19 +167,30 @@ impl Daemon {
     fn make_ready(&mut self, job: JobId) {
         let Some(connection) = self.connections.get(job) else { return };
         let client = Client::from(connection.peer);
-        if let Some((generation, number)) = connection.last_chance {
-            return self.serve_last(job, client, generation, number);
-        }
+        let last_chance = connection.last_chance.is_some();
         let patience = self.current_settings().map_or(Duration::ZERO, |s| s.relay_timeout);
         // From now on, not from its accept: a client may have taken its time before it spoke.
         self.connections.wait(job, Instant::now() + patience, &self.watcher);
-        self.pool.wait(client, job);
+        match last_chance {
+            true => self.serve_last(job),
+            false => self.pool.wait(client, job),
+        }
     }
 
-    /// A connection of a listener that is gone: only an old generation can serve it.
-    pub(crate) fn serve_last(&mut self, job: JobId, client: Client, generation: u64, number: u32) {
-        match self.pool.overflow(generation, client, job) {
-            Some(worker) if self.hand_over(job, worker, number).is_ok() => {}
+    /// A waiting connection of a listener that is gone: only an old generation can serve it.
+    pub(crate) fn serve_last(&mut self, job: JobId) {
+        let Some(connection) = self.connections.get(job) else { return };
+        let client = Client::from(connection.peer);
+        let served = connection.last_chance.and_then(|(generation, number)| {
+            let worker = self.pool.overflow(generation, client, job)?;
+            Some(self.hand_over(worker, &[(job, number)]))
+        });
+        match served {
+            Some(Ok(())) => {}
+            Some(Err(SendError::Full)) => {
+                self.pool.abort(job);
+                self.dispatches.late.push(job);
+            }
             _ => {
                 self.pool.abort(job);
                 self.refuse(job, Reply::temporary(TRY_AGAIN));
@@ -152,31 +210,63 @@ impl Daemon {
                 self.refuse(job, Reply::temporary(TRY_AGAIN));
                 continue;
             };
-            if let Err(error) = self.hand_over(job, worker, number) {
-                self.pool.bounced(job);
-                if !matches!(error, SendError::Full | SendError::Closed) {
-                    self.disarm(&format!("dispatch: {error}"));
-                }
+            if let Some(full) = self.dispatches.add(job, worker, number)
+                && !self.send(&full)
+            {
+                break;
+            }
+        }
+        while let Some(parcel) = self.dispatches.parcels.pop() {
+            self.send(&parcel);
+        }
+    }
+
+    /// Tries again those for whom there was no room.
+    pub(crate) fn dispatch_late(&mut self) {
+        let mut late = std::mem::take(&mut self.dispatches.late).into_iter();
+        while let Some(job) = late.next() {
+            self.serve_last(job);
+            if !self.dispatches.late.is_empty() {
+                // Still none.
+                self.dispatches.late.extend(late);
                 return;
             }
         }
     }
 
-    /// Passes the socket; on failure nothing has changed.
-    fn hand_over(&mut self, job: JobId, worker: WorkerId, listener: u32) -> Result<(), SendError> {
-        let (Some(connection), Some(link)) = (self.connections.get(job), self.workers.get(&worker))
-        else {
-            return Err(SendError::Closed);
-        };
-        let message = Job {
-            job,
-            listener,
-            peer: connection.peer,
-            accepted: connection.accepted_boottime,
-            spoke: connection.spoke_boottime,
-        };
-        link.jobs.try_send(&message, &[connection.fd.as_fd()])?;
-        self.connections.dispatched(job, worker, &self.watcher);
+    /// Passes jobs on; those that can't be passed wait again.
+    fn send(&mut self, parcel: &Parcel) -> bool {
+        let Err(error) = self.hand_over(parcel.worker, &parcel.jobs) else { return true };
+        for &(job, _) in parcel.jobs.iter().rev() {
+            self.pool.bounced(job);
+        }
+        if !matches!(error, SendError::Full | SendError::Closed) {
+            self.disarm(&format!("dispatch: {error}"));
+        }
+        false
+    }
+
+    /// Passes the sockets; on failure nothing has changed.
+    fn hand_over(&mut self, worker: WorkerId, jobs: &[(JobId, u32)]) -> Result<(), SendError> {
+        let link = self.workers.get(&worker).ok_or(SendError::Closed)?;
+        let batch = &mut self.dispatches.batch;
+        batch.clear();
+        let mut fds = [link.jobs.as_fd(); MAX_FDS];
+        for (&(job, listener), fd) in jobs.iter().zip(&mut fds) {
+            let connection = self.connections.get(job).ok_or(SendError::Closed)?;
+            *fd = connection.fd.as_fd();
+            batch.push(&Job {
+                job,
+                listener,
+                peer: connection.peer,
+                accepted: connection.accepted_boottime,
+                spoke: connection.spoke_boottime,
+            })?;
+        }
+        link.jobs.try_send_batch(batch, fds.get(..jobs.len()).unwrap_or_default())?;
+        for &(job, _) in jobs {
+            self.connections.dispatched(job, worker, &self.watcher);
+        }
         Ok(())
     }
 

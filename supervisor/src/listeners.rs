@@ -56,6 +56,8 @@ pub struct Listener {
     file: Option<SocketFile>,
     /// systemd's: never closed, never unlinked.
     adopted: bool,
+    /// Nothing new gets in any more: no generation can have it.
+    ending: bool,
     /// Its number in each generation's declaration.
     numbers: BTreeMap<GenerationId, u32>,
 }
@@ -104,6 +106,7 @@ impl Listeners {
                 address: ListenAddress::Systemd(Some(name)),
                 file: None,
                 adopted: true,
+                ending: false,
                 numbers: BTreeMap::new(),
             });
         }
@@ -156,7 +159,10 @@ impl Listeners {
             self.claim(generation, number, &declared.address, declaration);
             return Ok(());
         }
-        let known = self.table.values_mut().find(|listener| listener.address == declared.address);
+        let known = self
+            .table
+            .values_mut()
+            .find(|listener| listener.address == declared.address && !listener.ending);
         if let Some(listener) = known {
             listener.numbers.insert(generation, number);
             return Ok(());
@@ -179,6 +185,7 @@ impl Listeners {
             address: declared.address.clone(),
             file,
             adopted: false,
+            ending: false,
             numbers: BTreeMap::from([(generation, number)]),
         });
         Ok(())
@@ -255,9 +262,9 @@ impl Listeners {
         }
     }
 
-    /// The sockets that this generation doesn't have.
+    /// The sockets that this generation doesn't have, but for those that are ending.
     pub fn without(&self, generation: GenerationId) -> Vec<ListenerId> {
-        self.ids(|listener| listener.number(generation).is_none())
+        self.ids(|listener| listener.number(generation).is_none() && !listener.ending)
     }
 
     /// The sockets that this generation has.
@@ -296,6 +303,7 @@ impl Listener {
     /// Nobody new gets in; what is in a local socket's backlog can still be
     /// accepted. systemd's stays as it is, for whoever comes after us.
     pub fn refuse_new(&mut self) {
+        self.ending = !self.adopted;
         self.close_path();
         if let (Socket::Unix(socket), false) = (&self.socket, self.adopted) {
             // It can only fail if it doesn't listen any more.

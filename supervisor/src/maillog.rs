@@ -26,7 +26,7 @@ impl Daemon {
             Status::Permanent => "D",
         });
         info!(self.log, "mail";
-            "id" => self.mail_id(job),
+            "id" => format_args!("{}-{job:x}", self.instance),
             "from" => format_args!("<{}>", mail.sender),
             "to" => mail.recipients.split(',').next(),
             "recipients" => mail.recipient_count,
@@ -39,7 +39,7 @@ impl Daemon {
             "status" => status,
             "reply" => &*mail.text,
             "size" => mail.size,
-            "ms" => format_args!("{:.1}", mail.duration as f64 / 1000.0),
+            "ms" => format_args!("{}.{}", mail.duration / 1000, mail.duration / 100 % 10),
             "worker" => worker);
         let peer = self.connections.get(job).map(|connection| connection.peer);
         if let Some(pond) = &mut self.pond {
@@ -47,11 +47,16 @@ impl Daemon {
         }
     }
 
-    /// A mail's worker died; of the mail itself nothing is known.
-    pub(crate) fn log_lost(&mut self, worker: WorkerId, job: JobId) {
+    /// A mail's worker died; of the mail itself nothing is known. Nor is the answer, if the client
+    /// can't be `told` to try again: it may have been `K`.
+    pub(crate) fn log_lost(&mut self, worker: WorkerId, job: JobId, told: bool) {
         let Some(connection) = self.connections.get(job) else { return };
         let ms = connection.accepted.elapsed().as_secs_f64() * 1000.0;
-        warn!(self.log, "mail lost its worker, the client is told to try again";
+        let outcome = match told {
+            true => "the client is told to try again",
+            false => "the client had been answered or had gone",
+        };
+        warn!(self.log, "mail lost its worker, {outcome}";
             "id" => self.mail_id(job), "peer" => ?connection.peer,
             "ms" => format_args!("{ms:.1}"), "worker" => worker);
         let peer = connection.peer;
@@ -63,8 +68,8 @@ impl Daemon {
             account: None,
             action: "-".into(),
             next_hop: None,
-            status: Some(Status::Temporary),
-            text: TRY_AGAIN.into(),
+            status: told.then_some(Status::Temporary),
+            text: if told { TRY_AGAIN } else { "lost" }.into(),
             size: 0,
             received: 0,
             sent: 0,

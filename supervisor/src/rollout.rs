@@ -45,6 +45,20 @@ pub(crate) struct Generation {
     superseded: bool,
 }
 
+/// A listener that takes nothing new, and whose backlog could not be emptied: descriptors ran out.
+#[derive(Debug)]
+pub(crate) struct Ending {
+    listener: ListenerId,
+    last: Option<(GenerationId, u32)>,
+}
+
+impl Ending {
+    /// Whether a generation, which is the current one or not, must serve what is in the backlog.
+    fn needs(&self, generation: GenerationId, current: bool) -> bool {
+        self.last.map_or(current, |(last, _)| last == generation)
+    }
+}
+
 impl Daemon {
     /// Carries out what the reload's state machine has decided.
     pub(crate) fn roll_out(&mut self, commands: Vec<Command>, now: Instant) {
@@ -113,7 +127,7 @@ impl Daemon {
                 },
                 Err(RecvError::Empty) => break,
                 // A channel to the dictionaries that we had no descriptor for: the script is told.
-                Err(RecvError::DescriptorLost(_)) => {}
+                Err(RecvError::DescriptorLost) => {}
                 Err(error) => {
                     fault = Some(error);
                     break;
@@ -386,25 +400,40 @@ impl Daemon {
     /// Listeners that only the old generation has: what waits there is still served by it.
     fn drop_missing_listeners(&mut self, new: GenerationId, old: GenerationId) {
         for id in self.listeners.without(new) {
-            self.end_listener(id);
-            if let Some(number) = self.listeners.get(id).and_then(|l| l.number(old)) {
-                self.serve_with(id, old, number);
+            match self.listeners.get(id).and_then(|listener| listener.number(old)) {
+                Some(number) => self.end_listener(id, Some((old, number))),
+                None => self.listeners.close(id),
             }
-            self.listeners.close(id);
         }
     }
 
-    /// Takes what waits in a backlog; nothing comes after.
-    fn end_listener(&mut self, id: ListenerId) {
+    /// Nothing new gets into a backlog; what waits there is taken, at once if there are
+    /// descriptors enough. `last` is the generation that must serve it, and the listener's number
+    /// there; none at a stop, when there is only one.
+    fn end_listener(&mut self, id: ListenerId, last: Option<(GenerationId, u32)>) {
         if let Some(listener) = self.listeners.get_mut(id) {
             if std::mem::take(&mut listener.watched) {
                 self.watcher.remove(&listener.socket);
             }
             listener.refuse_new();
         }
-        self.accept_all(id);
+        self.empty_backlog(Ending { listener: id, last });
+    }
+
+    fn empty_backlog(&mut self, ending: Ending) {
+        let Ending { listener: id, last } = ending;
+        let emptied = self.accept_all(id);
+        if let Some((generation, number)) = last {
+            self.serve_with(id, generation, number);
+        }
+        if !emptied {
+            return self.ending.push(ending);
+        }
         if let Some(listener) = self.listeners.get(id) {
             listener.stop_listening();
+        }
+        if last.is_some() {
+            self.listeners.close(id);
         }
     }
 
@@ -412,7 +441,7 @@ impl Daemon {
     fn serve_with(&mut self, listener: ListenerId, generation: GenerationId, number: u32) {
         let mut waiting = Vec::new();
         for (job, connection) in self.connections.unserved() {
-            if connection.listener == listener {
+            if connection.listener == listener && connection.last_chance.is_none() {
                 connection.last_chance = Some((generation, number));
                 if connection.state == State::Waiting {
                     waiting.push((job, Client::from(connection.peer)));
@@ -421,7 +450,7 @@ impl Daemon {
         }
         for (job, client) in waiting {
             self.pool.forget(client, job);
-            self.serve_last(job, client, generation, number);
+            self.serve_last(job);
         }
     }
 
@@ -450,6 +479,7 @@ impl Daemon {
                 Some((wanted, _)) => wanted == generation,
                 None => current,
             });
+            let free = free && !self.ending.iter().any(|ending| ending.needs(generation, current));
             if free {
                 let commands = self.pool.retire(generation, now);
                 self.command(commands, now);
@@ -539,6 +569,9 @@ impl Daemon {
         for generation in standbys {
             self.fork_standby(generation, now);
         }
+        for ending in std::mem::take(&mut self.ending) {
+            self.empty_backlog(ending);
+        }
         self.retire_finished(now);
     }
 
@@ -548,7 +581,7 @@ impl Daemon {
             return;
         };
         for id in self.listeners.with(current) {
-            self.end_listener(id);
+            self.end_listener(id, None);
         }
     }
 }

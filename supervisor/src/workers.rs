@@ -143,19 +143,25 @@ impl Daemon {
 
     fn read_reports(&mut self, worker: WorkerId, buffer: &mut RecvBuffer) -> Option<Fault> {
         loop {
-            let mut received = match self.workers.get(&worker)?.jobs.try_recv(buffer) {
-                Ok(received) => received,
-                // A channel to the dictionaries that we had no descriptor for: its other end
-                // sees it closed, and tries again.
-                Err(RecvError::DescriptorLost(_)) => continue,
+            let mut reports = match self.workers.get(&worker)?.jobs.try_recv_batch(buffer) {
+                Ok(reports) => reports,
                 Err(error) => return fault(error),
             };
-            if let (Report::Dictionary, Some(fd)) = (&received.message, received.fds.take()) {
-                self.dictionaries.add_line(fd, &self.watcher);
-                continue;
-            }
-            if let Some(complaint) = self.on_report(worker, received.message) {
-                return Some(Fault::Malformed(complaint));
+            while let Some(report) = reports.next() {
+                let complaint = match (report, reports.fds.take()) {
+                    (Ok(Report::Dictionary), Some(fd)) => {
+                        self.dictionaries.add_line(fd, &self.watcher);
+                        None
+                    }
+                    // A channel that we had no descriptor for: its other end sees it closed, and
+                    // tries again.
+                    (Ok(Report::Dictionary), None) if reports.descriptor_lost => None,
+                    (Ok(report), _) => self.on_report(worker, report),
+                    (Err(error), _) => return fault(error),
+                };
+                if let Some(complaint) = complaint {
+                    return Some(Fault::Malformed(complaint));
+                }
             }
         }
     }
@@ -258,10 +264,10 @@ impl Daemon {
             busy.extend(self.orphans.adopt_unreported(&death.jobs, now));
         }
         for &job in &death.jobs {
-            self.log_lost(worker, job);
-            if !busy.contains(&job) {
-                self.connections.answer(job, &Reply::temporary(TRY_AGAIN), &self.watcher);
-            }
+            let reply = Reply::temporary(TRY_AGAIN);
+            // Whose program still runs is answered when it has ended.
+            let told = busy.contains(&job) || self.connections.answer(job, &reply, &self.watcher);
+            self.log_lost(worker, job, told);
         }
         if !death.was_ready {
             let commands = self.generations.worker_died(death.generation, now);

@@ -30,7 +30,7 @@ pub fn run(channel: &Channel<FromControl, ToControl>, script: &dyn Script) {
             },
             Err(RecvError::Empty) => {}
             Err(RecvError::Os(_)) => std::thread::sleep(PAUSE),
-            Err(RecvError::Closed | RecvError::Malformed | RecvError::DescriptorLost(_)) => return,
+            Err(RecvError::Closed | RecvError::Malformed | RecvError::DescriptorLost) => return,
         }
     }
 }

@@ -2,7 +2,7 @@
 //! what it decided.
 //!
 //! [`zygote`] is the process that evaluates config.lua and forks; [`process`] is a worker's
-//! life; [`serve`] and [`threads`] are its threads; [`session`] is one connection, from
+//! life; [`serve`], [`queue`] and [`threads`] are its threads; [`session`] is one connection, from
 //! [`request`] to [`reply`], with [`relay`] between them; [`lua`] is everything about the script.
 
 #![deny(unsafe_code)]
@@ -23,6 +23,7 @@ pub mod mail;
 pub mod memory;
 pub mod peer;
 pub mod process;
+pub mod queue;
 pub mod record;
 pub mod relay;
 pub mod reply;

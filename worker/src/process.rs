@@ -25,9 +25,10 @@ use slog::{Logger, debug, error, warn};
 use crate::control;
 use crate::dictionary::Opener;
 use crate::lua::state::State;
+use crate::queue::IDLE;
 use crate::report::Reports;
 use crate::script::Script;
-use crate::serve::{IDLE, Worker};
+use crate::serve::Worker;
 
 /// Added to oom_score_adj, whose scale ends at 1000: among our processes of like size the
 /// kernel's choice is a worker, never the supervisor.

@@ -1,7 +1,9 @@
 //! The worker's end of its job socket: jobs come in, reports go out.
 //!
-//! Contract: a `Done` is never lost while the supervisor lives, because a credit and a
-//! duplicate of the client's socket hang on it. Sending waits; the supervisor always reads.
+//! Contract: a `Done` is never lost while the supervisor and this process live, because a credit
+//! and a duplicate of the client's socket hang on it. Those of several mails travel together
+//! when the threads are busy enough; whoever is about to wait sends what has gathered. Sending
+//! waits; the supervisor always reads.
 //!
 //! # Failure
 //! Once the supervisor is gone nobody wants reports, and they are dropped in silence: the
@@ -15,16 +17,25 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{setsockopt, sockopt};
 use nix::sys::time::{TimeVal, TimeValLike};
 use nix::unistd::Pid;
-use qrelay_shared::ipc::channel::{Channel, Received, RecvBuffer, RecvError, SendError};
-use qrelay_shared::ipc::message::{Job, JobId, MailRecord, Report, ToJobs, ToReports};
+use parking_lot::Mutex;
+use qrelay_shared::ipc::channel::{
+    Batch, Channel, MAX_FDS, Messages, RecvBuffer, RecvError, SendError,
+};
+use qrelay_shared::ipc::message::{JobId, MailRecord, Report, ToJobs, ToReports};
 
 /// How long to wait when the kernel has no memory for a report just now.
 const PAUSE: Duration = Duration::from_millis(10);
+
+/// Bytes of reports that are sent without waiting for more: one record can have 32 KiB of
+/// recipients, and a datagram takes 128 KiB.
+const MAX_FINISHED: usize = 32 * 1024;
 
 /// The job socket, shared by all threads of a worker.
 #[derive(Debug)]
 pub struct Reports {
     channel: Channel<ToReports, ToJobs>,
+    /// Every `Done` that has not been sent.
+    finished: Mutex<Batch<ToReports>>,
 }
 
 impl Reports {
@@ -35,15 +46,26 @@ impl Reports {
     pub fn new(channel: Channel<ToReports, ToJobs>, idle: Duration) -> Result<Self, Errno> {
         let millis = i64::try_from(idle.as_millis()).unwrap_or(i64::MAX);
         setsockopt(&channel.as_fd(), sockopt::ReceiveTimeout, &TimeVal::milliseconds(millis))?;
-        Ok(Self { channel })
+        Ok(Self { channel, finished: Mutex::default() })
     }
 
-    /// Waits for a job.
+    /// Waits for jobs.
     ///
     /// # Errors
     /// See [`RecvError`]; `Empty` when the idle time is over.
-    pub fn next_job(&self, buffer: &mut RecvBuffer) -> Result<Received<Job>, RecvError> {
-        self.channel.recv(buffer)
+    pub fn next<'b>(&self, buffer: &'b mut RecvBuffer) -> Result<Messages<'b, ToJobs>, RecvError> {
+        self.channel.recv_batch(buffer)
+    }
+
+    /// Takes jobs if there are some.
+    ///
+    /// # Errors
+    /// See [`RecvError`].
+    pub fn try_next<'b>(
+        &self,
+        buffer: &'b mut RecvBuffer,
+    ) -> Result<Messages<'b, ToJobs>, RecvError> {
+        self.channel.try_recv_batch(buffer)
     }
 
     /// Whether a job is queued.
@@ -78,22 +100,42 @@ impl Reports {
         self.send(&Report::Timeout { job, milliseconds });
     }
 
-    /// This job is finished.
+    /// This job is finished. Its report may wait for others, until [`Self::flush`].
     pub fn done(&self, job: JobId, record: Option<MailRecord<'_>>) {
-        self.send(&Report::Done { job, record });
+        let mut finished = self.finished.lock();
+        // A record is far smaller than a datagram may be. If not: better no log line than no end.
+        if finished.push(&Report::Done { job, record }).is_err()
+            && finished.push(&Report::Done { job, record: None }).is_err()
+        {
+            self.send_finished(&mut finished);
+            return self.send(&Report::Done { job, record: None });
+        }
+        if finished.len() >= MAX_FDS || finished.size() > MAX_FINISHED {
+            self.send_finished(&mut finished);
+        }
+    }
+
+    /// Sends what has gathered.
+    pub fn flush(&self) {
+        let mut finished = self.finished.lock();
+        if !finished.is_empty() {
+            self.send_finished(&mut finished);
+        }
+    }
+
+    fn send_finished(&self, finished: &mut Batch<ToReports>) {
+        persist(|| self.channel.send_batch(finished));
+        finished.clear();
     }
 
     fn send(&self, report: &Report<'_>) {
-        loop {
-            match self.channel.send(report, &[]) {
-                Ok(()) | Err(SendError::Closed) => return,
-                Err(SendError::TooLarge) => match report {
-                    // Better without a log line than without an end.
-                    Report::Done { job, record: Some(_) } => return self.done(*job, None),
-                    _ => return,
-                },
-                Err(SendError::Full | SendError::Os(_)) => std::thread::sleep(PAUSE),
-            }
-        }
+        persist(|| self.channel.send(report, &[]));
+    }
+}
+
+/// Sends until it is sent, or can't be.
+fn persist(mut send: impl FnMut() -> Result<(), SendError>) {
+    while let Err(SendError::Full | SendError::Os(_)) = send() {
+        std::thread::sleep(PAUSE);
     }
 }

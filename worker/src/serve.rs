@@ -1,25 +1,21 @@
 //! The life of a worker: a process with a script of its own and threads that do blocking I/O.
 //!
-//! Contract: every I/O thread waits for a job, serves it to the end, and waits again; the
-//! kernel's queue on the job socket is the work queue. At the end of that queue they finish
-//! what they have, and the last one ends the process. The main thread answers on the control
-//! socket and never waits for the others.
+//! Contract: every I/O thread waits for a job, serves it to the end, and waits again; which of
+//! them gets it, `queue` says. At the end of the job socket they finish what they have, and the
+//! last one ends the process. The main thread answers on the control socket and never waits for
+//! the others.
 //!
 //! # Failure
-//! A thread that can't be had means fewer threads. A panic costs its own mail (`Z`). A job
-//! whose socket got lost is handed back. A message that makes no sense ends the process, since
-//! nobody could say which client it was about.
+//! A thread that can't be had means fewer threads. A panic costs its own mail (`Z`).
 
 use std::any::Any;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::time::Duration;
 
 use nix::sys::signal::{SigSet, Signal};
-use parking_lot::{Condvar, Mutex};
-use qrelay_shared::ipc::channel::{RecvBuffer, RecvError};
+use qrelay_shared::ipc::channel::RecvBuffer;
 use qrelay_shared::ipc::message::Job;
 use qrelay_shared::qmqp::Reply;
 use qrelay_shared::settings::{Declaration, Settings};
@@ -27,15 +23,11 @@ use slog::{Logger, error, warn};
 
 use crate::children::Children;
 use crate::memory::Budget;
-use crate::record::age;
+use crate::queue::Queue;
 use crate::reply::{answer, linger};
 use crate::report::Reports;
 use crate::script::Script;
 use crate::session::Session;
-use crate::threads::Census;
-
-/// How long a thread waits for a job before it ends, if another one waits too.
-pub const IDLE: Duration = Duration::from_secs(30);
 
 /// Virtual memory per thread. Lua's C recursion crashes on 1 MiB, and reports a clean error
 /// on 2 (measured with a `gsub` callback that recurses).
@@ -43,12 +35,6 @@ pub(crate) const STACK_SIZE: usize = 4 << 20;
 
 /// Virtual memory of the thread that starts others.
 const WATCH_STACK_SIZE: usize = 128 << 10;
-
-/// How often it looks, while nobody waits for jobs.
-const WATCH_INTERVAL: Duration = Duration::from_millis(10);
-
-/// How long to wait after a failure that passes by itself, such as ENOMEM.
-const PAUSE: Duration = Duration::from_millis(100);
 
 /// What a session needs to know about its listener.
 #[derive(Debug)]
@@ -77,15 +63,13 @@ pub struct Worker {
     pub children: Arc<Children>,
     /// Names the process.
     pub logger: Logger,
-    census: Mutex<Census>,
-    /// Told when nobody waits for jobs any more.
-    short: Condvar,
+    queue: Queue,
     end: Box<dyn Fn() + Send + Sync>,
 }
 
 impl std::fmt::Debug for Worker {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Worker").field("census", &*self.census.lock()).finish_non_exhaustive()
+        f.debug_struct("Worker").field("queue", &self.queue).finish_non_exhaustive()
     }
 }
 
@@ -108,8 +92,7 @@ impl Worker {
         Arc::new(Self {
             listeners: listeners.collect(),
             budget: Budget::new(settings.mail_memory),
-            census: Mutex::new(Census::new(settings.worker_connections as usize)),
-            short: Condvar::new(),
+            queue: Queue::new(settings.worker_connections as usize, logger.clone()),
             settings,
             instance,
             script,
@@ -139,7 +122,7 @@ impl Worker {
     /// Starts a thread that has been counted already.
     fn start_another(self: &Arc<Self>) {
         if let Err(error) = self.start() {
-            self.census.lock().not_started();
+            self.queue.not_started();
             warn!(self.logger, "no further thread"; "error" => %error);
         }
     }
@@ -147,18 +130,7 @@ impl Worker {
     /// Starts threads when all are busy and nobody takes the jobs that are queued. Never ends.
     fn watch(self: &Arc<Self>) {
         loop {
-            let taken = {
-                let mut census = self.census.lock();
-                while !census.is_short() {
-                    self.short.wait(&mut census);
-                }
-                census.taken()
-            };
-            std::thread::sleep(WATCH_INTERVAL);
-            if self.reports.has_job() {
-                let start = self.census.lock().stuck(taken);
-                (0..start).for_each(|_| self.start_another());
-            }
+            (0..self.queue.watch(&self.reports)).for_each(|_| self.start_another());
         }
     }
 
@@ -166,44 +138,21 @@ impl Worker {
         block_signals();
         let mut message = RecvBuffer::small();
         let mut buffer = Vec::new();
-        loop {
-            match self.reports.next_job(&mut message) {
-                Ok(mut received) => self.take(&received.message, received.fds.take(), &mut buffer),
-                Err(RecvError::Empty) => {
-                    if self.census.lock().may_end() {
-                        break;
-                    }
-                }
-                Err(RecvError::Closed) => break,
-                Err(RecvError::DescriptorLost(Some(job))) => self.lost(job),
-                Err(RecvError::Os(errno)) => {
-                    warn!(self.logger, "no job can be received"; "error" => errno.desc());
-                    std::thread::sleep(PAUSE);
-                }
-                Err(error @ (RecvError::Malformed | RecvError::DescriptorLost(None))) => {
-                    self.give_up(&error);
-                    break;
-                }
-            }
+        let mut served = false;
+        let start = || self.start_another();
+        while let Some((job, client)) = self.queue.next(served, &self.reports, &mut message, start)
+        {
+            self.serve(&job, client, &mut buffer);
+            served = true;
         }
-        if self.census.lock().ended() {
+        self.reports.flush();
+        if self.queue.left() {
             (self.end)();
         }
     }
 
     /// Serves one job.
-    fn take(self: &Arc<Self>, job: &Job, client: Option<OwnedFd>, buffer: &mut Vec<u8>) {
-        let Some(client) = client else { return self.lost(job.job) };
-        let (start, short) = {
-            let mut census = self.census.lock();
-            (census.took_job(age(job.spoke)), census.is_short())
-        };
-        if start {
-            self.start_another();
-        }
-        if short {
-            self.short.notify_one();
-        }
+    fn serve(&self, job: &Job, client: OwnedFd, buffer: &mut Vec<u8>) {
         let client = Arc::new(client);
         let session = Session::new(self, job, &client);
         // Nothing of a session outlives it but the buffer, which may have been lost.
@@ -211,15 +160,6 @@ impl Worker {
             self.panicked(job, &client, &*panic);
             *buffer = Vec::new();
         }
-        drop(client);
-        self.census.lock().came_back();
-    }
-
-    /// The client is still there, but its socket isn't here.
-    fn lost(&self, job: u64) {
-        warn!(self.logger, "a connection was lost: too many open files"; "job" => job);
-        self.reports.lost(job);
-        std::thread::sleep(PAUSE);
     }
 
     /// Ends the mail of a session that panicked. If it had been answered, this answer fails.
@@ -230,11 +170,6 @@ impl Worker {
         answer(client, &Reply::temporary("internal server error"));
         linger(client);
         self.reports.done(job.job, None);
-    }
-
-    fn give_up(&self, error: &RecvError) {
-        error!(self.logger, "the job socket can't be understood"; "error" => %error);
-        (self.end)();
     }
 }
 

@@ -43,9 +43,13 @@ impl Census {
         start
     }
 
-    /// Nobody waits for jobs, and there could be more threads.
-    pub fn is_short(&self) -> bool {
-        self.waiting == 0 && self.living < self.limit
+    /// Nobody waits for jobs.
+    pub fn all_busy(&self) -> bool {
+        self.waiting == 0
+    }
+
+    fn is_short(&self) -> bool {
+        self.all_busy() && self.living < self.limit
     }
 
     /// Jobs taken so far.

@@ -1,5 +1,6 @@
 //! The threads of a worker, driven as the supervisor drives them, with a script in Rust.
 
+use std::collections::VecDeque;
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener};
 use std::os::fd::{AsFd, AsRawFd};
@@ -47,6 +48,8 @@ struct Harness {
     next: u64,
     ended: Receiver<()>,
     worker: Arc<Worker>,
+    /// Came with others.
+    finished: VecDeque<Finished>,
 }
 
 /// What a test keeps of a `Done`.
@@ -89,7 +92,7 @@ impl Harness {
             },
         );
         worker.run().expect("thread");
-        Self { jobs, next: 1, ended, worker }
+        Self { jobs, next: 1, ended, worker, finished: VecDeque::new() }
     }
 
     /// Dispatches a connection whose client's end is returned.
@@ -114,13 +117,19 @@ impl Harness {
         read_reply(&mut client)
     }
 
-    fn finished(&self) -> Finished {
+    fn finished(&mut self) -> Finished {
         let mut buffer = RecvBuffer::new();
-        let received = self.jobs.recv(&mut buffer).expect("report");
-        match received.message {
-            Report::Done { job, record } => Finished { job, record: record.map(shown) },
-            other => panic!("{other:?}"),
+        while self.finished.is_empty() {
+            for report in self.jobs.recv_batch(&mut buffer).expect("reports") {
+                match report.expect("a report") {
+                    Report::Done { job, record } => {
+                        self.finished.push_back(Finished { job, record: record.map(shown) });
+                    }
+                    other => panic!("{other:?}"),
+                }
+            }
         }
+        self.finished.pop_front().expect("one is there")
     }
 
     /// Ends the queue of jobs, and waits for the last thread.

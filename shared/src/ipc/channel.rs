@@ -1,5 +1,9 @@
 //! One end of a `SOCK_SEQPACKET` pair that carries [`super::message`]s and descriptors.
 //!
+//! Contract: a datagram holds one message, or several where both ends say so ([`Batch`],
+//! [`Messages`]): under load one system call and one wake-up do for all of them. Its descriptors
+//! belong to those of its messages that have one, in their order.
+//!
 //! # Failure
 //! [`SendError::Full`] is what a non-blocking send gets when the other side
 //! doesn't read; the caller decides what that means. [`RecvError::Malformed`]
@@ -13,12 +17,14 @@ use nix::errno::Errno;
 use nix::sys::socket::{
     AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, sendmsg, socketpair,
 };
+use serde::Serialize;
 
 use super::message::Direction;
 use crate::sys::fdpass;
 
-/// Most descriptors that one message carries (a worker's two sockets).
-pub const MAX_FDS: usize = 2;
+/// Most descriptors that one datagram carries, hence most jobs: beyond some 8 the cost of the
+/// datagram itself hardly shows (measured), while one thread has to hand more and more on.
+pub const MAX_FDS: usize = fdpass::MAX_FDS;
 
 /// Largest datagram: a declaration with many listeners, or a record with 32 KiB
 /// of recipients, stays far below; the kernel's default socket buffer is 208 KiB.
@@ -52,7 +58,7 @@ pub enum RecvError {
     Closed,
     /// A descriptor was sent but this process had none free.
     #[error("a descriptor was lost: too many open files")]
-    DescriptorLost(Option<u64>),
+    DescriptorLost,
     /// The bytes are no message of this direction.
     #[error("malformed message")]
     Malformed,
@@ -119,7 +125,7 @@ impl<Out: Direction, In: Direction> Channel<Out, In> {
         message: &Out::Message<'_>,
         fds: &[BorrowedFd<'_>],
     ) -> Result<(), SendError> {
-        self.send_flags(message, fds, MsgFlags::MSG_NOSIGNAL)
+        encoded(message, |bytes| self.send_bytes(bytes, fds, MsgFlags::empty()))
     }
 
     /// Sends without waiting.
@@ -131,34 +137,45 @@ impl<Out: Direction, In: Direction> Channel<Out, In> {
         message: &Out::Message<'_>,
         fds: &[BorrowedFd<'_>],
     ) -> Result<(), SendError> {
-        self.send_flags(message, fds, MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT)
+        encoded(message, |bytes| self.send_bytes(bytes, fds, MsgFlags::MSG_DONTWAIT))
     }
 
-    fn send_flags(
+    /// As [`Self::send`], all messages of a batch at once.
+    ///
+    /// # Errors
+    /// See [`SendError`]; never `Full`.
+    pub fn send_batch(&self, batch: &Batch<Out>) -> Result<(), SendError> {
+        self.send_bytes(&batch.bytes, &[], MsgFlags::empty())
+    }
+
+    /// As [`Self::try_send`], all messages of a batch at once, each with one of the descriptors.
+    ///
+    /// # Errors
+    /// See [`SendError`]; nothing was sent then.
+    pub fn try_send_batch(
         &self,
-        message: &Out::Message<'_>,
+        batch: &Batch<Out>,
+        fds: &[BorrowedFd<'_>],
+    ) -> Result<(), SendError> {
+        self.send_bytes(&batch.bytes, fds, MsgFlags::MSG_DONTWAIT)
+    }
+
+    fn send_bytes(
+        &self,
+        bytes: &[u8],
         fds: &[BorrowedFd<'_>],
         flags: MsgFlags,
     ) -> Result<(), SendError> {
-        let mut small = [0; 1024];
-        let large;
-        let bytes: &[u8] = match postcard::to_slice(message, &mut small) {
-            Ok(bytes) => bytes,
-            Err(_) => {
-                large = postcard::to_stdvec(message).map_err(|_| SendError::TooLarge)?;
-                &large
-            }
-        };
-        if bytes.len() > MAX_MESSAGE {
+        if bytes.len() > MAX_MESSAGE || fds.len() > MAX_FDS {
             return Err(SendError::TooLarge);
         }
         let mut raw = [-1; MAX_FDS];
-        let count = fds.len().min(MAX_FDS);
         for (slot, fd) in raw.iter_mut().zip(fds) {
             *slot = fd.as_raw_fd();
         }
-        let rights = [ControlMessage::ScmRights(&raw[..count])];
-        let control: &[ControlMessage<'_>] = if count == 0 { &[] } else { &rights };
+        let rights = [ControlMessage::ScmRights(&raw[..fds.len()])];
+        let control: &[ControlMessage<'_>] = if fds.is_empty() { &[] } else { &rights };
+        let flags = flags | MsgFlags::MSG_NOSIGNAL;
         loop {
             match sendmsg::<()>(self.fd.as_raw_fd(), &[IoSlice::new(bytes)], control, flags, None) {
                 Ok(_) => return Ok(()),
@@ -182,7 +199,7 @@ impl<Out: Direction, In: Direction> Channel<Out, In> {
         &self,
         buffer: &'b mut RecvBuffer,
     ) -> Result<Received<In::Message<'b>>, RecvError> {
-        self.recv_flags(buffer, MsgFlags::empty())
+        self.recv_batch(buffer)?.only()
     }
 
     /// Receives one message if there is one.
@@ -193,6 +210,28 @@ impl<Out: Direction, In: Direction> Channel<Out, In> {
         &self,
         buffer: &'b mut RecvBuffer,
     ) -> Result<Received<In::Message<'b>>, RecvError> {
+        self.try_recv_batch(buffer)?.only()
+    }
+
+    /// Receives the messages of one datagram, waiting for it as [`Self::recv`] does.
+    ///
+    /// # Errors
+    /// See [`RecvError`]; lost descriptors are no error here.
+    pub fn recv_batch<'b>(
+        &self,
+        buffer: &'b mut RecvBuffer,
+    ) -> Result<Messages<'b, In>, RecvError> {
+        self.recv_flags(buffer, MsgFlags::empty())
+    }
+
+    /// Receives the messages of one datagram if there is one.
+    ///
+    /// # Errors
+    /// See [`RecvError`]; lost descriptors are no error here.
+    pub fn try_recv_batch<'b>(
+        &self,
+        buffer: &'b mut RecvBuffer,
+    ) -> Result<Messages<'b, In>, RecvError> {
         self.recv_flags(buffer, MsgFlags::MSG_DONTWAIT)
     }
 
@@ -200,9 +239,10 @@ impl<Out: Direction, In: Direction> Channel<Out, In> {
         &self,
         buffer: &'b mut RecvBuffer,
         flags: MsgFlags,
-    ) -> Result<Received<In::Message<'b>>, RecvError> {
+    ) -> Result<Messages<'b, In>, RecvError> {
+        let RecvBuffer { bytes, control } = buffer;
         let received = loop {
-            match fdpass::recv(self.fd.as_fd(), &mut IoSliceMut::new(&mut buffer.bytes), flags) {
+            match fdpass::recv(self.fd.as_fd(), &mut IoSliceMut::new(bytes), control, flags) {
                 Ok(received) => break received,
                 Err(Errno::EINTR) => {}
                 Err(Errno::EAGAIN) => return Err(RecvError::Empty),
@@ -213,36 +253,154 @@ impl<Out: Direction, In: Direction> Channel<Out, In> {
         if received.length == 0 {
             return Err(RecvError::Closed);
         }
-        let bytes = buffer.bytes.get(..received.length).ok_or(RecvError::Malformed)?;
         if received.truncated {
             return Err(RecvError::Malformed);
         }
-        if received.descriptor_lost {
-            // The first field of a `Job` is its number: enough to report it lost.
-            return Err(RecvError::DescriptorLost(
-                postcard::take_from_bytes::<u64>(bytes).ok().map(|(job, _)| job),
-            ));
-        }
-        let message = postcard::from_bytes(bytes).map_err(|_| RecvError::Malformed)?;
-        Ok(Received { message, fds: received.fds })
+        let bytes = buffer.bytes.get(..received.length).ok_or(RecvError::Malformed)?;
+        let descriptor_lost = received.descriptor_lost;
+        Ok(Messages { bytes, fds: received.fds, descriptor_lost, direction: PhantomData })
     }
 }
 
-/// Room for one message; reused, so that receiving allocates nothing.
+/// Encodes a message, on the stack if it is short.
+fn encoded<M: Serialize>(
+    message: &M,
+    then: impl FnOnce(&[u8]) -> Result<(), SendError>,
+) -> Result<(), SendError> {
+    let mut short = [0; 1024];
+    match postcard::to_slice(message, &mut short) {
+        Ok(bytes) => then(bytes),
+        Err(_) => then(&postcard::to_stdvec(message).map_err(|_| SendError::TooLarge)?),
+    }
+}
+
+/// Messages that travel in one datagram, in their order.
+pub struct Batch<Out> {
+    bytes: Vec<u8>,
+    count: usize,
+    direction: PhantomData<fn(Out)>,
+}
+
+impl<Out> std::fmt::Debug for Batch<Out> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Batch").field("count", &self.count).finish_non_exhaustive()
+    }
+}
+
+impl<Out> Default for Batch<Out> {
+    fn default() -> Self {
+        Self { bytes: Vec::new(), count: 0, direction: PhantomData }
+    }
+}
+
+impl<Out: Direction> Batch<Out> {
+    /// Adds a message.
+    ///
+    /// # Errors
+    /// It can't be encoded within what is left of [`MAX_MESSAGE`].
+    pub fn push(&mut self, message: &Out::Message<'_>) -> Result<(), SendError> {
+        encoded(message, |bytes| {
+            if self.bytes.len() + bytes.len() > MAX_MESSAGE {
+                return Err(SendError::TooLarge);
+            }
+            self.bytes.extend_from_slice(bytes);
+            self.count += 1;
+            Ok(())
+        })
+    }
+
+    /// How many messages there are.
+    pub fn len(&self) -> usize {
+        self.count
+    }
+
+    /// Bytes of all of them.
+    pub fn size(&self) -> usize {
+        self.bytes.len()
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.count == 0
+    }
+
+    /// Takes all out; memory for some short ones is kept.
+    pub fn clear(&mut self) {
+        self.bytes.clear();
+        self.bytes.shrink_to(16 * 1024);
+        self.count = 0;
+    }
+}
+
+/// What one datagram brought: an iterator over its messages.
+pub struct Messages<'b, In> {
+    bytes: &'b [u8],
+    /// As many as were sent, all close-on-exec, unless some were lost.
+    pub fds: fdpass::Fds,
+    /// Descriptors were sent that this process could not take: the last ones.
+    pub descriptor_lost: bool,
+    direction: PhantomData<fn() -> In>,
+}
+
+impl<In> std::fmt::Debug for Messages<'_, In> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Messages").field("bytes", &self.bytes.len()).finish_non_exhaustive()
+    }
+}
+
+impl<'b, In: Direction> Messages<'b, In> {
+    /// The datagram's one message.
+    fn only(mut self) -> Result<Received<In::Message<'b>>, RecvError> {
+        if self.descriptor_lost {
+            return Err(RecvError::DescriptorLost);
+        }
+        let message = self.next().unwrap_or(Err(RecvError::Malformed))?;
+        match self.bytes.is_empty() {
+            true => Ok(Received { message, fds: self.fds }),
+            false => Err(RecvError::Malformed),
+        }
+    }
+}
+
+impl<'b, In: Direction> Iterator for Messages<'b, In> {
+    type Item = Result<In::Message<'b>, RecvError>;
+
+    /// The next message; nothing follows one that is malformed.
+    fn next(&mut self) -> Option<Self::Item> {
+        if self.bytes.is_empty() {
+            return None;
+        }
+        match postcard::take_from_bytes(std::mem::take(&mut self.bytes)) {
+            Ok((message, rest)) => {
+                self.bytes = rest;
+                Some(Ok(message))
+            }
+            Err(_) => Some(Err(RecvError::Malformed)),
+        }
+    }
+}
+
+/// Room for one datagram; reused, so that receiving allocates nothing but what nix does.
 #[derive(Debug)]
 pub struct RecvBuffer {
     bytes: Box<[u8]>,
+    control: Vec<u8>,
 }
 
 impl RecvBuffer {
-    /// A buffer for any message.
+    /// A buffer for any datagram.
     pub fn new() -> Self {
-        Self { bytes: vec![0; MAX_MESSAGE].into_boxed_slice() }
+        Self::with_size(MAX_MESSAGE)
     }
 
-    /// A buffer for messages that are known to be short, such as a [`super::message::Job`].
+    /// A buffer for messages that are known to be short, such as [`MAX_FDS`] of
+    /// [`super::message::Job`].
     pub fn small() -> Self {
-        Self { bytes: vec![0; 256].into_boxed_slice() }
+        Self::with_size(1024)
+    }
+
+    fn with_size(size: usize) -> Self {
+        Self { bytes: vec![0; size].into_boxed_slice(), control: fdpass::control_buffer() }
     }
 }
 

@@ -1,6 +1,7 @@
 //! The messages between supervisor, zygote and workers.
 //!
-//! One message is one datagram on a `SOCK_SEQPACKET` pair. The two directions
+//! Messages travel in datagrams on a `SOCK_SEQPACKET` pair: jobs, and reports of
+//! finished mails, several in one when there are several, all others alone. The two directions
 //! of a pair carry different types, and [`super::channel::Channel`] holds a
 //! pair's end by both, so sending the wrong way doesn't compile. Descriptors
 //! travel beside a message: which, is said with it.

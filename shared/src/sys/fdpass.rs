@@ -10,10 +10,13 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use nix::errno::Errno;
 use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
 
-/// Up to two descriptors, without an allocation.
+/// Most descriptors that one message brings.
+pub const MAX_FDS: usize = 8;
+
+/// Up to [`MAX_FDS`] descriptors, without an allocation.
 #[derive(Debug, Default)]
 pub struct Fds {
-    slots: [Option<OwnedFd>; 2],
+    slots: [Option<OwnedFd>; MAX_FDS],
 }
 
 impl Fds {
@@ -42,21 +45,26 @@ pub struct Received {
     pub descriptor_lost: bool,
 }
 
-/// Receives one message; descriptors are close-on-exec.
+/// Room for the control messages that [`recv`] takes.
+pub fn control_buffer() -> Vec<u8> {
+    nix::cmsg_space!([std::os::fd::RawFd; MAX_FDS])
+}
+
+/// Receives one message; descriptors are close-on-exec. `control` is from [`control_buffer`].
 ///
 /// # Errors
 /// As recvmsg(2).
 pub fn recv(
     socket: BorrowedFd<'_>,
     buffer: &mut IoSliceMut<'_>,
+    control: &mut [u8],
     flags: MsgFlags,
 ) -> Result<Received, Errno> {
-    let mut control = nix::cmsg_space!([std::os::fd::RawFd; 2]);
     let mut slices = [IoSliceMut::new(buffer)];
     let message = recvmsg::<()>(
         socket.as_raw_fd(),
         &mut slices,
-        Some(&mut control),
+        Some(control),
         flags | MsgFlags::MSG_CMSG_CLOEXEC,
     )?;
     let mut fds = Fds::default();
