@@ -9,6 +9,7 @@
 //! # Failure
 //! The checks answer yes or no. The functions that make text printable take any bytes.
 
+use std::borrow::Cow;
 use std::fmt::Write;
 use std::net::{Ipv4Addr, Ipv6Addr};
 
@@ -84,9 +85,11 @@ fn is_label(label: &[u8]) -> bool {
 /// An address as it appears in logs and Pond records, where `<`, `>` and `,` delimit addresses.
 ///
 /// `\`, `<`, `>`, `,` and bytes that are no UTF-8 become `\xNN`, control characters `?`.
-pub fn escape_for_log(addr: &[u8]) -> String {
-    if is_plain(addr) && !addr.iter().any(|byte| b"\\<>,".contains(byte)) {
-        return String::from_utf8_lossy(addr).into_owned();
+pub fn escape_for_log(addr: &[u8]) -> Cow<'_, str> {
+    if let Some(text) = plain(addr)
+        && !addr.iter().any(|byte| b"\\<>,".contains(byte))
+    {
+        return Cow::Borrowed(text);
     }
     let mut out = String::with_capacity(addr.len());
     for chunk in addr.utf8_chunks() {
@@ -99,7 +102,7 @@ pub fn escape_for_log(addr: &[u8]) -> String {
         }
         chunk.invalid().iter().for_each(|&byte| push_escaped(&mut out, byte));
     }
-    out
+    Cow::Owned(out)
 }
 
 fn push_escaped(out: &mut String, byte: u8) {
@@ -109,17 +112,17 @@ fn push_escaped(out: &mut String, byte: u8) {
 
 /// Foreign text (a reply, a name) as one printable line: control characters become `?`, bytes that
 /// are no UTF-8 the replacement character U+FFFD.
-pub fn printable(text: &[u8]) -> String {
-    let lossy = String::from_utf8_lossy(text);
-    if is_plain(text) {
-        return lossy.into_owned();
+pub fn printable(text: &[u8]) -> Cow<'_, str> {
+    match plain(text) {
+        Some(text) => Cow::Borrowed(text),
+        None => String::from_utf8_lossy(text).chars().map(shown).collect(),
     }
-    lossy.chars().map(shown).collect()
 }
 
 /// Nearly every address and reply is printable ASCII, which is shown as it is.
-fn is_plain(text: &[u8]) -> bool {
-    text.iter().all(|byte| (b' '..=b'~').contains(byte))
+fn plain(text: &[u8]) -> Option<&str> {
+    let is_plain = text.iter().all(|byte| (b' '..=b'~').contains(byte));
+    is_plain.then(|| str::from_utf8(text).ok()).flatten()
 }
 
 /// `?` for what would change a terminal or break a line instead of showing something: the control

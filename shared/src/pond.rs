@@ -52,8 +52,8 @@ impl Message {
     where
         R: IntoIterator<Item: AsRef<[u8]>>,
     {
-        let (end, text_cut) = cut(printable(text), MAX_TEXT);
-        let (from, from_cut) = cut(escape_for_log(sender), MAX_TEXT);
+        let (end, text_cut) = cut(printable(text).into_owned(), MAX_TEXT);
+        let (from, from_cut) = cut(escape_for_log(sender).into_owned(), MAX_TEXT);
         let mut message = format!("from=<{from}> to=");
         // What follows the recipients: ",… +18446744073709551615 more", a space, the text.
         let room = MAX_MESSAGE - end.len() - 33;
@@ -123,7 +123,8 @@ pub struct Record<'a> {
 ///
 /// A message that comes from another process is made to fit again, whatever it says.
 pub fn encode(record: &Record<'_>) -> Vec<u8> {
-    let (message, cut_again) = cut(printable(record.message.text.as_bytes()), MAX_MESSAGE - 1);
+    let (message, cut_again) =
+        cut(printable(record.message.text.as_bytes()).into_owned(), MAX_MESSAGE - 1);
     let mut out = Vec::with_capacity(128 + message.len());
     out.extend_from_slice(&MAGIC.to_be_bytes());
     push_u64(&mut out, id::TIMESTAMP, &[record.timestamp]);
@@ -150,7 +151,7 @@ fn push_u64(out: &mut Vec<u8>, id: u8, values: &[u64]) {
 
 fn push_optional(out: &mut Vec<u8>, id: u8, text: Option<&[u8]>) {
     if let Some(text) = text {
-        push_string(out, id, &cut(printable(text), MAX_TEXT).0);
+        push_string(out, id, &cut(printable(text).into_owned(), MAX_TEXT).0);
     }
 }
 

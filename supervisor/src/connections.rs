@@ -20,6 +20,7 @@ use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, Shutdown, getsockopt, recv, send, shutdown, sockopt};
 use qrelay_shared::ipc::message::{JobId, Peer, WorkerId};
 use qrelay_shared::qmqp::Reply;
+use rustc_hash::FxHashMap;
 
 use crate::event::{ListenerId, Source, Watcher};
 use crate::fairness::Client;
@@ -83,7 +84,8 @@ pub enum Accepted {
 /// All connections.
 #[derive(Debug, Default)]
 pub struct Connections {
-    table: HashMap<JobId, Connection>,
+    /// Its keys are our own, so that nobody can choose them to collide.
+    table: FxHashMap<JobId, Connection>,
     timers: BTreeSet<(Instant, JobId)>,
     clients: HashMap<Client, u32>,
     last: JobId,

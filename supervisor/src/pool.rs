@@ -6,11 +6,12 @@
 //! worker is dead, and every group of a generation that isn't retiring has its
 //! full number of workers, or a time at which the next one is tried.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use qrelay_shared::ipc::message::{JobId, WorkerId};
 use qrelay_shared::settings::Settings;
+use rustc_hash::FxHashMap;
 
 use crate::backoff::Backoff;
 use crate::fairness::{Client, Fairness};
@@ -128,7 +129,7 @@ pub struct Death {
 pub struct Pool {
     workers: BTreeMap<WorkerId, Worker>,
     groups: BTreeMap<GenerationId, Group>,
-    jobs: HashMap<JobId, (Client, WorkerId)>,
+    jobs: FxHashMap<JobId, (Client, WorkerId)>,
     fairness: Fairness,
     current: Option<GenerationId>,
     last_worker: WorkerId,

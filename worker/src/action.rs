@@ -29,13 +29,29 @@ pub enum Action {
 #[derive(Debug)]
 pub struct Connect {
     /// Tried in this order until one accepts the connection; never empty.
-    pub addresses: Vec<Endpoint>,
+    pub addresses: Vec<NextHop>,
     /// Try them in random order instead.
     pub random: bool,
     /// Replaces the mail's deadline, for all addresses together.
     pub timeout: Option<Duration>,
     /// Per address, instead of the setting.
     pub connect_timeout: Option<Duration>,
+}
+
+/// Where a mail may go.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct NextHop {
+    /// The address.
+    pub endpoint: Endpoint,
+    /// The same for the log: made once, not for each mail.
+    pub name: Arc<str>,
+}
+
+impl From<Endpoint> for NextHop {
+    fn from(endpoint: Endpoint) -> Self {
+        let name = endpoint.to_string().into();
+        Self { endpoint, name }
+    }
 }
 
 /// Which program to run.

@@ -5,6 +5,7 @@
 //! `Received` line belongs neither to `size` nor to `sent`.
 
 use std::borrow::Cow;
+use std::sync::Arc;
 use std::time::Duration;
 
 use nix::time::{ClockId, clock_gettime};
@@ -27,13 +28,16 @@ const CANCELED: &str = "canceled";
 /// `from=<> to= ` and ` … +1024 more`, with some room.
 const FRAME: usize = 64;
 
+/// Bytes that the recipients of a usual mail fit in.
+const ROOM: usize = 128;
+
 /// How a mail ended.
 #[derive(Debug)]
 pub struct Outcome {
     /// What the client is told.
     pub reply: Reply,
     action: &'static str,
-    next_hop: Option<String>,
+    next_hop: Option<Arc<str>>,
     attempted: bool,
     canceled: bool,
     refused: bool,
@@ -63,11 +67,11 @@ impl Outcome {
 }
 
 /// The record of a mail.
-pub fn record(mail: &Mail, outcome: &Outcome) -> MailRecord<'static> {
+pub fn record<'m>(mail: &'m Mail, outcome: &'m Outcome) -> MailRecord<'m> {
     let sender = mail.sender.as_deref().unwrap_or(&mail.buffer[mail.request.sender.clone()]);
     let sender = escape_for_log(sender);
     let text = match outcome.canceled {
-        true => CANCELED.to_owned(),
+        true => CANCELED.into(),
         false => printable(&outcome.reply.text),
     };
     let room = pond::MAX_MESSAGE.saturating_sub(FRAME + sender.len() + text.len());
@@ -81,15 +85,15 @@ pub fn record(mail: &Mail, outcome: &Outcome) -> MailRecord<'static> {
     let received = mail.request.payload.len() as u64;
     let inserted = inserted_size(&mail.inserted) as u64;
     MailRecord {
-        sender: sender.into(),
+        sender,
         recipients: recipients.text.into(),
         recipient_count: recipients.count,
         recipients_cut: recipients.cut,
-        account: mail.account.clone().map(Cow::Owned),
+        account: mail.account.as_deref().map(Cow::Borrowed),
         action: outcome.action.into(),
-        next_hop: outcome.next_hop.clone().map(Cow::Owned),
+        next_hop: outcome.next_hop.as_deref().map(Cow::Borrowed),
         status: (!outcome.canceled).then_some(outcome.reply.status),
-        text: text.into(),
+        text,
         size: mail.request.message.len() as u64 + inserted,
         received,
         sent: if outcome.attempted { received + inserted } else { 0 },
@@ -99,7 +103,7 @@ pub fn record(mail: &Mail, outcome: &Outcome) -> MailRecord<'static> {
 }
 
 /// The record of a request that was refused before there was a mail.
-pub fn refusal(reply: Reply, accepted: u64) -> MailRecord<'static> {
+pub fn refusal(reply: &Reply, accepted: u64) -> MailRecord<'_> {
     MailRecord {
         sender: "".into(),
         recipients: "".into(),
@@ -109,7 +113,7 @@ pub fn refusal(reply: Reply, accepted: u64) -> MailRecord<'static> {
         action: NO_ACTION.into(),
         next_hop: None,
         status: Some(reply.status),
-        text: printable(&reply.text).into(),
+        text: printable(&reply.text),
         size: 0,
         received: 0,
         sent: 0,
@@ -140,7 +144,8 @@ struct Recipients {
 impl Recipients {
     /// Joins addresses while they fit in `room` bytes.
     fn join<R: AsRef<[u8]>>(addresses: impl IntoIterator<Item = R>, room: usize) -> Self {
-        let mut joined = Self::default();
+        let text = String::with_capacity(ROOM.min(room));
+        let mut joined = Self { text, ..Self::default() };
         for address in addresses {
             joined.count += 1;
             let shown = escape_for_log(address.as_ref());
@@ -179,7 +184,8 @@ mod tests {
             attempted: true,
             canceled: false,
         };
-        let record = record(&mail, &Outcome::delivery("connect", delivery));
+        let outcome = Outcome::delivery("connect", delivery);
+        let record = record(&mail, &outcome);
         assert_eq!((record.size, record.received, record.sent), (26, 77, 85));
         assert_eq!(record.recipients, "<r1@example.org>,<r2@example.org>");
         assert_eq!((record.recipient_count, record.recipients_cut), (2, 0));
@@ -191,7 +197,8 @@ mod tests {
     #[test]
     fn what_was_not_relayed_was_not_sent() {
         let mail = mail(b"", b"", &[b"r@x"]);
-        let record = record(&mail, &Outcome::own("reject", Reply::permanent("rejected")));
+        let outcome = Outcome::own("reject", Reply::permanent("rejected"));
+        let record = record(&mail, &outcome);
         assert_eq!((record.sent, &*record.action, &*record.sender), (0, "reject", ""));
     }
 
@@ -200,7 +207,8 @@ mod tests {
         let reply = Reply::temporary("timeout");
         let delivery = Delivery { reply, next_hop: None, attempted: true, canceled: true };
         let mail = mail(b"", b"", &[b"r@x"]);
-        let record = record(&mail, &Outcome::delivery("exec", delivery));
+        let outcome = Outcome::delivery("exec", delivery);
+        let record = record(&mail, &outcome);
         assert_eq!((record.status, &*record.text), (None, "canceled"));
     }
 

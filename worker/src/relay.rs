@@ -9,6 +9,8 @@ pub mod exec;
 pub mod exec_raw;
 pub mod program;
 
+use std::sync::Arc;
+
 use qrelay_shared::qmqp::Reply;
 
 /// What became of an attempt to hand a mail on.
@@ -17,7 +19,7 @@ pub struct Delivery {
     /// For the client.
     pub reply: Reply,
     /// Where the mail went, or was to go: the last that was tried.
-    pub next_hop: Option<String>,
+    pub next_hop: Option<Arc<str>>,
     /// The mail began to go out.
     pub attempted: bool,
     /// The client left before it was over; the reply is for nobody.

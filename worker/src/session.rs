@@ -9,6 +9,7 @@
 //! Of a session: a reply `Z` or `D`, or none to a client that is gone. Nothing propagates.
 
 use std::cell::Cell;
+use std::fmt::Write;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
@@ -54,33 +55,31 @@ impl<'w> Session<'w> {
 
     /// Serves the client to the end. `buffer` is the thread's, empty before and after.
     pub fn run(&self, buffer: &mut Vec<u8>) {
-        let record = match self.worker.listeners.get(self.job.listener as usize) {
+        match self.worker.listeners.get(self.job.listener as usize) {
             Some(listener) => self.serve(listener, buffer),
-            None => self.refuse(Reply::temporary("internal server error"), Unread::Some),
-        };
-        self.worker.reports.done(self.job.job, record);
+            None => self.refuse(&Reply::temporary("internal server error"), Unread::Some),
+        }
         drop(self.spent.take());
         recycle(buffer);
     }
 
-    fn serve(&self, listener: &Listener, buffer: &mut Vec<u8>) -> Option<MailRecord<'static>> {
+    fn serve(&self, listener: &Listener, buffer: &mut Vec<u8>) {
         let worker = self.worker;
         let limits = Limits { max_size: listener.max_size };
         match Terms::new(limits, &worker.settings, &worker.budget).read(self.client, buffer) {
-            Incoming::Gone => None,
-            Incoming::Refused(reply) => self.refuse(reply, Unread::Some),
+            Incoming::Gone => self.done(None),
+            Incoming::Refused(reply) => self.refuse(&reply, Unread::Some),
             Incoming::Complete { total, at_once, memory } => {
                 let deadline = self.deadline(at_once);
                 let unread = if buffer.len() > total { Unread::Some } else { Unread::Unknown };
                 buffer.truncate(total);
-                let record = match parse(buffer, &limits) {
+                match parse(buffer, &limits) {
                     Ok(request) => self.mail(listener, buffer, request, deadline, unread),
-                    Err(error) => self.refuse(refusal(error), unread),
-                };
+                    Err(error) => self.refuse(&refusal(error), unread),
+                }
                 // The buffer shrinks before others may use its memory.
                 recycle(buffer);
                 drop(memory);
-                record
             }
         }
     }
@@ -101,9 +100,9 @@ impl<'w> Session<'w> {
         request: Request,
         deadline: Deadline,
         unread: Unread,
-    ) -> Option<MailRecord<'static>> {
+    ) {
         let mail = Mail {
-            id: format!("{}-{:x}", self.worker.instance, self.job.job),
+            id: self.id(),
             job: self.job.job,
             buffer: std::mem::take(buffer),
             request,
@@ -119,9 +118,24 @@ impl<'w> Session<'w> {
         };
         let (mail, outcome) = self.decide(mail, deadline);
         self.answer(&outcome.reply, unread);
-        let record = record(&mail, &outcome);
+        self.done(Some(record(&mail, &outcome)));
         *buffer = mail.buffer;
-        Some(record)
+    }
+
+    /// The name of the mail in every log.
+    fn id(&self) -> String {
+        let instance = &self.worker.instance;
+        // Enough for any number.
+        let mut id = String::with_capacity(instance.len() + 17);
+        id.push_str(instance);
+        // Writing to a `String` can't fail.
+        let _ = write!(id, "-{:x}", self.job.job);
+        id
+    }
+
+    /// The last that the supervisor is told about the job.
+    fn done(&self, record: Option<MailRecord<'_>>) {
+        self.worker.reports.done(self.job.job, record);
     }
 
     /// Asks the handler and does what it says.
@@ -180,9 +194,9 @@ impl<'w> Session<'w> {
     }
 
     /// Answers a request that never became a mail.
-    fn refuse(&self, reply: Reply, unread: Unread) -> Option<MailRecord<'static>> {
-        self.answer(&reply, unread);
-        Some(crate::record::refusal(reply, self.job.accepted))
+    fn refuse(&self, reply: &Reply, unread: Unread) {
+        self.answer(reply, unread);
+        self.done(Some(crate::record::refusal(reply, self.job.accepted)));
     }
 
     fn answer(&self, reply: &Reply, unread: Unread) {

@@ -18,6 +18,9 @@ pub struct Outgoing {
     pub tail: Vec<u8>,
 }
 
+/// Bytes that the envelope of a usual mail fits in.
+const TAIL_ROOM: usize = 256;
+
 /// Builds the pieces around a message of `message_len` bytes that begins with `prefix`.
 ///
 /// `prefix` holds the inserted header lines. The `message_len` bytes that are to be sent between
@@ -26,7 +29,8 @@ pub fn outgoing<R>(prefix: &[u8], message_len: usize, sender: &[u8], recipients:
 where
     R: IntoIterator<Item: AsRef<[u8]>>,
 {
-    let mut tail = vec![b','];
+    let mut tail = Vec::with_capacity(TAIL_ROOM);
+    tail.push(b',');
     encode_into(&mut tail, sender);
     for recipient in recipients {
         encode_into(&mut tail, recipient.as_ref());

@@ -10,7 +10,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::{MAX_REPLY, MAX_REPLY_TEXT};
-use crate::netstring::{append_digit, encode_into};
+use crate::netstring::{append_digit, header};
 
 /// What became of a mail.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -72,11 +72,12 @@ impl Reply {
     /// The netstring for the client, its text cut to [`MAX_REPLY_TEXT`] bytes.
     pub fn encode(&self) -> Vec<u8> {
         let text = &self.text[..self.text.len().min(MAX_REPLY_TEXT)];
-        let mut payload = Vec::with_capacity(text.len() + 1);
-        payload.push(self.status.code());
-        payload.extend_from_slice(text);
-        let mut out = Vec::new();
-        encode_into(&mut out, &payload);
+        let head = header(text.len() + 1);
+        let mut out = Vec::with_capacity(head.as_bytes().len() + text.len() + 2);
+        out.extend_from_slice(head.as_bytes());
+        out.push(self.status.code());
+        out.extend_from_slice(text);
+        out.push(b',');
         out
     }
 }
@@ -134,6 +135,7 @@ fn body(input: &[u8], len: usize, room: usize) -> Option<Option<Reply>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::netstring::encode_into;
 
     #[test]
     fn codes() {

@@ -12,7 +12,7 @@ use std::sync::Arc;
 use mlua::{AnyUserData, IntoLua, Lua, UserDataMethods as _, Value};
 use parking_lot::Mutex;
 use qrelay_shared::address::printable;
-use qrelay_shared::endpoint::{Endpoint, QMQP_PORT};
+use qrelay_shared::endpoint::QMQP_PORT;
 
 use super::address;
 use super::convert::{Argument, MAX_TIMEOUT, Options};
@@ -20,7 +20,7 @@ use super::error::Raise;
 use super::exec;
 use super::function::Class;
 use super::mail::{self, This};
-use crate::action::{Action, Connect};
+use crate::action::{Action, Connect, NextHop};
 
 /// Most addresses whose action objects are kept.
 const MAX_KEPT: usize = 256;
@@ -89,7 +89,7 @@ fn reply(
             Value::Nil => None,
             text => {
                 let bytes = Argument::new(name, 1, "text").text(&text)?;
-                Some(Arc::from(printable(&bytes)))
+                Some(Arc::from(&*printable(&bytes)))
             }
         };
         Ok(ActionObject(action(text)))
@@ -160,8 +160,9 @@ fn connect_to(to: &Value, options: &Value) -> Result<Connect, Raise> {
 fn add_addresses(
     argument: &Argument<'_>,
     value: &Value,
-    to: &mut Vec<Endpoint>,
+    to: &mut Vec<NextHop>,
 ) -> Result<(), Raise> {
-    to.extend(address::endpoints(argument, value, QMQP_PORT, "qmqp_resolve")?);
+    let endpoints = address::endpoints(argument, value, QMQP_PORT, "qmqp_resolve")?;
+    to.extend(endpoints.into_iter().map(NextHop::from));
     Ok(())
 }

@@ -227,7 +227,7 @@ fn valid_account(value: &Value) -> Result<Option<String>, Raise> {
     if !(1..=MAX_ACCOUNT).contains(&text.len()) || shown.as_bytes() != &*text {
         return Err(argument.wrong("1 to 255 bytes of printable text, or nil", value));
     }
-    Ok(Some(shown))
+    Ok(Some(shown.into_owned()))
 }
 
 /// Facts about the client and the connection.

@@ -10,9 +10,9 @@
 
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 use std::time::Duration;
 
-use qrelay_shared::endpoint::Endpoint;
 use qrelay_shared::qmqp::Reply;
 use slog::{Logger, warn};
 
@@ -20,7 +20,7 @@ use super::Delivery;
 use super::dial::dial;
 use super::envelope::Envelope;
 use super::exchange::{ExchangeError, exchange};
-use crate::action::Connect;
+use crate::action::{Connect, NextHop};
 use crate::deadline::Deadline;
 use crate::mail::Mail;
 
@@ -43,26 +43,25 @@ pub fn relay(
         late: if action.timeout.is_some() { "timeout" } else { "relay failed" },
     };
     let mut last = None;
-    for endpoint in order(&action.addresses, action.random) {
-        match attempt.dial(endpoint) {
+    for hop in order(&action.addresses, action.random) {
+        match attempt.dial(hop) {
             Ok(socket) => {
-                let next_hop = endpoint.to_string();
-                let reply = attempt.exchange(mail, &socket, &next_hop);
-                let next_hop = Some(next_hop);
+                let reply = attempt.exchange(mail, &socket, &hop.name);
+                let next_hop = Some(Arc::clone(&hop.name));
                 let delivery = Delivery { reply, next_hop, attempted: true, canceled: false };
                 return (delivery, Some(socket));
             }
-            Err(Undialed::Failed) => last = Some(endpoint),
-            Err(Undialed::Late) => return (unsent(attempt.late, Some(endpoint)), None),
+            Err(Undialed::Failed) => last = Some(hop),
+            Err(Undialed::Late) => return (unsent(attempt.late, Some(hop)), None),
         }
     }
     (unsent("connect failed", last), None)
 }
 
-fn unsent(text: &str, endpoint: Option<&Endpoint>) -> Delivery {
+fn unsent(text: &str, hop: Option<&NextHop>) -> Delivery {
     Delivery {
         reply: Reply::temporary(text),
-        next_hop: endpoint.map(ToString::to_string),
+        next_hop: hop.map(|hop| Arc::clone(&hop.name)),
         attempted: false,
         canceled: false,
     }
@@ -86,17 +85,16 @@ enum Undialed {
 }
 
 impl Attempt<'_> {
-    fn dial(&self, endpoint: &Endpoint) -> Result<OwnedFd, Undialed> {
-        dial(endpoint, self.deadline.at_most(self.connect_timeout)).map_err(|error| {
+    fn dial(&self, hop: &NextHop) -> Result<OwnedFd, Undialed> {
+        dial(&hop.endpoint, self.deadline.at_most(self.connect_timeout)).map_err(|error| {
             warn!(self.logger, "connect failed"; "id" => self.id,
-                "next_hop" => %endpoint, "error" => error.desc());
+                "next_hop" => &*hop.name, "error" => error.desc());
             if self.deadline.expired() { Undialed::Late } else { Undialed::Failed }
         })
     }
 
     fn exchange(&self, mail: &Mail, socket: &OwnedFd, next_hop: &str) -> Reply {
-        let envelope = Envelope::new(mail);
-        exchange(socket, &envelope.pieces(), self.deadline).unwrap_or_else(|error| {
+        exchange(socket, &mut Envelope::new(mail).pieces(), self.deadline).unwrap_or_else(|error| {
             warn!(self.logger, "relay failed"; "id" => self.id,
                 "next_hop" => next_hop, "error" => %error);
             Reply::temporary(match error {
@@ -111,8 +109,8 @@ impl Attempt<'_> {
 }
 
 /// The addresses in the order in which to try them.
-fn order(addresses: &[Endpoint], random: bool) -> Vec<&Endpoint> {
-    let mut order: Vec<&Endpoint> = addresses.iter().collect();
+fn order(addresses: &[NextHop], random: bool) -> Vec<&NextHop> {
+    let mut order: Vec<&NextHop> = addresses.iter().collect();
     if random {
         for left in (2..=order.len()).rev() {
             order.swap(left - 1, random_below(left));
@@ -133,6 +131,7 @@ fn random_below(bound: usize) -> usize {
 mod tests {
     use super::*;
     use crate::mail::test::mail;
+    use qrelay_shared::endpoint::Endpoint;
     use std::collections::HashSet;
     use std::io::{Read, Write};
     use std::net::TcpListener;
@@ -148,6 +147,7 @@ mod tests {
     }
 
     fn action(addresses: Vec<Endpoint>, timeout: Option<Duration>) -> Connect {
+        let addresses = addresses.into_iter().map(NextHop::from).collect();
         Connect { addresses, random: false, timeout, connect_timeout: None }
     }
 
@@ -177,7 +177,7 @@ mod tests {
             });
             let delivery = run(&action(vec![nobody, endpoint.clone(), never], None), LONG);
             assert_eq!(text(&delivery), "13:Zrelay failed,");
-            assert_eq!(delivery.next_hop, Some(endpoint.to_string()));
+            assert_eq!(delivery.next_hop, Some(endpoint.to_string().into()));
             assert!(delivery.attempted);
         });
         assert!(unused.accept().is_err());
@@ -205,7 +205,7 @@ mod tests {
         drop(closed);
         let delivery = run(&action(vec![nobody.clone(), nobody.clone()], None), LONG);
         assert_eq!(text(&delivery), "15:Zconnect failed,");
-        assert_eq!(delivery.next_hop, Some(nobody.to_string()));
+        assert_eq!(delivery.next_hop, Some(nobody.to_string().into()));
         assert!(!delivery.attempted);
     }
 
@@ -237,12 +237,13 @@ mod tests {
 
     #[test]
     fn random_order_has_everything() {
-        let addresses: Vec<Endpoint> = (b'a'..=b'e').map(|n| Endpoint::Abstract(vec![n])).collect();
-        let first: HashSet<String> = (0..1000)
+        let addresses: Vec<NextHop> =
+            (b'a'..=b'e').map(|n| Endpoint::Abstract(vec![n]).into()).collect();
+        let first: HashSet<Arc<str>> = (0..1000)
             .map(|_| {
                 let order = order(&addresses, true);
                 assert_eq!(order.iter().collect::<HashSet<_>>().len(), 5);
-                order[0].to_string()
+                Arc::clone(&order[0].name)
             })
             .collect();
         assert_eq!(first.len(), 5);

@@ -3,6 +3,8 @@
 //!
 //! Contract: the message is not copied; [`Envelope::pieces`] borrows it where it was received.
 
+use std::io::IoSlice;
+
 use qrelay_shared::qmqp::{Outgoing, outgoing};
 
 use crate::mail::Mail;
@@ -33,11 +35,11 @@ impl<'m> Envelope<'m> {
     }
 
     /// All bytes of the request, in order; none of the pieces is empty.
-    pub fn pieces(&self) -> Vec<&[u8]> {
+    pub fn pieces(&self) -> Vec<IoSlice<'_>> {
         let mut pieces = Vec::with_capacity(self.message.len() + 2);
-        pieces.push(&self.around.head[..]);
-        pieces.extend_from_slice(&self.message);
-        pieces.push(&self.around.tail[..]);
+        pieces.push(IoSlice::new(&self.around.head));
+        pieces.extend(self.message.iter().map(|piece| IoSlice::new(piece)));
+        pieces.push(IoSlice::new(&self.around.tail));
         pieces
     }
 }
@@ -63,7 +65,9 @@ mod tests {
     use crate::mail::test::mail;
 
     fn bytes(mail: &Mail) -> String {
-        String::from_utf8(Envelope::new(mail).pieces().concat()).expect("text")
+        let envelope = Envelope::new(mail);
+        let bytes = envelope.pieces().iter().flat_map(|piece| piece.to_vec()).collect();
+        String::from_utf8(bytes).expect("text")
     }
 
     #[test]

@@ -54,13 +54,14 @@ enum Written {
     Answered(Reply),
 }
 
-/// Sends the request, whose `pieces` are not empty, and reads the reply.
+/// Sends the request, whose `pieces` are not empty, and reads the reply. What `pieces` are
+/// afterwards is undefined.
 ///
 /// # Errors
 /// See [`ExchangeError`].
 pub fn exchange(
     socket: &OwnedFd,
-    pieces: &[&[u8]],
+    pieces: &mut [IoSlice<'_>],
     deadline: Deadline,
 ) -> Result<Reply, ExchangeError> {
     let mut incoming = Incoming { bytes: [0; MAX_REPLY], length: 0 };
@@ -81,12 +82,10 @@ fn not_accepted(reply: Reply, error: ExchangeError) -> Result<Reply, ExchangeErr
 
 fn write(
     socket: &OwnedFd,
-    pieces: &[&[u8]],
+    mut left: &mut [IoSlice<'_>],
     deadline: Deadline,
     incoming: &mut Incoming,
 ) -> Result<Written, ExchangeError> {
-    let mut slices: Vec<IoSlice<'_>> = pieces.iter().map(|piece| IoSlice::new(piece)).collect();
-    let mut left = &mut slices[..];
     let flags = MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT;
     while !left.is_empty() {
         let now = &left[..left.len().min(MAX_PIECES)];
@@ -181,7 +180,8 @@ mod tests {
             scope.spawn(|| server(peer));
             let socket: OwnedFd = client.into();
             let deadline = Deadline::after(Duration::from_millis(500));
-            match exchange(&socket, &[b"head", &message, b"tail"], deadline) {
+            let mut pieces = [&b"head"[..], &message, b"tail"].map(IoSlice::new);
+            match exchange(&socket, &mut pieces, deadline) {
                 Ok(reply) => String::from_utf8_lossy(&reply.encode()).into_owned(),
                 Err(error) => error.to_string(),
             }

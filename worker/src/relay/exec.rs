@@ -20,8 +20,9 @@ use crate::mail::Mail;
 /// Runs the program.
 pub fn run(host: &Host<'_>, mail: &Mail, action: &Exec) -> Delivery {
     let envelope = Envelope::new(mail);
+    let pieces = envelope.pieces();
     let kind = Kind {
-        input: &envelope.pieces(),
+        input: &pieces.iter().map(|piece| &**piece).collect::<Vec<_>>(),
         joined: false,
         enough: |output| !matches!(parse_reply(output), ReplyProgress::NeedMore),
         verdict,

@@ -78,7 +78,7 @@ enum End {
 pub fn deliver(host: &Host<'_>, mail: &Mail, action: &Exec, kind: &Kind<'_>) -> Delivery {
     let late = if action.timeout.is_some() { "timeout" } else { "relay failed" };
     let deadline = action.timeout.map_or(host.deadline, Deadline::after);
-    let program = action.arguments.first().map(|path| printable(path.as_bytes()));
+    let program = action.arguments.first().map(|path| printable(path.as_bytes()).into());
     let delivery = |reply, attempted, canceled| Delivery {
         reply,
         next_hop: program.clone(),
@@ -114,7 +114,7 @@ pub fn deliver(host: &Host<'_>, mail: &Mail, action: &Exec, kind: &Kind<'_>) -> 
 pub fn one_line(output: &[u8]) -> String {
     let text = String::from_utf8_lossy(output).replace('\t', " ");
     let lines = text.split(['\n', '\r']).map(str::trim).filter(|line| !line.is_empty());
-    printable(lines.collect::<Vec<_>>().join(" ").as_bytes())
+    printable(lines.collect::<Vec<_>>().join(" ").as_bytes()).into_owned()
 }
 
 /// A pipe that a program writes to, and what came of it.
