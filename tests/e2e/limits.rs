@@ -50,6 +50,28 @@ fn out_of_descriptors() {
 }
 
 #[test]
+fn a_stop_without_descriptors_loses_nobody_in_the_backlog() {
+    let site = Site::with(
+        "settings{workers=1, client_timeout=60}
+         qmqp_listen('$DIR/in', function(m) return m:discard() end)",
+    );
+    let mut daemon = site.launch().through(&["prlimit", "--nofile=48:48"]).ready();
+    let silent: Vec<_> = (0..100).map(|_| Client::connect(daemon.path("in"))).collect();
+    crate::harness::eventually("full", || (daemon.fd_count() >= 46).then_some(()));
+    let mut late: Vec<_> = (0..20).map(|_| Client::connect(daemon.path("in"))).collect();
+    for client in &mut late {
+        client.send(&Mail::new("x").request());
+    }
+    daemon.signal(nix::sys::signal::Signal::SIGTERM);
+    daemon.wait_for_log("stopping");
+    drop(silent);
+    for client in &mut late {
+        assert_eq!(client.outcome(), "Kdiscarded");
+    }
+    assert!(daemon.wait_exit().success());
+}
+
+#[test]
 fn more_mails_than_credits() {
     let daemon = Daemon::start(
         "settings{workers=1, worker_connections=4, client_share=1}

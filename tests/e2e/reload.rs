@@ -267,6 +267,31 @@ fn listeners_come_and_go() {
     daemon.stop();
 }
 
+/// More than fit into the one old worker's job socket (278) and its threads (4).
+const CROWD: usize = 700;
+
+#[test]
+fn a_crowd_at_a_removed_listener_is_served() {
+    let daemon = Daemon::start(
+        "settings{workers=1, worker_connections=4, client_share=1}
+         qmqp_listen('$DIR/in', function(m) return m:connect('$DIR/out') end, {backlog=1024})",
+    );
+    let (sink, gate) = Sink::gated(daemon.path("out"));
+    let mut crowd: Vec<_> = (0..CROWD).map(|_| Client::connect(daemon.path("in"))).collect();
+    for client in &mut crowd {
+        client.send(&Mail::new("x").request());
+    }
+    sink.record().wait_for_count(4);
+    daemon.site().configure("qmqp_listen('$DIR/other', function(m) return m:discard() end)");
+    assert!(daemon.reload(), "{}", daemon.text());
+    eventually("the removed socket is unlinked", || (!is_socket(&daemon.path("in"))).then_some(()));
+    gate.open();
+    for client in &mut crowd {
+        assert_eq!(client.outcome(), "Kok");
+    }
+    daemon.wait_for_log("generation has ended generation=1");
+}
+
 #[test]
 fn other_kinds_of_listeners_come_and_go() {
     let (hidden, port) = (Target::unique_abstract(), Target::free_port());
