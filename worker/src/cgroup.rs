@@ -3,21 +3,26 @@
 //! Contract: the path is the one in /proc/PID/cgroup, read while the client's process surely
 //! existed. A group's directory is opened beneath the mount of cgroup2, wherever that is, and
 //! no symbolic link or `..` leads out of it. While the client lives its group can't be
-//! removed, so the directory is that group's.
+//! removed, so the directory is that group's. Where the kernel tells the group's id (since
+//! Linux 6.13), the path of a group that is known already isn't read again: groups of version 2
+//! can't be renamed. Its directory is then opened when an attribute is asked for, and must still
+//! have that id.
 //!
 //! # Failure
 //! [`CgroupError`]. A client whose group can't be known (no cgroup v2, no local client) has
 //! none; a group in another cgroup namespace (`/..`) has a path and no attributes. Where no
 //! cgroup2 file system is mounted, there is a path, and asking for attributes fails.
 
+use std::collections::HashMap;
 use std::ffi::{CString, OsStr};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, OnceLock};
 
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, OpenHow, ResolveFlag, open, openat2};
-use nix::sys::stat::Mode;
+use nix::sys::stat::{Mode, fstat};
 use nix::unistd::Pid;
 use parking_lot::Mutex;
 use qrelay_shared::sys::xattr;
@@ -47,10 +52,14 @@ pub enum CgroupError {
 /// An attribute's full name and its value.
 pub type Attribute = (Vec<u8>, Vec<u8>);
 
+/// Most groups whose paths are remembered; a host has seldom more with web sites in them, and
+/// finding one out again costs some 30 µs.
+const MAX_KNOWN: usize = 4096;
+
 /// One group; holds its directory open.
 #[derive(Debug)]
 pub struct Cgroup {
-    path: Vec<u8>,
+    path: Arc<[u8]>,
     directory: Directory,
 }
 
@@ -59,6 +68,8 @@ pub struct Cgroup {
 enum Directory {
     /// In this directory.
     Open(OwnedFd),
+    /// In the directory with this inode number, once it has been opened.
+    Known(Arc<Hierarchy>, u64, OnceLock<OwnedFd>),
     /// Out of our sight: another namespace's, or above what is mounted.
     Hidden,
     /// Nowhere that this process can see.
@@ -67,7 +78,7 @@ enum Directory {
 
 impl Cgroup {
     /// Its path, as in /proc/PID/cgroup.
-    pub fn path(&self) -> &[u8] {
+    pub fn path(&self) -> &Arc<[u8]> {
         &self.path
     }
 
@@ -106,6 +117,15 @@ impl Cgroup {
     fn directory(&self) -> Result<Option<BorrowedFd<'_>>, CgroupError> {
         match &self.directory {
             Directory::Open(directory) => Ok(Some(directory.as_fd())),
+            Directory::Known(hierarchy, id, opened) => match opened.get() {
+                Some(directory) => Ok(Some(directory.as_fd())),
+                None => match hierarchy.open(&self.path)? {
+                    Directory::Open(directory) if inode(&directory) == Some(*id) => {
+                        Ok(Some(opened.get_or_init(|| directory).as_fd()))
+                    }
+                    _ => Err(self.failed(Errno::ENOENT)),
+                },
+            },
             Directory::Hidden => Ok(None),
             Directory::NotMounted => Err(CgroupError::NotMounted),
         }
@@ -114,6 +134,10 @@ impl Cgroup {
     fn failed(&self, error: Errno) -> CgroupError {
         failed(&self.path, error)
     }
+}
+
+fn inode(directory: &OwnedFd) -> Option<u64> {
+    fstat(directory).ok().map(|status| status.st_ino)
 }
 
 fn failed(path: &[u8], error: Errno) -> CgroupError {
@@ -139,6 +163,8 @@ pub fn parent(path: &[u8]) -> Option<&[u8]> {
 pub struct Hierarchy {
     /// Once it has been found.
     mount: Mutex<Option<Mount>>,
+    /// Paths of groups by their ids, at most [`MAX_KNOWN`].
+    known: Mutex<HashMap<u64, Arc<[u8]>>>,
 }
 
 /// Where groups are directories.
@@ -157,12 +183,19 @@ impl Hierarchy {
     /// # Errors
     /// See [`CgroupError`].
     pub fn of_client(
-        &self,
+        self: &Arc<Self>,
         socket: BorrowedFd<'_>,
         pid: Pid,
         accepted: u64,
     ) -> Result<Option<Cgroup>, CgroupError> {
         let client = Client::of(socket, pid, accepted)?;
+        let id = client.cgroup();
+        if let Some((id, path)) = id.and_then(|id| Some((id, self.known.lock().get(&id)?.clone())))
+        {
+            let directory = Directory::Known(Arc::clone(self), id, OnceLock::new());
+            return Ok(Some(Cgroup { path, directory }));
+        }
+        client.check()?;
         let file = read(&format!("/proc/{}/cgroup", client.pid()))?;
         client.check()?;
         let Some(path) = unified_path(&file) else { return Ok(None) };
@@ -172,7 +205,20 @@ impl Hierarchy {
         }
         let cgroup = self.group(path)?;
         client.check()?;
+        if let Directory::Open(directory) = &cgroup.directory
+            && let Some(id) = id.filter(|&id| inode(directory) == Some(id))
+        {
+            self.remember(id, &cgroup.path);
+        }
         Ok(Some(cgroup))
+    }
+
+    fn remember(&self, id: u64, path: &Arc<[u8]>) {
+        let mut known = self.known.lock();
+        if known.len() >= MAX_KNOWN {
+            known.clear();
+        }
+        known.insert(id, Arc::clone(path));
     }
 
     /// The group with this path.
@@ -180,15 +226,15 @@ impl Hierarchy {
     /// # Errors
     /// See [`CgroupError`]; `ENOENT` in it if there is no such group any more.
     pub fn group(&self, path: &[u8]) -> Result<Cgroup, CgroupError> {
+        Ok(Cgroup { path: path.into(), directory: self.open(path)? })
+    }
+
+    fn open(&self, path: &[u8]) -> Result<Directory, CgroupError> {
         let mut mount = self.mount.lock();
         if mount.is_none() {
             *mount = find_mount()?;
         }
-        let directory = match &*mount {
-            Some(mount) => mount.open(path)?,
-            None => Directory::NotMounted,
-        };
-        Ok(Cgroup { path: path.to_vec(), directory })
+        mount.as_ref().map_or(Ok(Directory::NotMounted), |mount| mount.open(path))
     }
 }
 
@@ -351,7 +397,7 @@ mod tests {
     fn what_cannot_be_a_name_is_not_there() {
         let directory = tempfile::tempdir().expect("a temporary directory");
         let file = std::fs::File::open(directory.path()).expect("it is there");
-        let group = Cgroup { path: b"/a".to_vec(), directory: Directory::Open(file.into()) };
+        let group = Cgroup { path: b"/a"[..].into(), directory: Directory::Open(file.into()) };
         for name in [&b"user."[..], b"trusted.", b".", b"", b"a\0b", &[b'a'; 1000]] {
             let value = group.attribute(name).expect("no error");
             assert_eq!(value, None, "{}", String::from_utf8_lossy(name));
@@ -361,10 +407,16 @@ mod tests {
     #[test]
     fn our_own_group() {
         let (ours, _theirs) = UnixStream::pair().expect("pair");
-        let hierarchy = Hierarchy::default();
+        let hierarchy = Arc::new(Hierarchy::default());
         let file = std::fs::read("/proc/self/cgroup").expect("/proc");
         let group = hierarchy.of_client(ours.as_fd(), Pid::this(), u64::MAX).expect("it is us");
-        assert_eq!(group.as_ref().map(Cgroup::path), unified_path(&file));
+        let path = unified_path(&file);
+        assert_eq!(group.as_ref().map(|group| &**group.path()), path);
+        // Now it may be known.
+        let again = hierarchy.of_client(ours.as_fd(), Pid::this(), u64::MAX).expect("it is us");
+        assert_eq!(again.as_ref().map(|group| &**group.path()), path);
+        let all = |group: &Option<Cgroup>| group.as_ref().map(|group| group.attributes().ok());
+        assert_eq!(all(&again), all(&group));
         let foreign = hierarchy.group(b"/../elsewhere").expect("a path");
         match foreign.attributes() {
             Ok(attributes) => assert!(attributes.is_empty()),

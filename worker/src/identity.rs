@@ -2,7 +2,8 @@
 //!
 //! Contract: a [`Client`] holds the process that connected, whoever accepted the connection. What
 //! was read about its number in /proc was about that process if [`Client::check`] succeeds
-//! before and after: as long as the process isn't reaped, nobody else gets the number.
+//! before and after: as long as the process isn't reaped, nobody else gets the number. The
+//! kernel (since 6.13) or else /proc/self/fdinfo says whether it is.
 //!
 //! # Failure
 //! [`IdentityError`]; a client that has exited is nobody any more.
@@ -33,7 +34,7 @@ pub struct Client {
 }
 
 impl Client {
-    /// The process behind a local connection, `pid` being its number when it connected and
+    /// The process behind a local connection, to be checked, `pid` being its number when it connected and
     /// `accepted` when the connection was accepted, in nanoseconds of CLOCK_BOOTTIME.
     ///
     /// # Errors
@@ -45,9 +46,7 @@ impl Client {
             Err(Errno::ENOPROTOOPT) => return Self::by_number(pid, accepted),
             Err(error) => return Err(IdentityError::Os("SO_PEERPIDFD", error)),
         };
-        let client = Self { pid, process };
-        client.check()?;
-        Ok(client)
+        Ok(Self { pid, process })
     }
 
     /// Before Linux 6.5: the process that has the number, if it had it when the connection was
@@ -71,11 +70,23 @@ impl Client {
         self.pid
     }
 
+    /// The id of its control group of version 2, where the kernel tells.
+    pub fn cgroup(&self) -> Option<u64> {
+        let info = pidfd::info(self.process.as_fd()).ok()?;
+        info.cgroup.filter(|_| info.pid == self.pid)
+    }
+
     /// Whether the number is still its own.
     ///
     /// # Errors
     /// [`IdentityError::Exited`] if not.
     pub fn check(&self) -> Result<(), IdentityError> {
+        match pidfd::info(self.process.as_fd()) {
+            Ok(info) if info.pid == self.pid => return Ok(()),
+            Ok(_) | Err(Errno::ESRCH) => return Err(IdentityError::Exited),
+            // An old kernel.
+            Err(_) => {}
+        }
         let number = self.process.as_fd().as_raw_fd();
         let info = read(&format!("/proc/self/fdinfo/{number}"))?;
         match fdinfo_pid(&info) {
@@ -149,7 +160,8 @@ mod tests {
         let client = Client::of(ours.as_fd(), Pid::this(), u64::MAX).expect("it is us");
         assert_eq!(client.check(), Ok(()));
         let other = Client::of(ours.as_fd(), Pid::parent(), u64::MAX);
-        assert_eq!(other.err(), Some(IdentityError::Exited), "not the process that connected");
+        let checked = other.and_then(|client| client.check());
+        assert_eq!(checked, Err(IdentityError::Exited), "not the process that connected");
     }
 
     #[test]

@@ -13,6 +13,49 @@ use nix::unistd::Pid;
 /// number socket options otherwise (alpha, mips, parisc, sparc) are not supported.
 const SO_PEERPIDFD: libc::c_int = 77;
 
+/// `PIDFD_GET_INFO` of include/uapi/linux/pidfd.h (Linux 6.13), `_IOWR(0xff, 11, …)` of 64 bytes.
+/// Architectures that encode ioctls otherwise (mips, powerpc, sparc) get `ENOTTY`, as do old
+/// kernels.
+const PIDFD_GET_INFO: libc::c_ulong = 0xc040_ff0b;
+
+/// Of the mask of `struct pidfd_info`: the id of the control group.
+const PIDFD_INFO_CGROUPID: u64 = 1 << 2;
+
+/// `struct pidfd_info`, first version.
+#[repr(C)]
+#[derive(Default)]
+struct RawInfo {
+    mask: u64,
+    cgroup_id: u64,
+    pid: u32,
+    /// What we don't ask for: eleven fields of 32 bits.
+    rest: [u32; 11],
+}
+
+/// What the kernel says about a process, all at one point in time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Info {
+    /// Its number here.
+    pub pid: Pid,
+    /// Its group of version 2: the inode number of that group's directory, never given twice.
+    pub cgroup: Option<u64>,
+}
+
+/// Asks about a process that hasn't been reaped.
+///
+/// # Errors
+/// `ESRCH` when it has been, or has no number here; `ENOTTY` or `EINVAL` before Linux 6.13.
+pub fn info(process: BorrowedFd<'_>) -> Result<Info, Errno> {
+    let mut raw = RawInfo { mask: PIDFD_INFO_CGROUPID, ..RawInfo::default() };
+    // SAFETY: the kernel writes at most the 64 bytes that the request's number says, which
+    // `raw` has, and it outlives the call.
+    let result = unsafe { libc::ioctl(process.as_raw_fd(), PIDFD_GET_INFO, &raw mut raw) };
+    Errno::result(result)?;
+    let pid = i32::try_from(raw.pid).map_err(|_| Errno::ESRCH)?;
+    let cgroup = (raw.mask & PIDFD_INFO_CGROUPID != 0).then_some(raw.cgroup_id);
+    Ok(Info { pid: Pid::from_raw(pid), cgroup })
+}
+
 /// A descriptor of the process that has this number now, close-on-exec. It becomes readable
 /// when the process ends.
 ///
@@ -74,6 +117,24 @@ mod tests {
         assert!(ended(&fd, PollTimeout::from(10_000u16)));
         child.wait().expect("wait");
         assert_eq!(open(Pid::from_raw(i32::MAX)).err(), Some(Errno::ESRCH));
+    }
+
+    #[test]
+    fn says_who_it_is() {
+        const { assert!(size_of::<RawInfo>() == 64) };
+        let mut child = Command::new("/bin/sleep").arg("60").spawn().expect("spawn");
+        let pid = Pid::from_raw(child.id().cast_signed());
+        let process = open(pid).expect("pidfd");
+        let old = match info(process.as_fd()) {
+            Ok(info) => {
+                assert_eq!(info.pid, pid);
+                false
+            }
+            Err(error) => matches!(error, Errno::ENOTTY | Errno::EINVAL),
+        };
+        child.kill().expect("kill");
+        child.wait().expect("wait");
+        assert!(old || info(process.as_fd()) == Err(Errno::ESRCH));
     }
 
     #[test]

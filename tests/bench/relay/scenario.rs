@@ -63,12 +63,12 @@ pub const SCENARIOS: &[Scenario] = &[
         about: "reads every attribute and inserts three headers, against one that just relays",
         script: "
 qmqp_listen(socket, function(m)
-  local client = string.format('%s %s %s %s', m.pid, m.uid, m.gid, m.peer)
-  local mail = string.format('%s %s %d %s', m.id, m.sender, m.size, m.listener)
-  m.account = tostring(m.account or m.recipients[1])
-  m:insert_header('X-Client', client)
-  m:insert_header('X-Mail', mail)
-  m:insert_header('X-Subject', m:header('Subject'))
+  local id, sender, recipients, size = m.id, m.sender, m.recipients, m.size
+  local pid, uid, gid, peer, listener = m.pid, m.uid, m.gid, m.peer, m.listener
+  local account, cgroup = m.account, m.cgroup
+  m:insert_header('X-Id', id)
+  m:insert_header('X-Uid', uid)
+  m:insert_header('X-Cgroup', cgroup and cgroup.path or 'none')
   return m:connect(next_hop)
 end)
 ",

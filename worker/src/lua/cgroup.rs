@@ -60,7 +60,7 @@ impl Handle {
     /// Works on the group while its mail is there.
     fn with<R>(&self, f: impl FnOnce(&Cgroup) -> Result<R, Raise>) -> Result<R, Raise> {
         self.slot.with(|_, cgroups| {
-            let own = cgroups.iter().find(|cgroup| *cgroup.path() == *self.path);
+            let own = cgroups.iter().find(|cgroup| **cgroup.path() == *self.path);
             f(own.ok_or("Stale object")?)
         })
     }
@@ -69,7 +69,7 @@ impl Handle {
     fn parent(&self) -> Result<Option<Self>, Raise> {
         self.slot.with(|_, cgroups| {
             let Some(path) = parent(&self.path) else { return Ok(None) };
-            if !cgroups.iter().any(|cgroup| cgroup.path() == path) {
+            if !cgroups.iter().any(|cgroup| &**cgroup.path() == path) {
                 cgroups.push(self.hierarchy.group(path)?);
             }
             Ok(Some(Self { path: path.into(), ..self.clone() }))
@@ -93,7 +93,7 @@ pub fn attribute(class: &mut Class<'_>) -> mlua::Result<()> {
 
 /// The path of the client's group, which is in the list afterwards.
 fn client(
-    hierarchy: &Hierarchy,
+    hierarchy: &Arc<Hierarchy>,
     mail: &Mail,
     cgroups: &mut Vec<Cgroup>,
 ) -> Result<Option<Arc<[u8]>>, Raise> {
@@ -102,7 +102,7 @@ fn client(
         let socket = mail.socket.as_fd();
         cgroups.extend(hierarchy.of_client(socket, Pid::from_raw(pid), mail.accepted)?);
     }
-    Ok(cgroups.first().map(|cgroup| cgroup.path().into()))
+    Ok(cgroups.first().map(|cgroup| Arc::clone(cgroup.path())))
 }
 
 /// Makes the classes of groups and of their attributes.
