@@ -7,6 +7,7 @@ pub mod fdpass;
 pub mod input;
 pub mod net;
 pub mod pidfd;
+pub mod proc_stat;
 pub mod process;
 pub mod spawn;
 pub mod xattr;

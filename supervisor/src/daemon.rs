@@ -63,7 +63,12 @@ pub(crate) enum Phase {
     /// READY.
     Serving,
     /// Finishing; killed at the deadline.
-    Stopping { deadline: Instant },
+    Stopping {
+        /// What is left then is killed; a dead worker's programs still have their time.
+        deadline: Instant,
+        /// They haven't, since we were told to stop a second time.
+        at_once: bool,
+    },
     /// Nothing is left to do.
     Ended(Exit),
 }
@@ -225,13 +230,14 @@ impl Daemon {
         self.workers_due(now);
         self.rollout_due(now);
         self.orphans.kill_overdue(now);
+        self.reap_orphans(now);
         self.answer_orphans(now);
         self.stopping_due(now);
     }
 
     fn next_deadline(&self) -> Option<Instant> {
         let stopping = match self.phase {
-            Phase::Stopping { deadline } => Some(deadline),
+            Phase::Stopping { deadline, .. } => Some(deadline),
             _ => None,
         };
         [
@@ -254,7 +260,7 @@ impl Daemon {
             Phase::Stopping { .. } => {
                 warn!(self.log, "told to stop a second time: killing what is left";
                     "in_flight" => self.pool.in_flight());
-                self.phase = Phase::Stopping { deadline: now };
+                self.phase = Phase::Stopping { deadline: now, at_once: true };
             }
             Phase::Starting | Phase::Serving => {
                 let drain = self.drain_timeout();
@@ -262,7 +268,7 @@ impl Daemon {
                     "drain_timeout" => drain.as_secs_f64());
                 let explicit = self.pool.latest_explicit();
                 let deadline = explicit.map_or(now + drain, |until| until.max(now + drain));
-                self.phase = Phase::Stopping { deadline };
+                self.phase = Phase::Stopping { deadline, at_once: false };
                 self.systemd
                     .stopping(format!("Stopping: {} mails in flight", self.pool.in_flight()), now);
                 let commands = self.generations.stop();
@@ -282,7 +288,7 @@ impl Daemon {
     }
 
     fn stopping_due(&mut self, now: Instant) {
-        let Phase::Stopping { deadline } = self.phase else { return };
+        let Phase::Stopping { deadline, at_once } = self.phase else { return };
         self.retire_finished(now);
         let answered = self.connections.held() == 0 && self.orphans.is_empty();
         if self.workers.is_empty() && answered && self.ending.is_empty() {
@@ -290,14 +296,16 @@ impl Daemon {
         } else if deadline <= now {
             self.give_up_unserved(now);
             self.kill_all_workers();
-            self.orphans.kill_all();
-            self.phase = Phase::Stopping { deadline: now + Duration::from_millis(100) };
+            if at_once {
+                self.orphans.kill_all();
+            }
+            self.phase = Phase::Stopping { deadline: now + Duration::from_millis(100), at_once };
         }
     }
 
     /// An action's own time limit counts for a drain that has begun, but not for its end.
     pub(crate) fn extend_stop(&mut self, until: Instant, now: Instant) {
-        if let Phase::Stopping { deadline } = &mut self.phase
+        if let Phase::Stopping { deadline, .. } = &mut self.phase
             && *deadline > now
         {
             *deadline = until.max(*deadline);
@@ -320,11 +328,11 @@ impl Daemon {
     fn reap(&mut self, now: Instant) {
         while let Some(pid) = self.next_ended() {
             // Its process group can be named only until it is reaped.
-            let is_orphan = self.orphans.reaping(pid, now);
+            if self.orphans.ended(pid, now) {
+                continue;
+            }
             let Ok(status) = reap(pid) else { return };
-            if is_orphan {
-                debug!(self.log, "a dead worker's program has ended"; "pid" => pid.as_raw());
-            } else if let Some(worker) = self.worker_of(pid) {
+            if let Some(worker) = self.worker_of(pid) {
                 self.take_last_reports(worker);
                 self.worker_ended(worker, Some(status), now);
             } else if !self.zygote_ended(pid, status, now) {
@@ -337,12 +345,24 @@ impl Daemon {
     /// at which it can be reaped. If one of them went first, its number could be another process'
     /// by the time the dead worker's programs are told to end.
     fn next_ended(&self) -> Option<Pid> {
-        let any = ended_child(None)?;
+        let mut any = ended_child(None)?;
+        if self.orphans.holds(any) {
+            any = self.orphans.ended_besides()?;
+        }
         if self.worker_of(any).is_some() {
             return Some(any);
         }
         let mut workers = self.workers.values().filter_map(|worker| worker.pid);
         Some(workers.find(|&worker| ended_child(Some(worker)).is_some()).unwrap_or(any))
+    }
+
+    /// Reaps programs of mails whose worker died, when nothing is left of their groups.
+    fn reap_orphans(&mut self, now: Instant) {
+        for pid in self.orphans.to_reap(now) {
+            // It has ended and is ours, so this neither waits nor fails.
+            let _ = reap(pid);
+            debug!(self.log, "a dead worker's program has ended"; "pid" => pid.as_raw());
+        }
     }
 
     /// Programs of mails whose worker died are over: their clients may try again.

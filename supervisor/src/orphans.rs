@@ -1,22 +1,24 @@
 //! The programs that a dead worker was running: they are the supervisor's
 //! children now, and must not deliver a mail whose client is told to try again.
 //!
-//! Each leads a process group of its own. The group gets SIGTERM, SIGKILL after
-//! a grace, and whatever is left of it SIGKILL when the leader ends; only when
-//! nothing is left is the client answered. One that the worker had started and not yet
-//! reported is recognized by its standard input.
+//! Each leads a process group of its own. The group gets SIGTERM, and what is left of it SIGKILL
+//! after a grace; only when nothing is left is the client answered. A leader that ends before the
+//! rest isn't reaped until then ([`Orphans::holds`]), so that its number still names the group. One
+//! that the worker had started and not yet reported is recognized by its standard input.
 //!
 //! # Failure
 //! A program that became another user's can't be signalled; it isn't waited for.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::sys::signal::{Signal, kill, killpg};
-use nix::unistd::{Pid, getpgid, getpgrp};
+use nix::unistd::{Pid, getpgrp};
 use qrelay_shared::ipc::message::JobId;
 use qrelay_shared::sys::input;
+use qrelay_shared::sys::proc_stat::{Process, processes};
+use qrelay_shared::sys::process::ended_child;
 
 /// From SIGTERM to SIGKILL, as for a program that has timed out.
 const GRACE: Duration = Duration::from_secs(10);
@@ -25,25 +27,49 @@ const GRACE: Duration = Duration::from_secs(10);
 /// longer hangs in the kernel, and doesn't come back to do anything.
 const VANISH: Duration = Duration::from_secs(1);
 
+/// How often it is looked whether a group has ended whose leader has: its other members needn't be
+/// our children.
+const GLANCE: Duration = Duration::from_millis(20);
+
+/// What is left of a program.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum State {
+    /// Its leader, at least.
+    Running,
+    /// Its leader has ended, and isn't reaped since others may not have. They are looked for at
+    /// this time.
+    Held(Instant),
+    /// Its leader has been reaped, and the rest of its group killed.
+    Ended,
+}
+
 #[derive(Debug)]
 struct Orphan {
     job: JobId,
     group: Pid,
-    /// It has been reaped, and the rest of its group killed.
-    ended: bool,
+    state: State,
     /// When it is killed or, if it has ended, no longer waited for.
     due: Instant,
 }
 
 impl Orphan {
     fn new(job: JobId, group: Pid, now: Instant) -> Self {
-        Self { job, group, ended: false, due: now + GRACE }
+        Self { job, group, state: State::Running, due: now + GRACE }
     }
 
     /// Nothing of it is left. (A signal of 0 does nothing: should the group's number be another
     /// one's by now, that isn't disturbed.)
     fn is_over(&self, now: Instant) -> bool {
-        self.ended && (self.due <= now || killpg(self.group, None) == Err(Errno::ESRCH))
+        self.state == State::Ended
+            && (self.due <= now || killpg(self.group, None) == Err(Errno::ESRCH))
+    }
+
+    /// When there is something to do about it.
+    fn next_deadline(&self) -> Instant {
+        match self.state {
+            State::Held(look) => look.min(self.due),
+            State::Running | State::Ended => self.due,
+        }
     }
 }
 
@@ -72,8 +98,7 @@ impl Orphans {
     /// report them.
     pub fn adopt_unreported(&mut self, jobs: &[JobId], now: Instant) -> Vec<JobId> {
         let mut found = Vec::new();
-        for pid in children() {
-            let group = getpgid(Some(pid)).unwrap_or(pid);
+        for Process { pid, group, .. } in children() {
             if self.table.contains_key(&pid) || self.table.contains_key(&group) {
                 continue;
             }
@@ -97,14 +122,50 @@ impl Orphans {
         found
     }
 
-    /// This child is about to be reaped: ends the rest of its group. Says whether it is one of
-    /// these.
-    pub fn reaping(&mut self, pid: Pid, now: Instant) -> bool {
+    /// This child has ended. If it is one of these it isn't to be reaped now, but when
+    /// [`Self::to_reap`] says so.
+    pub fn ended(&mut self, pid: Pid, now: Instant) -> bool {
         let Some(orphan) = self.table.get_mut(&pid) else { return false };
-        let _ = killpg(orphan.group, Signal::SIGKILL);
-        orphan.ended = true;
-        orphan.due = now + VANISH;
-        true
+        if orphan.state == State::Running {
+            orphan.state = State::Held(now);
+        }
+        orphan.state != State::Ended
+    }
+
+    /// Whether this is a child that has ended and isn't to be reaped yet.
+    pub fn holds(&self, pid: Pid) -> bool {
+        self.table.get(&pid).is_some_and(|orphan| matches!(orphan.state, State::Held(_)))
+    }
+
+    /// A child that has ended and may be reaped although another one that has is held.
+    pub fn ended_besides(&self) -> Option<Pid> {
+        children().map(|child| child.pid).find(|&pid| !self.holds(pid) && has_ended(pid))
+    }
+
+    /// Leaders that are to be reaped now, since their groups have ended or their time is over. The
+    /// rest of each group is killed.
+    pub fn to_reap(&mut self, now: Instant) -> Vec<Pid> {
+        let is_due = |orphan: &Orphan| match orphan.state {
+            State::Held(look) => look <= now || orphan.due <= now,
+            State::Running | State::Ended => false,
+        };
+        if !self.table.values().any(is_due) {
+            return Vec::new();
+        }
+        let living = processes().filter(|process| process.alive).map(|process| process.group);
+        let living: HashSet<Pid> = living.collect();
+        let mut reaped = Vec::new();
+        for (&pid, orphan) in self.table.iter_mut().filter(|(_, orphan)| is_due(orphan)) {
+            if living.contains(&orphan.group) && now < orphan.due {
+                orphan.state = State::Held(now + GLANCE);
+                continue;
+            }
+            let _ = killpg(orphan.group, Signal::SIGKILL);
+            orphan.state = State::Ended;
+            orphan.due = now + VANISH;
+            reaped.push(pid);
+        }
+        reaped
     }
 
     /// The jobs whose programs are over, all of their groups included.
@@ -114,7 +175,8 @@ impl Orphans {
 
     /// SIGKILL for those that ignore SIGTERM.
     pub fn kill_overdue(&mut self, now: Instant) {
-        for orphan in self.table.values_mut().filter(|o| !o.ended && o.due <= now) {
+        let overdue = |orphan: &&mut Orphan| orphan.state == State::Running && orphan.due <= now;
+        for orphan in self.table.values_mut().filter(overdue) {
             let _ = killpg(orphan.group, Signal::SIGKILL);
             orphan.due = now + GRACE;
         }
@@ -122,14 +184,14 @@ impl Orphans {
 
     /// SIGKILL for all.
     pub fn kill_all(&self) {
-        for orphan in self.table.values().filter(|orphan| !orphan.ended) {
+        for orphan in self.table.values().filter(|orphan| orphan.state != State::Ended) {
             let _ = killpg(orphan.group, Signal::SIGKILL);
         }
     }
 
-    /// When [`Self::kill_overdue`] or [`Self::over`] has something to do.
+    /// When [`Self::to_reap`], [`Self::kill_overdue`] or [`Self::over`] has something to do.
     pub fn next_deadline(&self) -> Option<Instant> {
-        self.table.values().map(|orphan| orphan.due).min()
+        self.table.values().map(Orphan::next_deadline).min()
     }
 
     /// None is left.
@@ -139,24 +201,19 @@ impl Orphans {
 }
 
 /// All children of this process. (The kernel's own list of them is a build option.)
-fn children() -> Vec<Pid> {
+fn children() -> impl Iterator<Item = Process> {
     let own = Pid::this();
-    let Ok(entries) = std::fs::read_dir("/proc") else { return Vec::new() };
-    let pids = entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
-    pids.map(Pid::from_raw).filter(|&pid| parent(pid) == Some(own)).collect()
+    processes().filter(move |process| process.parent == own)
 }
 
-/// The fourth field of proc_pid_stat(5); the second is in parentheses and may contain anything.
-fn parent(pid: Pid) -> Option<Pid> {
-    let stat = std::fs::read(format!("/proc/{pid}/stat")).ok()?;
-    let after = stat.iter().rposition(|&byte| byte == b')')?;
-    let mut fields = str::from_utf8(&stat[after + 1..]).ok()?.split_ascii_whitespace();
-    fields.nth(1)?.parse().ok().map(Pid::from_raw)
+fn has_ended(child: Pid) -> bool {
+    ended_child(Some(child)).is_some()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::io::Read as _;
     use std::os::unix::process::{CommandExt, ExitStatusExt};
     use std::process::{Child, Command, Stdio};
 
@@ -172,6 +229,21 @@ mod tests {
         Pid::from_raw(child.id().cast_signed())
     }
 
+    fn wait_for_end(child: &Child) {
+        while !has_ended(pid(child)) {
+            std::thread::yield_now();
+        }
+    }
+
+    /// Waits for the end of a program that is alone in its group; the signal that brought it about.
+    fn end_of(orphans: &mut Orphans, child: &mut Child, now: Instant) -> Option<i32> {
+        wait_for_end(child);
+        assert!(orphans.ended(pid(child), now) && orphans.holds(pid(child)));
+        assert_eq!(orphans.to_reap(now), [pid(child)]);
+        assert!(!orphans.holds(pid(child)));
+        child.wait().expect("wait").signal()
+    }
+
     #[test]
     fn reported_programs_are_told_to_end() {
         let now = Instant::now();
@@ -181,8 +253,7 @@ mod tests {
         assert_eq!(orphans.adopt(&reported, now), [71_001]);
         assert_eq!(orphans.adopt_unreported(&[71_001], now), [], "it is known already");
         assert_eq!(orphans.next_deadline(), Some(now + GRACE));
-        assert_eq!(child.wait().expect("wait").signal(), Some(Signal::SIGTERM as i32));
-        assert!(orphans.reaping(pid(&child), now));
+        assert_eq!(end_of(&mut orphans, &mut child, now), Some(Signal::SIGTERM as i32));
         assert_eq!(orphans.over(now), [71_001]);
         assert!(orphans.is_empty());
     }
@@ -193,29 +264,58 @@ mod tests {
         let mut orphans = Orphans::default();
         let (mut mine, mut other) = (program(71_002), program(71_003));
         assert_eq!(orphans.adopt_unreported(&[71_002, 71_004], now), [71_002]);
-        assert_eq!(mine.wait().expect("wait").signal(), Some(Signal::SIGTERM as i32));
-        assert!(orphans.reaping(pid(&mine), now) && !orphans.reaping(pid(&other), now));
+        assert_eq!(end_of(&mut orphans, &mut mine, now), Some(Signal::SIGTERM as i32));
+        assert!(!orphans.ended(pid(&other), now));
         assert_eq!(orphans.over(now), [71_002]);
         assert!(other.try_wait().expect("wait").is_none(), "another worker's goes on");
         other.kill().expect("kill");
         other.wait().expect("wait");
     }
 
+    /// A program that has ended, and a member of its group that ignores SIGTERM.
+    fn leader_and_other(orphans: &mut Orphans, job: JobId, now: Instant) -> (Child, Child) {
+        let leader = program(job);
+        let mut other = Command::new("/bin/sh");
+        other.args(["-c", "trap '' TERM; echo; exec sleep 60"]).stdout(Stdio::piped());
+        let mut other = other.process_group(pid(&leader).as_raw()).spawn().expect("spawn");
+        let ignores = other.stdout.take().expect("pipe").read_exact(&mut [0]);
+        ignores.expect("a line");
+        orphans.adopt(&[(job, pid(&leader))], now);
+        wait_for_end(&leader);
+        assert!(orphans.ended(pid(&leader), now));
+        (leader, other)
+    }
+
     #[test]
     fn it_is_over_when_its_group_is() {
         let now = Instant::now();
         let mut orphans = Orphans::default();
-        let mut leader = program(71_007);
-        let mut other = Command::new("/bin/sleep");
-        let mut other =
-            other.arg("60").process_group(pid(&leader).as_raw()).spawn().expect("spawn");
-        orphans.adopt(&[(71_007, pid(&leader))], now);
-        assert_eq!(orphans.over(now), [], "it hasn't ended");
-        orphans.reaping(pid(&leader), now);
+        let (mut leader, mut other) = leader_and_other(&mut orphans, 71_007, now);
+        assert_eq!(orphans.to_reap(now), [], "the other has its time");
+        assert_eq!(orphans.next_deadline(), Some(now + GLANCE));
+        assert!(orphans.holds(pid(&leader)) && orphans.over(now).is_empty());
+        other.kill().expect("kill");
+        wait_for_end(&other);
+        assert_eq!(orphans.to_reap(now), [], "it isn't time to look again");
+        assert_eq!(orphans.to_reap(now + GLANCE), [pid(&leader)]);
         leader.wait().expect("wait");
         assert_eq!(orphans.over(now), [], "the other isn't reaped");
         other.wait().expect("wait");
         assert_eq!(orphans.over(now), [71_007]);
+    }
+
+    #[test]
+    fn who_outlives_the_leader_is_killed_in_its_time() {
+        let now = Instant::now();
+        let mut orphans = Orphans::default();
+        let (mut leader, mut other) = leader_and_other(&mut orphans, 71_008, now);
+        let late = now + GRACE;
+        assert_eq!(orphans.to_reap(late - GLANCE), []);
+        orphans.kill_overdue(late);
+        assert_eq!(orphans.to_reap(late), [pid(&leader)]);
+        assert_eq!(other.wait().expect("wait").signal(), Some(Signal::SIGKILL as i32));
+        leader.wait().expect("wait");
+        assert_eq!(orphans.over(late), [71_008]);
     }
 
     #[test]

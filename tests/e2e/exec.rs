@@ -229,6 +229,110 @@ fn who_ignores_sigterm_is_killed_ten_seconds_later() {
     assert!(is_gone(pid));
 }
 
+/// Its leader ends as soon as it is told to; another member of its group takes two seconds to clean
+/// up, and says when it has. (A shell would report dead children, to a pipe that nobody reads.)
+const SLOW_TO_CLEAN_UP: &str = "
+    exec >/dev/null 2>&1
+    (trap 'sleep 2; echo >$2/clean; exit' TERM; echo >$2/ready; while :; do sleep 0.02; done) &
+    trap exit TERM
+    until test -e $2/ready; do sleep 0.02; done
+    echo $$ >$2/pid
+    wait";
+
+#[test]
+fn the_whole_group_has_its_time_after_sigterm() {
+    let daemon = shell("workers=1", "exec_raw", SLOW_TO_CLEAN_UP, "timeout=0.7");
+    let (mut client, pid) = submit_and_wait(&daemon);
+    eventually("the leader's end", || is_gone(pid).then_some(()));
+    let since = Instant::now();
+    assert_eq!(client.outcome(), "Ztimeout");
+    assert!(daemon.path("clean").exists(), "answered after {:?}", since.elapsed());
+    // Not a moment longer than it takes.
+    assert!(since.elapsed() < Duration::from_secs(6), "{:?}", since.elapsed());
+    assert_eq!(processes::children(daemon.workers()[0]), [], "zombies");
+}
+
+#[test]
+fn a_client_that_is_gone_leaves_the_group_its_time() {
+    let daemon = shell("workers=1", "exec_raw", SLOW_TO_CLEAN_UP, "");
+    let (client, pid) = submit_and_wait(&daemon);
+    client.stream.reset();
+    daemon.wait_for_log("canceled");
+    assert!(daemon.path("clean").exists() && is_gone(pid));
+}
+
+#[test]
+fn a_dead_workers_programs_have_their_time() {
+    let daemon = shell("workers=1", "exec_raw", SLOW_TO_CLEAN_UP, "");
+    let (mut client, _) = submit_and_wait(&daemon);
+    let workers = daemon.workers();
+    signal(workers[0], Signal::SIGKILL);
+    // What waits for them holds up nothing else: neither the next worker nor who dies meanwhile.
+    daemon.wait_for_workers(1, &workers);
+    let next = daemon.workers();
+    signal(next[0], Signal::SIGKILL);
+    daemon.wait_for_workers(1, &[workers, next].concat());
+    assert!(!daemon.path("clean").exists(), "new workers came first");
+    assert_eq!(client.outcome(), "Ztry again later");
+    assert!(daemon.path("clean").exists());
+}
+
+#[test]
+fn the_end_of_a_drain_leaves_programs_their_time() {
+    let settings = "workers=1, drain_timeout=0.3";
+    let mut daemon = shell(settings, "exec_raw", SLOW_TO_CLEAN_UP, "");
+    let (mut client, _) = submit_and_wait(&daemon);
+    assert!(daemon.reload());
+    assert_eq!(client.outcome(), "Ztry again later");
+    assert!(daemon.path("clean").exists());
+    for file in ["pid", "ready", "clean"] {
+        fs::remove_file(daemon.path(file)).expect("remove");
+    }
+    let (mut client, _) = submit_and_wait(&daemon);
+    daemon.signal(Signal::SIGTERM);
+    assert_eq!(client.outcome(), "Ztry again later");
+    assert!(daemon.path("clean").exists());
+    assert_eq!(daemon.wait_exit().code(), Some(0));
+    daemon.assert_nothing_left();
+}
+
+/// Its leader ends as soon as it is told to; another member of its group never does.
+const NEVER_ENDS: &str = "
+    exec >/dev/null 2>&1
+    (trap '' TERM; echo >$2/ready; while :; do sleep 0.05; done) & echo $! >$2/other
+    trap exit TERM
+    until test -e $2/ready; do sleep 0.02; done
+    echo $$ >$2/pid
+    wait";
+
+#[test]
+fn who_ignores_sigterm_is_killed_though_the_leader_obeys() {
+    let daemon = shell("workers=1", "exec_raw", NEVER_ENDS, "timeout=0.7");
+    let (mut client, pid) = submit_and_wait(&daemon);
+    eventually("the leader's end", || is_gone(pid).then_some(()));
+    let since = Instant::now();
+    assert_eq!(client.outcome(), "Ztimeout");
+    let took = since.elapsed();
+    assert!(took > Duration::from_secs(9) && took < Duration::from_secs(15), "{took:?}");
+    assert!(is_gone(pid_in(&daemon.path("other"))));
+    assert_eq!(processes::children(daemon.workers()[0]), [], "zombies");
+}
+
+#[test]
+fn a_second_sigterm_leaves_no_time() {
+    let mut daemon = shell("workers=1, drain_timeout=0.3", "exec_raw", NEVER_ENDS, "");
+    let (mut client, pid) = submit_and_wait(&daemon);
+    let other = pid_in(&daemon.path("other"));
+    daemon.signal(Signal::SIGTERM);
+    eventually("the leader's end", || is_gone(pid).then_some(()));
+    daemon.signal(Signal::SIGTERM);
+    let since = Instant::now();
+    assert_eq!(client.outcome(), "Ztry again later");
+    assert!(since.elapsed() < Duration::from_secs(5), "{:?}", since.elapsed());
+    assert!(is_gone(other));
+    assert_eq!(daemon.wait_exit().code(), Some(0));
+}
+
 #[test]
 fn who_goes_into_the_background_holds_up_nobody() {
     let script = "sleep 1000 & echo $! >$2/pid; echo queued";

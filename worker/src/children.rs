@@ -2,9 +2,9 @@
 //!
 //! Contract: the supervisor knows of every program from its start until just before it is
 //! reaped, so that it can end those of a worker that dies; and since a process that isn't
-//! reaped keeps its number, neither it nor we ever signal a stranger. Whoever has a [`Child`]
-//! gets rid of it by reaping it; a dropped one is killed first. No program outlives the worker
-//! that wants to end, either ([`Children::kill_all`]).
+//! reaped keeps its number, and its group that of its leader, neither it nor we ever signal a
+//! stranger. Whoever has a [`Child`] gets rid of it by reaping it; a dropped one is killed first. No
+//! program outlives the worker that wants to end, either ([`Children::kill_all`]).
 //!
 //! # Failure
 //! A program that can't be started is an errno. Once started it is always reaped, by a thread
@@ -20,6 +20,7 @@ use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use nix::unistd::Pid;
 use parking_lot::Mutex;
 use qrelay_shared::ipc::message::JobId;
+use qrelay_shared::sys::proc_stat;
 use qrelay_shared::sys::process::reap;
 use qrelay_shared::sys::spawn::{Program, spawn};
 
@@ -108,6 +109,11 @@ impl Child {
     /// another user's) is no error: the program then ends when it wants to.
     pub fn signal_group(&self, signal: Signal) {
         let _ = killpg(self.pid, signal);
+    }
+
+    /// Whether a member of its process group hasn't ended, itself or another.
+    pub fn group_lives(&self) -> bool {
+        proc_stat::is_alive(self.pid)
     }
 
     /// Waits for its end.

@@ -4,8 +4,9 @@
 //! so that it never waits for us; what goes beyond [`MAX_REPLY`] bytes is dropped. The program
 //! is over when its own process has ended: what it left running in the background may go on,
 //! and what that writes counts only for [`LINGER`]. When the time is over or the client has gone,
-//! the program's process group gets SIGTERM, after [`GRACE`] SIGKILL, and whatever is left of
-//! the group SIGKILL when the program has ended. Only then is the mail over.
+//! the program's process group gets SIGTERM, and what is left of it after [`GRACE`] SIGKILL, whether
+//! or not the program itself has ended by then: it isn't reaped before, so that its number still
+//! names the group. The mail is over as soon as nothing is left.
 //!
 //! # Failure
 //! A program that doesn't start is an errno. One that not even SIGKILL ends (it waits for a
@@ -38,6 +39,10 @@ use crate::mail::Mail;
 const GRACE: Duration = Duration::from_secs(10);
 /// How long output is awaited from what a program left behind, such as `| logger`.
 const LINGER: Duration = Duration::from_millis(100);
+/// How often it is looked whether a group has ended whose leader has: its other members are nobody's
+/// children here. At first it is soon, since most end at once.
+const FIRST_LOOK: Duration = Duration::from_millis(1);
+const LAST_LOOK: Duration = Duration::from_millis(50);
 /// How long to wait after a failure of poll(2), which is short of memory.
 const PAUSE: Duration = Duration::from_millis(10);
 
@@ -222,13 +227,14 @@ impl<'a> Run<'a> {
     fn end(&mut self) {
         let Some(child) = self.child.take() else { return };
         self.client = None;
-        let mut ended = false;
-        for signal in [Signal::SIGTERM, Signal::SIGKILL] {
-            child.signal_group(signal);
+        child.signal_group(Signal::SIGTERM);
+        let grace = Deadline::after(GRACE);
+        let mut ended = self.wait(grace) == Event::Ended;
+        if ended {
+            self.wait_for_group(&child, grace);
+        } else {
+            child.signal_group(Signal::SIGKILL);
             ended = self.wait(Deadline::after(GRACE)) == Event::Ended;
-            if ended {
-                break;
-            }
         }
         if ended {
             child.reap_group();
@@ -236,6 +242,18 @@ impl<'a> Run<'a> {
             error!(self.logger, "program can't be killed"; "id" => self.id,
                 "pid" => child.pid().as_raw());
             child.abandon();
+        }
+    }
+
+    /// The program has ended: waits for the rest of its group, which may want to write, too.
+    fn wait_for_group(&mut self, child: &Child, grace: Deadline) {
+        let mut pause = FIRST_LOOK;
+        while child.group_lives() && !grace.expired() {
+            let next = grace.at_most(pause);
+            while !next.expired() {
+                self.read_ready(next);
+            }
+            pause = LAST_LOOK.min(pause * 2);
         }
     }
 

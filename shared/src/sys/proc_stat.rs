@@ -1,0 +1,101 @@
+//! The system's processes, as /proc/PID/stat shows them (proc_pid_stat(5)).
+//!
+//! Contract: a list is no snapshot. A process that begins while it is read may be missing, one that
+//! ends may be there.
+//!
+//! # Failure
+//! Without /proc there are no processes; one that ends while it is looked at is left out.
+
+use nix::unistd::Pid;
+
+/// A process at one moment.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Process {
+    /// Its id.
+    pub pid: Pid,
+    /// Its parent's id, as of now.
+    pub parent: Pid,
+    /// Its process group's id.
+    pub group: Pid,
+    /// It hasn't ended: it is neither a zombie nor about to vanish.
+    pub alive: bool,
+}
+
+/// All processes.
+pub fn processes() -> impl Iterator<Item = Process> {
+    let entries = std::fs::read_dir("/proc").into_iter().flatten();
+    entries.filter_map(|entry| look(entry.ok()?.file_name().to_str()?.parse().ok()?))
+}
+
+/// Whether a process group has a member that hasn't ended.
+pub fn is_alive(group: Pid) -> bool {
+    processes().any(|process| process.alive && process.group == group)
+}
+
+fn look(pid: i32) -> Option<Process> {
+    let stat = std::fs::read(format!("/proc/{pid}/stat")).ok()?;
+    parse(Pid::from_raw(pid), &stat)
+}
+
+/// The second field is in parentheses and may contain anything; after it come state, parent and
+/// group.
+fn parse(pid: Pid, stat: &[u8]) -> Option<Process> {
+    let after = stat.iter().rposition(|&byte| byte == b')')?;
+    let mut fields = str::from_utf8(&stat[after + 1..]).ok()?.split_ascii_whitespace();
+    let alive = !matches!(fields.next()?, "Z" | "X" | "x");
+    let mut id = || fields.next()?.parse().ok().map(Pid::from_raw);
+    Some(Process { pid, parent: id()?, group: id()?, alive })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nix::unistd::{getpgrp, getppid};
+    use std::os::unix::process::CommandExt as _;
+    use std::process::Command;
+
+    #[test]
+    fn names_may_contain_anything() {
+        let pid = Pid::from_raw(7);
+        let process = |parent, group, alive| {
+            let (parent, group) = (Pid::from_raw(parent), Pid::from_raw(group));
+            Some(Process { pid, parent, group, alive })
+        };
+        let table: [(&[u8], _); 5] = [
+            (b"7 (sleep) S 3 5 5 0 -1", process(3, 5, true)),
+            (b"7 (a) Z 1 (b\n\xff) R 3 5 5", process(3, 5, true)),
+            (b"7 (sh) Z 3 7 5", process(3, 7, false)),
+            (b"7 (sh) R 3", None),
+            (b"", None),
+        ];
+        for (stat, expected) in table {
+            assert_eq!(parse(pid, stat), expected, "{stat:?}");
+        }
+    }
+
+    #[test]
+    fn we_are_there() {
+        let own = processes().find(|process| process.pid == Pid::this());
+        let expected =
+            Process { pid: Pid::this(), parent: getppid(), group: getpgrp(), alive: true };
+        assert_eq!(own, Some(expected));
+    }
+
+    #[test]
+    fn a_group_lives_as_long_as_a_member() {
+        let mut leader = Command::new("/bin/sleep").arg("60").process_group(0).spawn().expect("a");
+        let group = leader.id().cast_signed();
+        let mut other =
+            Command::new("/bin/sleep").arg("60").process_group(group).spawn().expect("b");
+        let group = Pid::from_raw(group);
+        leader.kill().expect("kill");
+        while look(group.as_raw()).is_some_and(|process| process.alive) {
+            std::thread::yield_now();
+        }
+        assert!(is_alive(group), "the leader is a zombie, the other one lives");
+        other.kill().expect("kill");
+        other.wait().expect("wait");
+        assert!(!is_alive(group), "only the zombie is left");
+        leader.wait().expect("wait");
+    }
+}
