@@ -17,6 +17,7 @@
 
 pub mod action;
 pub mod address;
+pub mod arguments;
 pub mod background;
 pub mod cgroup;
 pub mod compat;

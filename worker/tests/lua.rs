@@ -34,6 +34,11 @@ fn actions() {
 }
 
 #[test]
+fn surplus_arguments() {
+    run("arguments.lua");
+}
+
+#[test]
 fn addresses() {
     run("address.lua");
 }

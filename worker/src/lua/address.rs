@@ -113,7 +113,7 @@ pub fn register(lua: &Lua, watch: &std::sync::Arc<Watch>) -> mlua::Result<()> {
     ];
     for (name, port) in resolvers {
         let watch = std::sync::Arc::clone(watch);
-        let resolve = function::blocking(lua, move |_, address: Value| {
+        let resolve = function::blocking_function(lua, name, move |_, address: Value| {
             resolve(name, &address, port, watch.is_loading())
         })?;
         lua.globals().set(name, resolve)?;

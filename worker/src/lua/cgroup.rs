@@ -110,7 +110,7 @@ fn client(
 /// # Errors
 /// Lua is out of memory.
 pub fn register(lua: &Lua) -> mlua::Result<()> {
-    let index = function::function(lua, |lua, (this, key): (UserDataRef<CgroupObject>, Value)| {
+    let index = function::internal(lua, |lua, (this, key): (UserDataRef<CgroupObject>, Value)| {
         group_attribute(lua, &this.0, &key)
     })?;
     let newindex = read_only(lua, "a cgroup")?;
@@ -123,7 +123,7 @@ pub fn register(lua: &Lua) -> mlua::Result<()> {
                 == path_of::<CgroupObject>(&b, |object| &object.0))
         });
     })?;
-    let index = function::function(lua, |lua, (this, key): (UserDataRef<XattrObject>, Value)| {
+    let index = function::internal(lua, |lua, (this, key): (UserDataRef<XattrObject>, Value)| {
         xattr(lua, &this.0, &key)
     })?;
     let newindex = read_only(lua, "a cgroup's attributes")?;
@@ -150,7 +150,7 @@ fn fields<T: 'static>(
 }
 
 fn read_only(lua: &Lua, what: &'static str) -> mlua::Result<Function> {
-    function::function(lua, move |_, _: (Value, Value, Value)| -> Result<(), Raise> {
+    function::internal(lua, move |_, _: (Value, Value, Value)| -> Result<(), Raise> {
         Err(format!("{what} can't be changed").into())
     })
 }
@@ -190,7 +190,7 @@ fn xattr(lua: &Lua, handle: &Handle, key: &Value) -> Result<Value, Raise> {
 /// `pairs()` over the attributes' full names: it iterates over a copy.
 fn pairs(lua: &Lua) -> mlua::Result<Function> {
     let next: Function = lua.globals().get("next")?;
-    function::function(lua, move |lua, this: UserDataRef<XattrObject>| {
+    function::internal(lua, move |lua, this: UserDataRef<XattrObject>| {
         let all = this.0.with(|cgroup| Ok(cgroup.attributes()?))?;
         let table = lua.create_table_with_capacity(0, all.len())?;
         for (name, value) in all {

@@ -124,12 +124,13 @@ impl Draft {
 pub fn register(lua: &Lua, draft: &SharedDraft) -> mlua::Result<()> {
     let globals = lua.globals();
     let listening = Arc::clone(draft);
-    let listen = function::function(lua, move |lua, arguments: (Value, Value, Value)| {
-        qmqp_listen(lua, &listening, arguments)
-    })?;
+    let listen =
+        function::function(lua, "qmqp_listen", move |lua, arguments: (Value, Value, Value)| {
+            qmqp_listen(lua, &listening, arguments)
+        })?;
     globals.set("qmqp_listen", listen)?;
     let setting = Arc::clone(draft);
-    let settings = function::function(lua, move |_, table: Value| {
+    let settings = function::function(lua, "settings", move |_, table: Value| {
         setting.lock().only_while_loading("settings")?;
         let mut settings = setting.lock().settings.clone();
         let table = Argument::new("settings", 1, "settings").table(&table)?;
@@ -147,7 +148,7 @@ pub fn register(lua: &Lua, draft: &SharedDraft) -> mlua::Result<()> {
 /// The global `systemd`, whose keys are the names of the sockets that were passed.
 fn systemd(lua: &Lua, draft: &SharedDraft) -> mlua::Result<()> {
     let passed = Arc::clone(draft);
-    let index = function::function(lua, move |_, (_, key): (Value, Value)| {
+    let index = function::internal(lua, move |_, (_, key): (Value, Value)| {
         let passed = passed.lock().systemd.clone();
         let name = key.as_string().map(mlua::LuaString::to_string_lossy).unwrap_or_default();
         if !passed.contains(&name) {

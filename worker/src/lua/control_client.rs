@@ -50,7 +50,7 @@ pub fn register(lua: &Lua, watch: &Arc<Watch>) -> mlua::Result<()> {
     client(lua)?;
     let watch = Arc::clone(watch);
     let library = lua.create_table()?;
-    let new = function(lua, move |lua, (_, address): (Value, Value)| {
+    let new = function(lua, "control_client:new", move |lua, (_, address): (Value, Value)| {
         let argument = Argument::new("control_client:new", 1, "address");
         let endpoints = address::endpoints(&argument, &address, CONTROL_PORT, "control_resolve")?;
         let connection = if watch.is_loading() {

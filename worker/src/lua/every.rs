@@ -46,7 +46,7 @@ struct Timer {
 pub fn register(lua: &Lua, watch: &Arc<Watch>) -> mlua::Result<()> {
     lua.set_app_data(Timers::default());
     let watch = Arc::clone(watch);
-    let every = function(lua, move |lua, (seconds, function): (Value, Value)| {
+    let every = function(lua, "every", move |lua, (seconds, function): (Value, Value)| {
         if !watch.is_loading() {
             return Err("every can only be called while the script is loaded".into());
         }

@@ -3,7 +3,8 @@
 //! Contract: a function that raises does so with the position of the script's
 //! line, like Lua's own libraries; where a script catches the error, it gets a
 //! string (`prelude.lua` wraps `pcall` and its like). A function that may have to
-//! wait returns a mark and an operation to a wrapper, which yields it.
+//! wait returns a mark and an operation to a wrapper, which yields it. Whatever a script calls
+//! takes only as many arguments as it has parameters (see [`super::arguments`]).
 //!
 //! # Failure
 //! [`Raise`] of the wrapped function. Making functions fails only when Lua's
@@ -16,6 +17,7 @@ use mlua::{
     MultiValue, Table, UserDataRef, UserDataRegistry, Value,
 };
 
+use super::arguments::{self, Arguments, Name};
 use super::convert;
 use super::error::{self, Raise};
 use super::operation::{Operation, Pending};
@@ -63,11 +65,28 @@ impl<R: IntoLuaMulti> IntoLuaMulti for Call<R> {
     }
 }
 
-/// A function that never waits.
+/// A function that never waits; one whose name has a colon is called on its library.
 ///
 /// # Errors
 /// Lua is out of memory.
 pub fn function<A, R>(
+    lua: &Lua,
+    name: &'static str,
+    f: impl Fn(&Lua, A) -> Result<R, Raise> + Send + 'static,
+) -> mlua::Result<Function>
+where
+    A: Arguments,
+    R: IntoLuaMulti,
+{
+    counted(lua, Name::Function(name), f)
+}
+
+/// A function that Lua calls, or `prelude.lua`, and no script: a metamethod or an iterator. What
+/// else it gets is Lua's business.
+///
+/// # Errors
+/// Lua is out of memory.
+pub fn internal<A, R>(
     lua: &Lua,
     f: impl Fn(&Lua, A) -> Result<R, Raise> + Send + 'static,
 ) -> mlua::Result<Function>
@@ -78,7 +97,21 @@ where
     lua.create_function(move |lua, arguments| f(lua, arguments).map_err(mlua::Error::from))
 }
 
-/// A function that may have to wait; the wait yields to whoever runs the handler.
+/// A function that raises if it gets too many arguments.
+fn counted<A, R>(
+    lua: &Lua,
+    name: Name,
+    f: impl Fn(&Lua, A) -> Result<R, Raise> + Send + 'static,
+) -> mlua::Result<Function>
+where
+    A: Arguments,
+    R: IntoLuaMulti,
+{
+    internal(lua, move |lua, raw: A::Raw| f(lua, arguments::checked(lua, name, raw)?))
+}
+
+/// A function that may have to wait; the wait yields to whoever runs the handler. It has the name
+/// by which it is called.
 ///
 /// # Errors
 /// Lua is out of memory.
@@ -87,10 +120,38 @@ pub fn blocking<A, R>(
     f: impl Fn(&Lua, A) -> Result<Call<R>, Raise> + Send + 'static,
 ) -> mlua::Result<Function>
 where
-    A: FromLuaMulti,
+    A: Arguments,
     R: IntoLuaMulti,
 {
-    let raw = function(lua, f)?;
+    waiting(lua, Name::Callers, f)
+}
+
+/// A function that may have to wait, with a name of its own.
+///
+/// # Errors
+/// Lua is out of memory.
+pub fn blocking_function<A, R>(
+    lua: &Lua,
+    name: &'static str,
+    f: impl Fn(&Lua, A) -> Result<Call<R>, Raise> + Send + 'static,
+) -> mlua::Result<Function>
+where
+    A: Arguments,
+    R: IntoLuaMulti,
+{
+    waiting(lua, Name::Function(name), f)
+}
+
+fn waiting<A, R>(
+    lua: &Lua,
+    name: Name,
+    f: impl Fn(&Lua, A) -> Result<Call<R>, Raise> + Send + 'static,
+) -> mlua::Result<Function>
+where
+    A: Arguments,
+    R: IntoLuaMulti,
+{
+    let raw = counted(lua, name, f)?;
     let awaiting = prelude(lua)?.awaiting.clone();
     awaiting.call(raw)
 }
@@ -133,11 +194,11 @@ impl<'a> Class<'a> {
         f: impl Fn(&Lua, A) -> Result<R, Raise> + Send + 'static,
     ) -> mlua::Result<()>
     where
-        A: FromLuaMulti,
+        A: Arguments,
         R: IntoLuaMulti,
     {
         self.readable.push(name);
-        self.methods.raw_set(name, function(self.lua, f)?)
+        self.methods.raw_set(name, counted(self.lua, Name::Method(name), f)?)
     }
 
     /// Adds a method that may have to wait.
@@ -150,11 +211,11 @@ impl<'a> Class<'a> {
         f: impl Fn(&Lua, A) -> Result<Call<R>, Raise> + Send + 'static,
     ) -> mlua::Result<()>
     where
-        A: FromLuaMulti,
+        A: Arguments,
         R: IntoLuaMulti,
     {
         self.readable.push(name);
-        self.methods.raw_set(name, blocking(self.lua, f)?)
+        self.methods.raw_set(name, waiting(self.lua, Name::Method(name), f)?)
     }
 
     /// Adds a method that is written in Lua.
@@ -177,7 +238,7 @@ impl<'a> Class<'a> {
     ) -> mlua::Result<()> {
         self.readable.push(name);
         self.getters
-            .raw_set(name, function(self.lua, move |lua, this: UserDataRef<T>| f(lua, &this))?)
+            .raw_set(name, internal(self.lua, move |lua, this: UserDataRef<T>| f(lua, &this))?)
     }
 
     /// Makes an attribute writable.
@@ -190,7 +251,7 @@ impl<'a> Class<'a> {
         f: impl Fn(&Lua, &T, Value) -> Result<(), Raise> + Send + 'static,
     ) -> mlua::Result<()> {
         self.writable.push(name);
-        let set = function(self.lua, move |lua, (this, value): (UserDataRef<T>, Value)| {
+        let set = internal(self.lua, move |lua, (this, value): (UserDataRef<T>, Value)| {
             f(lua, &this, value)
         })?;
         self.setters.raw_set(name, set)
@@ -207,7 +268,7 @@ impl<'a> Class<'a> {
         use mlua::UserDataFields as _;
         let Self { lua, name, methods, getters, setters, readable, writable } = self;
         let unknown =
-            function(lua, move |_, (key, writing): (Value, bool)| -> Result<(), Raise> {
+            internal(lua, move |_, (key, writing): (Value, bool)| -> Result<(), Raise> {
                 let known = if writing { &writable } else { &readable };
                 let what = if writing { "writable attribute" } else { "attribute or method" };
                 Err(convert::unknown_name(name, what, &key, known).into())
@@ -263,7 +324,7 @@ fn natives(lua: &Lua, watch: &Arc<Watch>) -> mlua::Result<Table> {
         Ok(())
     })?;
     native.raw_set("block", block)?;
-    let results = function(lua, |lua, pending: AnyUserData| {
+    let results = internal(lua, |lua, pending: AnyUserData| {
         // The borrow must end before the results are made, which may run Lua code.
         let results = pending.borrow::<Pending>()?.results()?;
         results(lua)

@@ -59,12 +59,12 @@ pub fn register(lua: &Lua) -> mlua::Result<()> {
     let json = lua.create_table()?;
     json.raw_set("null", &null)?;
     lua.set_app_data(NullValue(null));
-    let dump = function(lua, |lua, value: Value| {
+    let dump = function(lua, "json.dump", |lua, value: Value| {
         let text = dump(&value).map_err(|e| e.into_raise("json.dump"))?;
         Ok(lua.create_string(text)?)
     })?;
     json.raw_set("dump", dump)?;
-    let parse = function(lua, |lua, (text, options): (Value, Value)| {
+    let parse = function(lua, "json.parse", |lua, (text, options): (Value, Value)| {
         let text = Argument::new("json.parse", 1, "text").text(&text)?;
         let options = Options::new("json.parse", 2, &options, &["null"])?;
         let nulls = match options.get("null")? {

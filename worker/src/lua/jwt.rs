@@ -28,8 +28,8 @@ const ALGORITHM: &str = "EdDSA";
 /// Lua is out of memory.
 pub fn register(lua: &Lua) -> mlua::Result<()> {
     let jwt = lua.create_table()?;
-    jwt.raw_set("sign", function(lua, sign)?)?;
-    jwt.raw_set("verify", function(lua, verify)?)?;
+    jwt.raw_set("sign", function(lua, "jwt.sign", sign)?)?;
+    jwt.raw_set("verify", function(lua, "jwt.verify", verify)?)?;
     lua.globals().set("jwt", jwt)
 }
 

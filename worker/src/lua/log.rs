@@ -53,7 +53,7 @@ pub fn register(lua: &Lua, logger: &Logger, watch: &Arc<Watch>) -> mlua::Result<
     for (name, level) in LEVELS {
         let logger = logger.clone();
         let watch = Arc::clone(watch);
-        let write = function(lua, move |_, (text, fields): (Value, Value)| {
+        let write = function(lua, name, move |_, (text, fields): (Value, Value)| {
             let text = Argument::new(name, 1, "text").text(&text)?;
             let fields = read_fields(&Argument::new(name, 2, "fields"), &fields)?;
             let id = watch.mail().and_then(|mail| mail.id());

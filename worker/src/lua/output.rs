@@ -91,6 +91,12 @@ impl Log {
     }
 }
 
+/// The stream whose method was called. What else Lua's own streams would ignore is ignored here,
+/// and what they would obey can't be.
+fn first(arguments: &MultiValue) -> Result<Stream, Raise> {
+    stream(arguments.front().unwrap_or(&Value::Nil))
+}
+
 fn stream(value: &Value) -> Result<Stream, Raise> {
     if let Value::UserData(object) = value
         && let Ok(stream) = object.borrow::<Stream>()
@@ -120,17 +126,18 @@ fn class(lua: &Lua, log: &Arc<Log>) -> mlua::Result<()> {
         Ok(this)
     })?;
     let out = Arc::clone(log);
-    class.method("flush", move |_, this: Value| {
-        stream(&this)?;
+    class.method("flush", move |_, mut all: MultiValue| {
+        first(&all)?;
         out.flush(out.watch.mail().and_then(|mail| mail.id()).as_deref());
-        Ok(this)
+        Ok(all.pop_front())
     })?;
-    class.method("setvbuf", |_, this: Value| stream(&this).map(|_| true))?;
-    class.method("close", |_, this: Value| {
-        stream(&this).map(|_| refused("cannot close standard file"))
+    class.method("setvbuf", |_, all: MultiValue| first(&all).map(|_| true))?;
+    class.method("close", |_, all: MultiValue| {
+        first(&all).map(|_| refused("cannot close standard file"))
     })?;
-    class.method("seek", |_, this: Value| stream(&this).map(|_| refused("Illegal seek")))?;
-    class.method("read", |_, this: Value| stream(&this).map(|_| refused("Bad file descriptor")))?;
+    class.method("seek", |_, all: MultiValue| first(&all).map(|_| refused("Illegal seek")))?;
+    class
+        .method("read", |_, all: MultiValue| first(&all).map(|_| refused("Bad file descriptor")))?;
     class.register::<Stream>(|_| ())
 }
 

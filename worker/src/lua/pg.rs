@@ -1,7 +1,8 @@
 //! The library `pg`: PostgreSQL.
 //!
 //! [`conninfo`], [`uri`] and [`passfile`] read what names a database, [`mod@target`] and [`tls`] connect
-//! to it. [`connection`] is a thread with a [`session`], [`pool`] gives it work. [`database`]
+//! to it. [`connection`] is a thread with a [`session`], [`pool`] gives it work; [`extended`] is for
+//! what a session can't prepare. [`database`]
 //! and [`result`] are what a script sees, [`statement`] and [`mod@array`] its values as text, [`listen`]
 //! its callbacks.
 //!
@@ -15,6 +16,7 @@ mod array;
 mod connection;
 mod conninfo;
 mod database;
+mod extended;
 mod listen;
 mod passfile;
 mod pool;
@@ -139,7 +141,7 @@ pub fn register(lua: &Lua, watch: &Arc<Watch>, library: &Arc<Library>) -> mlua::
             Some((key, value)) => key.integer(&value, 1, MAX_CONNECTIONS)?,
             None => DEFAULT_CONNECTIONS,
         };
-        let pool = Pool::new(Arc::new(target), max as usize);
+        let pool = Pool::new(Arc::new(target), max as usize, &library.logger);
         if watch.is_loading() {
             library.pools.lock().push(Arc::downgrade(&pool));
         }

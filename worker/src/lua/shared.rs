@@ -73,17 +73,18 @@ pub fn register(lua: &Lua, opener: &SharedOpener) -> mlua::Result<()> {
 
     let library = lua.create_table()?;
     let opener = Arc::clone(opener);
-    let new = function::function(lua, move |lua, (_, name): (LuaValue, LuaValue)| {
-        let argument = Argument::new("new", 1, "name");
-        let text = argument.text(&name)?;
-        let valid = str::from_utf8(&text).ok().filter(|name| is_name(name.as_bytes()));
-        let Some(name) = valid else {
-            let expected = format!("1 to {MAX_NAME} of a-z, 0-9 and _");
-            return Err(argument.wrong(&expected, &name));
-        };
-        let dictionary = Dictionary { name: name.into(), opener: Arc::clone(&opener) };
-        Ok(lua.create_any_userdata(dictionary)?)
-    })?;
+    let new =
+        function::function(lua, "shared:new", move |lua, (_, name): (LuaValue, LuaValue)| {
+            let argument = Argument::new("new", 1, "name");
+            let text = argument.text(&name)?;
+            let valid = str::from_utf8(&text).ok().filter(|name| is_name(name.as_bytes()));
+            let Some(name) = valid else {
+                let expected = format!("1 to {MAX_NAME} of a-z, 0-9 and _");
+                return Err(argument.wrong(&expected, &name));
+            };
+            let dictionary = Dictionary { name: name.into(), opener: Arc::clone(&opener) };
+            Ok(lua.create_any_userdata(dictionary)?)
+        })?;
     library.raw_set("new", new)?;
     lua.globals().raw_set("shared", library)
 }

@@ -19,7 +19,7 @@ use qrelay_shared::endpoint::Endpoint;
 use super::address;
 use super::convert::{self, Argument, Options};
 use super::error::Raise;
-use super::function::{Call, Class, blocking};
+use super::function::{Call, Class, blocking_function};
 use super::operation::{Operation, Outcome};
 use super::watch::Watch;
 use crate::connection::{Connection, ConnectionError};
@@ -80,7 +80,9 @@ pub fn register(lua: &Lua, watch: &Arc<Watch>) -> mlua::Result<()> {
     class.register::<SocketObject>(|_| ())?;
     let watch = Arc::clone(watch);
     let library = lua.create_table()?;
-    let connect = blocking(lua, move |lua, arguments| connect(lua, arguments, watch.is_loading()))?;
+    let connect = blocking_function(lua, "socket:connect", move |lua, arguments| {
+        connect(lua, arguments, watch.is_loading())
+    })?;
     library.raw_set("connect", connect)?;
     lua.globals().set("socket", library)
 }

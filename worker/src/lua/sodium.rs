@@ -67,16 +67,16 @@ pub fn register(lua: &Lua) -> mlua::Result<()> {
 }
 
 fn bytes(lua: &Lua, sodium: &Table) -> mlua::Result<()> {
-    let bin2hex = function(lua, |_, value: Value| {
+    let bin2hex = function(lua, "bin2hex", |_, value: Value| {
         Ok(hex::encode(&*Argument::new("bin2hex", 1, "bytes").text(&value)?))
     })?;
     sodium.raw_set("bin2hex", bin2hex)?;
-    let hex2bin = function(lua, |lua, value: Value| {
+    let hex2bin = function(lua, "hex2bin", |lua, value: Value| {
         let text = Argument::new("hex2bin", 1, "hex").text(&value)?;
         optional(lua, hex::decode(&*text))
     })?;
     sodium.raw_set("hex2bin", hex2bin)?;
-    let random = function(lua, |lua, value: Value| {
+    let random = function(lua, "randombytes", |lua, value: Value| {
         let n = Argument::new("randombytes", 1, "n").integer(&value, 1, MAX_RANDOM)?;
         ready()?;
         // At most 1 MiB.
@@ -91,15 +91,15 @@ fn optional(lua: &Lua, bytes: Result<Vec<u8>, ()>) -> Result<Option<LuaString>, 
 }
 
 fn boxes(lua: &Lua, sodium: &Table) -> mlua::Result<()> {
-    let keypair = function(lua, |lua, (): ()| {
+    let keypair = function(lua, "crypto_box_keypair", |lua, (): ()| {
         ready()?;
         let (pk, sk) = box_::gen_keypair();
         Ok((lua.create_string(pk)?, lua.create_string(&sk)?))
     })?;
     sodium.raw_set("crypto_box_keypair", keypair)?;
-    sodium.raw_set("crypto_box_seal", function(lua, seal)?)?;
-    sodium.raw_set("crypto_box_seal_open", function(lua, seal_open)?)?;
-    let base = function(lua, |lua, sk: Value| {
+    sodium.raw_set("crypto_box_seal", function(lua, "crypto_box_seal", seal)?)?;
+    sodium.raw_set("crypto_box_seal_open", function(lua, "crypto_box_seal_open", seal_open)?)?;
+    let base = function(lua, "crypto_scalarmult_base", |lua, sk: Value| {
         let argument = Argument::new("crypto_scalarmult_base", 1, "sk");
         let scalar = key(&argument, &sk, scalarmult::SCALARBYTES, Scalar::from_slice)?;
         ready()?;
@@ -138,13 +138,13 @@ fn seal_open(
 }
 
 fn signatures(lua: &Lua, sodium: &Table) -> mlua::Result<()> {
-    let keypair = function(lua, |lua, (): ()| {
+    let keypair = function(lua, "crypto_sign_keypair", |lua, (): ()| {
         ready()?;
         let (pk, sk) = sign::gen_keypair();
         Ok((lua.create_string(pk)?, lua.create_string(&sk)?))
     })?;
     sodium.raw_set("crypto_sign_keypair", keypair)?;
-    let detached = function(lua, |lua, (message, sk): (Value, Value)| {
+    let detached = function(lua, "crypto_sign_detached", |lua, (message, sk): (Value, Value)| {
         let argument = |position, name| Argument::new("crypto_sign_detached", position, name);
         let message = argument(1, "message").text(&message)?;
         let sk = signing_key(&argument(2, "sk"), &sk)?;
@@ -152,15 +152,19 @@ fn signatures(lua: &Lua, sodium: &Table) -> mlua::Result<()> {
         Ok(lua.create_string(sign::sign_detached(&message, &sk))?)
     })?;
     sodium.raw_set("crypto_sign_detached", detached)?;
-    let verify = function(lua, |_, (signature, message, pk): (Value, Value, Value)| {
-        let argument =
-            |position, name| Argument::new("crypto_sign_verify_detached", position, name);
-        let signature = argument(1, "signature").text(&signature)?;
-        let message = argument(2, "message").text(&message)?;
-        let pk = verification_key(&argument(3, "pk"), &pk)?;
-        ready()?;
-        Ok(verify(&signature, &message, &pk))
-    })?;
+    let verify = function(
+        lua,
+        "crypto_sign_verify_detached",
+        |_, (signature, message, pk): (Value, Value, Value)| {
+            let argument =
+                |position, name| Argument::new("crypto_sign_verify_detached", position, name);
+            let signature = argument(1, "signature").text(&signature)?;
+            let message = argument(2, "message").text(&message)?;
+            let pk = verification_key(&argument(3, "pk"), &pk)?;
+            ready()?;
+            Ok(verify(&signature, &message, &pk))
+        },
+    )?;
     sodium.raw_set("crypto_sign_verify_detached", verify)
 }
 

@@ -17,8 +17,8 @@ local function finish(tx, ok, ...)
   return ...
 end
 
-return function(db, f)
-  local problem = check(db, f)
+return function(db, f, ...)
+  local problem = check(db, f, ...)
   if problem then
     error(problem, 2)
   end
