@@ -184,6 +184,11 @@ fn misuse_raises_and_failure_returns() {
         "db:execute('SELECT 1'):fetch('a')",
         "db:execute('SELECT 1'):fetch({}, 'x')",
         "db:execute('SELECT 1'):rows('x')",
+        "db:execute('SELECT 1'):fetch({}, 'a', 1)",
+        "db:execute('SELECT 1'):rows('a', 1)",
+        "db:execute('SELECT 1'):affected(1)",
+        "db:transaction(function(tx) tx:execute('SELECT 1', nil, 1) end)",
+        "db:transaction(function() end, 1)",
         "db:excute('SELECT 1')",
         "db:transaction()",
         "db:transaction(1)",
@@ -217,7 +222,9 @@ fn misuse_raises_and_failure_returns() {
         ("db:execute('SELECT \\0')", &["NUL"]),
         ("db:execute('SELECT $1', {'a\\255b'})", &["22021", "0xff"]),
         ("db:execute('SELECT \\255')", &["22021"]),
-        ("db:execute('COPY pg_class TO STDOUT')", &[]),
+        ("db:execute('COPY pg_class TO STDOUT')", &["COPY"]),
+        ("db:execute('COPY pg_class FROM STDIN')", &["COPY"]),
+        ("db:execute('SELECT 1; COPY pg_class FROM STDIN')", &["COPY"]),
         ("pg:decode_array('{a')", &["malformed array"]),
         ("pg:new('host=/nonexistent'):execute('SELECT 1')", &["/nonexistent/.s.PGSQL.5432"]),
     ] {
@@ -261,6 +268,95 @@ fn parameters_never_change_the_statement() {
     evaluator.expect_failure(second, &["42601"]);
     assert_eq!(cluster.psql("SELECT count(*) FROM victim"), "18\n");
     cluster.psql("DROP TABLE victim");
+}
+
+#[test]
+fn an_empty_list_of_parameters_is_one() {
+    let evaluator = Evaluator::start();
+    let cluster = &evaluator.cluster;
+    evaluator.expect("return db:execute('SELECT 1', {}):fetch(nil, 'n')[1]", "1");
+    evaluator.expect("return db:execute('SELECT 2 -- two', {n=0}):fetch(nil, 'n')[1]", "2");
+    for several in
+        ["SELECT 1; SELECT 2", "CREATE TABLE two (x int); SELECT 2", "SET x.y = 1; SELECT 1"]
+    {
+        evaluator.expect_failure(&format!("db:execute('{several}', {{}})"), &["42601"]);
+    }
+    evaluator.expect("return db:execute('SELECT 1; SELECT 2'):fetch(nil, 'n')[1]", "2");
+    // What a query can't do.
+    evaluator.expect("return db:execute('CREATE TABLE empty_list (x int)', {}):affected()", "0");
+    evaluator
+        .expect("return db:execute('SHOW search_path', {}):fetch().search_path ~= nil", "true");
+    evaluator.expect_failure("db:execute('BEGIN', {})", &["db:transaction"]);
+    evaluator.expect_failure("db:execute('SELECT $1', {})", &["ERROR"]);
+    cluster.psql("DROP TABLE empty_list");
+}
+
+#[test]
+fn statements_that_are_no_queries_have_parameters_too() {
+    let evaluator = Evaluator::start();
+    let cluster = &evaluator.cluster;
+    cluster.psql(
+        "CREATE TYPE colour AS ENUM ('red', 'green');
+         CREATE TABLE called (a int, b text, c colour);
+         CREATE PROCEDURE call_me(a int, b text, c colour DEFAULT 'red') LANGUAGE plpgsql AS $$
+           BEGIN INSERT INTO called VALUES (a, b, c); COMMIT; END $$;
+         CREATE PROCEDURE twice(INOUT i int8, INOUT t text, INOUT b bool, INOUT c colour, INOUT j jsonb)
+           LANGUAGE plpgsql AS $$ BEGIN i := 2 * i; t := t || t; b := NOT b; END $$;
+         CREATE PROCEDURE half(INOUT n numeric) LANGUAGE plpgsql AS $$
+           BEGIN INSERT INTO called VALUES (0, 'half'); n := n / 2; END $$",
+    );
+    evaluator.expect("return db:execute('CALL call_me($1, $2)', {1, 'one'}):fetch()", "nil");
+    evaluator.expect(
+        "return db:execute('/* a */ call call_me($1, $2, $3)', {'2', nil, 'green'}) ~= nil",
+        "true",
+    );
+    // Nothing in a parameter changes the statement.
+    let evil = "'); DROP TABLE called; -- \\\\ $1";
+    let call =
+        format!("local evil = \"{evil}\" assert(db:execute('CALL call_me($1, $2)', {{3, evil}}))");
+    evaluator.expect(
+        &format!("{call} return db:execute('SELECT b = $1 FROM called WHERE a = 3', {{evil}}):fetch(nil, 'n')[1]"),
+        "t",
+    );
+    let rows = cluster.psql("SELECT a, b IS NULL, c FROM called ORDER BY a");
+    assert_eq!(rows, "1|f|red\n2|t|green\n3|f|red\n");
+    evaluator.expect(
+        "local r = db:execute('CALL twice($1, $2, $3, $4, $5)', {2^40, 'ab', true, 'red', '{}'}):fetch() \
+         return r.i .. r.t .. r.b .. r.c .. r.j",
+        "2199023255552ababfred{}",
+    );
+    evaluator.expect(
+        "local r = db:execute('CALL twice($1, $2, $3, $4, $5)', {n=5}):fetch({i = 7}) return r.i",
+        "nil",
+    );
+    let plan = "local r = assert(db:execute('EXPLAIN (COSTS OFF) SELECT * FROM called WHERE a = $1', {7})) \
+                local text = '' for row in r:rows('n') do text = text .. row[1] .. '\\n' end \
+                return text:find('called', 1, true) ~= nil and text:find('7', 1, true) ~= nil";
+    evaluator.expect(plan, "true");
+    for (call, parts) in [
+        ("db:execute('CALL half($1)', {3})", &["was done", "column n", "numeric"][..]),
+        ("db:execute('CALL call_me($1, $2); SELECT 1', {1, 2})", &["42601"]),
+        ("db:execute('CALL call_me($1, $2)', {'x', 2})", &["22P02"]),
+        ("db:execute('CALL call_me($1, $2)', {1, 'a\\255'})", &["22021"]),
+        ("db:execute('CALL call_me($1, $2)', {1, 'a\\0'})", &["NUL"]),
+        ("db:execute('CALL call_me($1, $2)', {1, 2, 3})", &["42P18", "$3"]),
+        ("db:execute('CALL call_me($1, $2)', {1})", &["08P01"]),
+        ("db:execute('CALL no_such($1)', {1})", &["42883"]),
+        ("db:execute('CREATE TABLE x (a int DEFAULT $1)', {1})", &["ERROR"]),
+        ("db:execute('NOTIFY x, $1', {'y'})", &["42601"]),
+        ("db:execute('COPY called FROM STDIN', {})", &["COPY"]),
+    ] {
+        evaluator.expect_failure(call, parts);
+        evaluator.expect("return db:execute('SELECT 1 AS a'):fetch().a", "1");
+    }
+    assert_eq!(cluster.psql("SELECT count(*) FROM called WHERE b = 'half'"), "1\n");
+    // In a transaction, where a procedure can't commit, it fails like any other statement.
+    evaluator.expect_failure(
+        "db:transaction(function(tx) assert(tx:execute('CALL twice($1, $2, $3, $4, $5)', {n=5})) \
+         return tx:execute('CALL call_me($1, $2)', {1, 2}) end)",
+        &["25P02"],
+    );
+    cluster.psql("DROP PROCEDURE call_me, twice, half; DROP TABLE called; DROP TYPE colour");
 }
 
 #[test]

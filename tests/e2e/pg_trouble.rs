@@ -1,5 +1,6 @@
 //! PostgreSQL when it doesn't answer, goes away and comes back, and its notifications.
 
+use std::os::unix::net::UnixListener;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -7,7 +8,7 @@ use nix::sys::signal::Signal;
 
 use crate::harness::postgres::Cluster;
 use crate::harness::record::within;
-use crate::harness::{Daemon, Mail, PATIENCE, eventually, submit};
+use crate::harness::{Daemon, Mail, PATIENCE, Site, eventually, submit};
 
 #[test]
 fn a_server_that_does_not_answer_holds_a_mail_until_its_deadline() {
@@ -41,6 +42,63 @@ fn a_server_that_does_not_answer_holds_a_mail_until_its_deadline() {
         (submit(daemon.path("in"), &Mail::new("x")) == "K1").then_some(())
     });
     assert!(back.is_some(), "{}", daemon.text());
+}
+
+/// A server that takes connections, or leaves them in its backlog, and never says a word.
+fn silent_server(path: &std::path::Path, accepts: bool) -> UnixListener {
+    let listener = UnixListener::bind(path).expect("bind");
+    if accepts {
+        let accepting = listener.try_clone().expect("clone");
+        std::thread::spawn(move || {
+            // They stay open until the test is over.
+            let mut connections = Vec::new();
+            while let Ok((connection, _)) = accepting.accept() {
+                connections.push(connection);
+            }
+        });
+    }
+    listener
+}
+
+#[test]
+fn a_connect_that_is_never_answered_holds_a_mail_until_its_deadline() {
+    for accepts in [false, true] {
+        let site = Site::with(
+            "settings{workers=1, relay_timeout=1}
+             local db = pg:new('host=$DIR')
+             qmqp_listen('$DIR/in', function(m)
+               if m.sender == 'other@x' then return m:discard() end
+               local r, e = db:execute('SELECT 1')
+               return m:discard(tostring(r) .. ' ' .. e)
+             end)",
+        );
+        let path = site.path(".s.PGSQL.5432");
+        let listener = silent_server(&path, accepts);
+        let daemon = site.start();
+        // More than there may be connections, and their successors.
+        for _ in 0..5 {
+            let started = Instant::now();
+            let told = submit(daemon.path("in"), &Mail::new("x"));
+            let took = started.elapsed();
+            assert_eq!(told, "Zrelay failed", "accepts: {accepts}");
+            assert!(took >= Duration::from_millis(900), "{took:?}");
+            assert!(took < Duration::from_secs(2), "{took:?}");
+        }
+        let line = daemon.wait_for_log("waited_for=\"a new connection\"");
+        assert!(line.contains(path.to_str().expect("path")), "{line}");
+        // Mails that don't ask it aren't held up.
+        assert_eq!(submit(daemon.path("in"), &Mail::new("x").from("other@x")), "Kdiscarded");
+        if !accepts {
+            // It goes, and its backlog with it: those who wait for it are free again.
+            drop(listener);
+            std::fs::remove_file(&path).expect("remove");
+            let told = within(Duration::from_secs(2), || {
+                let told = submit(daemon.path("in"), &Mail::new("x")).to_string();
+                told.starts_with("Knil cannot connect").then_some(())
+            });
+            assert!(told.is_some(), "{}", daemon.text());
+        }
+    }
 }
 
 #[test]

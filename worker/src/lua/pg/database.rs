@@ -13,6 +13,7 @@ use std::sync::{Arc, Weak};
 use mlua::{Function, IntoLua, Lua, Value};
 use parking_lot::Mutex;
 
+use super::super::arguments::{self, Arguments, Name};
 use super::super::convert::{self, Argument};
 use super::super::error::Raise;
 use super::super::function::{self, Call, Class};
@@ -23,7 +24,7 @@ use super::Library;
 use super::pool::{Lease, Pool, Refusal};
 use super::result::ResultObject;
 use super::session::{Request, Rows};
-use super::statement::{self, Parameters};
+use super::statement;
 use crate::deadline::Deadline;
 
 /// Longest name of a notification channel in bytes (`NAMEDATALEN` - 1).
@@ -158,9 +159,8 @@ fn request(sql: &Value, parameters: &Value) -> Result<Result<Request, String>, R
     }
     let argument = Argument::new("execute", 2, "params");
     Ok(match statement::parameters(&argument, argument.table(parameters)?)? {
-        Parameters::None => Ok(Request::Query(sql)),
-        Parameters::Literals(parameters) => Ok(Request::Execute { sql, parameters }),
-        Parameters::Nul(number) => Err(format!("parameter {number} contains a NUL (22021)")),
+        Ok(parameters) => Ok(Request::Execute { sql, parameters }),
+        Err(number) => Err(format!("parameter {number} contains a NUL (22021)")),
     })
 }
 
@@ -240,33 +240,46 @@ impl Operation for Continue {
 
 /// `db:transaction`, which is Lua since it calls Lua.
 fn transaction_function(lua: &Lua, watch: &Arc<Watch>) -> mlua::Result<Function> {
-    let check = lua.create_function(|_, (this, f): (Value, Value)| {
-        let argument = Argument::new("transaction", 1, "function");
-        let problem = match with(&this, |_| Ok(())) {
-            Ok(()) if f.is_function() => return Ok(None),
-            Ok(()) => argument.wrong("a function", &f),
-            Err(problem) => problem,
-        };
-        match problem {
-            Raise::Text(text) => Ok(Some(text)),
-            Raise::Lua(error) => Err(error),
+    let check = lua.create_function(|lua, raw: <(Value, Value) as Arguments>::Raw| {
+        let checked = arguments::checked(lua, Name::Method("transaction"), raw);
+        match checked.and_then(|(this, f)| is_callable(&this, &f)) {
+            Ok(()) => Ok(None),
+            Err(Raise::Text(problem)) => Ok(Some(problem)),
+            Err(Raise::Lua(error)) => Err(error),
         }
     })?;
     let watch = Arc::clone(watch);
-    let begin = function::blocking(lua, move |_, this: Value| -> Result<Call<()>, Raise> {
-        let pool = with(&this, |database| Ok(Arc::clone(&database.pool)))?;
-        Ok(Call::Later(Box::new(Begin { pool, scope: watch.scope() })))
-    })?;
+    let begin = function::blocking_function(
+        lua,
+        "transaction",
+        move |_, this: Value| -> Result<Call<()>, Raise> {
+            let pool = with(&this, |database| Ok(Arc::clone(&database.pool)))?;
+            Ok(Call::Later(Box::new(Begin { pool, scope: watch.scope() })))
+        },
+    )?;
     let ending = |request: Request| {
-        function::blocking(lua, move |_, this: Value| -> Result<Call<()>, Raise> {
-            let (transaction, request) = (transaction(&this)?, request.clone());
-            Ok(Call::Later(Box::new(Continue { transaction, request })))
-        })
+        function::blocking_function(
+            lua,
+            "transaction",
+            move |_, this: Value| -> Result<Call<()>, Raise> {
+                let (transaction, request) = (transaction(&this)?, request.clone());
+                Ok(Call::Later(Box::new(Continue { transaction, request })))
+            },
+        )
     };
     let (commit, rollback) = (ending(Request::Commit)?, ending(Request::Rollback)?);
     lua.load(include_str!("transaction.lua"))
         .set_name("=[qrelay]")
         .call((check, begin, commit, rollback))
+}
+
+/// Whether the function can be called in a transaction of this database.
+fn is_callable(this: &Value, f: &Value) -> Result<(), Raise> {
+    with(this, |_| Ok(()))?;
+    if f.is_function() {
+        return Ok(());
+    }
+    Err(Argument::new("transaction", 1, "function").wrong("a function", f))
 }
 
 /// A pool that may be gone.

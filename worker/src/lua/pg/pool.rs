@@ -6,7 +6,7 @@
 //! doesn't answer costs at most twice as many threads as there may be connections.
 //!
 //! # Failure
-//! [`Refusal`].
+//! [`Refusal`]. A mail that gives up waiting is told nothing of the database, so the log is.
 
 use std::io;
 use std::sync::Arc;
@@ -14,6 +14,7 @@ use std::time::Duration;
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, SendTimeoutError, Sender, bounded, unbounded};
 use parking_lot::{Condvar, Mutex};
+use slog::Logger;
 
 use super::connection::{self, Abandoned, Finish, Stage, Task};
 use super::session::{Answer, Request, Rows};
@@ -22,6 +23,9 @@ use crate::deadline::Deadline;
 
 /// How long the end of loading waits for connections that the script has opened.
 pub const CLOSE_TIME: Duration = Duration::from_secs(5);
+
+/// What a mail waits for until a thread has begun with its task.
+const FREE: &str = "a free connection";
 
 /// Why there is no result.
 #[derive(Debug)]
@@ -55,6 +59,7 @@ impl Queue {
 pub struct Shared {
     target: Arc<Target>,
     max: usize,
+    logger: Logger,
     state: Mutex<State>,
     /// A thread has ended.
     ended: Condvar,
@@ -74,6 +79,12 @@ impl Shared {
     /// Where the connections lead.
     pub fn target(&self) -> &Arc<Target> {
         &self.target
+    }
+
+    /// Says in the log what a mail waited for when its time was over.
+    fn given_up(&self, waiting_for: &str) {
+        slog::warn!(self.logger, "pg: a mail's time is over"; "waited_for" => waiting_for,
+            "server" => self.target.name());
     }
 
     /// Starts a thread if there is work for it and there may be one more.
@@ -149,9 +160,9 @@ impl Drop for Seat {
 
 impl Pool {
     /// No connections yet.
-    pub fn new(target: Arc<Target>, max: usize) -> Arc<Self> {
-        let (state, ended) = (Mutex::default(), Condvar::new());
-        let shared = Arc::new(Shared { target, max, state, ended });
+    pub fn new(target: Arc<Target>, max: usize, logger: &Logger) -> Arc<Self> {
+        let (logger, state, ended) = (logger.clone(), Mutex::default(), Condvar::new());
+        let shared = Arc::new(Shared { target, max, logger, state, ended });
         Arc::new(Self { shared, queue: Mutex::new(Queue::new()) })
     }
 
@@ -205,6 +216,7 @@ impl Pool {
         let mut state = shared.state.lock();
         while state.threads == 0 && state.abandoned >= shared.max {
             if shared.ended.wait_until(&mut state, deadline.instant()).timed_out() {
+                shared.given_up(FREE);
                 return Err(Refusal::Expired);
             }
         }
@@ -256,7 +268,10 @@ impl Caller {
     fn abandon(&self) {
         // The state is locked first: the thread's end is counted after this.
         let mut state = self.shared.state.lock();
-        let Abandoned::Working(cancel) = self.stage.abandon() else { return };
+        let Abandoned::Working(cancel) = self.stage.abandon() else {
+            return self.shared.given_up(FREE);
+        };
+        self.shared.given_up(if cancel.is_some() { "an answer" } else { "a new connection" });
         state.threads -= 1;
         state.outstanding -= 1;
         state.abandoned += 1;

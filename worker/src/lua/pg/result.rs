@@ -11,16 +11,15 @@ use std::vec::IntoIter;
 
 use mlua::{IntoLua, Lua, Table, Value};
 use parking_lot::Mutex;
-use postgres::SimpleQueryRow;
 
 use super::super::convert::{self, Argument};
 use super::super::error::Raise;
 use super::super::function::{self, Class};
-use super::session::Rows;
+use super::session::{Line, Rows};
 
 /// The userdata.
 pub struct ResultObject {
-    rows: Mutex<IntoIter<SimpleQueryRow>>,
+    rows: Mutex<IntoIter<Line>>,
     affected: u64,
 }
 
@@ -31,7 +30,7 @@ impl ResultObject {
     }
 
     /// The next row; the last one takes the list with it.
-    fn next(&self) -> Option<SimpleQueryRow> {
+    fn next(&self) -> Option<Line> {
         let mut rows = self.rows.lock();
         let row = rows.next();
         if rows.len() == 0 {
@@ -69,7 +68,7 @@ pub fn register(lua: &Lua) -> mlua::Result<()> {
     class.method("rows", |lua, (this, mode): (Value, Value)| {
         let keys = keys("rows", 1, &mode, Keys::Names)?;
         with(&this, |_| Ok(()))?;
-        let next = function::function(lua, move |lua, ()| {
+        let next = function::internal(lua, move |lua, ()| {
             with(&this, |result| fetch(lua, result, None, keys))
         });
         Ok(next?)
@@ -111,14 +110,24 @@ fn fetch(
         Some(table) => table.clone(),
         None => lua.create_table()?,
     };
-    for (index, column) in row.columns().iter().enumerate() {
-        let value = match row.try_get(index) {
-            Ok(value) => value,
-            Err(_) => return Ok((None, Some(format!("{}: not UTF-8", column.name())))),
-        };
-        match keys {
-            Keys::Names => table.raw_set(column.name(), value)?,
-            Keys::Numbers => table.raw_set(index + 1, value)?,
+    let set = |index: usize, name: &str, value: Value| match keys {
+        Keys::Names => table.raw_set(name, value),
+        Keys::Numbers => table.raw_set(index + 1, value),
+    };
+    match row {
+        Line::Text(row) => {
+            for (index, column) in row.columns().iter().enumerate() {
+                match row.try_get(index) {
+                    Ok(value) => set(index, column.name(), value.into_lua(lua)?)?,
+                    Err(_) => return Ok((None, Some(format!("{}: not UTF-8", column.name())))),
+                }
+            }
+        }
+        Line::Values(values) => {
+            for (index, (name, value)) in values.iter().enumerate() {
+                let value = value.as_ref().map(|text| lua.create_string(text)).transpose()?;
+                set(index, name, value.into_lua(lua)?)?;
+            }
         }
     }
     Ok((Some(table), None))

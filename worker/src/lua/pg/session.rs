@@ -3,7 +3,7 @@
 //! Contract: every value of a result is PostgreSQL's text, so statements go by the simple query
 //! protocol. One with parameters is prepared first, by a `PREPARE` through the extended protocol,
 //! which refuses several statements in one text; it stays prepared, so the next time it costs one
-//! round trip. Outside of a transaction of its own a session never stays in one.
+//! round trip. What can't be prepared has a way of its own ([`extended`]). Outside of a transaction of its own a session never stays in one.
 //!
 //! # Failure
 //! [`Answer::Failed`] with the server's message while the connection can go on, [`Answer::Lost`]
@@ -16,6 +16,8 @@ use std::time::{Duration, Instant};
 use postgres::error::{Severity, SqlState};
 use postgres::{Client, Error, SimpleQueryMessage, SimpleQueryRow};
 
+use super::extended;
+use super::statement::{self, Parameter};
 use super::target::describe;
 
 /// Statements that stay prepared per connection; beyond, the one that wasn't used for the longest
@@ -39,8 +41,8 @@ pub enum Request {
     Execute {
         /// The statement.
         sql: String,
-        /// Literals, separated by commas.
-        parameters: String,
+        /// For `$1`, `$2` … in it.
+        parameters: Vec<Parameter>,
     },
     /// Begins a transaction, which lasts over several requests.
     Begin,
@@ -50,11 +52,20 @@ pub enum Request {
     Rollback,
 }
 
+/// A row of a result.
+#[derive(Debug)]
+pub enum Line {
+    /// As it came.
+    Text(SimpleQueryRow),
+    /// Names of columns and their texts.
+    Values(Vec<(String, Parameter)>),
+}
+
 /// The last result of a request.
 #[derive(Debug, Default)]
 pub struct Rows {
     /// Each knows its columns' names.
-    pub rows: Vec<SimpleQueryRow>,
+    pub rows: Vec<Line>,
     /// Rows that were affected or returned.
     pub affected: u64,
 }
@@ -128,6 +139,25 @@ impl Session {
 
     fn query(&mut self, sql: &str) -> Result<Answer, Error> {
         let result = self.client.simple_query(sql);
+        if let Err(error) = &result
+            && error.as_db_error().is_none()
+            && !self.client.is_closed()
+        {
+            // An answer that the client library doesn't know: the server wants to copy. It may wait
+            // for data until something else comes, and the connection's end for the server.
+            let _ = self.client.prepare("");
+            return Ok(Answer::Lost { message: NO_COPY.into(), unsent: false });
+        }
+        self.outside_of_transactions(sql, result.map(|messages| Ok(last_result(messages))))
+    }
+
+    /// The answer to a statement that was done, unless it has left a transaction open. (One that can
+    /// be prepared doesn't.)
+    fn outside_of_transactions(
+        &mut self,
+        sql: &str,
+        result: Result<Result<Rows, String>, Error>,
+    ) -> Result<Answer, Error> {
         if !self.in_transaction && mentions_transaction(sql) && !self.client.is_closed() {
             let left_open = self.is_inside_transaction()?;
             if left_open {
@@ -137,7 +167,7 @@ impl Session {
                 return Ok(Answer::Failed(HINT.into()));
             }
         }
-        Ok(Answer::Done(last_result(result?)))
+        Ok(result?.map_or_else(Answer::Failed, Answer::Done))
     }
 
     /// Whether a transaction that an earlier statement began still goes on. Outside of one, a
@@ -154,7 +184,12 @@ impl Session {
         }
     }
 
-    fn execute(&mut self, sql: &str, parameters: &str) -> Result<Answer, Error> {
+    fn execute(&mut self, sql: &str, parameters: &[Parameter]) -> Result<Answer, Error> {
+        if !extended::is_preparable(sql) {
+            let result = extended::run(&mut self.client, sql, parameters);
+            return self.outside_of_transactions(sql, result);
+        }
+        let parameters = &statement::literals(parameters);
         let known = self.prepared.contains_key(sql);
         let result = self.execute_prepared(sql, parameters);
         let messages = match result {
@@ -184,7 +219,7 @@ impl Session {
             }
             None => self.prepare(sql)?,
         };
-        self.client.simple_query(&format!("EXECUTE {}_{number}({parameters})", self.prefix))
+        self.client.simple_query(&format!("EXECUTE {}_{number}{parameters}", self.prefix))
     }
 
     fn prepare(&mut self, sql: &str) -> Result<u64, Error> {
@@ -245,6 +280,8 @@ impl Session {
 const HINT: &str = "a transaction can't be left open, it was rolled back; \
                     use db:transaction(function(tx) … end)";
 
+const NO_COPY: &str = "COPY from or to the client isn't possible";
+
 fn is_outdated(error: &Error) -> bool {
     let code = error.code();
     code == Some(&SqlState::INVALID_SQL_STATEMENT_NAME)
@@ -287,7 +324,7 @@ fn last_result(messages: Vec<SimpleQueryMessage>) -> Rows {
                 if std::mem::take(&mut complete) {
                     result.rows.clear();
                 }
-                result.rows.push(row);
+                result.rows.push(Line::Text(row));
             }
             SimpleQueryMessage::CommandComplete(affected) => {
                 if std::mem::replace(&mut complete, true) {

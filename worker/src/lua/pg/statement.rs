@@ -16,34 +16,25 @@ use super::super::error::Raise;
 /// Most parameters of a statement (the protocol's count is 16 bits wide).
 pub const MAX_PARAMETERS: u64 = 65_535;
 
-/// Parameters on their way into a statement.
-#[derive(Debug, PartialEq, Eq)]
-pub enum Parameters {
-    /// There are none.
-    None,
-    /// Literals, separated by commas.
-    Literals(String),
-    /// The parameter with this number has a NUL, which no text in PostgreSQL can have.
-    Nul(u64),
-}
+/// A parameter's text, as the server reads it; `None` is NULL.
+pub type Parameter = Option<Vec<u8>>;
 
-/// The parameters in a Lua table.
+/// The parameters in a Lua table, or the number of the one that has a NUL, which no text in
+/// PostgreSQL can have.
 ///
 /// # Errors
 /// One of them has no text.
-pub fn parameters(argument: &Argument<'_>, table: &Table) -> Result<Parameters, Raise> {
-    let mut literals = String::new();
+pub fn parameters(
+    argument: &Argument<'_>,
+    table: &Table,
+) -> Result<Result<Vec<Parameter>, u64>, Raise> {
+    let mut parameters = Vec::new();
     for index in 1..=length(argument, table)? {
-        if index > 1 {
-            literals.push(',');
-        }
         let value: Value = table.raw_get(index)?;
         match (&value, plain(&value)?) {
-            (Value::Nil, _) => literals.push_str("NULL"),
-            (_, Some(text)) if memchr::memchr(0, &text).is_some() => {
-                return Ok(Parameters::Nul(index));
-            }
-            (_, Some(text)) => push_literal(&mut literals, &text),
+            (Value::Nil, _) => parameters.push(None),
+            (_, Some(text)) if memchr::memchr(0, &text).is_some() => return Ok(Err(index)),
+            (_, Some(text)) => parameters.push(Some(text)),
             (value, None) => {
                 let got = convert::describe(value);
                 let hint = if value.is_table() { "; pg:encode_array makes text of it" } else { "" };
@@ -51,7 +42,23 @@ pub fn parameters(argument: &Argument<'_>, table: &Table) -> Result<Parameters, 
             }
         }
     }
-    Ok(if literals.is_empty() { Parameters::None } else { Parameters::Literals(literals) })
+    Ok(Ok(parameters))
+}
+
+/// Parameters as the literals of an `EXECUTE`, in parentheses unless there are none.
+pub fn literals(parameters: &[Parameter]) -> String {
+    let mut sql = String::new();
+    for (index, parameter) in parameters.iter().enumerate() {
+        sql.push(if index == 0 { '(' } else { ',' });
+        match parameter {
+            Some(text) => push_literal(&mut sql, text),
+            None => sql.push_str("NULL"),
+        }
+    }
+    if !parameters.is_empty() {
+        sql.push(')');
+    }
+    sql
 }
 
 /// A list's length: its `n` if it has one, as table.pack leaves it.
@@ -143,6 +150,14 @@ mod tests {
         assert_eq!(literal("ä\\".as_bytes()), r" E'ä\\'");
         assert_eq!(literal(b"a\xff'"), r" E'a\xff'''");
         assert_eq!(literal(b"$1 -- /* $$"), "'$1 -- /* $$'");
+    }
+
+    #[test]
+    fn lists_of_literals() {
+        let text = |text: &str| Some(text.as_bytes().to_vec());
+        assert_eq!(literals(&[]), "");
+        assert_eq!(literals(&[text("a")]), "('a')");
+        assert_eq!(literals(&[None, text("\\"), text("b")]), r"(NULL, E'\\','b')");
     }
 
     #[test]

@@ -133,6 +133,12 @@ impl Target {
         Ok(Self { servers, prologue: schema.map(prologue) })
     }
 
+    /// The servers, for messages.
+    pub fn name(&self) -> String {
+        let names = self.servers.iter().map(|server| server.name.as_str());
+        names.collect::<Vec<_>>().join(" or ")
+    }
+
     /// Connects to the first server that can be.
     ///
     /// # Errors
