@@ -20,8 +20,19 @@ const HANG_TIMEOUT: f64 = 0.7;
 /// Where no worker may be taken for hanging, however busy the machine is.
 const LONG: f64 = 10.0;
 
-/// The supervisor asks every 250 ms and then judges; the rest is the machine, which is busy.
-const SLACK: Duration = Duration::from_millis(1500);
+/// The supervisor asks this often, and then judges.
+const PING: Duration = Duration::from_millis(250);
+
+/// What the machine may add, which has two cores and other tests to run: handlers were seen to be
+/// stopped 5 ms late at a load of 7. It may do worse for a moment, so a case has several
+/// [`ATTEMPTS`]; what is wrong with qrelay itself shows in each of them.
+const JITTER: Duration = Duration::from_millis(100);
+const ATTEMPTS: usize = 3;
+
+/// What C code may add that no hook interrupts, in a debug build: copying the largest string that
+/// fits (256 MiB of fresh pages: up to 1.2 s were seen at a load of 9), unwinding the deepest stack
+/// (280 ms).
+const UNINTERRUPTED: Duration = Duration::from_secs(2);
 
 /// What becomes of a mail of a bad handler.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -30,6 +41,17 @@ enum Cost {
     Mail,
     /// The worker dies, and its mails are told to try again.
     Worker,
+}
+
+impl Cost {
+    /// How long its worker's other mails may have to wait.
+    fn delay(self) -> Duration {
+        JITTER
+            + match self {
+                Self::Mail => Duration::from_secs_f64(HANDLER_TIMEOUT),
+                Self::Worker => Duration::from_secs_f64(HANG_TIMEOUT) + PING,
+            }
+    }
 }
 
 /// The line of the handlers' code in config.lua, as tracebacks have it.
@@ -74,7 +96,13 @@ fn begin(daemon: &Daemon) -> Client {
 /// in the log.
 #[track_caller]
 fn assert_isolated(code: &str, cost: Cost, culprit: &str) {
-    let daemon = behind(code, cost, culprit);
+    assert_isolated_within(code, cost, culprit, cost.delay());
+}
+
+/// The same, where the mails behind it wait no longer than `most`.
+#[track_caller]
+fn assert_isolated_within(code: &str, cost: Cost, culprit: &str, most: Duration) {
+    let daemon = behind_within(code, cost, culprit, most);
     if cost == Cost::Mail {
         // Somewhere in the traceback.
         daemon.wait_for_log(LINE);
@@ -85,6 +113,25 @@ fn assert_isolated(code: &str, cost: Cost, culprit: &str) {
 /// The only worker: what its others wait.
 #[track_caller]
 fn behind(code: &str, cost: Cost, culprit: &str) -> Daemon {
+    behind_within(code, cost, culprit, cost.delay())
+}
+
+#[track_caller]
+fn behind_within(code: &str, cost: Cost, culprit: &str, most: Duration) -> Daemon {
+    let mut waited = Vec::new();
+    for _ in 0..ATTEMPTS {
+        let (daemon, took) = wait_behind(code, cost, culprit);
+        if took < most {
+            return daemon;
+        }
+        waited.push(took);
+    }
+    panic!("{waited:?}, not {most:?}, behind {code}");
+}
+
+/// How long a mail waits behind the culprit.
+#[track_caller]
+fn wait_behind(code: &str, cost: Cost, culprit: &str) -> (Daemon, Duration) {
     let daemon = Daemon::start(&config(1, cost, "", code));
     let workers = daemon.workers();
     let (mut culprits, started) = (begin(&daemon), Instant::now());
@@ -94,21 +141,17 @@ fn behind(code: &str, cost: Cost, culprit: &str) -> Daemon {
         Cost::Mail => {
             assert_eq!(culprits.outcome(), "Zscript failed", "{code}");
             assert_eq!(told.status(), 'K', "{told} behind {code}");
-            let most = Duration::from_secs_f64(HANDLER_TIMEOUT) + SLACK;
-            assert!(waited < most, "{waited:?} behind {code}");
             assert_eq!(daemon.workers(), workers, "{code}");
         }
         Cost::Worker => {
             assert_eq!(culprits.outcome(), "Ztry again later", "{code}");
             assert!(told.status() == 'K' || told == "Ztry again later", "{told} behind {code}");
-            let most = Duration::from_secs_f64(HANG_TIMEOUT) + SLACK;
-            assert!(waited < most, "{waited:?} behind {code}");
             daemon.wait_for_workers(1, &workers);
         }
     }
     assert_eq!(probe(&daemon).status(), 'K', "after {code}");
     assert_named(&daemon, cost, culprit);
-    daemon
+    (daemon, waited)
 }
 
 /// The culprit's id, and where it came from or what it did, are in the log.
@@ -130,6 +173,21 @@ fn assert_named(daemon: &Daemon, cost: Cost, culprit: &str) {
 /// One of two workers: what the other one notices.
 #[track_caller]
 fn beside(code: &str, cost: Cost) {
+    let mut slowest = Vec::new();
+    for _ in 0..ATTEMPTS {
+        let took = slowest_beside(code, cost);
+        // No mail waits for the culprit of another worker.
+        if took < Duration::from_secs_f64(HANDLER_TIMEOUT) / 2 {
+            return;
+        }
+        slowest.push(took);
+    }
+    panic!("{slowest:?} beside {code}");
+}
+
+/// The longest that a mail took in the other worker.
+#[track_caller]
+fn slowest_beside(code: &str, cost: Cost) -> Duration {
     let daemon = Daemon::start(&config(2, cost, "", code));
     let workers = daemon.wait_for_workers(2, &[]);
     let over = AtomicBool::new(false);
@@ -162,12 +220,12 @@ fn beside(code: &str, cost: Cost) {
             assert_eq!(daemon.count_log("worker died"), 1, "{code}");
         }
     }
-    assert_unharmed(probes, cost, code);
+    slowest_of_the_best(probes, cost, code)
 }
 
-/// All probes of at least one worker were answered at once, whatever those of the culprit's got.
+/// Of the worker that answered quickest, whatever those in the culprit's got: the slowest answer.
 #[track_caller]
-fn assert_unharmed(probes: Vec<(String, Duration)>, cost: Cost, code: &str) {
+fn slowest_of_the_best(probes: Vec<(String, Duration)>, cost: Cost, code: &str) -> Duration {
     let mut by_worker: BTreeMap<String, Vec<Duration>> = BTreeMap::new();
     for (told, took) in probes {
         let retry = told == "Ztry again later" && cost == Cost::Worker;
@@ -177,14 +235,11 @@ fn assert_unharmed(probes: Vec<(String, Duration)>, cost: Cost, code: &str) {
     // At most one may have followed the culprit before the supervisor knew.
     let retried = by_worker.remove("Ztry again later").unwrap_or_default();
     assert!(retried.len() <= 1, "{} told to try again beside {code}", retried.len());
-    let best = by_worker.values_mut().map(|times| {
-        times.sort();
-        (times.len(), times[times.len() / 2], times[times.len() - 1])
-    });
-    let (count, median, slowest) = best.max_by_key(|(count, ..)| *count).expect("answers");
-    assert!(count >= 5, "{count} probes beside {code}");
-    assert!(median < Duration::from_millis(100), "{median:?} beside {code}");
-    assert!(slowest < SLACK, "{slowest:?} beside {code}");
+    let slowest = by_worker
+        .values()
+        .filter(|times| times.len() >= 5)
+        .map(|times| times.iter().max().copied().unwrap_or_default());
+    slowest.min().expect("five probes in one worker")
 }
 
 const STOPPED: &str = "stopped: the handler ran longer than handler_timeout";
@@ -229,14 +284,16 @@ fn a_string_of_a_gibibyte() {
 #[test]
 fn a_string_that_doubles() {
     let code = "local s = 'x' while true do s = s .. s end";
-    assert_isolated(code, Cost::Mail, "not enough memory");
+    let most = Cost::Mail.delay() + UNINTERRUPTED;
+    assert_isolated_within(code, Cost::Mail, "not enough memory", most);
 }
 
 #[test]
 fn recursion_without_end() {
     // Two hundred thousand frames take their time in a debug build: either limit may be first.
     let code = "local function f() return 1 + f() end return f()";
-    assert_isolated(code, Cost::Mail, "script failed: ");
+    let most = Cost::Mail.delay() + UNINTERRUPTED;
+    assert_isolated_within(code, Cost::Mail, "script failed: ", most);
 }
 
 #[test]
@@ -355,7 +412,8 @@ fn a_coroutine_that_waits_and_is_forgotten() {
     for _ in 0..20 {
         let started = Instant::now();
         assert_eq!(submit(daemon.path("in"), &bad()), "Kleft");
-        assert!(started.elapsed() < SLACK, "{:?}", started.elapsed());
+        // Nobody waits for its end.
+        assert!(started.elapsed() < Duration::from_secs(2), "{:?}", started.elapsed());
     }
 }
 

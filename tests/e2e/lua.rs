@@ -452,3 +452,24 @@ fn too_many_hops() {
     assert_eq!(submit(daemon.path("in"), &with(3)), "Kdiscarded");
     assert_eq!(submit(daemon.path("in"), &with(4)), "Dtoo many hops");
 }
+
+#[test]
+fn a_stale_control_group_is_stale_by_every_name() {
+    let daemon = Daemon::start(
+        "local kept
+         qmqp_listen('$DIR/in', function(m)
+           local old = kept
+           kept = assert(m.cgroup)
+           assert(kept.no_such_name == nil and kept[1] == nil)
+           if not old then return m:discard('kept') end
+           for _, name in ipairs{'path', 'no_such_name', 1} do
+             local ok, message = pcall(function() return old[name] end)
+             assert(not ok and message:find('Stale object', 1, true), tostring(name))
+           end
+           return m:discard('stale')
+         end)
+         settings{workers = 1}",
+    );
+    assert_eq!(submit(daemon.path("in"), &Mail::new("x")), "Kkept");
+    assert_eq!(submit(daemon.path("in"), &Mail::new("x")), "Kstale");
+}

@@ -567,10 +567,17 @@ fn queries_of_different_mails_run_at_the_same_time() {
         }
         started.elapsed()
     };
+    // Eight rounds of 0.05 s, and a little for 64 mails. The machine may be busy with other tests
+    // for a while, but not each time.
     burst(16);
-    let took = burst(64);
-    assert!(took >= Duration::from_millis(400), "{took:?}");
-    assert!(took < Duration::from_millis(900), "{took:?}");
+    let mut bursts = Vec::new();
+    let good = (0..10).any(|_| {
+        let took = burst(64);
+        assert!(took >= Duration::from_millis(400), "{took:?}");
+        bursts.push(took);
+        took < Duration::from_millis(500)
+    });
+    assert!(good, "{bursts:?}");
     let count = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'qrelay' \
                  AND query LIKE '%pg_sleep%'";
     let connections: u32 = cluster.psql(count).trim().parse().expect("number");

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use qrelay_shared::ipc::channel::SendError;
 use qrelay_worker::action::Action;
 use qrelay_worker::lua::error::HandlerError;
-use support::{Script, config_error, mail};
+use support::{Options, Script, config_error, mail};
 
 /// Runs a test in Lua while it loads, and once more as a handler.
 fn passes(source: &str) {
@@ -322,6 +322,14 @@ fn every_belongs_to_loading() {
          end)",
     );
     assert!(says(&script).ends_with("only be called while the script is loaded"));
+    // reload() belongs to loading, too: what it adds runs like the rest.
+    let source = "local runs = 0
+        function reload() every(0.01, function() runs = runs + 1 end) end
+        qmqp_listen('/a', function(m) return m:reject(runs) end)";
+    let options = Options { reload: true, ..Options::default() };
+    let script = Script::load_with(source, options).0.expect("a good script");
+    become_worker(&script);
+    until("what reload added runs", || says(&script).parse::<u32>().is_ok_and(|n| n >= 2));
     let error = config_error("for _ = 1, 65 do every(1, print) end", Default::default());
     assert!(error.contains("at most 64 functions"), "{error}");
 }

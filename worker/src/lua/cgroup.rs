@@ -162,16 +162,11 @@ fn path_of<T: 'static>(value: &Value, handle: fn(&T) -> &Handle) -> Option<Arc<[
 }
 
 fn group_attribute(lua: &Lua, handle: &Handle, key: &Value) -> Result<Value, Raise> {
+    handle.with(|_| Ok(()))?;
     let Value::String(key) = key else { return Ok(Value::Nil) };
     let value = match &*key.as_bytes() {
-        b"path" => {
-            handle.with(|_| Ok(()))?;
-            lua.create_string(&handle.path)?.into_lua(lua)?
-        }
-        b"xattr" => {
-            handle.with(|_| Ok(()))?;
-            XattrObject(handle.clone()).into_lua(lua)?
-        }
+        b"path" => lua.create_string(&handle.path)?.into_lua(lua)?,
+        b"xattr" => XattrObject(handle.clone()).into_lua(lua)?,
         b"parent" => handle.parent()?.map(CgroupObject).into_lua(lua)?,
         _ => Value::Nil,
     };

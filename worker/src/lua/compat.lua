@@ -10,6 +10,81 @@ function math.log10(x)
   return math.log(x, 10)
 end
 
+math.atan2 = math.atan
+
+function math.cosh(x)
+  return (math.exp(x) + math.exp(-x)) / 2
+end
+
+function math.sinh(x)
+  if math.abs(x) < 1e-4 then
+    return x + x ^ 3 / 6 -- the difference below would have few digits
+  end
+  return (math.exp(x) - math.exp(-x)) / 2
+end
+
+function math.tanh(x)
+  if math.abs(x) > 20 then
+    return x > 0 and 1.0 or -1.0 -- as near as a float comes
+  end
+  return math.sinh(x) / math.cosh(x)
+end
+
+-- x = m * 2^e with 0.5 <= |m| < 1, from the bits of the float.
+function math.frexp(x)
+  x = x + 0.0
+  if x == 0 or x ~= x or x == math.huge or x == -math.huge then
+    return x, 0
+  end
+  local bits = string.unpack('<i8', string.pack('<d', x))
+  local exponent = bits >> 52 & 0x7ff
+  if exponent == 0 then -- subnormal
+    local m, e = math.frexp(x * 2.0 ^ 54)
+    return m, e - 54
+  end
+  return string.unpack('<d', string.pack('<i8', bits & ~(0x7ff << 52) | 1022 << 52)), exponent - 1022
+end
+
+-- 2^e itself may be no float where m * 2^e is one.
+function math.ldexp(m, e)
+  e = math.max(-2200, math.min(2200, e))
+  while e > 1000 do
+    m, e = m * 2.0 ^ 1000, e - 1000
+  end
+  while e < -1000 do
+    m, e = m * 2.0 ^ -1000, e + 1000
+  end
+  return m * 2.0 ^ e
+end
+
+function table.getn(t)
+  return #t
+end
+
+function table.foreach(t, f)
+  for key, value in pairs(t) do
+    local result = f(key, value)
+    if result ~= nil then
+      return result
+    end
+  end
+end
+
+function table.foreachi(t, f)
+  for i = 1, #t do
+    local result = f(i, t[i])
+    if result ~= nil then
+      return result
+    end
+  end
+end
+
+function gcinfo()
+  return math.floor(collectgarbage('count'))
+end
+
+package.loaders = package.searchers
+
 function table.maxn(t)
   local max = 0
   for key in pairs(t) do
@@ -86,6 +161,7 @@ local hints = {
   setfenv = 'load() takes the environment as its fourth argument',
   getfenv = 'use _ENV',
   module = 'return a table from the file that require() loads',
+  newproxy = 'give a table a metatable',
 }
 
 for name, hint in pairs(hints) do
@@ -98,7 +174,10 @@ local function absent(name, hint)
   local function raise()
     error(missing(name, hint), 2)
   end
-  package.preload[name] = raise
+  -- Between it and the script is require.
+  package.preload[name] = function()
+    error(missing(name, hint), 3)
+  end
   return setmetatable({}, {__index = raise, __newindex = raise, __call = raise})
 end
 

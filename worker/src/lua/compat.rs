@@ -2,7 +2,7 @@
 //! where 5.3 has the thing, hints where it hasn't.
 //!
 //! # Failure
-//! `ffi`, `jit`, `setfenv`, `getfenv` and `module` raise, with a hint.
+//! `ffi`, `jit`, `setfenv`, `getfenv`, `module` and `newproxy` raise, with a hint.
 
 use mlua::Lua;
 

@@ -19,12 +19,45 @@ assert(loadstring('return 5')() == 5)
 assert(math.pow(2, 10) == 1024)
 assert(math.log10(1000) > 2.999)
 assert(table.maxn{1, 2, [10] = 3, x = 4} == 10 and table.maxn{} == 0)
+assert(math.atan2(1, -1) == math.atan(1, -1) and math.atan2(1, -1) > 2)
+local function near(a, b)
+  assert(math.abs(a - b) <= 1e-12 * math.max(1, math.abs(b)), a .. ' is not ' .. b)
+end
+near(math.cosh(0), 1) near(math.cosh(-2), 3.7621956910836314)
+near(math.sinh(2), 3.626860407847019) near(math.sinh(-2), -3.626860407847019)
+near(math.sinh(1e-5) * 1e5, 1.0000000000166667) assert(math.sinh(0) == 0)
+near(math.tanh(0.5), 0.46211715726000975) assert(math.tanh(800) == 1 and math.tanh(-800) == -1)
+for _, case in ipairs{
+  {8, 0.5, 4}, {-3, -0.75, 2}, {0.1, 0.8, -3}, {0, 0, 0}, {1, 0.5, 1},
+  {2.0 ^ 1023, 0.5, 1024}, {2.0 ^ -1074, 0.5, -1073}, {math.huge, math.huge, 0},
+} do
+  local m, e = math.frexp(case[1])
+  assert(m == case[2] and e == case[3], case[1] .. ' ' .. m .. ' ' .. e)
+  assert(math.ldexp(m, e) == case[1])
+end
+local nan = math.frexp(0/0)
+assert(nan ~= nan)
+assert(math.ldexp(1, 1024) == math.huge and math.ldexp(1, -1080) == 0 and math.ldexp(3, -1) == 1.5)
+assert(math.ldexp(1, math.huge) == math.huge and math.ldexp(1, -math.huge) == 0)
+assert(table.getn{1, 2, 3} == 3)
+assert(table.foreach({x = 7}, function(k, v) return k .. v end) == 'x7')
+local order = {}
+assert(table.foreachi({5, 6}, function(i, v) order[i] = v end) == nil and #order == 2)
+assert(gcinfo() > 0 and package.loaders == package.searchers)
+raises("newproxy is not available", newproxy, true)
 raises("setfenv is not available in Lua 5.3; load() takes", setfenv, 1, {})
 raises("getfenv is not available in Lua 5.3; use _ENV", getfenv)
 raises("module is not available", module, 'x')
 raises("ffi is not available", function() return ffi.cdef end)
 raises("jit is not available", function() jit.off() end)
 raises("ffi is not available", require, 'ffi')
+-- With the position of the script's line, and again at the second attempt.
+for _ = 1, 2 do
+  local ok, message = pcall(function() local x = require 'ffi' return x end)
+  assert(not ok and message:find('^[^ ]*config.lua:%d+: ffi is not'), message)
+  ok, message = pcall(function() local x = jit.version return x end)
+  assert(not ok and message:find('^[^ ]*config.lua:%d+: jit is not'), message)
+end
 
 assert(bit == require 'bit')
 assert(bit.band(0xff, 0x0f, 0x3) == 3)
