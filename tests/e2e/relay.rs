@@ -285,3 +285,17 @@ fn one_log_line_per_mail() {
     }
     assert_eq!(daemon.count_log("queued as 99"), 1);
 }
+
+#[test]
+fn a_client_that_is_gone_does_not_cancel_a_relay() {
+    let daemon = relay("workers=1", "'$DIR/out'");
+    let (sink, gate) = Sink::gated(daemon.path("out"));
+    let mut client = Client::connect(daemon.path("in"));
+    client.send(&Mail::new("x").request());
+    sink.record().wait_for_count(1);
+    client.stream.reset();
+    gate.open();
+    let line = daemon.wait_for_log("action=connect");
+    assert!(line.contains("status=K"), "{line}");
+    assert_eq!(sink.mails(), [Mail::new("x").relayed()]);
+}

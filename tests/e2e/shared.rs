@@ -228,3 +228,48 @@ fn what_is_used_stays_and_what_is_not_goes_first() {
     let keys: usize = keys.parse().expect("a number");
     assert!((90..=105).contains(&keys), "{keys} keys of 10,000 bytes in 1 MiB");
 }
+
+#[test]
+fn misuse_raises_and_values_come_back_as_they_were() {
+    let daemon = Daemon::start(&counter(
+        "workers=1",
+        r#"local function raises(part, name, ...)
+             local ok, message = pcall(d[name], d, ...)
+             assert(not ok and message:find(part, 1, true), name .. ': ' .. tostring(message))
+           end
+           raises("'get' (key: expected a string, got nil)", 'get')
+           raises("'get' (key: expected at most 256 bytes, got 257)", 'get', ('k'):rep(257))
+           raises("'set' (value: expected a string, a number or a boolean, got nil)", 'set', 'k')
+           raises("'set' (value: expected a string, a number or a boolean, got a table)", 'set', 'k', {})
+           raises("'add' (value: expected at most 65536 bytes, got 65537)", 'add', 'k', ('v'):rep(65537))
+           raises("'set' (ttl: expected seconds, more than 0", 'set', 'k', 1, 0)
+           raises("'incr' (by: expected a number, got 'x')", 'incr', 'k', 'x')
+           raises("'incr' (ttl: expected seconds", 'incr', 'k', 1, -1)
+           raises("'delete' (key: expected a string, got true)", 'delete', true)
+           raises("'keys' (max: expected a number from 1", 'keys', 0)
+           assert(not pcall(d.get, 'k'), 'with a dot')
+           for _, name in ipairs{'', 'A', 'a b', ('n'):rep(65)} do
+             assert(not pcall(shared.new, shared, name), name)
+           end
+           assert(#d:keys() == 0, 'nothing of that was done')
+           for i, value in ipairs{'', 'a\0\255', ('v'):rep(65536), 0, -5, 1.5, 2^53, 1/0, true, false} do
+             local key = i % 2 == 0 and i or ('k'):rep(255) .. i % 10
+             assert(d:set(key, value) == true)
+             local got = d:get(key)
+             assert(got == value and math.type(got) == math.type(value), tostring(value))
+             assert(d:add(key, 'other') == false and d:get(key) == value)
+             assert(d:delete(key) == true and d:delete(key) == false and d:get(key) == nil)
+             assert(d:add(key, value) == true and d:delete(key))
+           end
+           assert(d:get('7') == nil and d:set(7, 'by number') and d:get('7') == 'by number')
+           assert(d:incr('n') == 1 and d:incr('n', 2.5) == 3.5 and d:incr('n', '2') == 5.5)
+           local none, message = d:incr('7')
+           assert(none == nil and message == 'not a number', message)
+           assert(d:get('7') == 'by number')
+           for i = 1, 5 do d:set('key' .. i, i) end
+           assert(#d:keys() == 7 and #d:keys(3) == 3)
+           return m:discard('done')"#,
+    ));
+    let told = submit(daemon.path("in"), &Mail::new("x"));
+    assert_eq!(told, "Kdone", "{}", daemon.text());
+}
