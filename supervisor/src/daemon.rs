@@ -326,34 +326,58 @@ impl Daemon {
 
     /// Reaps every child that has ended.
     fn reap(&mut self, now: Instant) {
-        while let Some(pid) = self.next_ended() {
-            // Its process group can be named only until it is reaped.
-            if self.orphans.ended(pid, now) {
-                continue;
+        while let Some(pid) = ended_child(None) {
+            if self.orphans.holds(pid) {
+                // It hides the others that have ended. For those that end from now on there will be
+                // another signal.
+                for pid in self.orphans.ended_besides() {
+                    self.reap_after_workers(pid, now);
+                }
+                return;
             }
-            let Ok(status) = reap(pid) else { return };
-            if let Some(worker) = self.worker_of(pid) {
-                self.take_last_reports(worker);
-                self.worker_ended(worker, Some(status), now);
-            } else if !self.zygote_ended(pid, status, now) {
-                self.remember_stranger(pid, status);
+            if !self.reap_after_workers(pid, now) {
+                return;
             }
         }
     }
 
-    /// A child to be reaped, and a worker first: its programs become our children at the moment
-    /// at which it can be reaped. If one of them went first, its number could be another process'
-    /// by the time the dead worker's programs are told to end.
-    fn next_ended(&self) -> Option<Pid> {
-        let mut any = ended_child(None)?;
-        if self.orphans.holds(any) {
-            any = self.orphans.ended_besides()?;
+    /// Reaps a child, and every worker that has ended before: its programs become our children at
+    /// the moment at which it can be reaped. If one of them went first, its number could be another
+    /// process' by the time the dead worker's programs are told to end. Says whether it was there.
+    fn reap_after_workers(&mut self, pid: Pid, now: Instant) -> bool {
+        while let Some(worker) = self.ended_worker() {
+            if !self.reap_child(worker, now) {
+                return false;
+            }
+            if worker == pid {
+                return true;
+            }
         }
-        if self.worker_of(any).is_some() {
-            return Some(any);
-        }
+        self.reap_child(pid, now)
+    }
+
+    fn ended_worker(&self) -> Option<Pid> {
         let mut workers = self.workers.values().filter_map(|worker| worker.pid);
-        Some(workers.find(|&worker| ended_child(Some(worker)).is_some()).unwrap_or(any))
+        workers.find(|&worker| ended_child(Some(worker)).is_some())
+    }
+
+    /// Reaps a child that has ended, now or later; false if it isn't there, so that nobody waits.
+    fn reap_child(&mut self, pid: Pid, now: Instant) -> bool {
+        if ended_child(Some(pid)).is_none() {
+            return false;
+        }
+        // Its process group can be named only until it is reaped.
+        if self.orphans.ended(pid, now) {
+            return true;
+        }
+        let Ok(status) = reap(pid) else { return false };
+        if let Some(worker) = self.worker_of(pid) {
+            self.take_last_reports(worker);
+            self.worker_ended(worker, Some(status), now);
+        } else if !self.zygote_ended(pid, status, now) {
+            self.remember_stranger(pid, status);
+        }
+        true
     }
 
     /// Reaps programs of mails whose worker died, when nothing is left of their groups.

@@ -137,9 +137,10 @@ impl Orphans {
         self.table.get(&pid).is_some_and(|orphan| matches!(orphan.state, State::Held(_)))
     }
 
-    /// A child that has ended and may be reaped although another one that has is held.
-    pub fn ended_besides(&self) -> Option<Pid> {
-        children().map(|child| child.pid).find(|&pid| !self.holds(pid) && has_ended(pid))
+    /// The children that have ended and may be reaped although others that have are held.
+    pub fn ended_besides(&self) -> Vec<Pid> {
+        let ended = children().filter(|child| !child.alive && !self.holds(child.pid));
+        ended.map(|child| child.pid).filter(|&pid| ended_child(Some(pid)).is_some()).collect()
     }
 
     /// Leaders that are to be reaped now, since their groups have ended or their time is over. The
@@ -206,10 +207,6 @@ fn children() -> impl Iterator<Item = Process> {
     processes().filter(move |process| process.parent == own)
 }
 
-fn has_ended(child: Pid) -> bool {
-    ended_child(Some(child)).is_some()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -230,7 +227,7 @@ mod tests {
     }
 
     fn wait_for_end(child: &Child) {
-        while !has_ended(pid(child)) {
+        while ended_child(Some(pid(child))).is_none() {
             std::thread::yield_now();
         }
     }

@@ -278,6 +278,31 @@ fn a_dead_workers_programs_have_their_time() {
 }
 
 #[test]
+fn many_programs_of_a_dead_worker_hold_up_nobody() {
+    const MAILS: usize = 150;
+    let settings = "workers=1, client_share=1";
+    let daemon = shell(settings, "exec_raw", "echo >$2/$1; exec sleep 1000", "");
+    let mut clients: Vec<_> = (0..MAILS).map(|_| Client::connect(daemon.path("in"))).collect();
+    for (number, client) in clients.iter_mut().enumerate() {
+        client.send(&mail().from(&format!("{number}@x")).request());
+    }
+    let runs = |number: usize| daemon.path(&format!("{number}@x")).exists();
+    eventually("the programs", || (0..MAILS).all(runs).then_some(()));
+    let workers = daemon.workers();
+    let since = Instant::now();
+    signal(workers[0], Signal::SIGKILL);
+    for client in &mut clients {
+        assert_eq!(client.outcome(), "Ztry again later");
+    }
+    assert!(since.elapsed() < Duration::from_secs(2), "{:?}", since.elapsed());
+    daemon.wait_for_workers(1, &workers);
+    eventually("no more zombies", || {
+        let children = processes::children(daemon.pid());
+        children.iter().all(|child| child.state != 'Z').then_some(())
+    });
+}
+
+#[test]
 fn the_end_of_a_drain_leaves_programs_their_time() {
     let settings = "workers=1, drain_timeout=0.3";
     let mut daemon = shell(settings, "exec_raw", SLOW_TO_CLEAN_UP, "");
