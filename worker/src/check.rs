@@ -27,7 +27,6 @@ pub fn check(config: &Path, logger: Logger, dictionaries: Opener) -> Result<Stri
         config: config.to_owned(),
         reload: false,
         systemd: names.split(':').filter(|name| !name.is_empty()).map(str::to_owned).collect(),
-        instance: "check".into(),
         logger,
         dictionaries,
     })?;

@@ -183,8 +183,8 @@ fn execute(
         ZygoteOrder::Load { config, reload, systemd, instance } => {
             let logger = logger.logger();
             let dictionaries = opener(channel);
-            let options = LoadOptions { config, reload, systemd, instance, logger, dictionaries };
-            ControlFlow::Continue(load(options, loaded))
+            let options = LoadOptions { config, reload, systemd, logger, dictionaries };
+            ControlFlow::Continue(load(options, instance, loaded))
         }
         ZygoteOrder::Fork { worker } => {
             let birth = match (fds.take(), fds.take()) {
@@ -235,11 +235,10 @@ fn no_standby(message: String) -> ControlFlow<Life, ZygoteReport> {
 }
 
 /// Runs the script. A process runs one script in its life.
-fn load(options: LoadOptions, loaded: &mut Option<Loaded>) -> ZygoteReport {
+fn load(options: LoadOptions, instance: String, loaded: &mut Option<Loaded>) -> ZygoteReport {
     if loaded.is_some() {
         return ZygoteReport::Failed { message: "a script has been loaded already".into() };
     }
-    let instance = options.instance.clone();
     match catch_unwind(AssertUnwindSafe(|| State::load(options))) {
         Ok(Ok((state, declaration))) => {
             *loaded = Some(Loaded { state, declaration: declaration.clone(), instance });

@@ -558,7 +558,6 @@ fn files_that_cannot_be_read() {
             config: path.into(),
             reload: false,
             systemd: Vec::new(),
-            instance: String::new(),
             logger: log.clone(),
             dictionaries: Box::new(|_| Err(SendError::Closed)),
         };

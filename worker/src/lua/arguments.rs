@@ -19,23 +19,14 @@ pub enum Name {
     Function(&'static str),
     /// A method; the object isn't counted.
     Method(&'static str),
-    /// What the script calls it there. It is made of a Rust function by a wrapper in Lua.
-    Callers,
 }
 
 impl Name {
     /// The name, and how many of its parameters the documentation doesn't count.
-    fn shown(self, lua: &Lua) -> (String, usize) {
+    fn shown(self) -> (&'static str, usize) {
         match self {
-            Self::Function(name) => (name.to_owned(), usize::from(name.contains(':'))),
-            Self::Method(name) => (name.to_owned(), 1),
-            Self::Callers => {
-                // Above the Rust function is the wrapper. A function that is called by C code, such
-                // as pcall, has no name.
-                let name = lua
-                    .inspect_stack(1, |wrapper| wrapper.names().name.map(|name| name.into_owned()));
-                (name.flatten().unwrap_or_else(|| "?".into()), 0)
-            }
+            Self::Function(name) => (name, usize::from(name.contains(':'))),
+            Self::Method(name) => (name, 1),
         }
     }
 }
@@ -119,17 +110,17 @@ several!(4: A B C D);
 ///
 /// # Errors
 /// There are.
-pub fn checked<A: Arguments>(lua: &Lua, name: Name, raw: A::Raw) -> Result<A, Raise> {
+pub fn checked<A: Arguments>(name: Name, raw: A::Raw) -> Result<A, Raise> {
     let (arguments, surplus) = A::split(raw);
     match surplus.iter().rposition(|value| !value.is_nil()) {
         None => Ok(arguments),
-        Some(last) => Err(too_many(lua, name, A::COUNT, A::COUNT + last + 1)),
+        Some(last) => Err(too_many(name, A::COUNT, A::COUNT + last + 1)),
     }
 }
 
 /// The error for a function of so many parameters that got more arguments.
-pub fn too_many(lua: &Lua, name: Name, count: usize, got: usize) -> Raise {
-    let (name, uncounted) = name.shown(lua);
+fn too_many(name: Name, count: usize, got: usize) -> Raise {
+    let (name, uncounted) = name.shown();
     let expected = match count.saturating_sub(uncounted) {
         0 => "no arguments".to_owned(),
         1 => "at most 1 argument".to_owned(),

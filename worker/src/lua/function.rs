@@ -107,26 +107,10 @@ where
     A: Arguments,
     R: IntoLuaMulti,
 {
-    internal(lua, move |lua, raw: A::Raw| f(lua, arguments::checked(lua, name, raw)?))
+    internal(lua, move |lua, raw: A::Raw| f(lua, arguments::checked(name, raw)?))
 }
 
-/// A function that may have to wait; the wait yields to whoever runs the handler. It has the name
-/// by which it is called.
-///
-/// # Errors
-/// Lua is out of memory.
-pub fn blocking<A, R>(
-    lua: &Lua,
-    f: impl Fn(&Lua, A) -> Result<Call<R>, Raise> + Send + 'static,
-) -> mlua::Result<Function>
-where
-    A: Arguments,
-    R: IntoLuaMulti,
-{
-    waiting(lua, Name::Callers, f)
-}
-
-/// A function that may have to wait, with a name of its own.
+/// A function that may have to wait; the wait yields to whoever runs the handler.
 ///
 /// # Errors
 /// Lua is out of memory.
@@ -297,7 +281,7 @@ fn block(watch: &Watch, pending: &Pending) {
 /// No configuration loads longer; the supervisor's `--boot-timeout` ends it before.
 const FOREVER: std::time::Duration = std::time::Duration::from_secs(86_400);
 
-/// Runs `prelude.lua`: wraps coroutines and `pcall`, and keeps the wrappers for [`blocking`] and
+/// Runs `prelude.lua`: wraps coroutines and `pcall`, and keeps the wrappers for [`blocking_function`] and
 /// [`Class`].
 ///
 /// # Errors

@@ -62,8 +62,6 @@ pub struct LoadOptions {
     pub reload: bool,
     /// FileDescriptorNames of the sockets that systemd passed, one entry each.
     pub systemd: Vec<String>,
-    /// Prefix of every mail's id.
-    pub instance: String,
     /// Where the script's output and its errors go.
     pub logger: Logger,
     /// The way to the shared dictionaries while the script loads.
@@ -103,7 +101,7 @@ impl State {
     /// # Errors
     /// See [`ConfigError`].
     pub fn load(options: LoadOptions) -> Result<(Self, Declaration), ConfigError> {
-        let LoadOptions { config, reload, systemd, instance: _, logger, dictionaries } = options;
+        let LoadOptions { config, reload, systemd, logger, dictionaries } = options;
         let dictionaries = Arc::new(RwLock::new(dictionaries));
         let watch = Watch::new();
         let log = Log::new(logger.clone(), Arc::clone(&watch));
@@ -218,7 +216,12 @@ impl State {
     fn failed(&self, mail: &Mail, stop: Stop) -> HandlerError {
         self.check_memory();
         match stop {
-            Stop::Deadline => HandlerError::Deadline,
+            Stop::Deadline => {
+                slog::warn!(self.logger, "the mail's time was over while its handler waited";
+                    "id" => &mail.id, "worker" => self.worker.load(Ordering::Relaxed),
+                    "listener" => &*mail.listener);
+                HandlerError::Deadline
+            }
             Stop::Error { message, traceback } => {
                 let worker = self.worker.load(Ordering::Relaxed);
                 slog::error!(self.logger, "script failed: {}", message;
@@ -278,7 +281,7 @@ fn set_up(
     log::register(&lua, logger, watch)?;
     every::register(&lua, watch)?;
     pg::register(&lua, watch, pg)?;
-    let sleep = function::blocking(&lua, |_, seconds: Value| {
+    let sleep = function::blocking_function(&lua, "sleep", |_, seconds: Value| {
         let argument = Argument::new("sleep", 1, "seconds");
         let seconds = argument.number(&seconds, 0.0, MAX_TIMEOUT)?;
         Ok(Call::<()>::Later(Box::new(Sleep(std::time::Duration::from_secs_f64(seconds)))))

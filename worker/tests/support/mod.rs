@@ -59,7 +59,6 @@ impl Script {
             config,
             reload,
             systemd,
-            instance: "i".into(),
             logger,
             dictionaries: Box::new(|_| Err(SendError::Closed)),
         });
