@@ -18,6 +18,7 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::Signal;
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::Pid;
+use qrelay_shared::endpoint::Endpoint;
 use qrelay_shared::exit::Exit;
 use qrelay_shared::ipc::channel::RecvBuffer;
 use qrelay_shared::ipc::message::{JobId, WorkerId};
@@ -232,6 +233,7 @@ impl Daemon {
         self.orphans.kill_overdue(now);
         self.reap_orphans(now);
         self.answer_orphans(now);
+        self.pond_due(now);
         self.stopping_due(now);
     }
 
@@ -247,6 +249,7 @@ impl Daemon {
             self.pool.next_tick(),
             self.generations.next_tick(),
             self.orphans.next_deadline(),
+            self.pond.as_ref().and_then(PondSender::next_tick),
             stopping,
         ]
         .into_iter()
@@ -396,6 +399,23 @@ impl Daemon {
         }
     }
 
+    /// Log records that could not be sent are reported.
+    fn pond_due(&mut self, now: Instant) {
+        if let Some(pond) = &mut self.pond {
+            pond.tick(now, &self.log);
+        }
+    }
+
+    /// Log records go to this server from now on.
+    pub(crate) fn log_to(&mut self, server: Option<Endpoint>) {
+        if server.as_ref() == self.pond.as_ref().map(PondSender::server) {
+            return;
+        }
+        if let Some(mut old) = std::mem::replace(&mut self.pond, server.map(PondSender::new)) {
+            old.report_rest(&self.log);
+        }
+    }
+
     /// A child that isn't known may be a worker whose pid its zygote has yet to tell.
     fn remember_stranger(&mut self, pid: Pid, status: WaitStatus) {
         let expected = self.workers.values().any(|worker| worker.pid.is_none())
@@ -423,6 +443,7 @@ impl Daemon {
                 let _ = waitpid(pid, None);
             }
         }
+        self.log_to(None);
         if self.phase == Phase::Ended(Exit::Success) {
             info!(self.log, "stopped");
         }

@@ -4,8 +4,10 @@
 //! server of the current generation.
 //!
 //! # Failure
-//! What could not be sent is lost, counted, and reported once a minute while it
-//! lasts. A server that comes back gets the records from then on.
+//! What could not be sent is lost and counted. The first loss is reported at once,
+//! what follows once a minute while it lasts, and the rest at a stop or when another
+//! server takes its place ([`PondSender::report_rest`]). A server that comes back
+//! gets the records from then on.
 
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
@@ -19,10 +21,43 @@ use qrelay_shared::ipc::message::{MailRecord, Peer};
 use qrelay_shared::pond::{Message, Record, encode};
 use slog::{Logger, warn};
 
-use crate::throttle::Throttle;
-
 /// How often lost records are reported.
 const REPORT_EVERY: Duration = Duration::from_secs(60);
+
+/// Lost records, and when they are reported. Pure.
+#[derive(Debug, Default)]
+struct Losses {
+    /// Not yet reported.
+    untold: u64,
+    /// No report before that.
+    quiet_until: Option<Instant>,
+}
+
+impl Losses {
+    /// One more is lost.
+    fn add(&mut self) {
+        self.untold += 1;
+    }
+
+    /// How many are to be reported now, and count as reported from then on.
+    fn due(&mut self, now: Instant) -> Option<u64> {
+        if self.untold == 0 || self.quiet_until.is_some_and(|until| now < until) {
+            return None;
+        }
+        self.quiet_until = Some(now + REPORT_EVERY);
+        self.rest()
+    }
+
+    /// How many have not been reported, and count as reported from then on.
+    fn rest(&mut self) -> Option<u64> {
+        Some(std::mem::take(&mut self.untold)).filter(|&lost| lost > 0)
+    }
+
+    /// When [`Self::due`] has something to report, if ever.
+    fn next_report(&self) -> Option<Instant> {
+        self.quiet_until.filter(|_| self.untold > 0)
+    }
+}
 
 /// A socket that is ready to send; local servers are looked up each time, since
 /// they may be restarted.
@@ -38,14 +73,15 @@ enum Target {
 pub struct PondSender {
     server: Endpoint,
     target: Option<Target>,
-    lost: u64,
-    report: Throttle,
+    losses: Losses,
+    /// Why the last one was lost.
+    cause: String,
 }
 
 impl PondSender {
     /// Nothing is sent yet; the server need not be there.
     pub fn new(server: Endpoint) -> Self {
-        Self { server, target: None, lost: 0, report: Throttle::new(REPORT_EVERY) }
+        Self { server, target: None, losses: Losses::default(), cause: String::new() }
     }
 
     /// The server that it was made for.
@@ -72,13 +108,40 @@ impl PondSender {
         }
     }
 
-    fn count_lost(&mut self, error: &io::Error, log: &Logger) {
-        self.lost += 1;
-        if self.report.pass(Instant::now()).is_some() {
-            warn!(log, "log records are lost: {error}";
-                "log_server" => %self.server, "lost" => self.lost);
-            self.lost = 0;
+    /// Reports what is due.
+    pub fn tick(&mut self, now: Instant, log: &Logger) {
+        if let Some(lost) = self.losses.due(now) {
+            self.report(lost, log);
         }
+    }
+
+    /// When [`Self::tick`] has something to do, if ever.
+    pub fn next_tick(&self) -> Option<Instant> {
+        self.losses.next_report()
+    }
+
+    /// Nothing more will be sent: reports what has not been reported.
+    pub fn report_rest(&mut self, log: &Logger) {
+        if let Some(Target::Udp(socket)) = &self.target
+            && let Ok(Some(error)) = socket.take_error()
+        {
+            self.losses.add();
+            self.cause = error.to_string();
+        }
+        if let Some(lost) = self.losses.rest() {
+            self.report(lost, log);
+        }
+    }
+
+    fn count_lost(&mut self, error: &io::Error, log: &Logger) {
+        self.losses.add();
+        self.cause = error.to_string();
+        self.tick(Instant::now(), log);
+    }
+
+    fn report(&self, lost: u64, log: &Logger) {
+        warn!(log, "log records are lost: {}", self.cause;
+            "log_server" => %self.server, "lost" => lost);
     }
 
     fn try_send(&mut self, datagram: &[u8]) -> io::Result<()> {
@@ -186,6 +249,36 @@ mod tests {
     }
 
     #[test]
+    fn losses_are_reported_at_once_and_then_once_a_minute() {
+        let start = Instant::now();
+        let later = |seconds| start + Duration::from_secs(seconds);
+        let mut losses = Losses::default();
+        assert_eq!((losses.due(start), losses.next_report(), losses.rest()), (None, None, None));
+        losses.add();
+        assert_eq!(losses.due(start), Some(1));
+        assert_eq!(losses.next_report(), None, "nothing is untold");
+        losses.add();
+        losses.add();
+        assert_eq!(losses.due(later(59)), None);
+        assert_eq!(losses.next_report(), Some(later(60)), "though no further loss comes");
+        assert_eq!(losses.due(later(60)), Some(2));
+        assert_eq!(losses.due(later(120)), None);
+        losses.add();
+        assert_eq!(losses.due(later(121)), Some(1), "the first after a while");
+    }
+
+    #[test]
+    fn the_rest_is_reported_once() {
+        let start = Instant::now();
+        let mut losses = Losses::default();
+        losses.add();
+        assert_eq!(losses.due(start), Some(1));
+        losses.add();
+        assert_eq!(losses.rest(), Some(1));
+        assert_eq!((losses.rest(), losses.next_report()), (None, None));
+    }
+
+    #[test]
     fn a_dead_server_costs_records_only() {
         let log = Logger::root(slog::Discard, slog::o!());
         let directory = tempfile::tempdir().expect("a directory");
@@ -193,7 +286,9 @@ mod tests {
         let mut sender = PondSender::new(Endpoint::Path(path.clone()));
         sender.send(&relayed(), None, &log);
         sender.send(&relayed(), None, &log);
-        assert_eq!(sender.lost, 1, "one was reported, one is yet to be");
+        assert_eq!(sender.losses.untold, 1, "one was reported, one is yet to be");
+        sender.report_rest(&log);
+        assert_eq!(sender.losses.untold, 0);
         let server = UnixDatagram::bind(&path).expect("a server");
         sender.send(&relayed(), None, &log);
         assert!(server.recv(&mut [0; 1000]).expect("a record") > 100);

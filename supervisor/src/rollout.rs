@@ -22,7 +22,6 @@ use crate::daemon::{Daemon, Phase};
 use crate::event::{ListenerId, Source, ZygoteId};
 use crate::fairness::Client;
 use crate::generation::{Cause, Command, GenerationId};
-use crate::pond_sender::PondSender;
 use crate::workers::{Worker, describe};
 use crate::zygote::{Zygote, ZygoteChannel};
 
@@ -367,12 +366,10 @@ impl Daemon {
         if let Some(entry) = self.loaded.get_mut(&new) {
             entry.served = true;
             let server = entry.declaration.log_server.clone();
-            if server.as_ref() != self.pond.as_ref().map(PondSender::server) {
-                self.pond = server.map(PondSender::new);
-            }
             for error in self.listeners.activate(new, &entry.declaration) {
                 error!(self.log, "listener: {error}");
             }
+            self.log_to(server);
         }
         if let Some(old) = old {
             self.drop_missing_listeners(new, old);
