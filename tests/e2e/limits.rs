@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use crate::harness::daemon::{NOBODY, send_as_nobody};
 use crate::harness::processes::cpu_ticks;
+use crate::harness::record::within;
 use crate::harness::sink::answer;
 use crate::harness::{Client, Daemon, Gate, Mail, Reply, Sink, Site, submit};
 
@@ -320,4 +321,39 @@ fn a_silent_crowd_shuts_nobody_out() {
     daemon.wait_for_log("too many silent connections");
     let mut first = crowd.into_iter().next().expect("a crowd");
     assert_eq!(first.outcome(), "Ztry again later");
+}
+
+/// How many threads a process has.
+fn threads(pid: i32) -> usize {
+    std::fs::read_dir(format!("/proc/{pid}/task")).map_or(0, Iterator::count)
+}
+
+/// A thread that has had nothing to do for 30 s ends, but for the one that always waits.
+#[test]
+fn idle_threads_end() {
+    let daemon = Daemon::start(
+        "settings{workers=1}
+         qmqp_listen('$DIR/in', function(m) return m:connect('$DIR/out') end)",
+    );
+    let (sink, gate) = Sink::gated(daemon.path("out"));
+    let worker = daemon.workers()[0];
+    let before = threads(worker);
+    let mut clients: Vec<_> = (0..60).map(|_| Client::connect(daemon.path("in"))).collect();
+    for client in &mut clients {
+        client.send(&Mail::new("slow").request());
+    }
+    // One thread each: the sink has them all at the same time.
+    sink.record().wait_for_count(60);
+    let busy = threads(worker);
+    assert!(busy >= 60, "{busy} threads for 60 mails; {before} before");
+    gate.open();
+    let released = Instant::now();
+    for client in &mut clients {
+        assert_eq!(client.outcome(), "Kok");
+    }
+    let few = within(Duration::from_secs(60), || (threads(worker) <= before).then_some(()));
+    assert!(few.is_some(), "{} threads a minute later; {before} before", threads(worker));
+    assert!(released.elapsed() >= Duration::from_secs(29), "they are kept for the next burst");
+    assert_eq!(daemon.workers(), [worker]);
+    assert_eq!(submit(daemon.path("in"), &Mail::new("x")), "Kok");
 }

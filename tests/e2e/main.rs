@@ -30,5 +30,6 @@ mod postfix;
 mod relay;
 mod reload;
 mod shared;
+mod start;
 mod stop;
 mod systemd;

@@ -1,0 +1,68 @@
+//! Workers that die before they are ready: five of them end a start, or a reload.
+//!
+//! A worker needs memory for its first thread, which a zygote doesn't: with an address space that
+//! is just large enough for a zygote, every worker fails to begin.
+
+use std::process::Command;
+
+use crate::harness::processes::memory;
+use crate::harness::{Daemon, Mail, Site, submit};
+
+const SCRIPT: &str = "
+    settings{workers=1}
+    qmqp_listen('$DIR/in', function(m) return m:discard() end)";
+
+/// Bytes of address space in which a zygote can live, and no worker.
+fn too_little(daemon: &Daemon) -> String {
+    let peaks = daemon.zygotes().into_iter().map(|pid| memory(pid, "status", "VmPeak"));
+    // A thread has a stack of 4 MiB.
+    (peaks.max().expect("a zygote") + (1 << 20)).to_string()
+}
+
+/// How many lines of the log contain `part`.
+fn count(log: &str, part: &str) -> usize {
+    log.lines().filter(|line| line.contains(part)).count()
+}
+
+#[test]
+fn five_deaths_before_the_first_worker_is_ready_end_the_start() {
+    let mut usual = Daemon::start(SCRIPT);
+    let limit = format!("--as={}", too_little(&usual));
+    usual.stop();
+
+    let mut daemon = Site::with(SCRIPT).launch().through(&["prlimit", &limit]).spawn();
+    let status = daemon.wait_exit();
+    let log = daemon.complete_text();
+    assert_eq!(status.code(), Some(71), "{log}");
+    assert_eq!(count(&log, "worker can't start"), 5, "{log}");
+    assert_eq!(count(&log, "worker died: exit status 71"), 5, "{log}");
+    let last = log.lines().last().unwrap_or_default();
+    assert!(last.contains("cannot start: its workers died before they were ready"), "{log}");
+    assert_eq!(count(&log, "cannot start"), 1, "{log}");
+    assert!(!daemon.notify().all().iter().any(|line| line == "READY=1"));
+    daemon.assert_nothing_left();
+}
+
+#[test]
+fn five_deaths_end_a_reload_and_the_old_workers_serve_on() {
+    let mut daemon = Daemon::start(SCRIPT);
+    let (workers, zygotes) = (daemon.workers(), daemon.zygotes());
+    let pid = daemon.pid().to_string();
+    let limit = |bytes: &str| {
+        let mut prlimit = Command::new("prlimit");
+        prlimit.args(["--pid", &pid, &format!("--as={bytes}:unlimited")]);
+        assert!(prlimit.status().expect("prlimit").success());
+    };
+    limit(&too_little(&daemon));
+    let status = daemon.reload_status();
+    assert!(status.contains("reload failed: its workers died before they were ready"), "{status}");
+    assert_eq!(daemon.count_log("worker died: exit status 71"), 5, "{}", daemon.text());
+    assert_eq!(submit(daemon.path("in"), &Mail::new("x")), "Kdiscarded");
+    assert_eq!((daemon.workers(), daemon.zygotes()), (workers.clone(), zygotes));
+
+    limit("unlimited");
+    assert!(daemon.reload());
+    assert_eq!(submit(daemon.path("in"), &Mail::new("x")), "Kdiscarded");
+    daemon.wait_for_workers(1, &workers);
+    daemon.stop();
+}
