@@ -26,6 +26,9 @@ use slog::{Drain, KV, Key, Level, Logger, OwnedKVList, Record, Serializer};
 /// Longest line: PIPE_BUF, up to which writes to a pipe are atomic (pipe(7)).
 pub const LINE_MAX: usize = 4096;
 
+/// Longest value of a field: no record is larger than a datagram to journald may be.
+const VALUE_MAX: usize = LINE_MAX;
+
 /// Longest message: what a script's error says must not push the mail's id out of the line.
 const MESSAGE_MAX: usize = LINE_MAX / 4 * 3;
 
@@ -194,9 +197,14 @@ impl Output {
 
 /// Cuts at a character boundary, and shows that it did.
 fn cut(text: &mut String, max: usize) {
+    cut_tail(text, 0, max);
+}
+
+/// The same for what comes after `start`.
+fn cut_tail(text: &mut String, start: usize, max: usize) {
     const MARK: &str = "…";
-    if text.len() > max {
-        let mut end = max - MARK.len();
+    if text.len() - start > max {
+        let mut end = start + max - MARK.len();
         while !text.is_char_boundary(end) {
             end -= 1;
         }
@@ -250,6 +258,7 @@ impl Fields {
         let start = self.values.len();
         // Writing to a string can't fail.
         let _ = write!(self.values, "{}", Escaped(value));
+        cut_tail(&mut self.values, start, VALUE_MAX);
         self.pairs.push((key.into(), start..self.values.len()));
     }
 
@@ -395,6 +404,16 @@ mod tests {
         let mut line = String::new();
         fields.append_to(&mut line);
         assert_eq!(line, " a=x b=\"x y\\\"z\" c=\"\"");
+    }
+
+    #[test]
+    fn long_values_are_cut() {
+        let mut fields = Fields::default();
+        fields.push("b", &format_args!("{}", "é".repeat(VALUE_MAX)));
+        fields.push("a", &format_args!("short"));
+        let values: Vec<_> = fields.iter().map(|(_, value)| value).collect();
+        assert_eq!(values[0], "short");
+        assert!(values[1].len() <= VALUE_MAX && values[1].ends_with("é…"), "{}", values[1].len());
     }
 
     #[test]

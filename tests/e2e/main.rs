@@ -21,6 +21,7 @@ mod crash;
 mod docs;
 mod exec;
 mod isolation;
+mod journal;
 mod limits;
 mod lua;
 mod pg;
