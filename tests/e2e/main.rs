@@ -22,6 +22,7 @@ mod docs;
 mod exec;
 mod isolation;
 mod journal;
+mod libraries;
 mod limits;
 mod lua;
 mod pg;
