@@ -1,15 +1,19 @@
 //! The client's control group, in a real one with real attributes.
 
 use std::fs;
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use nix::sys::signal::Signal;
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 
 use crate::harness::daemon::QRELAY;
+use crate::harness::mail::split;
 use crate::harness::processes::{self, signal};
-use crate::harness::{Client, Daemon, Mail, Site, Target, eventually, submit};
+use crate::harness::{Client, Daemon, Mail, PATIENCE, Site, Target, eventually, submit};
 
 /// Where cgroup2 is mounted on this machine.
 fn mount() -> PathBuf {
@@ -245,6 +249,109 @@ fn a_group_of_another_namespace_has_a_path_but_no_attributes() {
     let mut daemon = site.launch().through(&["/bin/sh", "-c", &script, "sh"]).ready();
     assert_eq!(theirs.submit(&daemon.path("in")), format!("/..{}", theirs.path()));
     daemon.stop();
+}
+
+/// A handler that says what it is told about the client's group.
+const ASK: &str = "
+    settings{workers=1}
+    qmqp_listen('$DIR/in', function(m)
+      local ok, cgroup = pcall(function() return m.cgroup end)
+      local seen, site = pcall(function() return cgroup.xattr.site end)
+      return m:discard(('%s %s %s %s %s'):format(m.pid, ok, cgroup, seen, site))
+    end)";
+
+/// A command in the pid namespace of a process.
+fn inside(process: i32, script: &str, arguments: &[&str]) -> Command {
+    let mut command = Command::new("nsenter");
+    command.args(["-t", &process.to_string(), "--pid", "--mount", "sh", "-c", script, "sh"]);
+    command.args(arguments).stdin(Stdio::null());
+    command
+}
+
+/// The words that a command has printed.
+#[track_caller]
+fn output(mut command: Command) -> String {
+    let output = command.stderr(Stdio::inherit()).output().expect("runs");
+    assert!(output.status.success(), "{command:?}: {output:?}");
+    String::from_utf8_lossy(&output.stdout).trim_end().to_owned()
+}
+
+/// In a pid namespace of its own, where nobody else takes numbers, the client's goes to another
+/// process before its mail is read.
+#[test]
+fn a_number_that_is_used_again_is_somebody_else() {
+    let (ours, theirs) = (Group::new(), Group::new());
+    theirs.set("user.site", "somebody else's");
+    let procs = |group: &Group| group.directory.join("cgroup.procs").display().to_string();
+    let wrapper = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"];
+    let daemon = Site::with(ASK).launch().through(&wrapper).ready();
+    let supervisor = processes::children_named(daemon.pid(), "qrelay")[0];
+    let path = daemon.path("in").display().to_string();
+
+    // A client that lives is known, there too.
+    let send = "echo 0 >\"$1\" && exec \"$2\" send --to \"$3\" --sender a@x.example b@x.example";
+    let told = output(inside(supervisor, send, &[&procs(&theirs), QRELAY, &path]));
+    let (_, rest) = told.split_once(' ').expect("words");
+    assert_eq!(rest, format!("true {} true somebody else's", theirs.path()));
+
+    // A client connects, hands its socket on, and exits.
+    let flags = SockFlag::SOCK_CLOEXEC;
+    let client = socket(AddressFamily::Unix, SockType::Stream, flags, None).expect("socket");
+    let connect = "echo 0 >\"$1\" && echo $$ &&
+        exec python3 -c 'import socket, sys; socket.socket(fileno=0).connect(sys.argv[1])' \"$2\"";
+    let mut connect = inside(supervisor, connect, &[&procs(&ours), &path]);
+    connect.stdin(client.try_clone().expect("dup"));
+    let pid: i32 = output(connect).parse().expect("a pid");
+
+    // The next process gets its number.
+    let again = "echo 0 >\"$1\" && echo $(($2 - 1)) >/proc/sys/kernel/ns_last_pid &&
+        { sleep 1000 >/dev/null 2>&1 & } && echo $! && cat /proc/$!/cgroup";
+    let seen = output(inside(supervisor, again, &[&procs(&theirs), &pid.to_string()]));
+    assert_eq!(seen.lines().next(), Some(&*pid.to_string()), "the kernel gave it another number");
+    assert!(seen.contains(&format!("0::{}", theirs.path())), "{seen}");
+
+    let mut client = UnixStream::from(client);
+    client.set_read_timeout(Some(PATIENCE)).expect("timeout");
+    client.write_all(&Mail::new("x").request()).expect("request");
+    let mut reply = Vec::new();
+    client.read_to_end(&mut reply).expect("reply");
+    let (reply, _) = split(&reply).expect("a netstring");
+    let reply = String::from_utf8_lossy(reply);
+    assert!(reply.starts_with(&format!("K{pid} false ")), "{reply}");
+    assert!(reply.contains("the client has exited") && !reply.contains("else"), "{reply}");
+    drop(daemon);
+}
+
+/// A daemon that sees no cgroup2 file system: `hide` is a shell script for its mount namespace,
+/// whose first argument is the client's group.
+#[track_caller]
+fn assert_has_path_but_no_attributes(hide: &str) {
+    let group = Group::new();
+    group.set("user.site", "hidden");
+    let script = format!("{hide} && shift && exec \"$@\"");
+    let wrapper = ["unshare", "--mount", "sh", "-c", &script, "sh", &group.path()];
+    let mut daemon = Site::with(ASK).launch().through(&wrapper).ready();
+    let told = group.submit(&daemon.path("in"));
+    let (_, rest) = told.split_once(' ').expect("words");
+    let expected = format!("true {} false ", group.path());
+    assert!(rest.starts_with(&expected), "{told}");
+    assert!(rest.contains("no cgroup2 file system is mounted"), "{told}");
+    daemon.stop();
+}
+
+#[test]
+fn where_no_cgroup2_is_mounted() {
+    assert_has_path_but_no_attributes("umount --lazy --all --types cgroup2");
+}
+
+/// What lies over the mount is no cgroup, even if there is such a directory.
+#[test]
+fn where_cgroup2_is_covered() {
+    assert_has_path_but_no_attributes(
+        "for mount in $(findmnt --noheadings --list --types cgroup2 --output TARGET); do
+           mount -t tmpfs none \"$mount\" && mkdir -p \"$mount$1\"
+         done",
+    );
 }
 
 #[test]

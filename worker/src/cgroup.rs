@@ -23,6 +23,7 @@ use std::sync::{Arc, OnceLock};
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, OpenHow, ResolveFlag, open, openat2};
 use nix::sys::stat::{Mode, fstat};
+use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, fstatfs};
 use nix::unistd::Pid;
 use parking_lot::Mutex;
 use qrelay_shared::sys::xattr;
@@ -261,13 +262,24 @@ fn below<'p>(root: &[u8], path: &'p [u8]) -> Option<&'p [u8]> {
     }
 }
 
+/// The mount that shows most of those that can be seen: another file system may be mounted over
+/// one that is listed, and says nothing about groups.
 fn find_mount() -> Result<Option<Mount>, CgroupError> {
     let mounts = read("/proc/self/mountinfo")?;
-    let Some((point, root)) = unified_mount(&mounts) else { return Ok(None) };
-    let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
-    let directory = open(&point, flags, Mode::empty())
-        .map_err(|error| failed(point.as_os_str().as_bytes(), error))?;
-    Ok(Some(Mount { directory, root }))
+    for (point, root) in unified_mounts(&mounts) {
+        let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+        let mount_failed = |error| failed(point.as_os_str().as_bytes(), error);
+        let directory = match open(&point, flags, Mode::empty()) {
+            Ok(directory) => directory,
+            Err(Errno::ENOENT | Errno::ENOTDIR) => continue,
+            Err(error) => return Err(mount_failed(error)),
+        };
+        let found = fstatfs(&directory).map_err(mount_failed)?;
+        if found.filesystem_type() == CGROUP2_SUPER_MAGIC {
+            return Ok(Some(Mount { directory, root }));
+        }
+    }
+    Ok(None)
 }
 
 /// Of /proc/PID/cgroup the path in the hierarchy of version 2, whose number is always 0.
@@ -276,11 +288,13 @@ fn unified_path(file: &[u8]) -> Option<&[u8]> {
     lines.find_map(|line| line.strip_prefix(b"0::")).filter(|path| path.starts_with(b"/"))
 }
 
-/// Mount point and root of the cgroup2 file system in proc_pid_mountinfo(5). Of several the one
-/// that shows most: the shortest root.
-fn unified_mount(mountinfo: &[u8]) -> Option<(PathBuf, Vec<u8>)> {
+/// Mount points and roots of the cgroup2 file system in proc_pid_mountinfo(5). First those that
+/// show most: the shortest root.
+fn unified_mounts(mountinfo: &[u8]) -> Vec<(PathBuf, Vec<u8>)> {
     let lines = mountinfo.split(|&byte| byte == b'\n');
-    lines.filter_map(mount_of_line).min_by_key(|(_, root)| root.len())
+    let mut mounts: Vec<_> = lines.filter_map(mount_of_line).collect();
+    mounts.sort_by_key(|(_, root)| root.len());
+    mounts
 }
 
 fn mount_of_line(line: &[u8]) -> Option<(PathBuf, Vec<u8>)> {
@@ -355,14 +369,15 @@ mod tests {
             32 31 0:29 / /sys/fs/cgroup/cpu rw,relatime - cgroup cgroup rw,cpu\n\
             38 31 0:31 / /sys/fs/cgroup/unified rw,relatime shared:5 master:1 - cgroup2 cgroup2 rw\n";
         let expected = (PathBuf::from("/sys/fs/cgroup/unified"), b"/".to_vec());
-        assert_eq!(unified_mount(hybrid), Some(expected));
+        assert_eq!(unified_mounts(hybrid), [expected]);
         let part = b"1 2 0:3 /sub\\040tree /mnt/a\\134b rw - cgroup2 none rw\n";
         let expected = (PathBuf::from("/mnt/a\\b"), b"/sub tree".to_vec());
-        assert_eq!(unified_mount(part), Some(expected));
+        assert_eq!(unified_mounts(part), [expected]);
         let both = b"1 2 0:3 /sub /a rw - cgroup2 x rw\n1 2 0:3 / /b rw - cgroup2 x rw\n";
-        assert_eq!(unified_mount(both), Some((PathBuf::from("/b"), b"/".to_vec())));
+        let expected = [("/b", &b"/"[..]), ("/a", b"/sub")];
+        assert_eq!(unified_mounts(both), expected.map(|(p, r)| (PathBuf::from(p), r.to_vec())));
         for none in [&b""[..], b"1 2\n", b"1 2 0:3 / /cgroup2 rw - tmpfs cgroup2 rw\n"] {
-            assert_eq!(unified_mount(none), None);
+            assert_eq!(unified_mounts(none), []);
         }
     }
 
