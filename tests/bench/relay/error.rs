@@ -28,6 +28,15 @@ pub enum BenchError {
     /// Mails were answered with something other than `K`, so that no number means anything.
     #[error("{0} answers were not K")]
     NotAccepted(u64),
+    /// Mails got no answer at all.
+    #[error("of {mails} mails only {answered} were answered")]
+    Unanswered { mails: u64, answered: u64 },
+    /// The worker whose growth was to be seen is not there any more.
+    #[error("the worker ended and was replaced (its reason: --log FILE)")]
+    Replaced,
+    /// A process holds more than it should.
+    #[error("the {name} has grown: {before} {what} after the first step, {after} at the end")]
+    Grew { name: &'static str, what: &'static str, before: u64, after: u64 },
 }
 
 /// Adds what was being done to an I/O error.

@@ -52,6 +52,8 @@ pub struct Plan<'a> {
     pub size: usize,
     /// For how long mails are started.
     pub duration: Duration,
+    /// How many are started at most.
+    pub mails: u64,
 }
 
 /// Sends mails as planned, and returns what came of it.
@@ -62,8 +64,11 @@ pub fn run(plan: &Plan<'_>) -> io::Result<Outcome> {
         let threads: Vec<_> = (0..plan.threads)
             .map(|index| {
                 let clients = (plan.clients + index) / plan.threads;
+                let mails = plan.mails / plan.threads as u64;
+                let more = u64::from((index as u64) < plan.mails % plan.threads as u64);
                 let request = &request;
-                scope.spawn(move || Generator::new(plan, request, clients, start)?.run())
+                let share = (clients, mails + more);
+                scope.spawn(move || Generator::new(plan, request, share, start)?.run())
             })
             .collect();
         threads
@@ -119,18 +124,27 @@ struct Generator<'a> {
     socket: &'a Path,
     request: &'a [u8],
     until: Instant,
+    /// Mails to be started yet.
+    left: u64,
     mails: Vec<Option<Mail>>,
     under_way: usize,
     tally: Tally,
 }
 
 impl<'a> Generator<'a> {
-    fn new(plan: &Plan<'a>, request: &'a [u8], clients: usize, start: Instant) -> io::Result<Self> {
+    /// With a share of the clients and of the mails.
+    fn new(
+        plan: &Plan<'a>,
+        request: &'a [u8],
+        (clients, left): (usize, u64),
+        start: Instant,
+    ) -> io::Result<Self> {
         Ok(Self {
             epoll: Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?,
             socket: plan.socket,
             request,
             until: start + plan.duration,
+            left,
             mails: (0..clients).map(|_| None).collect(),
             under_way: 0,
             tally: Tally::default(),
@@ -159,8 +173,10 @@ impl<'a> Generator<'a> {
         Ok(self.tally)
     }
 
-    /// Starts a client's next mail; a client that can't connect stays idle.
+    /// Starts a client's next mail, if there is one; a client that can't connect stays idle.
     fn start(&mut self, client: usize, now: Instant) {
+        let Some(left) = self.left.checked_sub(1) else { return };
+        self.left = left;
         match self.submit(client, now) {
             Ok(mail) => {
                 self.mails[client] = Some(mail);

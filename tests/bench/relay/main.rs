@@ -5,13 +5,14 @@
 //! `process::ROLE`.
 //!
 //! # Failure
-//! Exit status 1 if anything can't be measured or any answer wasn't `K`, 2 for a wrong command line. A missed
-//! target is printed and doesn't change the status: it depends on the machine.
+//! Exit status 1 if anything can't be measured, any answer wasn't `K` or qrelay grew, 2 for a wrong command
+//! line. A missed target is printed and doesn't change the status: it depends on the machine.
 
 #![forbid(unsafe_code)]
 
 mod bare;
 mod error;
+mod growth;
 mod load;
 mod measure;
 mod netstring;
@@ -70,13 +71,17 @@ struct Options {
     /// Measures the bare relay, floor.c and A/A alone, without qrelay
     #[arg(long)]
     floor_only: bool,
+    /// Mails that `growth` sends
+    #[arg(long, default_value_t = 1_000_000, value_parser = clap::value_parser!(u64).range(10..))]
+    mails: u64,
     /// Passed by `cargo bench`
     #[arg(long, hide = true)]
     bench: bool,
 }
 
 fn names() -> PossibleValuesParser {
-    SCENARIOS.iter().map(|scenario| scenario.name).collect::<Vec<_>>().into()
+    let names = SCENARIOS.iter().map(|scenario| scenario.name);
+    names.chain([growth::NAME]).collect::<Vec<_>>().into()
 }
 
 fn seconds(text: &str) -> Result<f64, String> {
@@ -134,6 +139,7 @@ fn run_role(role: &str, arguments: &[String]) -> Result<(), BenchError> {
                 threads: number(2)? as usize,
                 size: number(3)? as usize,
                 duration: Duration::from_micros(number(4)?),
+                mails: number(5)?,
                 socket: Path::new(&arguments[0]),
             });
             println!("{}", outcome.map_err(system("load generator"))?);
@@ -148,7 +154,10 @@ fn invalid() -> io::Error {
 
 fn run_all(options: &Options) -> Result<(), BenchError> {
     if options.list {
-        SCENARIOS.iter().for_each(|scenario| println!("{:<12} {}", scenario.name, scenario.about));
+        let known = SCENARIOS.iter().map(|scenario| (scenario.name, scenario.about));
+        for (name, about) in known.chain([(growth::NAME, growth::ABOUT)]) {
+            println!("{name:<12} {about}");
+        }
         return Ok(());
     }
     let chosen = |scenario: &&Scenario| options.scenarios.iter().any(|name| name == scenario.name);
@@ -156,7 +165,13 @@ fn run_all(options: &Options) -> Result<(), BenchError> {
     for scenario in SCENARIOS.iter().filter(chosen) {
         failed += run_scenario(scenario, options)?;
     }
-    if failed > 0 { Err(BenchError::NotAccepted(failed)) } else { Ok(()) }
+    if failed > 0 {
+        return Err(BenchError::NotAccepted(failed));
+    }
+    if options.scenarios.iter().any(|name| name == growth::NAME) {
+        growth::run(options.mails, &options.extent(), options.log.as_deref())?;
+    }
+    Ok(())
 }
 
 /// The relays of a scenario in the order of their slots: each stands beside the baseline.

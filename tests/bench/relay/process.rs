@@ -245,7 +245,7 @@ pub fn generate(plan: &load::Plan<'_>) -> Result<Outcome, BenchError> {
     for number in [plan.clients, plan.threads, plan.size] {
         command.arg(number.to_string());
     }
-    command.arg(plan.duration.as_micros().to_string());
+    command.arg(plan.duration.as_micros().to_string()).arg(plan.mails.to_string());
     let output = command.stderr(Stdio::inherit()).output().map_err(system("load generator"))?;
     let line = String::from_utf8_lossy(&output.stdout).trim_end().to_owned();
     line.parse().map_err(|line| BenchError::Report { role: "load generator", line })

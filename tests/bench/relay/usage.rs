@@ -53,6 +53,11 @@ pub fn memory(root: u32) -> Vec<Memory> {
         .collect()
 }
 
+/// How many entries a directory of /proc/PID has: `fd` descriptors, `task` threads.
+pub fn entries(pid: u32, directory: &str) -> usize {
+    fs::read_dir(format!("/proc/{pid}/{directory}")).map_or(0, Iterator::count)
+}
+
 /// Sum of the KiB in the lines that start with `prefix`.
 fn sum_of(rollup: &str, prefix: &str) -> u64 {
     let lines = rollup.lines().filter(|line| line.starts_with(prefix));
