@@ -266,6 +266,7 @@ impl Fields {
     fn push_plain(&mut self, key: Key, value: &str) -> slog::Result {
         let start = self.values.len();
         self.values.push_str(value);
+        cut_tail(&mut self.values, start, VALUE_MAX);
         self.pairs.push((key, start..self.values.len()));
         Ok(())
     }
@@ -409,11 +410,13 @@ mod tests {
     #[test]
     fn long_values_are_cut() {
         let mut fields = Fields::default();
-        fields.push("b", &format_args!("{}", "é".repeat(VALUE_MAX)));
+        fields.push("c", &format_args!("{}", "é".repeat(VALUE_MAX)));
+        fields.emit_str("b".into(), &"x".repeat(VALUE_MAX + 1)).expect("into memory");
         fields.push("a", &format_args!("short"));
         let values: Vec<_> = fields.iter().map(|(_, value)| value).collect();
         assert_eq!(values[0], "short");
-        assert!(values[1].len() <= VALUE_MAX && values[1].ends_with("é…"), "{}", values[1].len());
+        assert!(values[1].len() <= VALUE_MAX && values[1].ends_with("x…"), "{}", values[1].len());
+        assert!(values[2].len() <= VALUE_MAX && values[2].ends_with("é…"), "{}", values[2].len());
     }
 
     #[test]

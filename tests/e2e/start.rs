@@ -56,6 +56,7 @@ fn five_deaths_end_a_reload_and_the_old_workers_serve_on() {
     limit(&too_little(&daemon));
     let status = daemon.reload_status();
     assert!(status.contains("reload failed: its workers died before they were ready"), "{status}");
+    daemon.wait_for_log("reload failed");
     assert_eq!(daemon.count_log("worker died: exit status 71"), 5, "{}", daemon.text());
     assert_eq!(submit(daemon.path("in"), &Mail::new("x")), "Kdiscarded");
     assert_eq!((daemon.workers(), daemon.zygotes()), (workers.clone(), zygotes));
