@@ -74,9 +74,8 @@ impl Group {
 
 impl Drop for Group {
     fn drop(&mut self) {
-        let removed = crate::harness::record::within(crate::harness::PATIENCE, || {
-            fs::remove_dir(&self.directory).ok()
-        });
+        let removed =
+            crate::harness::record::within(PATIENCE, || fs::remove_dir(&self.directory).ok());
         if removed.is_none() && !std::thread::panicking() {
             panic!("{} can't be removed", self.directory.display());
         }
