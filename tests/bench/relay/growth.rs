@@ -24,11 +24,29 @@ use crate::{
     usage,
 };
 
-/// Its name among the scenarios.
-pub const NAME: &str = "growth";
+/// What kind of mails.
+#[derive(Debug)]
+pub struct Kind {
+    /// Its name among the scenarios.
+    pub name: &'static str,
+    /// One line for `--list`.
+    pub about: &'static str,
+    script: &'static str,
+}
 
-/// One line for `--list`.
-pub const ABOUT: &str = "mails of every kind through one worker (--mails): does it grow?";
+/// All kinds.
+pub const KINDS: [Kind; 2] = [
+    Kind {
+        name: "growth",
+        about: "mails of every kind through one worker (--mails): does it grow?",
+        script: MIXED,
+    },
+    Kind {
+        name: "growth-plain",
+        about: "the same with a handler that leaves hardly anything but finalizers to Lua's collector",
+        script: PLAIN,
+    },
+];
 
 /// Steps of a run.
 const STEPS: u64 = 10;
@@ -48,7 +66,7 @@ const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Of a thousand mails 400 are relayed, 8 go to a program, one makes the script fail, and the rest is answered
 /// by qrelay itself.
-const SCRIPT: &str = "
+const MIXED: &str = "
 settings{workers=1, worker_connections=16, client_share=1}
 local mails, kept = shared:new('mails'), {}
 local function inspect(m, number)
@@ -75,6 +93,12 @@ qmqp_listen(socket, function(m)
 end)
 ";
 
+/// All garbage is objects of qrelay, which the collector frees only in the cycle after their end.
+const PLAIN: &str = "
+settings{workers=1, worker_connections=16, client_share=1}
+qmqp_listen(socket, function(m) return m:discard() end)
+";
+
 /// What a process holds.
 #[derive(Clone, Copy, Debug)]
 struct Holding {
@@ -93,12 +117,12 @@ struct Look {
 }
 
 /// Sends so many mails, prints, and judges.
-pub fn run(mails: u64, extent: &Extent, log: Option<&Path>) -> Result<(), BenchError> {
-    println!("scenario {NAME}: {ABOUT}");
+pub fn run(kind: &Kind, mails: u64, extent: &Extent, log: Option<&Path>) -> Result<(), BenchError> {
+    println!("scenario {}: {}", kind.name, kind.about);
     println!("{mails} mails of {} bytes from {} clients\n", extent.size, extent.clients);
     let dir = tempfile::tempdir().map_err(system("temporary directory"))?;
     let sink = Sink::start(extent.threads)?;
-    let program = Program::Qrelay { script: SCRIPT, log: log.map(Path::to_owned) };
+    let program = Program::Qrelay { script: kind.script, log: log.map(Path::to_owned) };
     let qrelay = Subject::start("qrelay", &program, dir.path(), sink.port)?;
     println!("{:>9} {:>7}  {:^34}  {:^34}", "", "", "worker", "supervisor");
     let columns = format!("{:>12} {:>11} {:>9}", "RSS MiB", "descriptors", "threads");
@@ -119,7 +143,7 @@ pub fn run(mails: u64, extent: &Extent, log: Option<&Path>) -> Result<(), BenchE
             look.supervisor.compare("supervisor", &first.supervisor)?;
         }
     }
-    println!("no growth since the first {}", mails / STEPS);
+    println!("no growth since the first {}\n", mails / STEPS);
     Ok(())
 }
 

@@ -71,7 +71,7 @@ struct Options {
     /// Measures the bare relay, floor.c and A/A alone, without qrelay
     #[arg(long)]
     floor_only: bool,
-    /// Mails that `growth` sends
+    /// Mails that `growth` and `growth-plain` send
     #[arg(long, default_value_t = 1_000_000, value_parser = clap::value_parser!(u64).range(10..))]
     mails: u64,
     /// Passed by `cargo bench`
@@ -81,7 +81,7 @@ struct Options {
 
 fn names() -> PossibleValuesParser {
     let names = SCENARIOS.iter().map(|scenario| scenario.name);
-    names.chain([growth::NAME]).collect::<Vec<_>>().into()
+    names.chain(growth::KINDS.iter().map(|kind| kind.name)).collect::<Vec<_>>().into()
 }
 
 fn seconds(text: &str) -> Result<f64, String> {
@@ -155,7 +155,8 @@ fn invalid() -> io::Error {
 fn run_all(options: &Options) -> Result<(), BenchError> {
     if options.list {
         let known = SCENARIOS.iter().map(|scenario| (scenario.name, scenario.about));
-        for (name, about) in known.chain([(growth::NAME, growth::ABOUT)]) {
+        let more = growth::KINDS.iter().map(|kind| (kind.name, kind.about));
+        for (name, about) in known.chain(more) {
             println!("{name:<12} {about}");
         }
         return Ok(());
@@ -168,8 +169,9 @@ fn run_all(options: &Options) -> Result<(), BenchError> {
     if failed > 0 {
         return Err(BenchError::NotAccepted(failed));
     }
-    if options.scenarios.iter().any(|name| name == growth::NAME) {
-        growth::run(options.mails, &options.extent(), options.log.as_deref())?;
+    for kind in growth::KINDS.iter().filter(|kind| options.scenarios.iter().any(|n| n == kind.name))
+    {
+        growth::run(kind, options.mails, &options.extent(), options.log.as_deref())?;
     }
     Ok(())
 }
