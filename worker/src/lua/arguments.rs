@@ -8,7 +8,7 @@
 //! # Failure
 //! More arguments than are taken raise, with the function's name and both numbers.
 
-use mlua::{AnyUserData, Either, FromLua, FromLuaMulti, Lua, MultiValue, UserDataRef, Value};
+use mlua::{AnyUserData, Either, FromLua, FromLuaMulti, MultiValue, UserDataRef, Value};
 
 use super::error::Raise;
 

@@ -240,7 +240,7 @@ impl Operation for Continue {
 
 /// `db:transaction`, which is Lua since it calls Lua.
 fn transaction_function(lua: &Lua, watch: &Arc<Watch>) -> mlua::Result<Function> {
-    let check = lua.create_function(|lua, raw: <(Value, Value) as Arguments>::Raw| {
+    let check = lua.create_function(|_, raw: <(Value, Value) as Arguments>::Raw| {
         let checked = arguments::checked(Name::Method("transaction"), raw);
         match checked.and_then(|(this, f)| is_callable(&this, &f)) {
             Ok(()) => Ok(None),
