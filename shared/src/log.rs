@@ -283,13 +283,13 @@ impl Fields {
     /// Writes them as the tail of a line.
     fn append_to(&self, line: &mut String) {
         for (key, value) in self.iter() {
-            let quoted;
-            let (quote, value) = match ambiguity(value) {
-                None => ("", value),
-                Some(Ambiguity::Separator) => ("\"", value),
-                Some(Ambiguity::Quote) => {
-                    quoted = value.replace('"', "\\\"");
-                    ("\"", &*quoted)
+            let escaped;
+            let (quote, value) = match quoting(value) {
+                Quoting::None => ("", value),
+                Quoting::Plain => ("\"", value),
+                Quoting::Escaped => {
+                    escaped = value.replace('\\', "\\\\").replace('"', "\\\"");
+                    ("\"", &*escaped)
                 }
             };
             for part in [" ", key, "=", quote, value, quote] {
@@ -299,18 +299,20 @@ impl Fields {
     }
 }
 
-/// Why a value can't stand in a line as it is.
-enum Ambiguity {
-    Separator,
-    Quote,
+/// How a value stands in a line, so that nothing in it looks like another field.
+enum Quoting {
+    None,
+    Plain,
+    /// With a backslash before quotes and backslashes.
+    Escaped,
 }
 
-fn ambiguity(value: &str) -> Option<Ambiguity> {
+fn quoting(value: &str) -> Quoting {
     match memchr::memchr3(b' ', b'"', b'=', value.as_bytes()) {
-        None if value.is_empty() => Some(Ambiguity::Separator),
-        None => None,
-        Some(at) if value[at..].contains('"') => Some(Ambiguity::Quote),
-        Some(_) => Some(Ambiguity::Separator),
+        None if value.is_empty() => Quoting::Plain,
+        None => Quoting::None,
+        Some(_) if value.contains(['"', '\\']) => Quoting::Escaped,
+        Some(_) => Quoting::Plain,
     }
 }
 
@@ -405,6 +407,15 @@ mod tests {
         let mut line = String::new();
         fields.append_to(&mut line);
         assert_eq!(line, " a=x b=\"x y\\\"z\" c=\"\"");
+        for (value, shown) in
+            [(r"a\b", r" k=a\b"), (r"a b\", r#" k="a b\\""#), (r#"x \" s=K"#, r#" k="x \\\" s=K""#)]
+        {
+            let mut fields = Fields::default();
+            fields.push("k", &format_args!("{value}"));
+            let mut line = String::new();
+            fields.append_to(&mut line);
+            assert_eq!(line, shown);
+        }
     }
 
     #[test]

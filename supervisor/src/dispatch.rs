@@ -64,6 +64,10 @@ impl Dispatches {
 impl Daemon {
     /// Connections may be waiting in a listener's backlog.
     pub(crate) fn on_listener(&mut self, id: ListenerId) {
+        if !self.listeners.get(id).is_some_and(|listener| listener.watched) {
+            // What came before it, in the same turn, has ended it.
+            return;
+        }
         if !self.make_room() {
             return self.disarm("too many connections wait");
         }
@@ -179,7 +183,9 @@ impl Daemon {
 
     /// A waiting connection of a listener that is gone: only an old generation can serve it.
     pub(crate) fn serve_last(&mut self, job: JobId) {
-        let Some(connection) = self.connections.get(job) else { return };
+        let waiting = self.connections.get(job).filter(|c| c.state == State::Waiting);
+        // Else its time was over, and it has been answered.
+        let Some(connection) = waiting else { return };
         let client = Client::from(connection.peer);
         let served = connection.last_chance.and_then(|(generation, number)| {
             let worker = self.pool.overflow(generation, client, job)?;
@@ -187,14 +193,12 @@ impl Daemon {
         });
         match served {
             Some(Ok(())) => {}
-            Some(Err(SendError::Full)) => {
+            // There is no room just now, or the worker has just died: another may live.
+            Some(Err(_)) => {
                 self.pool.abort(job);
                 self.dispatches.late.push(job);
             }
-            _ => {
-                self.pool.abort(job);
-                self.refuse(job, Reply::temporary(TRY_AGAIN));
-            }
+            None => self.refuse(job, Reply::temporary(TRY_AGAIN)),
         }
     }
 
@@ -223,13 +227,18 @@ impl Daemon {
 
     /// Tries again those for whom there was no room.
     pub(crate) fn dispatch_late(&mut self) {
-        let mut late = std::mem::take(&mut self.dispatches.late).into_iter();
-        while let Some(job) = late.next() {
+        let mut full = None;
+        for job in std::mem::take(&mut self.dispatches.late) {
+            let Some(connection) = self.connections.get(job) else { continue };
+            let generation = connection.last_chance.map(|(generation, _)| generation);
+            let before = self.dispatches.late.len();
+            if full == generation {
+                self.dispatches.late.push(job);
+                continue;
+            }
             self.serve_last(job);
-            if !self.dispatches.late.is_empty() {
-                // Still none.
-                self.dispatches.late.extend(late);
-                return;
+            if self.dispatches.late.len() > before {
+                full = generation;
             }
         }
     }
@@ -252,7 +261,8 @@ impl Daemon {
         let batch = &mut self.dispatches.batch;
         batch.clear();
         let mut fds = [link.jobs.as_fd(); MAX_FDS];
-        for (&(job, listener), fd) in jobs.iter().zip(&mut fds) {
+        let fds = fds.get_mut(..jobs.len()).ok_or(SendError::TooLarge)?;
+        for (&(job, listener), fd) in jobs.iter().zip(fds.iter_mut()) {
             let connection = self.connections.get(job).ok_or(SendError::Closed)?;
             *fd = connection.fd.as_fd();
             batch.push(&Job {
@@ -263,7 +273,7 @@ impl Daemon {
                 spoke: connection.spoke_boottime,
             })?;
         }
-        link.jobs.try_send_batch(batch, fds.get(..jobs.len()).unwrap_or_default())?;
+        link.jobs.try_send_batch(batch, fds)?;
         for &(job, _) in jobs {
             self.connections.dispatched(job, worker, &self.watcher);
         }

@@ -1,5 +1,7 @@
 //! The one log line per mail.
 
+use std::time::Instant;
+
 use qrelay_shared::ipc::message::{JobId, MailRecord, Peer, WorkerId};
 use qrelay_shared::qmqp::Status;
 use slog::{info, warn};
@@ -49,17 +51,22 @@ impl Daemon {
 
     /// A mail's worker died; of the mail itself nothing is known. Nor is the answer, if the client
     /// can't be `told` to try again: it may have been `K`.
-    pub(crate) fn log_lost(&mut self, worker: WorkerId, job: JobId, told: bool) {
-        let Some(connection) = self.connections.get(job) else { return };
-        let ms = connection.accepted.elapsed().as_secs_f64() * 1000.0;
+    pub(crate) fn log_lost(
+        &mut self,
+        worker: WorkerId,
+        job: JobId,
+        peer: Peer,
+        accepted: Instant,
+        told: bool,
+    ) {
+        let ms = accepted.elapsed().as_secs_f64() * 1000.0;
         let outcome = match told {
             true => "the client is told to try again",
             false => "the client had been answered or had gone",
         };
         warn!(self.log, "mail lost its worker, {outcome}";
-            "id" => self.mail_id(job), "peer" => ?connection.peer,
+            "id" => self.mail_id(job), "peer" => ?peer,
             "ms" => format_args!("{ms:.1}"), "worker" => worker);
-        let peer = connection.peer;
         let record = MailRecord {
             sender: "".into(),
             recipients: "".into(),

@@ -314,14 +314,22 @@ impl Pool {
 
     /// The job is given up without having been handed over.
     pub fn abort(&mut self, job: JobId) {
-        self.unassign(job);
+        self.take_back(job);
     }
 
     /// The job could not be handed over: it waits again, before its client's others.
     pub fn bounced(&mut self, job: JobId) {
-        if let Some(client) = self.unassign(job) {
+        if let Some(client) = self.take_back(job) {
             self.fairness.wait_first(client, job);
         }
+    }
+
+    /// The worker never had it.
+    fn take_back(&mut self, job: JobId) -> Option<Client> {
+        if let Some(worker) = self.jobs.get(&job).and_then(|(_, id)| self.workers.get_mut(id)) {
+            worker.mails = worker.mails.saturating_sub(1);
+        }
+        self.unassign(job)
     }
 
     /// Whether this worker has this job.

@@ -22,6 +22,7 @@ use crate::daemon::{Daemon, Phase};
 use crate::event::{ListenerId, Source, ZygoteId};
 use crate::fairness::Client;
 use crate::generation::{Cause, Command, GenerationId};
+use crate::listeners::Socket;
 use crate::workers::{Worker, describe};
 use crate::zygote::{Zygote, ZygoteChannel};
 
@@ -44,7 +45,7 @@ pub(crate) struct Generation {
     superseded: bool,
 }
 
-/// A listener that takes nothing new, and whose backlog could not be emptied: descriptors ran out.
+/// A local listener that takes nothing new, and whose backlog could not be emptied: descriptors ran out.
 #[derive(Debug)]
 pub(crate) struct Ending {
     listener: ListenerId,
@@ -423,10 +424,11 @@ impl Daemon {
         if let Some((generation, number)) = last {
             self.serve_with(id, generation, number);
         }
-        if !emptied {
-            return self.ending.push(ending);
-        }
         if let Some(listener) = self.listeners.get(id) {
+            // A TCP port can't be kept from getting more without losing what it has.
+            if !emptied && matches!(listener.socket, Socket::Unix(_)) {
+                return self.ending.push(ending);
+            }
             listener.stop_listening();
         }
         if last.is_some() {

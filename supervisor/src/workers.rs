@@ -148,18 +148,19 @@ impl Daemon {
                 Err(error) => return fault(error),
             };
             while let Some(report) = reports.next() {
-                let complaint = match (report, reports.fds.take()) {
-                    (Ok(Report::Dictionary), Some(fd)) => {
-                        self.dictionaries.add_line(fd, &self.watcher);
-                        None
-                    }
-                    // A channel that we had no descriptor for: its other end sees it closed, and
-                    // tries again.
-                    (Ok(Report::Dictionary), None) if reports.descriptor_lost => None,
-                    (Ok(report), _) => self.on_report(worker, report),
-                    (Err(error), _) => return fault(error),
+                let report = match report {
+                    Ok(report) => report,
+                    Err(error) => return fault(error),
                 };
-                if let Some(complaint) = complaint {
+                if matches!(report, Report::Dictionary) {
+                    match reports.fds.take() {
+                        Some(fd) => self.dictionaries.add_line(fd, &self.watcher),
+                        // We had no descriptor for it: its other end sees it closed, and tries
+                        // again.
+                        None if reports.descriptor_lost => {}
+                        None => return Some(Fault::Malformed("a channel is missing".into())),
+                    }
+                } else if let Some(complaint) = self.on_report(worker, report) {
                     return Some(Fault::Malformed(complaint));
                 }
             }
@@ -170,7 +171,8 @@ impl Daemon {
     fn on_report(&mut self, worker: WorkerId, report: Report<'_>) -> Option<String> {
         let now = Instant::now();
         match report {
-            Report::Dictionary => return Some("it offered a channel without a descriptor".into()),
+            // Comes with a channel, and goes to the dictionaries.
+            Report::Dictionary => {}
             Report::Ready => self.worker_ready(worker, now),
             Report::Done { job, record } => {
                 if !self.pool.done(job, worker) {
@@ -266,8 +268,11 @@ impl Daemon {
         for &job in &death.jobs {
             let reply = Reply::temporary(TRY_AGAIN);
             // Whose program still runs is answered when it has ended.
+            let client = self.connections.get(job).map(|c| (c.peer, c.accepted));
             let told = busy.contains(&job) || self.connections.answer(job, &reply, &self.watcher);
-            self.log_lost(worker, job, told);
+            if let Some((peer, accepted)) = client {
+                self.log_lost(worker, job, peer, accepted, told);
+            }
         }
         if !death.was_ready {
             let commands = self.generations.worker_died(death.generation, now);

@@ -83,8 +83,9 @@ impl Client {
     pub fn check(&self) -> Result<(), IdentityError> {
         match pidfd::info(self.process.as_fd()) {
             Ok(info) if info.pid == self.pid => return Ok(()),
-            Ok(_) | Err(Errno::ESRCH) => return Err(IdentityError::Exited),
-            // An old kernel.
+            Ok(_) => return Err(IdentityError::Exited),
+            // An old kernel, or one of 6.13 to 6.15, which says ESRCH of a living process whose
+            // parent is in another pid namespace.
             Err(_) => {}
         }
         let number = self.process.as_fd().as_raw_fd();

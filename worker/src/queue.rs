@@ -8,8 +8,8 @@
 //! that there are threads enough.
 //!
 //! # Failure
-//! A job whose socket got lost is handed back. A datagram that makes no sense is the end: nobody
-//! could say which clients it was about.
+//! A job whose socket got lost is handed back. A datagram that makes no sense is an error that
+//! ends the process: nobody could say which clients it was about.
 
 use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
@@ -18,7 +18,7 @@ use std::time::Duration;
 use parking_lot::{Condvar, Mutex, MutexGuard};
 use qrelay_shared::ipc::channel::{RecvBuffer, RecvError};
 use qrelay_shared::ipc::message::Job;
-use slog::{Logger, error, warn};
+use slog::{Logger, warn};
 
 use crate::record::age;
 use crate::report::Reports;
@@ -60,6 +60,7 @@ struct State {
 /// What the leader was given.
 enum Received {
     Jobs,
+    /// The idle time is over.
     Nothing,
     End,
 }
@@ -74,13 +75,16 @@ impl Queue {
 
     /// Waits for a job, for a thread that is new or has `served` one; `start` is to start another
     /// thread, which is counted already. None: the thread is to end.
+    ///
+    /// # Errors
+    /// The job socket can't be understood.
     pub fn next(
         &self,
         served: bool,
         reports: &Reports,
         buffer: &mut RecvBuffer,
         start: impl FnOnce(),
-    ) -> Option<Client> {
+    ) -> Result<Option<Client>, RecvError> {
         let mut state = self.state.lock();
         if served {
             state.census.came_back();
@@ -89,15 +93,15 @@ impl Queue {
         loop {
             if let Some(client) = state.jobs.pop_front() {
                 self.taken(state, &client.0, reports, start);
-                return Some(client);
+                return Ok(Some(client));
             }
             if state.ended {
-                return None;
+                return Ok(None);
             }
             if !state.led {
                 state.led = true;
                 drop(state);
-                let received = self.receive(reports, buffer);
+                let received = self.receive(reports, buffer)?;
                 state = self.state.lock();
                 state.led = false;
                 match received {
@@ -105,7 +109,7 @@ impl Queue {
                     Received::End => self.end(&mut state),
                     Received::Nothing if state.census.may_end() => {
                         self.work.notify_one();
-                        return None;
+                        return Ok(None);
                     }
                     Received::Nothing => {}
                 }
@@ -120,7 +124,7 @@ impl Queue {
                 && state.jobs.is_empty()
                 && state.census.may_end()
             {
-                return None;
+                return Ok(None);
             }
         }
     }
@@ -150,7 +154,7 @@ impl Queue {
     }
 
     /// As leader: gets jobs into the queue, waiting for some if there are none yet.
-    fn receive(&self, reports: &Reports, buffer: &mut RecvBuffer) -> Received {
+    fn receive(&self, reports: &Reports, buffer: &mut RecvBuffer) -> Result<Received, RecvError> {
         let mut received = reports.try_next(buffer);
         if matches!(received, Err(RecvError::Empty)) {
             reports.flush();
@@ -159,36 +163,35 @@ impl Queue {
         }
         let mut messages = match received {
             Ok(messages) => messages,
-            Err(RecvError::Empty) => return Received::Nothing,
-            Err(RecvError::Closed) => return Received::End,
+            Err(RecvError::Empty) => return Ok(Received::Nothing),
+            Err(RecvError::Closed) => return Ok(Received::End),
             Err(RecvError::Os(errno)) => {
                 warn!(self.logger, "no job can be received"; "error" => errno.desc());
+                reports.flush();
                 std::thread::sleep(PAUSE);
-                return Received::Jobs;
+                return Ok(Received::Jobs);
             }
-            Err(error) => return self.give_up(&error),
+            Err(error) => return Err(error),
         };
         let mut lost = false;
         while let Some(message) = messages.next() {
-            match (message, messages.fds.take()) {
-                (Ok(job), Some(client)) => self.state.lock().jobs.push_back((job, client)),
-                (Ok(job), None) => {
+            let job = message?;
+            match messages.fds.take() {
+                Some(client) => self.state.lock().jobs.push_back((job, client)),
+                None => {
                     reports.lost(job.job);
                     lost = true;
                 }
-                (Err(error), _) => return self.give_up(&error),
             }
         }
         if lost {
             warn!(self.logger, "connections were lost: too many open files");
+            // The others mustn't wait meanwhile.
+            self.work.notify_one();
+            reports.flush();
             std::thread::sleep(PAUSE);
         }
-        Received::Jobs
-    }
-
-    fn give_up(&self, error: &RecvError) -> Received {
-        error!(self.logger, "the job socket can't be understood"; "error" => %error);
-        Received::End
+        Ok(Received::Jobs)
     }
 
     fn end(&self, state: &mut State) {
@@ -196,9 +199,11 @@ impl Queue {
         self.work.notify_all();
     }
 
-    /// The thread that was to be started couldn't be.
-    pub fn not_started(&self) {
-        self.state.lock().census.not_started();
+    /// The thread that was to be started couldn't be. True: there is none left.
+    pub fn not_started(&self) -> bool {
+        let none_left = self.state.lock().census.not_started();
+        self.busy.notify_one();
+        none_left
     }
 
     /// A thread ends. True: it was the last.
@@ -206,12 +211,12 @@ impl Queue {
         self.state.lock().census.ended()
     }
 
-    /// Waits until all threads are busy, then a little; says how many threads more are needed,
-    /// which are counted already.
+    /// Waits until all threads are busy and there is something to see to, then a little; says how
+    /// many threads more are needed, which are counted already.
     pub fn watch(&self, reports: &Reports) -> usize {
         let taken = {
             let mut state = self.state.lock();
-            while !state.census.all_busy() {
+            while !(state.census.is_short() || state.census.all_busy() && reports.has_gathered()) {
                 self.busy.wait(&mut state);
             }
             state.census.taken()

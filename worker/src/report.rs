@@ -10,6 +10,7 @@
 //! mails that are still here are finished all the same.
 
 use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use nix::errno::Errno;
@@ -18,13 +19,14 @@ use nix::sys::socket::{setsockopt, sockopt};
 use nix::sys::time::{TimeVal, TimeValLike};
 use nix::unistd::Pid;
 use parking_lot::Mutex;
-use qrelay_shared::ipc::channel::{
-    Batch, Channel, MAX_FDS, Messages, RecvBuffer, RecvError, SendError,
-};
+use qrelay_shared::ipc::channel::{Batch, Channel, Messages, RecvBuffer, RecvError, SendError};
 use qrelay_shared::ipc::message::{JobId, MailRecord, Report, ToJobs, ToReports};
 
 /// How long to wait when the kernel has no memory for a report just now.
 const PAUSE: Duration = Duration::from_millis(10);
+
+/// Reports that travel together at most: beyond, the cost of a datagram hardly shows.
+const MAX_GATHERED: usize = 8;
 
 /// Bytes of reports that are sent without waiting for more: one record can have 32 KiB of
 /// recipients, and a datagram takes 128 KiB.
@@ -34,8 +36,16 @@ const MAX_FINISHED: usize = 32 * 1024;
 #[derive(Debug)]
 pub struct Reports {
     channel: Channel<ToReports, ToJobs>,
-    /// Every `Done` that has not been sent.
-    finished: Mutex<Batch<ToReports>>,
+    finished: Mutex<Finished>,
+    /// `finished` isn't empty.
+    gathered: AtomicBool,
+}
+
+/// Every `Done` that has not been sent.
+#[derive(Debug, Default)]
+struct Finished {
+    batch: Batch<ToReports>,
+    jobs: Vec<JobId>,
 }
 
 impl Reports {
@@ -46,7 +56,7 @@ impl Reports {
     pub fn new(channel: Channel<ToReports, ToJobs>, idle: Duration) -> Result<Self, Errno> {
         let millis = i64::try_from(idle.as_millis()).unwrap_or(i64::MAX);
         setsockopt(&channel.as_fd(), sockopt::ReceiveTimeout, &TimeVal::milliseconds(millis))?;
-        Ok(Self { channel, finished: Mutex::default() })
+        Ok(Self { channel, finished: Mutex::default(), gathered: AtomicBool::new(false) })
     }
 
     /// Waits for jobs.
@@ -103,39 +113,57 @@ impl Reports {
     /// This job is finished. Its report may wait for others, until [`Self::flush`].
     pub fn done(&self, job: JobId, record: Option<MailRecord<'_>>) {
         let mut finished = self.finished.lock();
-        // A record is far smaller than a datagram may be. If not: better no log line than no end.
-        if finished.push(&Report::Done { job, record }).is_err()
-            && finished.push(&Report::Done { job, record: None }).is_err()
-        {
-            self.send_finished(&mut finished);
+        // A record is far smaller than what is left of a datagram. If not: better no log line
+        // than no end.
+        if finished.batch.push(&Report::Done { job, record }).is_err() {
             return self.send(&Report::Done { job, record: None });
         }
-        if finished.len() >= MAX_FDS || finished.size() > MAX_FINISHED {
+        finished.jobs.push(job);
+        self.gathered.store(true, Ordering::Relaxed);
+        if finished.jobs.len() >= MAX_GATHERED || finished.batch.size() > MAX_FINISHED {
             self.send_finished(&mut finished);
         }
+    }
+
+    /// Whether something has gathered that [`Self::flush`] would send.
+    pub fn has_gathered(&self) -> bool {
+        self.gathered.load(Ordering::Relaxed)
     }
 
     /// Sends what has gathered.
     pub fn flush(&self) {
-        let mut finished = self.finished.lock();
-        if !finished.is_empty() {
-            self.send_finished(&mut finished);
+        if self.has_gathered() {
+            self.send_finished(&mut self.finished.lock());
         }
     }
 
-    fn send_finished(&self, finished: &mut Batch<ToReports>) {
-        persist(|| self.channel.send_batch(finished));
-        finished.clear();
+    fn send_finished(&self, finished: &mut Finished) {
+        self.gathered.store(false, Ordering::Relaxed);
+        if finished.jobs.is_empty() {
+            return;
+        }
+        let sent = persist(|| self.channel.send_batch(&finished.batch));
+        finished.batch.clear();
+        for job in finished.jobs.drain(..) {
+            // The socket's buffer is too small (net.core.wmem_default): the log lines are lost.
+            if matches!(sent, Err(SendError::TooLarge)) {
+                self.send(&Report::Done { job, record: None });
+            }
+        }
     }
 
     fn send(&self, report: &Report<'_>) {
-        persist(|| self.channel.send(report, &[]));
+        // What isn't sent now never can be: nobody is left to read it.
+        let _ = persist(|| self.channel.send(report, &[]));
     }
 }
 
-/// Sends until it is sent, or can't be.
-fn persist(mut send: impl FnMut() -> Result<(), SendError>) {
-    while let Err(SendError::Full | SendError::Os(_)) = send() {
-        std::thread::sleep(PAUSE);
+/// Sends until it is sent, or never can be.
+fn persist(mut send: impl FnMut() -> Result<(), SendError>) -> Result<(), SendError> {
+    loop {
+        match send() {
+            Err(SendError::Full | SendError::Os(_)) => std::thread::sleep(PAUSE),
+            result => return result,
+        }
     }
 }

@@ -13,6 +13,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
+use std::time::Duration;
 
 use nix::sys::signal::{SigSet, Signal};
 use qrelay_shared::ipc::channel::RecvBuffer;
@@ -35,6 +36,9 @@ pub(crate) const STACK_SIZE: usize = 4 << 20;
 
 /// Virtual memory of the thread that starts others.
 const WATCH_STACK_SIZE: usize = 128 << 10;
+
+/// How long to wait for a thread that couldn't be had.
+const PAUSE: Duration = Duration::from_millis(100);
 
 /// What a session needs to know about its listener.
 #[derive(Debug)]
@@ -119,18 +123,24 @@ impl Worker {
         Ok(())
     }
 
-    /// Starts a thread that has been counted already.
-    fn start_another(self: &Arc<Self>) {
-        if let Err(error) = self.start() {
-            self.queue.not_started();
-            warn!(self.logger, "no further thread"; "error" => %error);
+    /// Starts a thread that has been counted already. False: there is none for us.
+    fn start_another(self: &Arc<Self>) -> bool {
+        let Err(error) = self.start() else { return true };
+        warn!(self.logger, "no further thread"; "error" => %error);
+        if self.queue.not_started() {
+            (self.end)();
         }
+        false
     }
 
     /// Starts threads when all are busy and nobody takes the jobs that are queued. Never ends.
     fn watch(self: &Arc<Self>) {
         loop {
-            (0..self.queue.watch(&self.reports)).for_each(|_| self.start_another());
+            let needed = self.queue.watch(&self.reports);
+            let started = (0..needed).filter(|_| self.start_another()).count();
+            if started < needed {
+                std::thread::sleep(PAUSE);
+            }
         }
     }
 
@@ -139,10 +149,18 @@ impl Worker {
         let mut message = RecvBuffer::small();
         let mut buffer = Vec::new();
         let mut served = false;
-        let start = || self.start_another();
-        while let Some((job, client)) = self.queue.next(served, &self.reports, &mut message, start)
-        {
-            self.serve(&job, client, &mut buffer);
+        loop {
+            let start = || {
+                self.start_another();
+            };
+            match self.queue.next(served, &self.reports, &mut message, start) {
+                Ok(Some((job, client))) => self.serve(&job, client, &mut buffer),
+                Ok(None) => break,
+                Err(error) => {
+                    error!(self.logger, "the job socket can't be understood"; "error" => %error);
+                    return (self.end)();
+                }
+            }
             served = true;
         }
         self.reports.flush();

@@ -48,7 +48,8 @@ impl Census {
         self.waiting == 0
     }
 
-    fn is_short(&self) -> bool {
+    /// Nobody waits for jobs, and there could be more threads.
+    pub fn is_short(&self) -> bool {
         self.all_busy() && self.living < self.limit
     }
 
@@ -69,10 +70,10 @@ impl Census {
         start
     }
 
-    /// The thread that was to be started couldn't be.
-    pub fn not_started(&mut self) {
-        self.living = self.living.saturating_sub(1);
+    /// The thread that was to be started couldn't be. True: there is none left.
+    pub fn not_started(&mut self) -> bool {
         self.waiting = self.waiting.saturating_sub(1);
+        self.ended()
     }
 
     /// A thread is through with its job and waits again.

@@ -9,7 +9,7 @@
 //! doesn't read; the caller decides what that means. [`RecvError::Malformed`]
 //! means the other process is not to be trusted any more.
 
-use std::io::{IoSlice, IoSliceMut};
+use std::io::IoSlice;
 use std::marker::PhantomData;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
@@ -39,8 +39,9 @@ pub enum SendError {
     /// The other process is gone.
     #[error("the other process has closed the channel")]
     Closed,
-    /// The message can't be encoded within [`MAX_MESSAGE`].
-    #[error("message of more than {MAX_MESSAGE} bytes")]
+    /// It can't be sent within [`MAX_MESSAGE`] bytes, [`MAX_FDS`] descriptors and the socket's
+    /// buffer.
+    #[error("message of more than {MAX_MESSAGE} bytes or {MAX_FDS} descriptors")]
     TooLarge,
     /// Anything else, such as ETOOMANYREFS or ENOMEM.
     #[error("sendmsg: {0}")]
@@ -242,7 +243,7 @@ impl<Out: Direction, In: Direction> Channel<Out, In> {
     ) -> Result<Messages<'b, In>, RecvError> {
         let RecvBuffer { bytes, control } = buffer;
         let received = loop {
-            match fdpass::recv(self.fd.as_fd(), &mut IoSliceMut::new(bytes), control, flags) {
+            match fdpass::recv(self.fd.as_fd(), bytes, control, flags) {
                 Ok(received) => break received,
                 Err(Errno::EINTR) => {}
                 Err(Errno::EAGAIN) => return Err(RecvError::Empty),
@@ -277,19 +278,18 @@ fn encoded<M: Serialize>(
 /// Messages that travel in one datagram, in their order.
 pub struct Batch<Out> {
     bytes: Vec<u8>,
-    count: usize,
     direction: PhantomData<fn(Out)>,
 }
 
 impl<Out> std::fmt::Debug for Batch<Out> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Batch").field("count", &self.count).finish_non_exhaustive()
+        f.debug_struct("Batch").field("bytes", &self.bytes.len()).finish_non_exhaustive()
     }
 }
 
 impl<Out> Default for Batch<Out> {
     fn default() -> Self {
-        Self { bytes: Vec::new(), count: 0, direction: PhantomData }
+        Self { bytes: Vec::new(), direction: PhantomData }
     }
 }
 
@@ -304,14 +304,8 @@ impl<Out: Direction> Batch<Out> {
                 return Err(SendError::TooLarge);
             }
             self.bytes.extend_from_slice(bytes);
-            self.count += 1;
             Ok(())
         })
-    }
-
-    /// How many messages there are.
-    pub fn len(&self) -> usize {
-        self.count
     }
 
     /// Bytes of all of them.
@@ -319,16 +313,10 @@ impl<Out: Direction> Batch<Out> {
         self.bytes.len()
     }
 
-    /// Whether there is none.
-    pub fn is_empty(&self) -> bool {
-        self.count == 0
-    }
-
     /// Takes all out; memory for some short ones is kept.
     pub fn clear(&mut self) {
         self.bytes.clear();
         self.bytes.shrink_to(16 * 1024);
-        self.count = 0;
     }
 }
 
@@ -380,7 +368,7 @@ impl<'b, In: Direction> Iterator for Messages<'b, In> {
     }
 }
 
-/// Room for one datagram; reused, so that receiving allocates nothing but what nix does.
+/// Room for one datagram; reused, so that receiving allocates nothing.
 #[derive(Debug)]
 pub struct RecvBuffer {
     bytes: Box<[u8]>,

@@ -1,14 +1,13 @@
 //! Receiving descriptors by SCM_RIGHTS as owned values.
 //!
 //! # Failure
-//! A message may arrive without its descriptors when this process has none
+//! A message may arrive without some of its descriptors when this process has none
 //! free; that is reported in [`Received::descriptor_lost`].
 
-use std::io::IoSliceMut;
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use nix::errno::Errno;
-use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
+use nix::sys::socket::MsgFlags;
 
 /// Most descriptors that one message brings.
 pub const MAX_FDS: usize = 8;
@@ -41,52 +40,69 @@ pub struct Received {
     pub fds: Fds,
     /// The message was longer than the buffer.
     pub truncated: bool,
-    /// Descriptors were sent that this process could not take.
+    /// Descriptors were sent that this process could not take: the last ones.
     pub descriptor_lost: bool,
 }
 
 /// Room for the control messages that [`recv`] takes.
 pub fn control_buffer() -> Vec<u8> {
-    nix::cmsg_space!([std::os::fd::RawFd; MAX_FDS])
+    nix::cmsg_space!([RawFd; MAX_FDS])
 }
 
 /// Receives one message; descriptors are close-on-exec. `control` is from [`control_buffer`].
+///
+/// When only some of the message's descriptors could be installed, these are the first ones;
+/// nix's recvmsg doesn't name them then, and they would stay open for ever.
 ///
 /// # Errors
 /// As recvmsg(2).
 pub fn recv(
     socket: BorrowedFd<'_>,
-    buffer: &mut IoSliceMut<'_>,
+    buffer: &mut [u8],
     control: &mut [u8],
     flags: MsgFlags,
 ) -> Result<Received, Errno> {
-    let mut slices = [IoSliceMut::new(buffer)];
-    let message = recvmsg::<()>(
-        socket.as_raw_fd(),
-        &mut slices,
-        Some(control),
-        flags | MsgFlags::MSG_CMSG_CLOEXEC,
-    )?;
+    let mut slice = libc::iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: buffer.len() };
+    // SAFETY: all zeros is a valid msghdr: no name, no buffers.
+    let mut header: libc::msghdr = unsafe { std::mem::zeroed() };
+    header.msg_iov = &raw mut slice;
+    header.msg_iovlen = 1;
+    header.msg_control = control.as_mut_ptr().cast();
+    header.msg_controllen = control.len() as _;
+    let flags = flags | MsgFlags::MSG_CMSG_CLOEXEC;
+    // SAFETY: `header` points to `buffer` and `control` with their true lengths; they and `slice`
+    // outlive the call, and nobody else has them.
+    let result = unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut header, flags.bits()) };
+    let length = usize::try_from(Errno::result(result)?).map_err(|_| Errno::EIO)?;
+    Ok(Received {
+        length,
+        fds: installed(&header),
+        truncated: header.msg_flags & libc::MSG_TRUNC != 0,
+        descriptor_lost: header.msg_flags & libc::MSG_CTRUNC != 0,
+    })
+}
+
+/// The descriptors that the kernel has installed; `header` is as recvmsg(2) left it.
+fn installed(header: &libc::msghdr) -> Fds {
     let mut fds = Fds::default();
-    let mut descriptor_lost = message.flags.contains(MsgFlags::MSG_CTRUNC);
-    match message.cmsgs() {
-        Ok(messages) => {
-            for control in messages {
-                if let ControlMessageOwned::ScmRights(raw) = control {
-                    for fd in raw {
-                        // SAFETY: the kernel has just installed this descriptor for us
-                        // and nobody else knows its number.
-                        fds.push(unsafe { OwnedFd::from_raw_fd(fd) });
-                    }
-                }
+    // SAFETY: `header` describes control messages that the kernel has written.
+    let mut next = unsafe { libc::CMSG_FIRSTHDR(header) };
+    // SAFETY: the pointer is null or to a whole header within the control buffer (cmsg(3)).
+    while let Some(control) = unsafe { next.as_ref() } {
+        if control.cmsg_level == libc::SOL_SOCKET && control.cmsg_type == libc::SCM_RIGHTS {
+            // SAFETY: data follows the header; its length is what remains of `cmsg_len`.
+            let (data, head) = unsafe { (libc::CMSG_DATA(control), libc::CMSG_LEN(0)) };
+            let bytes = control.cmsg_len.saturating_sub(head as usize);
+            for index in 0..bytes / size_of::<RawFd>() {
+                // SAFETY: the index is within the data, which may be unaligned.
+                let fd = unsafe { data.cast::<RawFd>().add(index).read_unaligned() };
+                // SAFETY: the kernel has just installed this descriptor for us and nobody else
+                // knows its number.
+                fds.push(unsafe { OwnedFd::from_raw_fd(fd) });
             }
         }
-        Err(_) => descriptor_lost = true,
+        // SAFETY: as for the first one.
+        next = unsafe { libc::CMSG_NXTHDR(header, control) };
     }
-    Ok(Received {
-        length: message.bytes,
-        fds,
-        truncated: message.flags.contains(MsgFlags::MSG_TRUNC),
-        descriptor_lost,
-    })
+    fds
 }

@@ -32,6 +32,9 @@ struct RawInfo {
     rest: [u32; 11],
 }
 
+// The size is part of the request's number.
+const _: () = assert!(size_of::<RawInfo>() == 64);
+
 /// What the kernel says about a process, all at one point in time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Info {
@@ -44,7 +47,8 @@ pub struct Info {
 /// Asks about a process that hasn't been reaped.
 ///
 /// # Errors
-/// `ESRCH` when it has been, or has no number here; `ENOTTY` or `EINVAL` before Linux 6.13.
+/// `ESRCH` when it has been, has no number here, or (Linux 6.13 to 6.15) its parent has none;
+/// `ENOTTY` or `EINVAL` before Linux 6.13.
 pub fn info(process: BorrowedFd<'_>) -> Result<Info, Errno> {
     let mut raw = RawInfo { mask: PIDFD_INFO_CGROUPID, ..RawInfo::default() };
     // SAFETY: the kernel writes at most the 64 bytes that the request's number says, which
@@ -121,7 +125,6 @@ mod tests {
 
     #[test]
     fn says_who_it_is() {
-        const { assert!(size_of::<RawInfo>() == 64) };
         let mut child = Command::new("/bin/sleep").arg("60").spawn().expect("spawn");
         let pid = Pid::from_raw(child.id().cast_signed());
         let process = open(pid).expect("pidfd");

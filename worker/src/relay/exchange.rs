@@ -55,7 +55,7 @@ enum Written {
 }
 
 /// Sends the request, whose `pieces` are not empty, and reads the reply. What `pieces` are
-/// afterwards is undefined.
+/// afterwards is unspecified.
 ///
 /// # Errors
 /// See [`ExchangeError`].
