@@ -115,10 +115,7 @@ impl Queue {
                 }
             } else if !told {
                 told = true;
-                MutexGuard::unlocked(&mut state, || {
-                    reports.flush();
-                    std::thread::yield_now();
-                });
+                MutexGuard::unlocked(&mut state, || reports.flush());
             } else if self.work.wait_for(&mut state, IDLE).timed_out()
                 && state.led
                 && state.jobs.is_empty()
@@ -158,7 +155,6 @@ impl Queue {
         let mut received = reports.try_next(buffer);
         if matches!(received, Err(RecvError::Empty)) {
             reports.flush();
-            std::thread::yield_now();
             received = reports.next(buffer);
         }
         let mut messages = match received {

@@ -10,7 +10,7 @@
 use std::time::Duration;
 
 /// Threads that are started without a job having had to wait.
-pub const EAGER: usize = 16;
+pub const EAGER: usize = 8;
 
 /// A job that has waited this long shows that there are too few threads.
 pub const STALE: Duration = Duration::from_millis(20);
