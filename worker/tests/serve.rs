@@ -5,12 +5,15 @@ use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener};
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::UnixStream;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::sync::{Arc, Barrier};
 use std::time::{Duration, Instant};
 
+use nix::sys::socket::{setsockopt, sockopt};
+use nix::sys::time::{TimeVal, TimeValLike};
 use qrelay_shared::endpoint::Endpoint;
-use qrelay_shared::ipc::channel::{Channel, RecvBuffer, RecvError};
+use qrelay_shared::ipc::channel::{Batch, Channel, RecvBuffer, RecvError};
 use qrelay_shared::ipc::message::{Job, MailRecord, Peer, Report, ToJobs, ToReports};
 use qrelay_shared::qmqp::{Status, encode_request};
 use qrelay_shared::settings::{Declaration, ListenAddress, ListenerDecl, Settings};
@@ -69,6 +72,8 @@ impl Harness {
         handler: impl Fn(&mut Mail) -> Decision + Send + Sync + 'static,
     ) -> Self {
         let (jobs, theirs) = Channel::<ToJobs, ToReports>::pair().expect("pair");
+        let patience = TimeVal::seconds(10);
+        setsockopt(&jobs.as_fd(), sockopt::ReceiveTimeout, &patience).expect("timeout");
         let listener = ListenerDecl {
             address: ListenAddress::Abstract(b"test".to_vec()),
             mode: 0o666,
@@ -104,10 +109,30 @@ impl Harness {
     }
 
     fn dispatch(&mut self, server: &UnixStream, listener: u32) {
+        let job = self.job(listener);
+        self.jobs.send(&job, &[server.as_fd()]).expect("send");
+    }
+
+    fn job(&mut self, listener: u32) -> Job {
         let peer = Peer::Local { pid: Some(1), uid: 2, gid: 3 };
         let job = Job { job: self.next, listener, peer, accepted: 0, spoke: u64::MAX };
         self.next += 1;
-        self.jobs.send(&job, &[server.as_fd()]).expect("send");
+        job
+    }
+
+    /// Dispatches connections with a request each, all at once; the last `lost` of them without
+    /// their sockets.
+    fn submit_at_once(&mut self, count: usize, lost: usize) -> Vec<UnixStream> {
+        let pairs: Vec<_> = (0..count).map(|_| UnixStream::pair().expect("pair")).collect();
+        let mut batch = Batch::default();
+        for (client, _) in &pairs {
+            (&*client).write_all(&request()).expect("write");
+            client.set_read_timeout(Some(Duration::from_secs(10))).expect("timeout");
+            batch.push(&self.job(0)).expect("room");
+        }
+        let fds: Vec<_> = pairs.iter().take(count - lost).map(|(_, ours)| ours.as_fd()).collect();
+        self.jobs.try_send_batch(&batch, &fds).expect("send");
+        pairs.into_iter().map(|(client, _)| client).collect()
     }
 
     /// One whole exchange.
@@ -310,6 +335,69 @@ fn an_unknown_listener_costs_one_mail() {
     client.shutdown(Shutdown::Write).expect("shutdown");
     assert_eq!(read_reply(&mut client), "22:Zinternal server error,");
     assert!(harness.finished().record.is_some());
+    harness.end();
+}
+
+#[test]
+fn jobs_that_come_together_are_served_side_by_side() {
+    let barrier = Arc::new(Barrier::new(8));
+    let all = Arc::clone(&barrier);
+    let mut harness = Harness::new(move |_| {
+        all.wait();
+        Ok(Action::Discard(None))
+    });
+    // First of threads that have to be started, then of some that wait.
+    for _ in 0..3 {
+        for mut client in harness.submit_at_once(8, 0) {
+            assert_eq!(read_reply(&mut client), "10:Kdiscarded,");
+        }
+    }
+    let mut jobs: Vec<u64> = (0..24).map(|_| harness.finished().job).collect();
+    jobs.sort_unstable();
+    assert_eq!(jobs, (1..=24).collect::<Vec<_>>());
+    harness.end();
+}
+
+#[test]
+fn a_report_does_not_wait_for_the_next_mails() {
+    let (release, gate) = crossbeam_channel::bounded::<()>(0);
+    let first = AtomicBool::new(true);
+    let settings = Settings { worker_connections: 1, ..Settings::default() };
+    let mut harness = Harness::with(settings, move |_| {
+        if !first.swap(false, Ordering::Relaxed) {
+            let _ = gate.recv();
+        }
+        Ok(Action::Discard(None))
+    });
+    let clients = harness.submit_at_once(3, 0);
+    assert_eq!(harness.finished().job, 1, "while the only thread serves the second");
+    drop(release);
+    for mut client in clients {
+        assert_eq!(read_reply(&mut client), "10:Kdiscarded,");
+    }
+    assert_eq!((harness.finished().job, harness.finished().job), (2, 3));
+    harness.end();
+}
+
+#[test]
+fn who_comes_without_a_socket_is_handed_back_alone() {
+    let mut harness = Harness::new(discard);
+    let clients = harness.submit_at_once(3, 1);
+    for mut client in clients.into_iter().take(2) {
+        assert_eq!(read_reply(&mut client), "10:Kdiscarded,");
+    }
+    let (mut buffer, mut lost, mut done) = (RecvBuffer::new(), Vec::new(), Vec::new());
+    while lost.len() + done.len() < 3 {
+        for report in harness.jobs.recv_batch(&mut buffer).expect("reports") {
+            match report.expect("a report") {
+                Report::Lost { job } => lost.push(job),
+                Report::Done { job, .. } => done.push(job),
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+    done.sort_unstable();
+    assert_eq!((lost, done), (vec![3], vec![1, 2]));
     harness.end();
 }
 
