@@ -69,6 +69,8 @@ pub(crate) enum Phase {
         deadline: Instant,
         /// They haven't, since we were told to stop a second time.
         at_once: bool,
+        /// The drain is over: nothing extends the deadline any more.
+        over: bool,
     },
     /// Nothing is left to do.
     Ended(Exit),
@@ -230,7 +232,6 @@ impl Daemon {
         self.connections_due(now);
         self.workers_due(now);
         self.rollout_due(now);
-        self.orphans.kill_overdue(now);
         self.reap_orphans(now);
         self.answer_orphans(now);
         self.pond_due(now);
@@ -263,7 +264,7 @@ impl Daemon {
             Phase::Stopping { .. } => {
                 warn!(self.log, "told to stop a second time: killing what is left";
                     "in_flight" => self.pool.in_flight());
-                self.phase = Phase::Stopping { deadline: now, at_once: true };
+                self.phase = Phase::Stopping { deadline: now, at_once: true, over: true };
             }
             Phase::Starting | Phase::Serving => {
                 let drain = self.drain_timeout();
@@ -271,7 +272,7 @@ impl Daemon {
                     "drain_timeout" => drain.as_secs_f64());
                 let explicit = self.pool.latest_explicit();
                 let deadline = explicit.map_or(now + drain, |until| until.max(now + drain));
-                self.phase = Phase::Stopping { deadline, at_once: false };
+                self.phase = Phase::Stopping { deadline, at_once: false, over: false };
                 self.systemd
                     .stopping(format!("Stopping: {} mails in flight", self.pool.in_flight()), now);
                 let commands = self.generations.stop();
@@ -291,7 +292,7 @@ impl Daemon {
     }
 
     fn stopping_due(&mut self, now: Instant) {
-        let Phase::Stopping { deadline, at_once } = self.phase else { return };
+        let Phase::Stopping { deadline, at_once, .. } = self.phase else { return };
         self.retire_finished(now);
         let answered = self.connections.held() == 0 && self.orphans.is_empty();
         if self.workers.is_empty() && answered && self.ending.is_empty() {
@@ -300,17 +301,16 @@ impl Daemon {
             self.give_up_unserved(now);
             self.kill_all_workers();
             if at_once {
-                self.orphans.kill_all();
+                self.orphans.kill_all(now);
             }
-            self.phase = Phase::Stopping { deadline: now + Duration::from_millis(100), at_once };
+            let deadline = now + Duration::from_millis(100);
+            self.phase = Phase::Stopping { deadline, at_once, over: true };
         }
     }
 
     /// An action's own time limit counts for a drain that has begun, but not for its end.
-    pub(crate) fn extend_stop(&mut self, until: Instant, now: Instant) {
-        if let Phase::Stopping { deadline, .. } = &mut self.phase
-            && *deadline > now
-        {
+    pub(crate) fn extend_stop(&mut self, until: Instant) {
+        if let Phase::Stopping { deadline, over: false, .. } = &mut self.phase {
             *deadline = until.max(*deadline);
         }
     }
@@ -329,11 +329,16 @@ impl Daemon {
 
     /// Reaps every child that has ended.
     fn reap(&mut self, now: Instant) {
+        while let Some(worker) = self.ended_worker() {
+            if !self.reap_child(worker, now) {
+                break;
+            }
+        }
         while let Some(pid) = ended_child(None) {
             if self.orphans.holds(pid) {
                 // It hides the others that have ended. For those that end from now on there will be
                 // another signal.
-                for pid in self.orphans.ended_besides() {
+                for pid in self.orphans.ended_besides(now) {
                     self.reap_after_workers(pid, now);
                 }
                 return;
@@ -344,9 +349,9 @@ impl Daemon {
         }
     }
 
-    /// Reaps a child, and every worker that has ended before: its programs become our children at
-    /// the moment at which it can be reaped. If one of them went first, its number could be another
-    /// process' by the time the dead worker's programs are told to end. Says whether it was there.
+    /// Reaps a child, and every worker that has ended before: its programs have become our
+    /// children, and if one of them went first, its number could be another process' by the time
+    /// the dead worker's programs are told to end. Says whether it was there.
     fn reap_after_workers(&mut self, pid: Pid, now: Instant) -> bool {
         while let Some(worker) = self.ended_worker() {
             if !self.reap_child(worker, now) {
@@ -370,7 +375,7 @@ impl Daemon {
             return false;
         }
         // Its process group can be named only until it is reaped.
-        if self.orphans.ended(pid, now) {
+        if self.orphans.ended(pid, now) || self.adopt_early(pid, now) {
             return true;
         }
         let Ok(status) = reap(pid) else { return false };
@@ -383,12 +388,42 @@ impl Daemon {
         true
     }
 
+    /// A child that has ended, unless it is a worker or zygote, may be the program of a worker that
+    /// is about to end: the kernel gives us a process' children before its last thread is gone. It
+    /// is held then as if the worker had ended.
+    fn adopt_early(&mut self, pid: Pid, now: Instant) -> bool {
+        let is_zygote = self.zygotes.values().any(|zygote| zygote.pid == Some(pid));
+        if is_zygote || self.worker_of(pid).is_some() {
+            return false;
+        }
+        let workers: Vec<WorkerId> = self.workers.keys().copied().collect();
+        for worker in workers {
+            // Its start may not have been read yet, or that its worker has reaped it.
+            self.on_reports(worker);
+            if let Some(link) = self.workers.get_mut(&worker)
+                && let Some(at) = link.children.iter().position(|&(_, child)| child == pid)
+            {
+                let child = link.children.swap_remove(at);
+                self.orphans.adopt(&[child], now);
+                return self.orphans.ended(pid, now);
+            }
+        }
+        false
+    }
+
     /// Reaps programs of mails whose worker died, when nothing is left of their groups.
     fn reap_orphans(&mut self, now: Instant) {
-        for pid in self.orphans.to_reap(now) {
+        for pid in self.orphans.kill_overdue(now) {
+            error!(self.log, "a dead worker's program can't be killed"; "pid" => pid.as_raw());
+        }
+        let reaped = self.orphans.to_reap(now);
+        for &pid in &reaped {
             // It has ended and is ours, so this neither waits nor fails.
             let _ = reap(pid);
             debug!(self.log, "a dead worker's program has ended"; "pid" => pid.as_raw());
+        }
+        if !reaped.is_empty() || self.orphans.hides(now) {
+            self.reap(now);
         }
     }
 

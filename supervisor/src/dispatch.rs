@@ -232,7 +232,7 @@ impl Daemon {
             let Some(connection) = self.connections.get(job) else { continue };
             let generation = connection.last_chance.map(|(generation, _)| generation);
             let before = self.dispatches.late.len();
-            if full == generation {
+            if full.is_some() && full == generation {
                 self.dispatches.late.push(job);
                 continue;
             }

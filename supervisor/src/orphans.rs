@@ -7,7 +7,9 @@
 //! that the worker had started and not yet reported is recognized by its standard input.
 //!
 //! # Failure
-//! A program that became another user's can't be signalled; it isn't waited for.
+//! A program that became another user's can't be signalled; it isn't waited for. Nor is one any
+//! longer that SIGKILL doesn't end. Looking through /proc takes a small part of our time at most,
+//! however many processes there are.
 
 use std::collections::{HashMap, HashSet};
 use std::time::{Duration, Instant};
@@ -27,18 +29,21 @@ const GRACE: Duration = Duration::from_secs(10);
 /// longer hangs in the kernel, and doesn't come back to do anything.
 const VANISH: Duration = Duration::from_secs(1);
 
-/// How often it is looked whether a group has ended whose leader has: its other members needn't be
-/// our children.
+/// When it is looked again whether a group has ended whose leader has: its other members needn't be
+/// our children. Each pause is twice the one before, up to [`MAX_GLANCE`].
 const GLANCE: Duration = Duration::from_millis(20);
+const MAX_GLANCE: Duration = Duration::from_millis(500);
+
+/// So many times what a look through /proc took (15 µs per process) passes before the next one.
+const REST: u32 = 20;
 
 /// What is left of a program.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum State {
     /// Its leader, at least.
     Running,
-    /// Its leader has ended, and isn't reaped since others may not have. They are looked for at
-    /// this time.
-    Held(Instant),
+    /// Its leader has ended, and isn't reaped since others may not have.
+    Held,
     /// Its leader has been reaped, and the rest of its group killed.
     Ended,
 }
@@ -48,13 +53,14 @@ struct Orphan {
     job: JobId,
     group: Pid,
     state: State,
-    /// When it is killed or, if it has ended, no longer waited for.
+    /// When it is killed or, if that has happened or it has ended, no longer waited for.
     due: Instant,
+    killed: bool,
 }
 
 impl Orphan {
     fn new(job: JobId, group: Pid, now: Instant) -> Self {
-        Self { job, group, state: State::Running, due: now + GRACE }
+        Self { job, group, state: State::Running, due: now + GRACE, killed: false }
     }
 
     /// Nothing of it is left. (A signal of 0 does nothing: should the group's number be another
@@ -63,20 +69,20 @@ impl Orphan {
         self.state == State::Ended
             && (self.due <= now || killpg(self.group, None) == Err(Errno::ESRCH))
     }
-
-    /// When there is something to do about it.
-    fn next_deadline(&self) -> Instant {
-        match self.state {
-            State::Held(look) => look.min(self.due),
-            State::Running | State::Ended => self.due,
-        }
-    }
 }
 
 /// Those that still run.
 #[derive(Debug, Default)]
 pub struct Orphans {
     table: HashMap<Pid, Orphan>,
+    /// When it is looked what has become of the groups whose leaders are held.
+    look: Option<Instant>,
+    /// From that look to the next.
+    pause: Duration,
+    /// No look through /proc before that.
+    rested: Option<Instant>,
+    /// Children may have ended that those held hide.
+    hidden: bool,
 }
 
 impl Orphans {
@@ -98,7 +104,7 @@ impl Orphans {
     /// report them.
     pub fn adopt_unreported(&mut self, jobs: &[JobId], now: Instant) -> Vec<JobId> {
         let mut found = Vec::new();
-        for Process { pid, group, .. } in children() {
+        for Process { pid, group, .. } in children().unwrap_or_default() {
             if self.table.contains_key(&pid) || self.table.contains_key(&group) {
                 continue;
             }
@@ -127,38 +133,63 @@ impl Orphans {
     pub fn ended(&mut self, pid: Pid, now: Instant) -> bool {
         let Some(orphan) = self.table.get_mut(&pid) else { return false };
         if orphan.state == State::Running {
-            orphan.state = State::Held(now);
+            orphan.state = State::Held;
+            self.pause = GLANCE;
+            self.look = Some(self.rested.map_or(now, |rested| rested.max(now)));
         }
         orphan.state != State::Ended
     }
 
-    /// Whether this is a child that has ended and isn't to be reaped yet.
-    pub fn holds(&self, pid: Pid) -> bool {
-        self.table.get(&pid).is_some_and(|orphan| matches!(orphan.state, State::Held(_)))
+    /// Whether a program for this job is among them.
+    pub fn concerns(&self, job: JobId) -> bool {
+        self.table.values().any(|orphan| orphan.job == job)
     }
 
-    /// The children that have ended and may be reaped although others that have are held.
-    pub fn ended_besides(&self) -> Vec<Pid> {
-        let ended = children().filter(|child| !child.alive && !self.holds(child.pid));
+    /// Whether this is a child that has ended and isn't to be reaped yet.
+    pub fn holds(&self, pid: Pid) -> bool {
+        self.table.get(&pid).is_some_and(|orphan| orphan.state == State::Held)
+    }
+
+    /// The children that have ended and may be reaped although others that have are held. There may
+    /// be more later: [`Self::hides`].
+    pub fn ended_besides(&mut self, now: Instant) -> Vec<Pid> {
+        self.hidden = self.rested.is_some_and(|rested| rested > now);
+        if self.hidden {
+            return Vec::new();
+        }
+        let Some(children) = self.look_through(now, children) else { return Vec::new() };
+        let ended = children.iter().filter(|child| !child.alive && !self.holds(child.pid));
         ended.map(|child| child.pid).filter(|&pid| ended_child(Some(pid)).is_some()).collect()
+    }
+
+    /// Whether it is time for [`Self::ended_besides`], which had been too early.
+    pub fn hides(&self, now: Instant) -> bool {
+        self.hidden && self.rested.is_none_or(|rested| rested <= now)
+    }
+
+    /// Lists processes, and sees to it that this isn't done too often.
+    fn look_through(
+        &mut self,
+        now: Instant,
+        list: impl FnOnce() -> std::io::Result<Vec<Process>>,
+    ) -> Option<Vec<Process>> {
+        let started = Instant::now();
+        let found = list();
+        self.rested = Some(now + started.elapsed() * REST);
+        found.ok()
     }
 
     /// Leaders that are to be reaped now, since their groups have ended or their time is over. The
     /// rest of each group is killed.
     pub fn to_reap(&mut self, now: Instant) -> Vec<Pid> {
-        let is_due = |orphan: &Orphan| match orphan.state {
-            State::Held(look) => look <= now || orphan.due <= now,
-            State::Running | State::Ended => false,
-        };
-        if !self.table.values().any(is_due) {
-            return Vec::new();
-        }
-        let living = processes().filter(|process| process.alive).map(|process| process.group);
-        let living: HashSet<Pid> = living.collect();
+        let living = self.living_groups(now);
         let mut reaped = Vec::new();
-        for (&pid, orphan) in self.table.iter_mut().filter(|(_, orphan)| is_due(orphan)) {
-            if living.contains(&orphan.group) && now < orphan.due {
-                orphan.state = State::Held(now + GLANCE);
+        let mut held = false;
+        for (&pid, orphan) in self.table.iter_mut().filter(|(_, o)| o.state == State::Held) {
+            // What can't be known counts as alive.
+            let lives = living.as_ref().is_none_or(|living| living.contains(&orphan.group));
+            if lives && now < orphan.due {
+                held = true;
                 continue;
             }
             let _ = killpg(orphan.group, Signal::SIGKILL);
@@ -166,7 +197,19 @@ impl Orphans {
             orphan.due = now + VANISH;
             reaped.push(pid);
         }
+        if !held {
+            self.look = None;
+        }
         reaped
+    }
+
+    /// The process groups that have living members, if it is time to look.
+    fn living_groups(&mut self, now: Instant) -> Option<HashSet<Pid>> {
+        self.look.filter(|&look| look <= now)?;
+        let found = self.look_through(now, processes);
+        self.look = self.rested.max(Some(now + self.pause));
+        self.pause = MAX_GLANCE.min(self.pause * 2);
+        Some(found?.iter().filter(|process| process.alive).map(|process| process.group).collect())
     }
 
     /// The jobs whose programs are over, all of their groups included.
@@ -174,25 +217,40 @@ impl Orphans {
         self.table.extract_if(|_, orphan| orphan.is_over(now)).map(|(_, o)| o.job).collect()
     }
 
-    /// SIGKILL for those that ignore SIGTERM.
-    pub fn kill_overdue(&mut self, now: Instant) {
+    /// SIGKILL for those that ignore SIGTERM; the result is those that ignored even that, and
+    /// aren't waited for any more.
+    pub fn kill_overdue(&mut self, now: Instant) -> Vec<Pid> {
+        let mut given_up = Vec::new();
         let overdue = |orphan: &&mut Orphan| orphan.state == State::Running && orphan.due <= now;
         for orphan in self.table.values_mut().filter(overdue) {
+            if orphan.killed {
+                orphan.state = State::Ended;
+                given_up.push(orphan.group);
+                continue;
+            }
             let _ = killpg(orphan.group, Signal::SIGKILL);
+            orphan.killed = true;
             orphan.due = now + GRACE;
         }
+        given_up
     }
 
-    /// SIGKILL for all.
-    pub fn kill_all(&self) {
-        for orphan in self.table.values().filter(|orphan| orphan.state != State::Ended) {
+    /// SIGKILL for all, and no further patience.
+    pub fn kill_all(&mut self, now: Instant) {
+        for orphan in self.table.values_mut().filter(|orphan| orphan.state != State::Ended) {
             let _ = killpg(orphan.group, Signal::SIGKILL);
+            if !orphan.killed {
+                orphan.killed = true;
+                orphan.due = orphan.due.min(now + VANISH);
+            }
         }
     }
 
-    /// When [`Self::to_reap`], [`Self::kill_overdue`] or [`Self::over`] has something to do.
+    /// When [`Self::to_reap`], [`Self::kill_overdue`], [`Self::over`] or [`Self::hides`] has
+    /// something to do.
     pub fn next_deadline(&self) -> Option<Instant> {
-        self.table.values().map(Orphan::next_deadline).min()
+        let hidden = self.rested.filter(|_| self.hidden);
+        self.table.values().map(|orphan| orphan.due).chain(self.look).chain(hidden).min()
     }
 
     /// None is left.
@@ -202,9 +260,11 @@ impl Orphans {
 }
 
 /// All children of this process. (The kernel's own list of them is a build option.)
-fn children() -> impl Iterator<Item = Process> {
+fn children() -> std::io::Result<Vec<Process>> {
     let own = Pid::this();
-    processes().filter(move |process| process.parent == own)
+    let mut all = processes()?;
+    all.retain(|process| process.parent == own);
+    Ok(all)
 }
 
 #[cfg(test)]
@@ -289,12 +349,13 @@ mod tests {
         let mut orphans = Orphans::default();
         let (mut leader, mut other) = leader_and_other(&mut orphans, 71_007, now);
         assert_eq!(orphans.to_reap(now), [], "the other has its time");
-        assert_eq!(orphans.next_deadline(), Some(now + GLANCE));
+        let look = orphans.next_deadline().expect("there is something to do");
+        assert!(look >= now + GLANCE && look < now + GRACE, "{:?}", look - now);
         assert!(orphans.holds(pid(&leader)) && orphans.over(now).is_empty());
         other.kill().expect("kill");
         wait_for_end(&other);
         assert_eq!(orphans.to_reap(now), [], "it isn't time to look again");
-        assert_eq!(orphans.to_reap(now + GLANCE), [pid(&leader)]);
+        assert_eq!(orphans.to_reap(look), [pid(&leader)]);
         leader.wait().expect("wait");
         assert_eq!(orphans.over(now), [], "the other isn't reaped");
         other.wait().expect("wait");
@@ -308,7 +369,7 @@ mod tests {
         let (mut leader, mut other) = leader_and_other(&mut orphans, 71_008, now);
         let late = now + GRACE;
         assert_eq!(orphans.to_reap(late - GLANCE), []);
-        orphans.kill_overdue(late);
+        assert_eq!(orphans.kill_overdue(late), []);
         assert_eq!(orphans.to_reap(late), [pid(&leader)]);
         assert_eq!(other.wait().expect("wait").signal(), Some(Signal::SIGKILL as i32));
         leader.wait().expect("wait");
@@ -334,8 +395,11 @@ mod tests {
         let mut orphans = Orphans::default();
         let mut child = program(71_005);
         orphans.adopt(&[(71_005, pid(&child))], now);
-        orphans.kill_overdue(now + GRACE);
+        assert_eq!(orphans.kill_overdue(now + GRACE), []);
         child.wait().expect("wait");
         assert_eq!(orphans.next_deadline(), Some(now + 2 * GRACE));
+        // Had it not ended even so.
+        assert_eq!(orphans.kill_overdue(now + 2 * GRACE), [pid(&child)]);
+        assert_eq!(orphans.over(now + 2 * GRACE), [71_005]);
     }
 }

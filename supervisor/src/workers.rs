@@ -209,7 +209,7 @@ impl Daemon {
                 }
                 let limit = Duration::from_millis(milliseconds).min(Duration::from_secs(3600));
                 self.pool.explicit_timeout(worker, now + limit);
-                self.extend_stop(now + limit, now);
+                self.extend_stop(now + limit);
             }
         }
         None
@@ -269,7 +269,8 @@ impl Daemon {
             let reply = Reply::temporary(TRY_AGAIN);
             // Whose program still runs is answered when it has ended.
             let client = self.connections.get(job).map(|c| (c.peer, c.accepted));
-            let told = busy.contains(&job) || self.connections.answer(job, &reply, &self.watcher);
+            let runs = busy.contains(&job) || self.orphans.concerns(job);
+            let told = runs || self.connections.answer(job, &reply, &self.watcher);
             if let Some((peer, accepted)) = client {
                 self.log_lost(worker, job, peer, accepted, told);
             }

@@ -343,6 +343,37 @@ fn who_ignores_sigterm_is_killed_though_the_leader_obeys() {
     assert_eq!(processes::children(daemon.workers()[0]), [], "zombies");
 }
 
+/// The kernel may give the supervisor a dying worker's programs before it can see that the worker
+/// is dead: these have ended already, while others of their groups live.
+#[test]
+fn programs_whose_leader_had_ended_are_seen_to_when_their_worker_dies() {
+    const MAILS: usize = 16;
+    let script = "
+        exec >/dev/null 2>&1
+        (trap '' TERM; echo >$2/$1.ready; while :; do sleep 0.1; done) &
+        trap exit TERM
+        until test -e $2/$1.ready; do sleep 0.02; done
+        echo $$ >$2/$1.pid
+        wait";
+    let settings = "workers=8, client_share=1";
+    let mut daemon = shell(settings, "exec_raw", script, "timeout=2");
+    let workers = daemon.wait_for_workers(8, &[]);
+    let mut clients: Vec<_> = (0..MAILS).map(|_| Client::connect(daemon.path("in"))).collect();
+    for (number, client) in clients.iter_mut().enumerate() {
+        client.send(&mail().from(&format!("{number}@x")).request());
+    }
+    let pid = |number: usize| pid_in(&daemon.path(&format!("{number}@x.pid")));
+    let leaders: Vec<i32> = (0..MAILS).map(pid).collect();
+    eventually("the leaders' end", || leaders.iter().all(|&pid| is_gone(pid)).then_some(()));
+    let since = Instant::now();
+    workers.iter().for_each(|&worker| signal(worker, Signal::SIGKILL));
+    for client in &mut clients {
+        assert_eq!(client.outcome_within(Duration::from_secs(20)), "Ztry again later");
+    }
+    assert!(since.elapsed() < Duration::from_secs(15), "{:?}", since.elapsed());
+    daemon.stop();
+}
+
 #[test]
 fn a_second_sigterm_leaves_no_time() {
     let mut daemon = shell("workers=1, drain_timeout=0.3", "exec_raw", NEVER_ENDS, "");

@@ -10,9 +10,10 @@
 //! A program that can't be started is an errno. Once started it is always reaped, by a thread
 //! of its own if it has to be ([`Child::abandon`]).
 
+use std::collections::HashSet;
 use std::fmt;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::sys::signal::{Signal, killpg};
@@ -38,6 +39,32 @@ const GLANCE: Duration = Duration::from_millis(1);
 pub struct Children {
     reports: Arc<Reports>,
     running: Mutex<Vec<Pid>>,
+    look: Mutex<Look>,
+}
+
+/// A look at the system's processes. It serves all threads, so that the time it takes (15 µs per
+/// process) isn't spent by each of them.
+#[derive(Debug)]
+struct Look {
+    began: Instant,
+    /// No further one before that.
+    rested: Instant,
+    /// Process groups that had a living member; nothing if it can't be known.
+    living: Option<HashSet<Pid>>,
+}
+
+/// So many times what a look took passes before the next one.
+const REST: u32 = 10;
+
+impl Look {
+    fn now() -> Self {
+        let began = Instant::now();
+        let living = proc_stat::processes().ok().map(|all| {
+            all.into_iter().filter(|process| process.alive).map(|process| process.group).collect()
+        });
+        let ended = Instant::now();
+        Self { began, rested: ended + (ended - began) * REST, living }
+    }
 }
 
 /// How a program ended.
@@ -64,7 +91,19 @@ impl fmt::Display for Exit {
 impl Children {
     /// None so far.
     pub fn new(reports: Arc<Reports>) -> Arc<Self> {
-        Arc::new(Self { reports, running: Mutex::default() })
+        let now = Instant::now();
+        let look = Mutex::new(Look { began: now, rested: now, living: None });
+        Arc::new(Self { reports, running: Mutex::default(), look })
+    }
+
+    /// Whether a process group may have a living member. The answer can be late, but "no" is
+    /// never older than `since`.
+    fn may_live(&self, group: Pid, since: Instant) -> bool {
+        let mut look = self.look.lock();
+        if look.rested <= Instant::now() {
+            *look = Look::now();
+        }
+        look.began < since || look.living.as_ref().is_none_or(|living| living.contains(&group))
     }
 
     /// Starts a program for a mail. Its standard input names the mail, by which the supervisor
@@ -111,9 +150,10 @@ impl Child {
         let _ = killpg(self.pid, signal);
     }
 
-    /// Whether a member of its process group hasn't ended, itself or another.
-    pub fn group_lives(&self) -> bool {
-        proc_stat::is_alive(self.pid)
+    /// Whether a member of its process group may not have ended, itself or another. The answer can
+    /// be late, but "no" is never older than `since`.
+    pub fn group_may_live(&self, since: Instant) -> bool {
+        self.children.may_live(self.pid, since)
     }
 
     /// Waits for its end.

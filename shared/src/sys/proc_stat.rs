@@ -1,11 +1,15 @@
 //! The system's processes, as /proc/PID/stat shows them (proc_pid_stat(5)).
 //!
 //! Contract: a list is no snapshot. A process that begins while it is read may be missing, one that
-//! ends may be there.
+//! ends may be there. A process whose main thread has ended before others counts as ended.
 //!
 //! # Failure
-//! Without /proc there are no processes; one that ends while it is looked at is left out.
+//! Without /proc, or without a descriptor to read it, nothing is known. A process that ends while
+//! it is looked at, or that is hidden from us (hidepid), is left out.
 
+use std::io;
+
+use nix::errno::Errno;
 use nix::unistd::Pid;
 
 /// A process at one moment.
@@ -22,19 +26,27 @@ pub struct Process {
 }
 
 /// All processes.
-pub fn processes() -> impl Iterator<Item = Process> {
-    let entries = std::fs::read_dir("/proc").into_iter().flatten();
-    entries.filter_map(|entry| look(entry.ok()?.file_name().to_str()?.parse().ok()?))
+///
+/// # Errors
+/// /proc can't be read, such as for want of a descriptor.
+pub fn processes() -> io::Result<Vec<Process>> {
+    let mut all = Vec::new();
+    for entry in std::fs::read_dir("/proc")? {
+        let name = entry?.file_name();
+        let Some(pid) = name.to_str().and_then(|name| name.parse().ok()) else { continue };
+        all.extend(look(pid)?);
+    }
+    Ok(all)
 }
 
-/// Whether a process group has a member that hasn't ended.
-pub fn is_alive(group: Pid) -> bool {
-    processes().any(|process| process.alive && process.group == group)
-}
-
-fn look(pid: i32) -> Option<Process> {
-    let stat = std::fs::read(format!("/proc/{pid}/stat")).ok()?;
-    parse(Pid::from_raw(pid), &stat)
+fn look(pid: i32) -> io::Result<Option<Process>> {
+    match std::fs::read(format!("/proc/{pid}/stat")) {
+        Ok(stat) => Ok(parse(Pid::from_raw(pid), &stat)),
+        Err(error) => match error.raw_os_error().map(Errno::from_raw) {
+            Some(Errno::EMFILE | Errno::ENFILE | Errno::ENOMEM) => Err(error),
+            _ => Ok(None),
+        },
+    }
 }
 
 /// The second field is in parentheses and may contain anything; after it come state, parent and
@@ -75,7 +87,8 @@ mod tests {
 
     #[test]
     fn we_are_there() {
-        let own = processes().find(|process| process.pid == Pid::this());
+        let all = processes().expect("/proc");
+        let own = all.into_iter().find(|process| process.pid == Pid::this());
         let expected =
             Process { pid: Pid::this(), parent: getppid(), group: getpgrp(), alive: true };
         assert_eq!(own, Some(expected));
@@ -89,7 +102,12 @@ mod tests {
             Command::new("/bin/sleep").arg("60").process_group(group).spawn().expect("b");
         let group = Pid::from_raw(group);
         leader.kill().expect("kill");
-        while look(group.as_raw()).is_some_and(|process| process.alive) {
+        let look = |pid: Pid| look(pid.as_raw()).expect("/proc");
+        let is_alive = |group| {
+            let all = processes().expect("/proc");
+            all.iter().any(|process| process.alive && process.group == group)
+        };
+        while look(group).is_some_and(|process| process.alive) {
             std::thread::yield_now();
         }
         assert!(is_alive(group), "the leader is a zombie, the other one lives");

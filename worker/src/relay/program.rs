@@ -16,7 +16,7 @@ use std::fs::File;
 use std::io::Read;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
@@ -247,8 +247,8 @@ impl<'a> Run<'a> {
 
     /// The program has ended: waits for the rest of its group, which may want to write, too.
     fn wait_for_group(&mut self, child: &Child, grace: Deadline) {
-        let mut pause = FIRST_LOOK;
-        while child.group_lives() && !grace.expired() {
+        let (ended, mut pause) = (Instant::now(), FIRST_LOOK);
+        while child.group_may_live(ended) && !grace.expired() {
             let next = grace.at_most(pause);
             while !next.expired() {
                 self.read_ready(next);
