@@ -95,16 +95,9 @@ impl PondSender {
             return;
         }
         let datagram = datagram(mail, peer);
-        if let Err(error) = self.try_send(&datagram) {
+        let udp = matches!(self.server, Endpoint::Inet(_));
+        for error in losses_of_send(udp, || self.try_send(&datagram)).into_iter().flatten() {
             self.count_lost(&error, log);
-            // UDP tells of an earlier datagram: this one has not been tried yet.
-            let earlier = error.kind() == io::ErrorKind::ConnectionRefused;
-            if earlier
-                && matches!(self.target, Some(Target::Udp(_)))
-                && let Err(error) = self.try_send(&datagram)
-            {
-                self.count_lost(&error, log);
-            }
         }
     }
 
@@ -156,6 +149,20 @@ impl PondSender {
         }
         .map(|_| ())
     }
+}
+
+/// Sends a datagram; an error for each that is lost, this one or an earlier one.
+///
+/// With UDP an error may be about an earlier datagram, and then this one has not been tried yet: so
+/// it is tried again. That the server refuses (an ICMP message) is always about an earlier one.
+/// Other errors may be about this one, and come again; then it is one loss.
+fn losses_of_send(udp: bool, mut send: impl FnMut() -> io::Result<()>) -> [Option<io::Error>; 2] {
+    let Err(first) = send() else { return [None, None] };
+    if !udp || first.kind() == io::ErrorKind::WouldBlock {
+        return [Some(first), None];
+    }
+    let second = send().err().filter(|_| first.kind() == io::ErrorKind::ConnectionRefused);
+    [Some(first), second]
 }
 
 impl Target {
@@ -276,6 +283,34 @@ mod tests {
         losses.add();
         assert_eq!(losses.rest(), Some(1));
         assert_eq!((losses.rest(), losses.next_report()), (None, None));
+    }
+
+    #[test]
+    fn an_error_of_udp_may_be_about_an_earlier_datagram() {
+        use io::ErrorKind::{
+            ConnectionRefused as Refused, HostUnreachable as Unreachable, NotFound, WouldBlock,
+        };
+        type Results<'a> = &'a [Option<io::ErrorKind>];
+        let table: [(bool, Results<'_>, Results<'_>); 8] = [
+            (true, &[None], &[]),
+            (true, &[Some(WouldBlock)], &[Some(WouldBlock)]),
+            (true, &[Some(Refused), None], &[Some(Refused)]),
+            (true, &[Some(Refused), Some(WouldBlock)], &[Some(Refused), Some(WouldBlock)]),
+            (true, &[Some(Unreachable), None], &[Some(Unreachable)]),
+            (true, &[Some(Unreachable), Some(Unreachable)], &[Some(Unreachable)]),
+            (false, &[Some(Refused)], &[Some(Refused)]),
+            (false, &[Some(NotFound)], &[Some(NotFound)]),
+        ];
+        for (udp, results, expected) in table {
+            let mut next = results.iter();
+            let losses = losses_of_send(udp, || match next.next().expect("not tried once more") {
+                Some(kind) => Err((*kind).into()),
+                None => Ok(()),
+            });
+            let kinds = losses.iter().flatten().map(|error| Some(error.kind()));
+            assert_eq!(kinds.collect::<Vec<_>>(), expected, "{udp} {results:?}");
+            assert_eq!(next.next(), None, "tried once more: {udp} {results:?}");
+        }
     }
 
     #[test]

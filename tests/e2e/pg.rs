@@ -344,7 +344,10 @@ fn statements_that_are_no_queries_have_parameters_too() {
         ("db:execute('CALL no_such($1)', {1})", &["42883"]),
         ("db:execute('CREATE TABLE x (a int DEFAULT $1)', {1})", &["ERROR"]),
         ("db:execute('NOTIFY x, $1', {'y'})", &["42601"]),
-        ("db:execute('COPY called FROM STDIN', {})", &["COPY"]),
+        ("db:execute('COPY called FROM STDIN', {})", &["COPY takes no parameters"]),
+        ("db:execute('--\\rCOPY called FROM STDIN', {})", &["COPY takes no parameters"]),
+        ("db:execute(';COPY called FROM STDIN', {})", &["COPY from or to the client"]),
+        ("db:execute(';COPY called TO STDOUT', {})", &["COPY from or to the client"]),
     ] {
         evaluator.expect_failure(call, parts);
         evaluator.expect("return db:execute('SELECT 1 AS a'):fetch().a", "1");
@@ -357,6 +360,41 @@ fn statements_that_are_no_queries_have_parameters_too() {
         &["25P02"],
     );
     cluster.psql("DROP PROCEDURE call_me, twice, half; DROP TABLE called; DROP TYPE colour");
+}
+
+/// The client library asks the server for a type that it doesn't know, and the result that has
+/// it is larger than what goes unread into the library and the socket.
+#[test]
+fn a_large_result_has_a_type_that_is_new_to_the_connection() {
+    let evaluator = Evaluator::start();
+    let cluster = &evaluator.cluster;
+    cluster.psql("CREATE TYPE mood AS ENUM ('calm', 'glad')");
+    evaluator.expect(
+        "return db:transaction(function(tx) \
+           assert(tx:execute([[DECLARE c CURSOR FOR SELECT mood 'glad' AS m, repeat('x', 2000) AS t \
+                               FROM generate_series(1, 1000)]])) \
+           local n = 0 \
+           for row in assert(tx:execute('FETCH ALL FROM c', {})):rows() do \
+             assert(row.m == 'glad' and #row.t == 2000) n = n + 1 \
+           end \
+           return n end)",
+        "1000",
+    );
+    cluster.psql("DROP TYPE mood");
+}
+
+/// A worker of the server takes longer to start than the statement may take, so what `commit` sends
+/// before COMMIT fails. A machine may be faster once.
+#[test]
+fn a_refused_commit_leaves_no_transaction() {
+    let evaluator = Evaluator::start();
+    let commit = "return select(2, db:transaction(function(tx) \
+         assert(tx:execute([[SELECT set_config(name, 'on', true) FROM pg_settings \
+                             WHERE name IN ('force_parallel_mode', 'debug_parallel_query')]])) \
+         assert(tx:execute([[SET LOCAL statement_timeout = '1ms']])) end))";
+    let refused = (0..50).any(|_| evaluator.run(commit).contains("57014"));
+    assert!(refused, "{}", evaluator.daemon.text());
+    evaluator.expect("return assert(db:execute('SELECT 1 AS a', {})):fetch().a", "1");
 }
 
 #[test]

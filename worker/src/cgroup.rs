@@ -15,7 +15,7 @@
 
 use std::collections::HashMap;
 use std::ffi::{CString, OsStr};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
@@ -262,24 +262,49 @@ fn below<'p>(root: &[u8], path: &'p [u8]) -> Option<&'p [u8]> {
     }
 }
 
-/// The mount that shows most of those that can be seen: another file system may be mounted over
-/// one that is listed, and says nothing about groups.
+/// The mount that shows most of those that can be seen.
 fn find_mount() -> Result<Option<Mount>, CgroupError> {
-    let mounts = read("/proc/self/mountinfo")?;
-    for (point, root) in unified_mounts(&mounts) {
-        let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
-        let mount_failed = |error| failed(point.as_os_str().as_bytes(), error);
-        let directory = match open(&point, flags, Mode::empty()) {
-            Ok(directory) => directory,
-            Err(Errno::ENOENT | Errno::ENOTDIR) => continue,
-            Err(error) => return Err(mount_failed(error)),
-        };
-        let found = fstatfs(&directory).map_err(mount_failed)?;
-        if found.filesystem_type() == CGROUP2_SUPER_MAGIC {
-            return Ok(Some(Mount { directory, root }));
+    first_seen(unified_mounts(&read("/proc/self/mountinfo")?), open_mount)
+}
+
+/// The first mount that `open` opens, which has the directory and, if it can be known, the number of
+/// what is mounted there: a mount that is listed may have another one over it, even of cgroup2.
+///
+/// # Errors
+/// The last one, if none can be opened.
+fn first_seen(
+    mounts: Vec<Listed>,
+    mut open: impl FnMut(&Path) -> Result<Option<(OwnedFd, Option<u64>)>, Errno>,
+) -> Result<Option<Mount>, CgroupError> {
+    let mut result = Ok(None);
+    for Listed { id, point, root } in mounts {
+        match open(&point) {
+            Ok(Some((directory, found))) if found.is_none_or(|found| found == id) => {
+                return Ok(Some(Mount { directory, root }));
+            }
+            Ok(_) | Err(Errno::ENOENT | Errno::ENOTDIR) => {}
+            Err(error) => result = Err(failed(point.as_os_str().as_bytes(), error)),
         }
     }
-    Ok(None)
+    result
+}
+
+/// What is seen at this mount point, and its number; nothing if that isn't cgroup2.
+fn open_mount(point: &Path) -> Result<Option<(OwnedFd, Option<u64>)>, Errno> {
+    let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+    let directory = open(point, flags, Mode::empty())?;
+    if fstatfs(&directory)?.filesystem_type() != CGROUP2_SUPER_MAGIC {
+        return Ok(None);
+    }
+    let id = mount_id(&directory);
+    Ok(Some((directory, id)))
+}
+
+/// The number of the mount that this was opened in, as in proc_pid_mountinfo(5).
+fn mount_id(directory: &OwnedFd) -> Option<u64> {
+    let file = read(&format!("/proc/self/fdinfo/{}", directory.as_raw_fd())).ok()?;
+    let text = str::from_utf8(&file).ok()?;
+    text.lines().find_map(|line| line.strip_prefix("mnt_id:"))?.trim().parse().ok()
 }
 
 /// Of /proc/PID/cgroup the path in the hierarchy of version 2, whose number is always 0.
@@ -288,24 +313,33 @@ fn unified_path(file: &[u8]) -> Option<&[u8]> {
     lines.find_map(|line| line.strip_prefix(b"0::")).filter(|path| path.starts_with(b"/"))
 }
 
-/// Mount points and roots of the cgroup2 file system in proc_pid_mountinfo(5). First those that
-/// show most: the shortest root.
-fn unified_mounts(mountinfo: &[u8]) -> Vec<(PathBuf, Vec<u8>)> {
+/// A mount of the cgroup2 file system in proc_pid_mountinfo(5).
+#[derive(Debug, PartialEq, Eq)]
+struct Listed {
+    id: u64,
+    point: PathBuf,
+    root: Vec<u8>,
+}
+
+/// All of them, first those that show most: the shortest root.
+fn unified_mounts(mountinfo: &[u8]) -> Vec<Listed> {
     let lines = mountinfo.split(|&byte| byte == b'\n');
     let mut mounts: Vec<_> = lines.filter_map(mount_of_line).collect();
-    mounts.sort_by_key(|(_, root)| root.len());
+    mounts.sort_by_key(|mount| mount.root.len());
     mounts
 }
 
-fn mount_of_line(line: &[u8]) -> Option<(PathBuf, Vec<u8>)> {
+fn mount_of_line(line: &[u8]) -> Option<Listed> {
     let mut fields = line.split(|&byte| byte == b' ');
-    let (root, point) = (fields.nth(3)?, fields.next()?);
+    let id = str::from_utf8(fields.next()?).ok()?.parse().ok()?;
+    let (root, point) = (fields.nth(2)?, fields.next()?);
     // Optional fields end with a dash; the type of the file system follows.
     fields.find(|field| *field == b"-")?;
     if fields.next()? != b"cgroup2" {
         return None;
     }
-    Some((std::ffi::OsString::from_vec(unescape(point)).into(), unescape(root)))
+    let point = std::ffi::OsString::from_vec(unescape(point)).into();
+    Some(Listed { id, point, root: unescape(root) })
 }
 
 /// Space, tab, newline and backslash are written as `\` and three octal digits.
@@ -363,19 +397,65 @@ mod tests {
         }
     }
 
+    fn listed(id: u64, point: &str, root: &[u8]) -> Listed {
+        Listed { id, point: point.into(), root: root.to_vec() }
+    }
+
+    #[test]
+    fn the_first_mount_that_is_seen() {
+        type Seen = Result<Option<Option<u64>>, Errno>;
+        let (hidden, denied): (Seen, Seen) = (Ok(None), Err(Errno::EACCES));
+        // What is seen at /a, where /sub is mounted over /, and at /b, where /sub/sub is.
+        type Found = Result<Option<&'static str>, Errno>;
+        let table: [(Seen, Seen, Found); 9] = [
+            (Ok(Some(Some(1))), hidden, Ok(Some("/"))),
+            (Ok(Some(Some(2))), hidden, Ok(Some("/sub"))),
+            (Ok(Some(None)), hidden, Ok(Some("/"))),
+            (Ok(Some(Some(4))), Ok(Some(Some(3))), Ok(Some("/sub/sub"))),
+            (denied, Ok(Some(Some(3))), Ok(Some("/sub/sub"))),
+            (denied, hidden, Err(Errno::EACCES)),
+            (denied, Err(Errno::ENOENT), Err(Errno::EACCES)),
+            (Err(Errno::ENOTDIR), hidden, Ok(None)),
+            (hidden, Err(Errno::EIO), Err(Errno::EIO)),
+        ];
+        let file = std::fs::File::open("/").expect("it is there");
+        for (at_a, at_b, expected) in table {
+            let mounts = [(1, "/a", "/"), (2, "/a", "/sub"), (3, "/b", "/sub/sub")]
+                .map(|(id, point, root)| listed(id, point, root.as_bytes()));
+            let found = first_seen(mounts.into(), |point| {
+                let seen = if point == Path::new("/a") { at_a } else { at_b };
+                Ok(seen?.map(|id| (file.try_clone().expect("a descriptor").into(), id)))
+            });
+            let found = match found {
+                Ok(mount) => Ok(mount.map(|mount| String::from_utf8(mount.root).expect("a path"))),
+                Err(CgroupError::Os { error, .. }) => Err(error),
+                Err(error) => panic!("{error}"),
+            };
+            assert_eq!(found, expected.map(|root| root.map(str::to_owned)), "{at_a:?} {at_b:?}");
+        }
+    }
+
+    #[test]
+    fn mounts_have_numbers() {
+        let root = std::fs::File::open("/proc").expect("/proc").into();
+        let id = mount_id(&root);
+        let mounts = std::fs::read_to_string("/proc/self/mountinfo").expect("/proc");
+        let listed = mounts.lines().any(|line| {
+            line.contains(" /proc ") && id == line.split(' ').next().and_then(|id| id.parse().ok())
+        });
+        assert!(listed, "{id:?}\n{mounts}");
+    }
+
     #[test]
     fn mounts() {
         let hybrid = b"31 23 0:28 / /sys/fs/cgroup rw,relatime - tmpfs tmpfs rw,mode=755\n\
             32 31 0:29 / /sys/fs/cgroup/cpu rw,relatime - cgroup cgroup rw,cpu\n\
             38 31 0:31 / /sys/fs/cgroup/unified rw,relatime shared:5 master:1 - cgroup2 cgroup2 rw\n";
-        let expected = (PathBuf::from("/sys/fs/cgroup/unified"), b"/".to_vec());
-        assert_eq!(unified_mounts(hybrid), [expected]);
+        assert_eq!(unified_mounts(hybrid), [listed(38, "/sys/fs/cgroup/unified", b"/")]);
         let part = b"1 2 0:3 /sub\\040tree /mnt/a\\134b rw - cgroup2 none rw\n";
-        let expected = (PathBuf::from("/mnt/a\\b"), b"/sub tree".to_vec());
-        assert_eq!(unified_mounts(part), [expected]);
-        let both = b"1 2 0:3 /sub /a rw - cgroup2 x rw\n1 2 0:3 / /b rw - cgroup2 x rw\n";
-        let expected = [("/b", &b"/"[..]), ("/a", b"/sub")];
-        assert_eq!(unified_mounts(both), expected.map(|(p, r)| (PathBuf::from(p), r.to_vec())));
+        assert_eq!(unified_mounts(part), [listed(1, "/mnt/a\\b", b"/sub tree")]);
+        let both = b"1 2 0:3 /sub /a rw - cgroup2 x rw\n3 2 0:3 / /b rw - cgroup2 x rw\n";
+        assert_eq!(unified_mounts(both), [listed(3, "/b", b"/"), listed(1, "/a", b"/sub")]);
         for none in [&b""[..], b"1 2\n", b"1 2 0:3 / /cgroup2 rw - tmpfs cgroup2 rw\n"] {
             assert_eq!(unified_mounts(none), []);
         }

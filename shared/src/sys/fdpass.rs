@@ -76,33 +76,82 @@ pub fn recv(
     let length = usize::try_from(Errno::result(result)?).map_err(|_| Errno::EIO)?;
     Ok(Received {
         length,
-        fds: installed(&header),
+        fds: installed(&control[..header.msg_controllen.min(control.len())]),
         truncated: header.msg_flags & libc::MSG_TRUNC != 0,
         descriptor_lost: header.msg_flags & libc::MSG_CTRUNC != 0,
     })
 }
 
-/// The descriptors that the kernel has installed; `header` is as recvmsg(2) left it.
-fn installed(header: &libc::msghdr) -> Fds {
+/// The descriptors that the kernel has just installed, as the control messages say that recvmsg(2)
+/// left. These are read where they are: a buffer of bytes needn't be aligned for them, which libc's
+/// CMSG_NXTHDR relies on.
+fn installed(mut control: &[u8]) -> Fds {
     let mut fds = Fds::default();
-    // SAFETY: `header` describes control messages that the kernel has written.
-    let mut next = unsafe { libc::CMSG_FIRSTHDR(header) };
-    // SAFETY: the pointer is null or to a whole header within the control buffer (cmsg(3)).
-    while let Some(control) = unsafe { next.as_ref() } {
-        if control.cmsg_level == libc::SOL_SOCKET && control.cmsg_type == libc::SCM_RIGHTS {
-            // SAFETY: data follows the header; its length is what remains of `cmsg_len`.
-            let (data, head) = unsafe { (libc::CMSG_DATA(control), libc::CMSG_LEN(0)) };
-            let bytes = control.cmsg_len.saturating_sub(head as usize);
-            for index in 0..bytes / size_of::<RawFd>() {
-                // SAFETY: the index is within the data, which may be unaligned.
-                let fd = unsafe { data.cast::<RawFd>().add(index).read_unaligned() };
+    while let Some(header) = first_header(control) {
+        // SAFETY: this only calculates.
+        let begin = unsafe { libc::CMSG_LEN(0) } as usize;
+        let end = header.cmsg_len.min(control.len());
+        // What is shorter than a header is no message, and nothing follows it.
+        let Some(data) = control.get(begin..end) else { break };
+        if header.cmsg_level == libc::SOL_SOCKET && header.cmsg_type == libc::SCM_RIGHTS {
+            for fd in data.as_chunks().0 {
                 // SAFETY: the kernel has just installed this descriptor for us and nobody else
                 // knows its number.
-                fds.push(unsafe { OwnedFd::from_raw_fd(fd) });
+                fds.push(unsafe { OwnedFd::from_raw_fd(RawFd::from_ne_bytes(*fd)) });
             }
         }
-        // SAFETY: as for the first one.
-        next = unsafe { libc::CMSG_NXTHDR(header, control) };
+        // SAFETY: this only calculates.
+        let space = unsafe { libc::CMSG_SPACE(data.len() as libc::c_uint) } as usize;
+        control = control.get(space..).unwrap_or_default();
     }
     fds
+}
+
+/// The header at the beginning of these control messages, if there is a whole one.
+fn first_header(control: &[u8]) -> Option<libc::cmsghdr> {
+    let bytes = control.get(..size_of::<libc::cmsghdr>())?;
+    // SAFETY: these are as many bytes as a header has, which may be unaligned and of any value.
+    Some(unsafe { bytes.as_ptr().cast::<libc::cmsghdr>().read_unaligned() })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nix::sys::socket::{AddressFamily, ControlMessage, SockFlag, SockType};
+    use nix::sys::socket::{sendmsg, socketpair};
+    use std::io::IoSlice;
+    use std::os::fd::AsFd;
+
+    /// Receives three descriptors into a part of a control buffer.
+    fn receive(part: impl std::slice::SliceIndex<[u8], Output = [u8]>) -> (usize, bool) {
+        let (kind, none) = (SockType::SeqPacket, SockFlag::empty());
+        let (ours, theirs) = socketpair(AddressFamily::Unix, kind, None, none).expect("sockets");
+        let three = [ours.as_raw_fd(); 3];
+        let rights = [ControlMessage::ScmRights(&three)];
+        let bytes = [IoSlice::new(b"abc")];
+        sendmsg::<()>(theirs.as_raw_fd(), &bytes, &rights, MsgFlags::empty(), None).expect("sent");
+        let mut control = control_buffer();
+        let (mut buffer, control) = ([0; 10], &mut control[part]);
+        let mut received =
+            recv(ours.as_fd(), &mut buffer, control, MsgFlags::empty()).expect("a message");
+        assert_eq!((&buffer[..received.length], received.truncated), (&b"abc"[..], false));
+        let mut count = 0;
+        while let Some(fd) = received.fds.take() {
+            nix::sys::stat::fstat(&fd).expect("an open descriptor");
+            count += 1;
+        }
+        (count, received.descriptor_lost)
+    }
+
+    #[test]
+    fn a_control_buffer_may_begin_and_end_anywhere() {
+        assert_eq!(receive(..), (3, false));
+        for begin in 1..8 {
+            assert_eq!(receive(begin..), (3, false), "{begin}");
+        }
+        let header = size_of::<libc::cmsghdr>();
+        for (length, count) in [(0, 0), (4, 0), (header, 0), (header + 4, 1), (header + 11, 2)] {
+            assert_eq!(receive(..length), (count, true), "{length}");
+        }
+    }
 }

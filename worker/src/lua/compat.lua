@@ -45,9 +45,9 @@ function math.frexp(x)
   return string.unpack('<d', string.pack('<i8', bits & ~(0x7ff << 52) | 1022 << 52)), exponent - 1022
 end
 
--- 2^e itself may be no float where m * 2^e is one.
+-- 2^e itself may be no float where m * 2^e is one. A fraction of e doesn't count.
 function math.ldexp(m, e)
-  e = math.max(-2200, math.min(2200, e))
+  e = math.max(-2200, math.min(2200, (math.modf(e))))
   while e > 1000 do
     m, e = m * 2.0 ^ 1000, e - 1000
   end

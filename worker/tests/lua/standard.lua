@@ -38,6 +38,7 @@ end
 local nan = math.frexp(0/0)
 assert(nan ~= nan)
 assert(math.ldexp(1, 1024) == math.huge and math.ldexp(1, -1080) == 0 and math.ldexp(3, -1) == 1.5)
+assert(math.ldexp(1, 2.5) == 4 and math.ldexp(1, -2.5) == 0.25 and math.ldexp(1, '2') == 4)
 assert(math.ldexp(1, math.huge) == math.huge and math.ldexp(1, -math.huge) == 0)
 assert(table.getn{1, 2, 3} == 3)
 assert(table.foreach({x = 7}, function(k, v) return k .. v end) == 'x7')

@@ -2,10 +2,10 @@
 //! that is no query.
 //!
 //! Contract: exactly one statement goes by the extended protocol, with its parameters beside it as
-//! text without types, as libpq sends them. It has no name, so it can't be mistaken for another
-//! client's behind a pooler. The client library asks for binary results, so only columns of types
-//! whose binary form says what their text is can be had; those of other types make a failure, after
-//! the statement was done.
+//! text without types, as libpq sends them. It runs without a name, so it can't be mistaken for
+//! another client's behind a pooler. The client library asks for binary results, so only columns of
+//! types whose binary form says what their text is can be had; those of other types make a failure,
+//! after the statement was done.
 //!
 //! # Failure
 //! The server's error, or the text that names the column.
@@ -13,12 +13,16 @@
 use std::error::Error as StdError;
 
 use bytes::BytesMut;
+use postgres::error::SqlState;
 use postgres::fallible_iterator::FallibleIterator as _;
 use postgres::types::{Format, FromSql, IsNull, Kind, ToSql, Type, to_sql_checked};
 use postgres::{Client, Error, Row};
 
 use super::session::{Line, Rows};
 use super::statement::Parameter;
+
+/// The type of parameters that the server is to find the types of.
+const UNTYPED: Type = Type::UNKNOWN;
 
 /// Whether `PREPARE` takes a statement that begins so. All that do begin with one of these words.
 pub fn is_preparable(sql: &str) -> bool {
@@ -40,7 +44,7 @@ fn after_prefix(mut sql: &str) -> &str {
     loop {
         sql = sql.trim_start_matches(|c: char| c.is_whitespace() || c == '(');
         if let Some(comment) = sql.strip_prefix("--") {
-            sql = comment.split_once('\n').map_or("", |(_, rest)| rest);
+            sql = comment.split_once(['\n', '\r']).map_or("", |(_, rest)| rest);
         } else if sql.starts_with("/*") {
             sql = after_comment(sql);
         } else {
@@ -122,8 +126,8 @@ pub fn run(
         // The server would wait for data, and take nothing else for the end of them.
         return Ok(Err("COPY takes no parameters, not even an empty list".into()));
     }
-    // Of this type is what has none yet.
-    let parameters = parameters.iter().map(|parameter| (Text(parameter), Type::UNKNOWN));
+    learn_types(client, sql, parameters.len())?;
+    let parameters = parameters.iter().map(|parameter| (Text(parameter), UNTYPED));
     let parameters: Vec<_> = parameters.collect();
     let borrowed = parameters.iter().map(|(text, kind)| (text as &dyn ToSql, kind.clone()));
     let mut stream = client.query_typed_raw(sql, borrowed)?;
@@ -134,6 +138,17 @@ pub fn run(
     let affected = stream.rows_affected().unwrap_or(0);
     let rows = rows.into_iter().collect::<Result<Vec<_>, String>>();
     Ok(rows.map(|rows| Rows { rows, affected }))
+}
+
+/// Has the client library meet the types of the result before the result. It asks the server for
+/// those that are new to it; amid a result it would wait for an answer that comes after more rows
+/// than it takes in unread.
+fn learn_types(client: &mut Client, sql: &str, parameters: usize) -> Result<(), Error> {
+    match client.prepare_typed(sql, &vec![UNTYPED; parameters]) {
+        // Behind a pooler another client may have left a statement of the library's name.
+        Err(error) if error.code() != Some(&SqlState::DUPLICATE_PSTATEMENT) => Err(error),
+        _ => Ok(()),
+    }
 }
 
 fn line(row: &Row) -> Result<Result<Line, String>, Error> {
@@ -159,12 +174,9 @@ fn no_text(column: &str, kind: &Type) -> String {
     )
 }
 
-/// PostgreSQL's text for a value in its binary form, for types where that needs no settings.
+/// PostgreSQL's text for a value in its binary form, for types where that needs no settings. (The
+/// server describes a domain as the type that it is made of.)
 fn text(kind: &Type, binary: &[u8]) -> Option<Vec<u8>> {
-    let kind = match kind.kind() {
-        Kind::Domain(base) => base,
-        _ => kind,
-    };
     match *kind {
         Type::BOOL => Some(if binary == [0] { b"f" } else { b"t" }.to_vec()),
         Type::INT2 => Some(i16::from_be_bytes(binary.try_into().ok()?).to_string().into_bytes()),
@@ -198,6 +210,7 @@ mod tests {
             "-- CALL x\n WITH a AS (SELECT 1) TABLE a",
             "/* a /* CALL */ b */insert into x values (1)",
             "(/**/( select 1))",
+            "-- CALL x\rSELECT 1",
             "merge into x",
         ] {
             assert!(is_preparable(sql), "{sql}");

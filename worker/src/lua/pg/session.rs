@@ -3,7 +3,8 @@
 //! Contract: every value of a result is PostgreSQL's text, so statements go by the simple query
 //! protocol. One with parameters is prepared first, by a `PREPARE` through the extended protocol,
 //! which refuses several statements in one text; it stays prepared, so the next time it costs one
-//! round trip. What can't be prepared has a way of its own ([`extended`]). Outside of a transaction of its own a session never stays in one.
+//! round trip. What can't be prepared has a way of its own ([`extended`]). Outside of a transaction
+//! of its own a session never stays in one.
 //!
 //! # Failure
 //! [`Answer::Failed`] with the server's message while the connection can go on, [`Answer::Lost`]
@@ -139,6 +140,16 @@ impl Session {
 
     fn query(&mut self, sql: &str) -> Result<Answer, Error> {
         let result = self.client.simple_query(sql);
+        self.finish(sql, result.map(|messages| Ok(last_result(messages))))
+    }
+
+    /// The answer to a statement that was done, unless it wants to copy or has left a transaction
+    /// open. (One that can be prepared does neither.)
+    fn finish(
+        &mut self,
+        sql: &str,
+        result: Result<Result<Rows, String>, Error>,
+    ) -> Result<Answer, Error> {
         if let Err(error) = &result
             && error.as_db_error().is_none()
             && !self.client.is_closed()
@@ -148,16 +159,6 @@ impl Session {
             let _ = self.client.prepare("");
             return Ok(Answer::Lost { message: NO_COPY.into(), unsent: false });
         }
-        self.outside_of_transactions(sql, result.map(|messages| Ok(last_result(messages))))
-    }
-
-    /// The answer to a statement that was done, unless it has left a transaction open. (One that can
-    /// be prepared doesn't.)
-    fn outside_of_transactions(
-        &mut self,
-        sql: &str,
-        result: Result<Result<Rows, String>, Error>,
-    ) -> Result<Answer, Error> {
         if !self.in_transaction && mentions_transaction(sql) && !self.client.is_closed() {
             let left_open = self.is_inside_transaction()?;
             if left_open {
@@ -180,14 +181,20 @@ impl Session {
                 matches!(message, SimpleQueryMessage::Row(row) if row.try_get(0).ok().flatten() == Some("t"))
             })),
             Err(error) if error.code() == Some(&SqlState::IN_FAILED_SQL_TRANSACTION) => Ok(true),
-            Err(error) => Err(error),
+            Err(error) => {
+                // Such as a cancellation: there may be a transaction.
+                if is_refusal(&error) {
+                    self.client.batch_execute("ROLLBACK")?;
+                }
+                Err(error)
+            }
         }
     }
 
     fn execute(&mut self, sql: &str, parameters: &[Parameter]) -> Result<Answer, Error> {
         if !extended::is_preparable(sql) {
             let result = extended::run(&mut self.client, sql, parameters);
-            return self.outside_of_transactions(sql, result);
+            return self.finish(sql, result);
         }
         let parameters = &statement::literals(parameters);
         let known = self.prepared.contains_key(sql);
@@ -257,11 +264,11 @@ impl Session {
     }
 
     /// A failed transaction would answer COMMIT with ROLLBACK, and no error; but it refuses
-    /// everything else.
+    /// everything else. Whatever is refused here, COMMIT may not have been reached.
     fn commit(&mut self) -> Result<Answer, Error> {
         let result = self.client.batch_execute("SELECT; COMMIT");
         if let Err(error) = &result
-            && error.code() == Some(&SqlState::IN_FAILED_SQL_TRANSACTION)
+            && is_refusal(error)
         {
             self.client.batch_execute("ROLLBACK")?;
         }
@@ -297,14 +304,17 @@ fn mentions_transaction(sql: &str) -> bool {
 fn failure(error: &Error, closed: bool) -> Answer {
     let message = describe(error);
     match error.as_db_error() {
-        Some(db) if !closed && !is_fatal(db.parsed_severity()) => Answer::Failed(message),
+        Some(_) if !closed && is_refusal(error) => Answer::Failed(message),
         Some(_) => Answer::Lost { message, unsent: false },
         None => Answer::Lost { message, unsent: is_unsent(error) },
     }
 }
 
-fn is_fatal(severity: Option<Severity>) -> bool {
-    matches!(severity, Some(Severity::Fatal | Severity::Panic))
+/// Whether it is the server's, and the connection can go on.
+fn is_refusal(error: &Error) -> bool {
+    error
+        .as_db_error()
+        .is_some_and(|db| !matches!(db.parsed_severity(), Some(Severity::Fatal | Severity::Panic)))
 }
 
 /// A socket that is already shut down takes nothing.
