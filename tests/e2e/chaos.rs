@@ -19,11 +19,7 @@ use nix::sys::signal::Signal;
 
 use crate::harness::processes::{relaying, signal};
 use crate::harness::sink::answer;
-use crate::harness::{Daemon, Mail, Outcome, Reply, Sink, eventually, submit};
-
-fn full() -> bool {
-    std::env::var_os("QRELAY_FULL").is_some_and(|value| value == "1")
-}
+use crate::harness::{Daemon, Mail, Outcome, Reply, Sink, eventually, full, submit};
 
 /// One mail of one client.
 #[derive(Debug)]

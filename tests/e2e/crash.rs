@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::Signal;
 
 use crate::harness::processes::{self, relaying, signal};
-use crate::harness::{Client, Daemon, Mail, PATIENCE, Sink, eventually, submit};
+use crate::harness::{Client, Daemon, Mail, PATIENCE, Sink, eventually, full, submit};
 
 fn relay(settings: &str) -> Daemon {
     Daemon::start(&format!(
@@ -154,8 +154,9 @@ fn replacement_is_quick() {
     times.sort();
     let median = times[times.len() / 2];
     println!("from the death of a worker to the next K: median {median:?}");
-    // Quiet machines show a few milliseconds; other tests run beside this one.
-    assert!(median < Duration::from_millis(500), "{times:?}");
+    // The requirement is 50 ms on a quiet machine; otherwise other tests run at the same time.
+    let limit = if full() { 50 } else { 500 };
+    assert!(median < Duration::from_millis(limit), "{times:?}");
 }
 
 #[test]
@@ -313,8 +314,9 @@ fn start_is_quick() {
         .collect();
     times.sort();
     println!("from exec to READY: median {:?}", times[2]);
-    // The requirement is 100 ms on a quiet machine; here other tests run at the same time.
-    assert!(times[2] < Duration::from_secs(1), "{times:?}");
+    // The requirement is 100 ms on a quiet machine; otherwise other tests run at the same time.
+    let limit = if full() { 100 } else { 1000 };
+    assert!(times[2] < Duration::from_millis(limit), "{times:?}");
 }
 
 #[test]

@@ -22,3 +22,9 @@ pub use mail::Mail;
 pub use record::{Gate, PATIENCE, eventually};
 pub use sink::{Reply, Sink};
 pub use target::Target;
+
+/// Whether the numbers of the requirements are to be shown, on a machine that does nothing else
+/// (`QRELAY_FULL=1`): more mails, tighter limits.
+pub fn full() -> bool {
+    std::env::var_os("QRELAY_FULL").is_some_and(|value| value == "1")
+}

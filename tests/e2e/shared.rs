@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::Signal;
 
 use crate::harness::processes::{self, signal};
-use crate::harness::{Client, Daemon, Mail, eventually, submit};
+use crate::harness::{Client, Daemon, Mail, eventually, full, submit};
 
 /// How much each mail of the counting tests adds.
 const PER_MAIL: u64 = 10;
@@ -48,7 +48,7 @@ fn numbers(told: &str) -> Vec<u64> {
 
 #[test]
 fn every_increment_counts_once() {
-    let full = std::env::var_os("QRELAY_FULL").is_some_and(|value| value == "1");
+    let full = full();
     let mails = if full { 10_000 } else { 1000 };
     let daemon = Daemon::start(&counter("workers=4, worker_connections=64", COUNT));
     daemon.wait_for_workers(4, &[]);

@@ -76,6 +76,19 @@ end)
         target: Target::CpuAtMost(1.15),
     },
     Scenario {
+        name: "cgroup",
+        about: "looks at the client's control group, against one that just relays",
+        script: "
+qmqp_listen(socket, function(m)
+  local cgroup = m.cgroup
+  m.account = cgroup and cgroup.path or 'none'
+  return m:connect(next_hop)
+end)
+",
+        baseline: Baseline::Script(RELAY),
+        target: Target::CpuAddedAtMost(15.0),
+    },
+    Scenario {
         name: "incr",
         about: "counts every mail in a shared dictionary, against one that just relays",
         script: "
