@@ -86,7 +86,7 @@ qmqp_listen(socket, function(m)
 end)
 ",
         baseline: Baseline::Script(RELAY),
-        target: Target::CpuAddedAtMost(15.0),
+        target: Target::CpuAddedAtMost(20.0),
     },
     Scenario {
         name: "incr",
