@@ -12,7 +12,6 @@ use std::process::{Command, Stdio};
 use nix::unistd::Pid;
 use qrelay_shared::ipc::channel::Channel;
 use qrelay_shared::ipc::message::{FromZygote, ToZygote};
-use qrelay_shared::sys::process::without_batches;
 use slog::Level;
 
 use crate::generation::GenerationId;
@@ -55,7 +54,7 @@ impl Zygote {
         for name in SYSTEMD_VARIABLES {
             command.env_remove(name);
         }
-        let child = without_batches(|| command.spawn())?;
+        let child = command.spawn()?;
         let pid = i32::try_from(child.id()).map_err(io::Error::other)?;
         Ok(Self { generation, pid: Some(Pid::from_raw(pid)), channel: ours })
     }

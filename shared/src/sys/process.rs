@@ -2,7 +2,6 @@
 
 use std::io::{Read, Write};
 use std::os::fd::{FromRawFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use nix::errno::Errno;
 use nix::sys::wait::{WaitStatus, waitpid};
@@ -120,37 +119,21 @@ pub fn exit_now(status: i32) -> ! {
     unsafe { libc::_exit(status) }
 }
 
-/// Whether [`work_in_batches`] has changed the policy.
-static IN_BATCHES: AtomicBool = AtomicBool::new(false);
-
-/// Takes the scheduling policy SCHED_BATCH (sched(7)): when this thread wakes up it interrupts
-/// nobody, and so finds more to do at once. Whoever has chosen another policy keeps it.
+/// Takes the scheduling policy SCHED_BATCH (sched(7)): when this process wakes up it interrupts
+/// nobody, and so finds more to do at once. Children don't inherit it. Whoever has chosen another
+/// policy, or a negative nice value (which children would lose), keeps it.
 ///
 /// # Errors
 /// As sched_setscheduler(2).
 pub fn work_in_batches() -> Result<(), Errno> {
-    // SAFETY: this takes an integer and touches no memory of ours.
-    if unsafe { libc::sched_getscheduler(0) } == libc::SCHED_OTHER {
-        schedule(libc::SCHED_BATCH)?;
-        IN_BATCHES.store(true, Ordering::Relaxed);
+    // SAFETY: these take integers and touch no memory of ours.
+    let (policy, nice) =
+        unsafe { (libc::sched_getscheduler(0), libc::getpriority(libc::PRIO_PROCESS, 0)) };
+    if policy != libc::SCHED_OTHER || nice < 0 {
+        return Ok(());
     }
-    Ok(())
-}
-
-/// Starts processes that don't inherit what [`work_in_batches`] has done.
-pub fn without_batches<R>(start: impl FnOnce() -> R) -> R {
-    if !IN_BATCHES.load(Ordering::Relaxed) {
-        return start();
-    }
-    // Neither can fail where the first change hasn't; and the policies only differ in speed.
-    let _ = schedule(libc::SCHED_OTHER);
-    let started = start();
-    let _ = schedule(libc::SCHED_BATCH);
-    started
-}
-
-fn schedule(policy: libc::c_int) -> Result<(), Errno> {
     let parameters = libc::sched_param { sched_priority: 0 };
+    let policy = libc::SCHED_BATCH | libc::SCHED_RESET_ON_FORK;
     // SAFETY: `parameters` is read, and outlives the call.
     Errno::result(unsafe { libc::sched_setscheduler(0, policy, &raw const parameters) }).map(drop)
 }
