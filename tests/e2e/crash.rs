@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::Signal;
 
 use crate::harness::processes::{self, relaying, signal};
-use crate::harness::{Client, Daemon, Mail, PATIENCE, Sink, Site, eventually, full, submit};
+use crate::harness::{Client, Daemon, Mail, PATIENCE, Sink, eventually, full, submit};
 
 fn relay(settings: &str) -> Daemon {
     Daemon::start(&format!(
@@ -336,29 +336,6 @@ fn names_and_scores_tell_who_is_who() {
         .filter(|p| !p.name.starts_with("qrelay-"))
         .collect();
     assert!(rest.is_empty(), "{rest:?}");
-}
-
-/// Numbers of linux/sched.h.
-const SCHED_OTHER: i32 = 0;
-const SCHED_BATCH: i32 = 3;
-
-/// The scheduling policy of a process: the 41st field of proc_pid_stat(5).
-fn policy(pid: i32) -> i32 {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).expect("there");
-    let (_, fields) = stat.rsplit_once(')').expect("a name in parentheses");
-    fields.split_ascii_whitespace().nth(38).and_then(|field| field.parse().ok()).expect("a policy")
-}
-
-#[test]
-fn only_the_supervisor_works_in_batches() {
-    let daemon = relay("workers=2");
-    assert_eq!(policy(daemon.pid()), SCHED_BATCH);
-    for pid in daemon.workers().into_iter().chain(daemon.zygotes()) {
-        assert_eq!(policy(pid), SCHED_OTHER);
-    }
-    let site = Site::with("qmqp_listen('$DIR/in', function(m) return m:discard() end)");
-    let daemon = site.launch().through(&["nice", "-n", "-1"]).ready();
-    assert_eq!(policy(daemon.pid()), SCHED_OTHER, "its children would lose what it was given");
 }
 
 #[test]

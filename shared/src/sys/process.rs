@@ -119,25 +119,6 @@ pub fn exit_now(status: i32) -> ! {
     unsafe { libc::_exit(status) }
 }
 
-/// Takes the scheduling policy SCHED_BATCH (sched(7)): when this process wakes up it interrupts
-/// nobody, and so finds more to do at once. Children don't inherit it. Whoever has chosen another
-/// policy, or a negative nice value (which children would lose), keeps it.
-///
-/// # Errors
-/// As sched_setscheduler(2).
-pub fn work_in_batches() -> Result<(), Errno> {
-    // SAFETY: these take integers and touch no memory of ours.
-    let (policy, nice) =
-        unsafe { (libc::sched_getscheduler(0), libc::getpriority(libc::PRIO_PROCESS, 0)) };
-    if policy != libc::SCHED_OTHER || nice < 0 {
-        return Ok(());
-    }
-    let parameters = libc::sched_param { sched_priority: 0 };
-    let policy = libc::SCHED_BATCH | libc::SCHED_RESET_ON_FORK;
-    // SAFETY: `parameters` is read, and outlives the call.
-    Errno::result(unsafe { libc::sched_setscheduler(0, policy, &raw const parameters) }).map(drop)
-}
-
 /// Writes out what C's stdio has buffered, so that a fork doesn't double it.
 pub fn flush_stdio() {
     // SAFETY: NULL means every open output stream.
