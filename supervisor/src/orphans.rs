@@ -157,14 +157,20 @@ impl Orphans {
         if self.hidden {
             return Vec::new();
         }
-        let Some(children) = self.look_through(now, children) else { return Vec::new() };
+        let Some(children) = self.look_through(now, children) else {
+            self.hidden = true;
+            return Vec::new();
+        };
         let ended = children.iter().filter(|child| !child.alive && !self.holds(child.pid));
         ended.map(|child| child.pid).filter(|&pid| ended_child(Some(pid)).is_some()).collect()
     }
 
-    /// Whether it is time for [`Self::ended_besides`], which had been too early.
-    pub fn hides(&self, now: Instant) -> bool {
-        self.hidden && self.rested.is_none_or(|rested| rested <= now)
+    /// Whether it is time to look for what [`Self::ended_besides`] was too early for, or could not
+    /// see. It is said once.
+    pub fn hides(&mut self, now: Instant) -> bool {
+        let due = self.hidden && self.rested.is_none_or(|rested| rested <= now);
+        self.hidden &= !due;
+        due
     }
 
     /// Lists processes, and sees to it that this isn't done too often.
@@ -175,7 +181,8 @@ impl Orphans {
     ) -> Option<Vec<Process>> {
         let started = Instant::now();
         let found = list();
-        self.rested = Some(now + started.elapsed() * REST);
+        // A look that fails takes hardly any time.
+        self.rested = Some(now + GLANCE.max(started.elapsed() * REST));
         found.ok()
     }
 
@@ -374,6 +381,33 @@ mod tests {
         assert_eq!(other.wait().expect("wait").signal(), Some(Signal::SIGKILL as i32));
         leader.wait().expect("wait");
         assert_eq!(orphans.over(late), [71_008]);
+    }
+
+    #[test]
+    fn what_those_held_hide_is_looked_for_once_and_not_too_often() {
+        let now = Instant::now();
+        let mut orphans = Orphans::default();
+        let (mut leader, mut other) = leader_and_other(&mut orphans, 71_009, now);
+        orphans.to_reap(now);
+        assert_eq!(orphans.ended_besides(now), [], "too early after that look");
+        assert!(!orphans.hides(now));
+        let rested = orphans.next_deadline().expect("there is something to do");
+        assert!(rested >= now + GLANCE && rested < now + GRACE, "{:?}", rested - now);
+        assert!(orphans.hides(rested));
+        assert!(!orphans.hides(rested), "nobody is asked twice");
+        assert!(orphans.next_deadline() > Some(now));
+        orphans.kill_all(now);
+        other.wait().expect("wait");
+        leader.wait().expect("wait");
+    }
+
+    #[test]
+    fn a_look_that_fails_is_repeated_later() {
+        let now = Instant::now();
+        let mut orphans = Orphans::default();
+        assert!(orphans.look_through(now, || Err(std::io::Error::other("no"))).is_none());
+        assert_eq!(orphans.ended_besides(now), []);
+        assert!(!orphans.hides(now) && orphans.next_deadline() >= Some(now + GLANCE));
     }
 
     #[test]
