@@ -12,8 +12,8 @@ settings{
   relay_timeout = 30,      -- seconds from a complete request to its answer
 }
 
--- Runs once per mail, and decides about it. It may wait (sleep, connect), since it runs on a thread
--- of its own; it should not compute for long.
+-- Runs once per mail, and decides about it. It may wait (sleep, connect), since others go on
+-- meanwhile; it should not compute for long, since nobody else's handler runs then.
 local function handler(m)
   for _, recipient in ipairs(m.recipients) do
     if recipient:find('@example%.invalid$') then

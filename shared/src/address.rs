@@ -20,12 +20,60 @@ pub const MAX_LOCAL_PART: usize = 64;
 /// Longest label of a domain name in bytes (RFC 1035 2.3.4).
 const MAX_LABEL: usize = 63;
 
+/// Which bytes may stand somewhere; looking here is what checking an address mostly consists of.
+type Set = [bool; 256];
+
+/// RFC 5322 3.2.3, atext.
+const ATEXT: Set = alphanumeric_and(b"!#$%&'*+-/=?^_`{|}~");
+/// What labels of a domain name consist of.
+const LABEL: Set = alphanumeric_and(b"-_");
+/// Printable ASCII.
+const PLAIN: Set = plain_without(b"");
+/// The same without what delimits addresses in a log.
+const PLAIN_IN_LIST: Set = plain_without(LIST_SYNTAX);
+
+/// What delimits addresses in logs and Pond records, and what escapes it.
+const LIST_SYNTAX: &[u8] = b"\\<>,";
+
+const fn alphanumeric_and(others: &[u8]) -> Set {
+    let mut set = [false; 256];
+    let mut byte = 0;
+    while byte < 256 {
+        set[byte] = (byte as u8).is_ascii_alphanumeric();
+        byte += 1;
+    }
+    with(set, others, true)
+}
+
+const fn plain_without(others: &[u8]) -> Set {
+    let mut set = [false; 256];
+    let mut byte = b' ';
+    while byte <= b'~' {
+        set[byte as usize] = true;
+        byte += 1;
+    }
+    with(set, others, false)
+}
+
+const fn with(mut set: Set, bytes: &[u8], member: bool) -> Set {
+    let mut at = 0;
+    while at < bytes.len() {
+        set[bytes[at] as usize] = member;
+        at += 1;
+    }
+    set
+}
+
+fn all_in(text: &[u8], set: &Set) -> bool {
+    text.iter().all(|&byte| set[usize::from(byte)])
+}
+
 /// Is this an address that mail can be sent to?
 pub fn is_valid(addr: &[u8]) -> bool {
     if addr.len() > MAX_ADDRESS {
         return false;
     }
-    let Some(at) = memchr::memrchr(b'@', addr) else { return false };
+    let Some(at) = addr.iter().rposition(|&b| b == b'@') else { return false };
     is_local_part(&addr[..at]) && is_domain(&addr[at + 1..])
 }
 
@@ -39,12 +87,7 @@ fn is_local_part(local: &[u8]) -> bool {
 }
 
 fn is_dot_atom(text: &[u8]) -> bool {
-    text.split(|&b| b == b'.').all(|atom| !atom.is_empty() && atom.iter().all(|&b| is_atext(b)))
-}
-
-/// RFC 5322 3.2.3, atext.
-fn is_atext(byte: u8) -> bool {
-    byte.is_ascii_alphanumeric() || b"!#$%&'*+-/=?^_`{|}~".contains(&byte)
+    text.split(|&b| b == b'.').all(|atom| !atom.is_empty() && all_in(atom, &ATEXT))
 }
 
 fn is_quoted_string(text: &[u8]) -> bool {
@@ -77,7 +120,7 @@ pub(crate) fn is_domain_name(name: &[u8]) -> bool {
 
 fn is_label(label: &[u8]) -> bool {
     (1..=MAX_LABEL).contains(&label.len())
-        && label.iter().all(|&b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_')
+        && all_in(label, &LABEL)
         && !label.starts_with(b"-")
         && !label.ends_with(b"-")
 }
@@ -86,18 +129,15 @@ fn is_label(label: &[u8]) -> bool {
 ///
 /// `\`, `<`, `>`, `,` and bytes that are no UTF-8 become `\xNN`, control characters `?`.
 pub fn escape_for_log(addr: &[u8]) -> Cow<'_, str> {
-    if let Some(text) = plain(addr)
-        && !addr.iter().any(|byte| b"\\<>,".contains(byte))
-    {
+    if let Some(text) = plain(addr, &PLAIN_IN_LIST) {
         return Cow::Borrowed(text);
     }
     let mut out = String::with_capacity(addr.len());
     for chunk in addr.utf8_chunks() {
         for c in chunk.valid().chars() {
-            if matches!(c, '\\' | '<' | '>' | ',') {
-                push_escaped(&mut out, c as u8);
-            } else {
-                out.push(shown(c));
+            match u8::try_from(c) {
+                Ok(byte) if LIST_SYNTAX.contains(&byte) => push_escaped(&mut out, byte),
+                _ => out.push(shown(c)),
             }
         }
         chunk.invalid().iter().for_each(|&byte| push_escaped(&mut out, byte));
@@ -113,16 +153,15 @@ fn push_escaped(out: &mut String, byte: u8) {
 /// Foreign text (a reply, a name) as one printable line: control characters become `?`, bytes that
 /// are no UTF-8 the replacement character U+FFFD.
 pub fn printable(text: &[u8]) -> Cow<'_, str> {
-    match plain(text) {
+    match plain(text, &PLAIN) {
         Some(text) => Cow::Borrowed(text),
         None => String::from_utf8_lossy(text).chars().map(shown).collect(),
     }
 }
 
-/// Nearly every address and reply is printable ASCII, which is shown as it is.
-fn plain(text: &[u8]) -> Option<&str> {
-    let is_plain = text.iter().all(|byte| (b' '..=b'~').contains(byte));
-    is_plain.then(|| str::from_utf8(text).ok()).flatten()
+/// Nearly every address and reply is of these bytes of ASCII, which are shown as they are.
+fn plain<'t>(text: &'t [u8], shown: &Set) -> Option<&'t str> {
+    all_in(text, shown).then(|| str::from_utf8(text).ok()).flatten()
 }
 
 /// `?` for what would change a terminal or break a line instead of showing something: the control

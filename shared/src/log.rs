@@ -10,14 +10,15 @@
 //! the next line that can be.
 
 use std::borrow::Cow;
-use std::fmt::{self, Write as _};
+use std::fmt::{Arguments, Write as _};
 use std::fs::OpenOptions;
 use std::io::{IoSlice, Write as _};
-use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::os::unix::net::UnixDatagram;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, UNIX_EPOCH};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{MsgFlags, send};
@@ -43,8 +44,9 @@ const JOURNAL: &str = "/run/systemd/journal/socket";
 pub fn init(level: Level, process: &'static str) -> Logger {
     let output = Output {
         process,
-        pid: std::process::id().to_string(),
+        origin: format!(" {process}[{}]: ", std::process::id()),
         sink: Sink::open(),
+        second: Mutex::new((u64::MAX, String::new())),
         lost: AtomicU64::new(0),
     };
     Logger::root(slog::LevelFilter::new(output, level).fuse(), slog::o!())
@@ -114,8 +116,11 @@ fn send_now(fd: std::os::fd::RawFd, bytes: &[u8]) -> bool {
 
 struct Output {
     process: &'static str,
-    pid: String,
+    /// What names the process in a line.
+    origin: String,
     sink: Sink,
+    /// The latest second, since the epoch and as text.
+    second: Mutex<(u64, String)>,
     lost: AtomicU64,
 }
 
@@ -124,25 +129,20 @@ impl Drain for Output {
     type Err = slog::Never;
 
     fn log(&self, record: &Record<'_>, values: &OwnedKVList) -> Result<(), slog::Never> {
-        let mut fields = Fields::with_room();
-        // Serializing into a string can't fail.
+        let journal = matches!(self.sink, Sink::Journal(_));
+        let mut fields = Fields::new(journal);
+        // Writing into memory can't fail.
         let _ = record.kv().serialize(record, &mut fields);
         let _ = values.serialize(record, &mut fields);
         let lost = self.lost.swap(0, Ordering::Relaxed);
-        if lost > 0
-            && !self.emit(Level::Warning, "log lines were lost", &Fields::single("lost", lost))
-        {
-            self.lost.fetch_add(lost, Ordering::Relaxed);
-        }
-        let message = match record.msg().as_str() {
-            Some(text) if is_plain(text) && text.len() <= MESSAGE_MAX => Cow::Borrowed(text),
-            _ => {
-                let mut message = Escaped(record.msg()).to_string();
-                cut(&mut message, MESSAGE_MAX);
-                Cow::Owned(message)
+        if lost > 0 {
+            let mut fields = Fields::new(journal);
+            let _ = fields.emit_u64("lost".into(), lost);
+            if !self.emit(Level::Warning, "log lines were lost", fields) {
+                self.lost.fetch_add(lost, Ordering::Relaxed);
             }
-        };
-        if !self.emit(record.level(), &message, &fields) {
+        }
+        if !self.emit(record.level(), &formatted(record.msg()), fields) {
             self.lost.fetch_add(1, Ordering::Relaxed);
         }
         Ok(())
@@ -150,66 +150,148 @@ impl Drain for Output {
 }
 
 impl Output {
-    fn emit(&self, level: Level, message: &str, fields: &Fields) -> bool {
-        let bytes = match self.sink {
-            Sink::Journal(_) => self.journal_entry(level, message, fields),
-            _ => self.line(level, message, fields),
+    fn emit(&self, level: Level, message: &str, fields: Fields) -> bool {
+        let Fields { mut line, entry } = fields;
+        line.prepend_cut(&printable(message).0, MESSAGE_MAX);
+        if let Some(entry) = entry {
+            let head = format!(
+                "PRIORITY={}\nSYSLOG_IDENTIFIER={}\nMESSAGE=",
+                priority(level),
+                self.process
+            );
+            return self.sink.write(&[head.as_bytes(), line.cut().get(), entry.get()].concat());
+        }
+        line.prepend(&self.origin);
+        line.prepend(level_name(level));
+        self.prepend_time(&mut line);
+        self.sink.write(line.cut().get())
+    }
+
+    /// With milliseconds; the rest is mostly the same as in the last line.
+    fn prepend_time(&self, line: &mut Prepended) {
+        let now = UNIX_EPOCH.elapsed().unwrap_or_default();
+        let mut second = self.second.lock().unwrap_or_else(PoisonError::into_inner);
+        if second.0 != now.as_secs() {
+            let time = UNIX_EPOCH + Duration::from_secs(now.as_secs());
+            *second = (now.as_secs(), humantime::format_rfc3339_seconds(time).to_string());
+        }
+        line.prepend("Z ");
+        line.prepend(&itoa::Buffer::new().format(1000 + now.subsec_millis())[1..]);
+        line.prepend(".");
+        line.prepend(second.1.trim_end_matches('Z'));
+    }
+}
+
+/// What a text holds, as flags: bytes that have it quoted in a line.
+const QUOTED: u8 = 1;
+/// Bytes that get a backslash in quotes.
+const BACKSLASHED: u8 = 2;
+/// Anything but printable ASCII.
+const UNPRINTABLE: u8 = 4;
+
+/// The flags of each byte; control characters become text with a backslash.
+const FLAGS: [u8; 256] = {
+    let mut flags = [UNPRINTABLE | BACKSLASHED; 256];
+    let mut byte = b' ';
+    while byte <= b'~' {
+        flags[byte as usize] = match byte {
+            b' ' | b'=' => QUOTED,
+            b'"' => QUOTED | BACKSLASHED,
+            b'\\' => BACKSLASHED,
+            _ => 0,
         };
-        self.sink.write(&bytes)
+        byte += 1;
     }
+    flags
+};
 
-    fn line(&self, level: Level, message: &str, fields: &Fields) -> Vec<u8> {
-        let now = humantime::format_rfc3339_millis(std::time::SystemTime::now());
-        let mut line = String::with_capacity(LINE_ROOM);
-        let _ = write!(line, "{now} ");
-        for part in [level_name(level), " ", self.process, "[", &self.pid, "]: ", message] {
-            line.push_str(part);
-        }
-        fields.append_to(&mut line);
-        cut(&mut line, LINE_MAX - 1);
-        line.push('\n');
-        line.into_bytes()
-    }
-
-    fn journal_entry(&self, level: Level, message: &str, fields: &Fields) -> Vec<u8> {
-        let mut entry = String::with_capacity(1024);
-        let mut text = String::with_capacity(LINE_ROOM);
-        text.push_str(message);
-        fields.append_to(&mut text);
-        cut(&mut text, LINE_MAX);
-        let _ = write!(
-            entry,
-            "PRIORITY={}\nSYSLOG_IDENTIFIER={}\nMESSAGE={text}\n",
-            priority(level),
-            self.process
-        );
-        for (key, value) in fields.iter() {
-            let _ = write!(entry, "QRELAY_");
-            entry.extend(key.chars().map(|c| match c.to_ascii_uppercase() {
-                c @ ('A'..='Z' | '0'..='9') => c,
-                _ => '_',
-            }));
-            let _ = writeln!(entry, "={value}");
-        }
-        entry.into_bytes()
+/// A text's flags, and the text with its control characters made harmless.
+fn printable(text: &str) -> (Cow<'_, str>, u8) {
+    let flags = text.bytes().fold(0, |flags, byte| flags | FLAGS[usize::from(byte)]);
+    match flags & UNPRINTABLE {
+        0 => (Cow::Borrowed(text), flags),
+        _ => (Cow::Owned(escape(text)), flags),
     }
 }
 
-/// Cuts at a character boundary, and shows that it did.
-fn cut(text: &mut String, max: usize) {
-    cut_tail(text, 0, max);
+fn escape(text: &str) -> String {
+    let mut escaped = String::with_capacity(text.len());
+    for c in text.chars() {
+        match c {
+            '\n' => escaped.push_str("\\n"),
+            '\t' => escaped.push_str("\\t"),
+            c if c.is_control() => {
+                let _ = write!(escaped, "\\x{:02x}", c as u32);
+            }
+            c => escaped.push(c),
+        }
+    }
+    escaped
 }
 
-/// The same for what comes after `start`.
-fn cut_tail(text: &mut String, start: usize, max: usize) {
-    const MARK: &str = "…";
-    if text.len() - start > max {
-        let mut end = start + max - MARK.len();
+/// A literal isn't copied.
+fn formatted<'a>(text: &Arguments<'a>) -> Cow<'a, str> {
+    text.as_str().map_or_else(|| Cow::Owned(text.to_string()), Cow::Borrowed)
+}
+
+/// A text that is written from its end to its start: slog serializes the last field first.
+struct Prepended {
+    bytes: Vec<u8>,
+    /// Where it starts in them.
+    start: usize,
+}
+
+impl Prepended {
+    /// Empty, with memory for a usual line.
+    fn new() -> Self {
+        // Spaces, since for zeros the slower calloc is called.
+        Self { bytes: vec![b' '; LINE_ROOM], start: LINE_ROOM }
+    }
+
+    fn get(&self) -> &[u8] {
+        &self.bytes[self.start..]
+    }
+
+    #[inline]
+    fn prepend(&mut self, text: &str) {
+        if text.len() > self.start {
+            self.grow(text.len());
+        }
+        let end = self.start;
+        self.start -= text.len();
+        self.bytes[self.start..end].copy_from_slice(text.as_bytes());
+    }
+
+    #[cold]
+    fn grow(&mut self, room: usize) {
+        let room = room.max(self.bytes.len());
+        self.bytes.splice(..self.start, std::iter::repeat_n(0, room));
+        self.start = room;
+    }
+
+    /// Cuts the text at a character boundary, and shows that it did.
+    fn prepend_cut(&mut self, text: &str, max: usize) {
+        const MARK: &str = "…";
+        if text.len() <= max {
+            return self.prepend(text);
+        }
+        let mut end = max - MARK.len();
         while !text.is_char_boundary(end) {
             end -= 1;
         }
-        text.truncate(end);
-        text.push_str(MARK);
+        self.prepend(MARK);
+        self.prepend(&text[..end]);
+    }
+
+    /// Cuts a line, which has its newline, at [`LINE_MAX`].
+    fn cut(self) -> Self {
+        if self.get().len() <= LINE_MAX {
+            return self;
+        }
+        let mut cut = Self::new();
+        cut.prepend("\n");
+        cut.prepend_cut(&String::from_utf8_lossy(self.get()), LINE_MAX - 1);
+        cut
     }
 }
 
@@ -235,99 +317,66 @@ fn priority(level: Level) -> u8 {
     }
 }
 
-/// A record's fields: names, and where their escaped values are in one string.
-#[derive(Default)]
+/// A record's fields: the tail of a line and, for the journal, of an entry.
 struct Fields {
-    values: String,
-    pairs: Vec<(Key, Range<usize>)>,
+    line: Prepended,
+    entry: Option<Prepended>,
 }
 
 impl Fields {
-    fn single(key: impl Into<Key>, value: u64) -> Self {
-        let mut fields = Self::default();
-        fields.push(key, &format_args!("{value}"));
-        fields
+    fn new(journal: bool) -> Self {
+        let mut line = Prepended::new();
+        line.prepend("\n");
+        Self { line, entry: journal.then(Prepended::new) }
     }
 
-    /// Empty, with memory for those of a mail.
-    fn with_room() -> Self {
-        Self { values: String::with_capacity(LINE_ROOM), pairs: Vec::with_capacity(16) }
-    }
-
-    fn push(&mut self, key: impl Into<Key>, value: &fmt::Arguments<'_>) {
-        let start = self.values.len();
-        // Writing to a string can't fail.
-        let _ = write!(self.values, "{}", Escaped(value));
-        cut_tail(&mut self.values, start, VALUE_MAX);
-        self.pairs.push((key.into(), start..self.values.len()));
-    }
-
-    /// As [`Self::push`], of a text that needs no escaping.
-    fn push_plain(&mut self, key: Key, value: &str) -> slog::Result {
-        let start = self.values.len();
-        self.values.push_str(value);
-        cut_tail(&mut self.values, start, VALUE_MAX);
-        self.pairs.push((key, start..self.values.len()));
+    /// Puts a printable value, in quotes if something in it looks like another field.
+    fn push(&mut self, key: &str, value: &str, flags: u8) -> slog::Result {
+        if let Some(entry) = &mut self.entry {
+            entry.prepend("\n");
+            entry.prepend_cut(value, VALUE_MAX);
+            entry.prepend("=");
+            entry.prepend(&journal_name(key));
+        }
+        let line = &mut self.line;
+        if flags & QUOTED == 0 && !value.is_empty() {
+            line.prepend(value);
+        } else {
+            line.prepend("\"");
+            match flags & BACKSLASHED {
+                0 => line.prepend(value),
+                _ => line.prepend(&value.replace('\\', "\\\\").replace('"', "\\\"")),
+            }
+            line.prepend("\"");
+        }
+        line.prepend("=");
+        line.prepend(key);
+        line.prepend(" ");
         Ok(())
     }
 
     fn push_integer(&mut self, key: Key, value: impl itoa::Integer) -> slog::Result {
-        self.push_plain(key, itoa::Buffer::new().format(value))
-    }
-
-    /// In the order in which they were written in the source; slog serializes the last first.
-    fn iter(&self) -> impl Iterator<Item = (&str, &str)> {
-        self.pairs.iter().rev().map(|(key, range)| (key.as_str(), &self.values[range.clone()]))
-    }
-
-    /// Writes them as the tail of a line.
-    fn append_to(&self, line: &mut String) {
-        for (key, value) in self.iter() {
-            let escaped;
-            let (quote, value) = match quoting(value) {
-                Quoting::None => ("", value),
-                Quoting::Plain => ("\"", value),
-                Quoting::Escaped => {
-                    escaped = value.replace('\\', "\\\\").replace('"', "\\\"");
-                    ("\"", &*escaped)
-                }
-            };
-            for part in [" ", key, "=", quote, value, quote] {
-                line.push_str(part);
-            }
-        }
+        self.push(key.as_str(), itoa::Buffer::new().format(value), 0)
     }
 }
 
-/// How a value stands in a line, so that nothing in it looks like another field.
-enum Quoting {
-    None,
-    Plain,
-    /// With a backslash before quotes and backslashes.
-    Escaped,
-}
-
-fn quoting(value: &str) -> Quoting {
-    match memchr::memchr3(b' ', b'"', b'=', value.as_bytes()) {
-        None if value.is_empty() => Quoting::Plain,
-        None => Quoting::None,
-        Some(_) if value.contains(['"', '\\']) => Quoting::Escaped,
-        Some(_) => Quoting::Plain,
-    }
+/// A field's name in the journal.
+fn journal_name(key: &str) -> String {
+    let name = key.chars().map(|c| match c.to_ascii_uppercase() {
+        c @ ('A'..='Z' | '0'..='9') => c,
+        _ => '_',
+    });
+    "QRELAY_".chars().chain(name).collect()
 }
 
 impl Serializer for Fields {
-    fn emit_arguments(&mut self, key: Key, value: &fmt::Arguments<'_>) -> slog::Result {
-        self.push(key, value);
-        Ok(())
+    fn emit_arguments(&mut self, key: Key, value: &Arguments<'_>) -> slog::Result {
+        self.emit_str(key, &formatted(value))
     }
 
     fn emit_str(&mut self, key: Key, value: &str) -> slog::Result {
-        if is_plain(value) {
-            return self.push_plain(key, value);
-        }
-        self.push(key, &format_args!("{value}"));
-        Ok(())
+        let (value, flags) = printable(value);
+        self.push(key.as_str(), &value, flags)
     }
 
     fn emit_u32(&mut self, key: Key, value: u32) -> slog::Result {
@@ -352,88 +401,63 @@ impl Serializer for Fields {
     }
 }
 
-/// Whether a text is printable ASCII, as nearly everything is that is logged.
-fn is_plain(text: &str) -> bool {
-    text.bytes().all(|byte| (b' '..=b'~').contains(&byte))
-}
-
-/// Shows a text with its control characters made harmless.
-struct Escaped<'a, T: ?Sized>(&'a T);
-
-impl<T: fmt::Display + ?Sized> fmt::Display for Escaped<'_, T> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(Escaper(f), "{}", self.0)
-    }
-}
-
-struct Escaper<'a, 'b>(&'a mut fmt::Formatter<'b>);
-
-impl fmt::Write for Escaper<'_, '_> {
-    fn write_str(&mut self, text: &str) -> fmt::Result {
-        if is_plain(text) {
-            return self.0.write_str(text);
-        }
-        let mut rest = text;
-        while let Some(at) = rest.find(char::is_control) {
-            self.0.write_str(&rest[..at])?;
-            let mut chars = rest[at..].chars();
-            match chars.next() {
-                Some('\n') => self.0.write_str("\\n")?,
-                Some('\t') => self.0.write_str("\\t")?,
-                Some(c) => write!(self.0, "\\x{:02x}", c as u32)?,
-                None => {}
-            }
-            rest = chars.as_str();
-        }
-        self.0.write_str(rest)
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    fn show(text: &Prepended) -> &str {
+        std::str::from_utf8(text.get()).expect("UTF-8")
+    }
+
+    /// Fields with these values, the first of the source first.
+    fn fields(values: &[&str]) -> Fields {
+        let mut fields = Fields::new(true);
+        for (value, key) in values.iter().zip(["a", "b-b", "c"]).rev() {
+            fields.emit_str(key.into(), value).expect("into memory");
+        }
+        fields
+    }
+
     #[test]
     fn control_characters_are_escaped() {
-        assert_eq!(Escaped("a\nb\tc\x1b[0m\u{9b}é").to_string(), "a\\nb\\tc\\x1b[0m\\x9bé");
+        let (text, flags) = printable("a\nb\tc\x1b[0m\u{9b}é");
+        assert_eq!((&*text, flags & QUOTED), ("a\\nb\\tc\\x1b[0m\\x9bé", 0));
     }
 
     #[test]
     fn fields_are_quoted_when_ambiguous() {
-        let mut fields = Fields::default();
-        fields.push("c", &format_args!(""));
-        fields.push("b", &format_args!("x y\"z"));
-        fields.push("a", &format_args!("x"));
-        let mut line = String::new();
-        fields.append_to(&mut line);
-        assert_eq!(line, " a=x b=\"x y\\\"z\" c=\"\"");
-        for (value, shown) in
-            [(r"a\b", r" k=a\b"), (r"a b\", r#" k="a b\\""#), (r#"x \" s=K"#, r#" k="x \\\" s=K""#)]
-        {
-            let mut fields = Fields::default();
-            fields.push("k", &format_args!("{value}"));
-            let mut line = String::new();
-            fields.append_to(&mut line);
-            assert_eq!(line, shown);
+        for (values, shown) in [
+            (["x", "x y\"z", ""], r#" a=x b-b="x y\"z" c="""#),
+            ([r"a\b", r"a b\", "x=y"], r#" a=a\b b-b="a b\\" c="x=y""#),
+            (["a\nb", "a\nb c", "é é"], r#" a=a\nb b-b="a\\nb c" c="é é""#),
+            (["é", r#"x \" s=K"#, "\t"], r#" a=é b-b="x \\\" s=K" c=\t"#),
+        ] {
+            assert_eq!(show(&fields(values.as_slice()).line), format!("{shown}\n"));
         }
     }
 
     #[test]
+    fn the_journal_gets_values_as_they_are() {
+        let entry = fields(&["x\ny", "x \"y\"", ""]).entry.expect("an entry");
+        assert_eq!(show(&entry), "QRELAY_A=x\\ny\nQRELAY_B_B=x \"y\"\nQRELAY_C=\n");
+    }
+
+    #[test]
     fn long_values_are_cut() {
-        let mut fields = Fields::default();
-        fields.push("c", &format_args!("{}", "é".repeat(VALUE_MAX)));
-        fields.emit_str("b".into(), &"x".repeat(VALUE_MAX + 1)).expect("into memory");
-        fields.push("a", &format_args!("short"));
-        let values: Vec<_> = fields.iter().map(|(_, value)| value).collect();
-        assert_eq!(values[0], "short");
-        assert!(values[1].len() <= VALUE_MAX && values[1].ends_with("x…"), "{}", values[1].len());
-        assert!(values[2].len() <= VALUE_MAX && values[2].ends_with("é…"), "{}", values[2].len());
+        let entry = fields(&["short", &"x".repeat(VALUE_MAX + 1), &"é".repeat(VALUE_MAX)]).entry;
+        let entry = entry.expect("an entry");
+        let values: Vec<_> = show(&entry).lines().filter_map(|line| line.split_once('=')).collect();
+        assert_eq!(values[0].1, "short");
+        for ((_, value), end) in values[1..].iter().zip(["x…", "é…"]) {
+            assert!(value.len() <= VALUE_MAX && value.ends_with(end), "{}", value.len());
+        }
     }
 
     #[test]
     fn long_lines_are_cut_at_a_character() {
-        let mut text = "é".repeat(100);
-        cut(&mut text, 20);
-        assert!(text.len() <= 20 && text.ends_with('…'));
+        for odd in ["x", ""] {
+            let line = fields(&[odd, &"é".repeat(LINE_MAX), "last"]).line.cut();
+            assert!(show(&line).len() <= LINE_MAX && show(&line).ends_with("é…\n"));
+        }
     }
 }

@@ -36,66 +36,71 @@ impl Field {
 }
 
 /// The fields of a message's header, in their order.
-pub fn fields(message: &[u8]) -> Fields<'_> {
-    Fields { message, at: 0 }
-}
-
-/// Iterator over the fields of a header; see [`fields`].
-#[derive(Debug, Clone)]
-pub struct Fields<'a> {
-    message: &'a [u8],
-    at: usize,
-}
-
-impl Iterator for Fields<'_> {
-    type Item = Field;
-
-    fn next(&mut self) -> Option<Field> {
-        loop {
-            let start = self.at;
-            let first = self.line();
-            if matches!(&self.message[first.clone()], b"" | b"\n" | b"\r\n") {
-                // Asked again, the end stays the end.
-                self.at = start;
-                return None;
-            }
-            while matches!(self.message.get(self.at), Some(b' ' | b'\t')) {
-                self.line();
-            }
-            if let Some(name) = field_name(&self.message[first]) {
-                let name_end = start + name.len;
-                let value = start + name.colon + 1..self.at;
-                return Some(Field { name: start..name_end, value });
-            }
-        }
-    }
-}
-
-impl Fields<'_> {
-    /// Steps over one line, and says where it is, its end included.
-    fn line(&mut self) -> Range<usize> {
-        let start = self.at;
-        let rest = &self.message[start..];
-        self.at = start + memchr(b'\n', rest).map_or(rest.len(), |lf| lf + 1);
-        start..self.at
-    }
-}
-
-struct Name {
-    len: usize,
-    colon: usize,
-}
-
-/// Spaces between name and colon are obsolete (RFC 5322 4.5), but next hops accept them.
-fn field_name(line: &[u8]) -> Option<Name> {
-    let colon = memchr(b':', line)?;
-    let name = line[..colon].trim_ascii_end();
-    valid_header_name(name).then_some(Name { len: name.len(), colon })
+pub fn fields(message: &[u8]) -> impl Iterator<Item = Field> {
+    Lines { message, at: 0 }.filter_map(|line| line.field(message))
 }
 
 /// The fields of that name; case doesn't matter.
 fn named<'a>(message: &'a [u8], name: &'a [u8]) -> impl Iterator<Item = Field> + 'a {
-    fields(message).filter(move |field| message[field.name.clone()].eq_ignore_ascii_case(name))
+    let may_be = move |line: &Line| {
+        let start = message[line.first.clone()].get(..name.len());
+        start.is_some_and(|start| start.eq_ignore_ascii_case(name))
+    };
+    // Most lines can be told from a field of that name without being taken apart.
+    let lines = Lines { message, at: 0 }.filter(may_be);
+    lines.filter_map(|line| line.field(message)).filter(|field| field.name.len() == name.len())
+}
+
+/// A line of a header with those that are folded into it.
+struct Line {
+    /// Itself, its end included.
+    first: Range<usize>,
+    /// Where the last folded one ends.
+    end: usize,
+}
+
+impl Line {
+    /// The field that it is, if it is one. Spaces between name and colon are obsolete (RFC 5322
+    /// 4.5), but next hops accept them.
+    fn field(&self, message: &[u8]) -> Option<Field> {
+        let start = self.first.start;
+        let text = &message[self.first.clone()];
+        let colon = memchr(b':', text)?;
+        let name = text[..colon].trim_ascii_end();
+        let (name, value) = (start..start + name.len(), start + colon + 1..self.end);
+        valid_header_name(&message[name.clone()]).then_some(Field { name, value })
+    }
+}
+
+/// Iterator over the lines of a header.
+struct Lines<'a> {
+    message: &'a [u8],
+    at: usize,
+}
+
+impl Iterator for Lines<'_> {
+    type Item = Line;
+
+    fn next(&mut self) -> Option<Line> {
+        let start = self.at;
+        let first = start..self.line_end();
+        if matches!(&self.message[first.clone()], b"" | b"\n" | b"\r\n") {
+            return None;
+        }
+        self.at = first.end;
+        while matches!(self.message.get(self.at), Some(b' ' | b'\t')) {
+            self.at = self.line_end();
+        }
+        Some(Line { first, end: self.at })
+    }
+}
+
+impl Lines<'_> {
+    /// Where the line ends that begins here.
+    fn line_end(&self) -> usize {
+        let rest = &self.message[self.at..];
+        self.at + memchr(b'\n', rest).map_or(rest.len(), |lf| lf + 1)
+    }
 }
 
 /// The value of the first field of that name, unfolded, without the white space around it, and
@@ -137,13 +142,13 @@ fn unfold(value: &[u8]) -> Vec<u8> {
 
 /// Is this a field name: one or more of the bytes 33–126 without `:` (RFC 5322 3.6.8)?
 pub fn valid_header_name(name: &[u8]) -> bool {
-    !name.is_empty() && name.iter().all(|&b| b.is_ascii_graphic() && b != b':')
+    !name.is_empty() && name.iter().all(|&b| matches!(b, b'!'..=b'~') && b != b':')
 }
 
 /// May this be the value of an inserted field: printable ASCII, spaces included, and nothing else,
 /// so that it can't bring in further lines?
 pub fn valid_header_value(value: &[u8]) -> bool {
-    value.iter().all(|&b| b == b' ' || b.is_ascii_graphic())
+    value.iter().all(|b| matches!(b, b' '..=b'~'))
 }
 
 #[cfg(test)]

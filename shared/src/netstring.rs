@@ -37,7 +37,7 @@ pub enum Head {
 }
 
 /// Digits of the largest `usize` (20 where it has 64 bits) and the colon.
-const MAX_PREFIX: usize = 21;
+pub(crate) const MAX_PREFIX: usize = 21;
 
 /// The head `len:` of a netstring, kept in place so that it can be one piece of a `writev`.
 #[derive(Debug, Clone, Copy)]
@@ -61,21 +61,12 @@ impl AsRef<[u8]> for Prefix {
 
 /// The head of a netstring whose payload has `len` bytes; takes no memory from the heap.
 pub fn header(len: usize) -> Prefix {
-    let mut reversed = [0; MAX_PREFIX];
-    reversed[0] = b':';
-    let mut used = 1;
-    let mut rest = len;
-    loop {
-        // The remainder is below ten, so the cast loses nothing.
-        reversed[used] = b'0' + (rest % 10) as u8;
-        used += 1;
-        rest /= 10;
-        if rest == 0 {
-            break;
-        }
-    }
-    reversed[..used].reverse();
-    Prefix { buf: reversed, len: used as u8 }
+    let mut digits = itoa::Buffer::new();
+    let digits = digits.format(len).as_bytes();
+    let mut buf = [b':'; MAX_PREFIX];
+    buf[..digits.len()].copy_from_slice(digits);
+    // Not more than MAX_PREFIX.
+    Prefix { buf, len: digits.len() as u8 + 1 }
 }
 
 /// Appends `payload` as a netstring to `out`.

@@ -150,8 +150,9 @@ fn check_request(input: &[u8], request: &Request) {
     // Nothing but the canonical form is accepted.
     let again = encode_request(message, sender, &recipients);
     assert_eq!(again, input[..request.payload.end + 1]);
-    let around = outgoing(b"A: b\r\n", message.len(), sender, recipients.iter());
-    let whole = [&around.head, message, &around.tail].concat();
+    let insert = |out: &mut Vec<u8>| out.extend_from_slice(b"A: b\r\n");
+    let around = outgoing(insert, message.len(), sender, recipients.iter());
+    let whole = [around.head(), message, around.tail()].concat();
     let relayed = parse(&whole, &Limits { max_size: LIMITS.max_size + 6 }).expect("valid");
     assert_eq!(parts(&whole, &relayed).0, [b"A: b\r\n", message].concat());
     assert_eq!(parts(&whole, &relayed).2, recipients);

@@ -11,12 +11,13 @@
 //! Nothing here waits for a client, and no client is left without an end: each
 //! state but *dispatched* has a time limit.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{MsgFlags, Shutdown, getsockopt, recv, send, shutdown, sockopt};
 use qrelay_shared::ipc::message::{JobId, Peer, WorkerId};
 use qrelay_shared::qmqp::Reply;
@@ -47,6 +48,9 @@ pub enum State {
     Lingering,
 }
 
+/// When the time of connections is over.
+type Timers = BTreeSet<(Instant, JobId)>;
+
 /// One client's connection.
 #[derive(Debug)]
 pub struct Connection {
@@ -70,6 +74,22 @@ pub struct Connection {
     watched: bool,
 }
 
+impl Connection {
+    fn unwatch(&mut self, watcher: &Watcher) {
+        if std::mem::take(&mut self.watched) {
+            watcher.remove(self.fd.as_fd());
+        }
+    }
+
+    fn set_timer(&mut self, timers: &mut Timers, id: JobId, until: Option<Instant>) {
+        if let Some(old) = self.until.take() {
+            timers.remove(&(old, id));
+        }
+        self.until = until;
+        timers.extend(until.map(|until| (until, id)));
+    }
+}
+
 /// What became of an attempt to accept.
 #[derive(Debug)]
 pub enum Accepted {
@@ -86,8 +106,10 @@ pub enum Accepted {
 pub struct Connections {
     /// Its keys are our own, so that nobody can choose them to collide.
     table: FxHashMap<JobId, Connection>,
-    timers: BTreeSet<(Instant, JobId)>,
-    clients: HashMap<Client, u32>,
+    timers: Timers,
+    clients: BTreeMap<Client, u32>,
+    /// Those that have begun to wait, and may be dispatched before they need a time limit.
+    unlimited: Vec<JobId>,
     last: JobId,
     dispatched: usize,
 }
@@ -181,6 +203,24 @@ impl Connections {
         }
     }
 
+    /// As [`Self::peek`] for each of them; mostly, one call answers for all.
+    pub fn peek_all(&self, ids: &[JobId]) -> Vec<Option<bool>> {
+        let ended = PollFlags::from_bits_retain(libc::POLLRDHUP);
+        let interest = PollFlags::POLLIN | PollFlags::POLLPRI | ended;
+        let mut fds: Vec<_> = ids
+            .iter()
+            .filter_map(|id| Some(PollFd::new(self.table.get(id)?.fd.as_fd(), interest)))
+            .collect();
+        let asked = fds.len() == ids.len() && poll(&mut fds, PollTimeout::ZERO).is_ok();
+        let judge = |(at, &id): (usize, &JobId)| match fds.get(at).and_then(PollFd::revents) {
+            Some(PollFlags::POLLIN) if asked => Some(true),
+            Some(events) if asked && events.is_empty() => Some(false),
+            // Its end or urgent data may have come after something, or instead of it.
+            _ => self.peek(id),
+        };
+        ids.iter().enumerate().map(judge).collect()
+    }
+
     /// Takes urgent data out (MSG_OOB), which QMQP knows nothing of: it makes a socket readable
     /// that has nothing to read, for ever.
     pub fn drop_urgent(&self, id: JobId) {
@@ -216,29 +256,40 @@ impl Connections {
         if let Some(connection) = self.table.get_mut(&id) {
             watcher.add(connection.fd.as_fd(), Source::Connection(id))?;
             connection.watched = true;
-            self.set_timer(id, Some(until));
+            connection.set_timer(&mut self.timers, id, Some(until));
         }
         Ok(())
     }
 
-    /// It waits for a credit, until the time given.
-    pub fn wait(&mut self, id: JobId, until: Instant, watcher: &Watcher) {
-        self.unwatch(id, watcher);
+    /// It waits for a credit, until the next [`Self::limit_waiting`] without a time limit.
+    pub fn wait(&mut self, id: JobId, watcher: &Watcher) {
         if let Some(connection) = self.table.get_mut(&id) {
             // One that was there at once has spoken when it was accepted.
             if connection.until.is_some() {
                 connection.spoke_boottime = boottime();
             }
+            connection.unwatch(watcher);
+            connection.set_timer(&mut self.timers, id, None);
             connection.state = State::Waiting;
-            self.set_timer(id, Some(until));
+            self.unlimited.push(id);
+        }
+    }
+
+    /// Those that have begun to wait and still do, wait until the time given.
+    pub fn limit_waiting(&mut self, until: Instant) {
+        for id in self.unlimited.drain(..) {
+            let waiting = self.table.get_mut(&id).filter(|c| c.state == State::Waiting);
+            if let Some(connection) = waiting {
+                connection.set_timer(&mut self.timers, id, Some(until));
+            }
         }
     }
 
     /// A worker has it now.
     pub fn dispatched(&mut self, id: JobId, worker: WorkerId, watcher: &Watcher) {
-        self.unwatch(id, watcher);
-        self.set_timer(id, None);
         if let Some(connection) = self.table.get_mut(&id) {
+            connection.unwatch(watcher);
+            connection.set_timer(&mut self.timers, id, None);
             connection.state = State::Dispatched(worker);
             self.dispatched += 1;
         }
@@ -259,7 +310,7 @@ impl Connections {
         let watched = connection.watched
             || watcher.add(connection.fd.as_fd(), Source::Connection(id)).is_ok();
         connection.watched = watched;
-        self.set_timer(id, Some(Instant::now() + LINGER));
+        connection.set_timer(&mut self.timers, id, Some(Instant::now() + LINGER));
         if !watched {
             self.drop_input(id, watcher);
         }
@@ -281,9 +332,9 @@ impl Connections {
 
     /// Forgets a connection and closes our descriptor.
     pub fn close(&mut self, id: JobId, watcher: &Watcher) {
-        self.unwatch(id, watcher);
-        self.set_timer(id, None);
-        let Some(connection) = self.table.remove(&id) else { return };
+        let Some(mut connection) = self.table.remove(&id) else { return };
+        connection.unwatch(watcher);
+        connection.set_timer(&mut self.timers, id, None);
         if matches!(connection.state, State::Dispatched(_)) {
             self.dispatched -= 1;
         }
@@ -293,24 +344,6 @@ impl Connections {
             if *count == 0 {
                 self.clients.remove(&client);
             }
-        }
-    }
-
-    fn unwatch(&mut self, id: JobId, watcher: &Watcher) {
-        if let Some(connection) = self.table.get_mut(&id).filter(|c| c.watched) {
-            watcher.remove(connection.fd.as_fd());
-            connection.watched = false;
-        }
-    }
-
-    fn set_timer(&mut self, id: JobId, until: Option<Instant>) {
-        let Some(connection) = self.table.get_mut(&id) else { return };
-        if let Some(old) = connection.until.take() {
-            self.timers.remove(&(old, id));
-        }
-        if let Some(until) = until {
-            connection.until = Some(until);
-            self.timers.insert((until, id));
         }
     }
 

@@ -195,6 +195,7 @@ impl Daemon {
             self.tick(Instant::now());
             self.dispatch_late();
             self.dispatch_waiting();
+            self.limit_waiting();
         }
     }
 

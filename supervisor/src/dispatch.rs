@@ -77,12 +77,9 @@ impl Daemon {
         {
             self.disarm(&format!("accept: {error}"));
         }
-        // Looked at only now: by the end of the batch most have sent their request.
-        for job in new.drain(..) {
-            self.admit(job);
-        }
+        self.admit_all(&new);
+        new.clear();
         self.accepted = new;
-        self.dispatch_waiting();
     }
 
     /// Whether a batch of connections can be held, if need be instead of silent ones of the client
@@ -115,17 +112,24 @@ impl Daemon {
                 }
             }
         }
-        for job in new {
-            self.admit(job);
-        }
+        self.admit_all(&new);
         if let Some(error) = &exhausted {
             self.disarm(&format!("accept: {error}"));
         }
         exhausted.is_none()
     }
 
-    /// Decides about a new connection: refuse, serve, or wait for its first byte.
-    fn admit(&mut self, job: JobId) {
+    /// Decides about new connections. They are looked at only now: by the end of the batch most
+    /// have sent their request.
+    fn admit_all(&mut self, new: &[JobId]) {
+        let spoken = self.connections.peek_all(new);
+        for (&job, spoken) in new.iter().zip(spoken) {
+            self.admit(job, spoken);
+        }
+    }
+
+    /// Refuses a new connection, or serves it if it has `spoken`, or waits for its first byte.
+    fn admit(&mut self, job: JobId, spoken: Option<bool>) {
         let Some(connection) = self.connections.get(job) else { return };
         let (peer, listener) = (connection.peer, connection.listener);
         let Some(settings) = self.current_settings() else {
@@ -145,7 +149,7 @@ impl Daemon {
             info!(self.log, "connection refused: max_connections_per_uid"; "uid" => uid, "limit" => limit);
             return self.refuse(job, Reply::temporary(TRY_AGAIN));
         }
-        match self.connections.peek(job) {
+        match spoken {
             None => self.connections.close(job, &self.watcher),
             Some(true) => self.make_ready(job),
             Some(false) => {
@@ -172,9 +176,7 @@ impl Daemon {
         let Some(connection) = self.connections.get(job) else { return };
         let client = Client::from(connection.peer);
         let last_chance = connection.last_chance.is_some();
-        let patience = self.current_settings().map_or(Duration::ZERO, |s| s.relay_timeout);
-        // From now on, not from its accept: a client may have taken its time before it spoke.
-        self.connections.wait(job, Instant::now() + patience, &self.watcher);
+        self.connections.wait(job, &self.watcher);
         match last_chance {
             true => self.serve_last(job),
             false => self.pool.wait(client, job),
@@ -200,6 +202,13 @@ impl Daemon {
             }
             None => self.refuse(job, Reply::temporary(TRY_AGAIN)),
         }
+    }
+
+    /// Those that wait since this turn of the loop do so for this long. Their time hasn't run since
+    /// their accept: a client may have taken its time before it spoke.
+    pub(crate) fn limit_waiting(&mut self) {
+        let patience = self.current_settings().map_or(Duration::ZERO, |s| s.relay_timeout);
+        self.connections.limit_waiting(Instant::now() + patience);
     }
 
     /// Dispatches as many waiting connections as there are credits.

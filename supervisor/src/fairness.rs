@@ -6,7 +6,7 @@
 //! that was served longest ago. A client never holds more jobs than its cap, so
 //! one site's flood leaves credits for the others.
 
-use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::IpAddr;
 
 use qrelay_shared::ipc::message::{JobId, Peer};
@@ -37,12 +37,22 @@ struct Account {
     turn: u64,
 }
 
+/// A client's place in the order: its jobs, its turn, itself.
+type Place = (usize, u64, Client);
+
+impl Account {
+    /// Only who waits has one.
+    fn place(&self, client: Client) -> Option<Place> {
+        (!self.waiting.is_empty()).then_some((self.jobs, self.turn, client))
+    }
+}
+
 /// The waiting connections and everybody's share of the credits.
 #[derive(Debug, Default)]
 pub struct Fairness {
-    accounts: HashMap<Client, Account>,
+    accounts: BTreeMap<Client, Account>,
     /// The clients with waiting connections, next one first.
-    order: BTreeSet<(usize, u64, Client)>,
+    order: BTreeSet<Place>,
     waiting: usize,
     turns: u64,
 }
@@ -108,14 +118,15 @@ impl Fairness {
     /// Changes an account and keeps its place in the order right.
     fn change(&mut self, client: Client, change: impl FnOnce(&mut Account)) {
         let account = self.accounts.entry(client).or_default();
-        if !account.waiting.is_empty() {
-            self.order.remove(&(account.jobs, account.turn, client));
-        }
+        let before = account.place(client);
         change(account);
-        if !account.waiting.is_empty() {
-            self.order.insert((account.jobs, account.turn, client));
-        } else if account.jobs == 0 {
+        let place = account.place(client);
+        if place.is_none() && account.jobs == 0 {
             self.accounts.remove(&client);
+        }
+        if place != before {
+            before.map(|before| self.order.remove(&before));
+            self.order.extend(place);
         }
     }
 }

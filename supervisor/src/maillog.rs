@@ -2,22 +2,26 @@
 
 use std::time::Instant;
 
-use qrelay_shared::ipc::message::{JobId, MailRecord, Peer, WorkerId};
+use qrelay_shared::ipc::message::{JobId, MailId, MailRecord, Peer, WorkerId, mail_id};
 use qrelay_shared::qmqp::Status;
 use slog::{info, warn};
 
 use crate::daemon::Daemon;
 use crate::dispatch::TRY_AGAIN;
 
+/// Bytes that a usual mail's sender and time fit in.
+const ROOM: usize = 128;
+
 impl Daemon {
     /// The id under which a worker and its script know a mail.
-    pub(crate) fn mail_id(&self, job: JobId) -> String {
-        format!("{}-{job:x}", self.instance)
+    pub(crate) fn mail_id(&self, job: JobId) -> MailId {
+        mail_id(&self.instance, job)
     }
 
     /// A mail is finished.
     pub(crate) fn log_mail(&mut self, worker: WorkerId, job: JobId, mail: &MailRecord<'_>) {
-        let (uid, pid, address) = match self.connections.get(job).map(|c| c.peer) {
+        let peer = self.connections.get(job).map(|connection| connection.peer);
+        let (uid, pid, address) = match peer {
             Some(Peer::Local { pid, uid, .. }) => (Some(uid), pid, None),
             Some(Peer::Remote(address)) => (None, None, Some(address.to_string())),
             None => (None, None, None),
@@ -27,23 +31,28 @@ impl Daemon {
             Status::Temporary => "Z",
             Status::Permanent => "D",
         });
+        let mut text = String::with_capacity(ROOM);
+        text.extend(["<", &mail.sender, ">"]);
+        let from = text.len();
+        text.push_str(itoa::Buffer::new().format(mail.duration / 1000));
+        text.push('.');
+        text.push_str(itoa::Buffer::new().format(mail.duration / 100 % 10));
         info!(self.log, "mail";
-            "id" => format_args!("{}-{job:x}", self.instance),
-            "from" => format_args!("<{}>", mail.sender),
+            "id" => &*self.mail_id(job),
+            "from" => &text[..from],
             "to" => mail.recipients.split(',').next(),
             "recipients" => mail.recipient_count,
             "uid" => uid,
             "pid" => pid,
             "peer" => address,
-            "account" => mail.account.as_deref(),
-            "action" => &*mail.action,
-            "next_hop" => mail.next_hop.as_deref(),
+            "account" => mail.account,
+            "action" => mail.action,
+            "next_hop" => mail.next_hop,
             "status" => status,
             "reply" => &*mail.text,
             "size" => mail.size,
-            "ms" => format_args!("{}.{}", mail.duration / 1000, mail.duration / 100 % 10),
+            "ms" => &text[from..],
             "worker" => worker);
-        let peer = self.connections.get(job).map(|connection| connection.peer);
         if let Some(pond) = &mut self.pond {
             pond.send(mail, peer, &self.log);
         }
@@ -65,7 +74,7 @@ impl Daemon {
             false => "the client had been answered or had gone",
         };
         warn!(self.log, "mail lost its worker, {outcome}";
-            "id" => self.mail_id(job), "peer" => ?peer,
+            "id" => &*self.mail_id(job), "peer" => ?peer,
             "ms" => format_args!("{ms:.1}"), "worker" => worker);
         let record = MailRecord {
             sender: "".into(),
@@ -73,7 +82,7 @@ impl Daemon {
             recipient_count: 0,
             recipients_cut: 0,
             account: None,
-            action: "-".into(),
+            action: "-",
             next_hop: None,
             status: told.then_some(Status::Temporary),
             text: if told { TRY_AGAIN } else { "lost" }.into(),

@@ -135,7 +135,6 @@ impl Daemon {
         let fault = self.read_reports(worker, &mut buffer);
         self.buffer = Some(buffer);
         self.rearm();
-        self.dispatch_waiting();
         if let Some(fault) = fault {
             self.distrust(worker, &fault);
         }
@@ -169,11 +168,10 @@ impl Daemon {
 
     /// Acts on one report; a complaint means that the worker broke the protocol.
     fn on_report(&mut self, worker: WorkerId, report: Report<'_>) -> Option<String> {
-        let now = Instant::now();
         match report {
             // Comes with a channel, and goes to the dictionaries.
             Report::Dictionary => {}
-            Report::Ready => self.worker_ready(worker, now),
+            Report::Ready => self.worker_ready(worker, Instant::now()),
             Report::Done { job, record } => {
                 if !self.pool.done(job, worker) {
                     return Some(format!("it reported job {job}, which it doesn't have"));
@@ -208,8 +206,9 @@ impl Daemon {
                     return Some(format!("it reported a timeout of job {job}"));
                 }
                 let limit = Duration::from_millis(milliseconds).min(Duration::from_secs(3600));
-                self.pool.explicit_timeout(worker, now + limit);
-                self.extend_stop(now + limit);
+                let until = Instant::now() + limit;
+                self.pool.explicit_timeout(worker, until);
+                self.extend_stop(until);
             }
         }
         None
@@ -313,7 +312,7 @@ impl Daemon {
         let mail = job.filter(|&job| job != 0).map(|job| self.mail_id(job)).unwrap_or_default();
         match hang {
             Hang::Held(held) => error!(self.log, "worker hangs in Lua: killing it";
-                "worker" => worker, "held_seconds" => held.as_secs_f64(), "id" => mail),
+                "worker" => worker, "held_seconds" => held.as_secs_f64(), "id" => &*mail),
             Hang::Silent(pings) => error!(self.log, "worker doesn't answer: killing it";
                 "worker" => worker, "pings" => pings, "in_flight" => self.pool.jobs_of(worker)),
             Hang::NotReady => error!(self.log, "worker doesn't become ready: killing it";

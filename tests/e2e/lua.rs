@@ -393,6 +393,26 @@ fn runaway_handlers_are_stopped() {
 }
 
 #[test]
+fn mails_behind_runaways_are_answered_in_time() {
+    let daemon = handler_with(
+        "workers=1, relay_timeout=1, handler_timeout=0.5",
+        "while true do end return m:discard()",
+    );
+    let started = Instant::now();
+    std::thread::scope(|scope| {
+        for _ in 0..12 {
+            scope.spawn(|| {
+                let reply = submit(daemon.path("in"), &Mail::new("x"));
+                assert!(reply == "Zscript failed" || reply == "Zrelay failed", "{reply:?}");
+            });
+        }
+    });
+    // The last begins just before its time is over.
+    let took = started.elapsed();
+    assert!(took < Duration::from_secs(3), "{took:?}");
+}
+
+#[test]
 fn the_hook_cannot_be_removed() {
     let daemon = handler_with(
         "handler_timeout=0.3",

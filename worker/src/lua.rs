@@ -42,4 +42,5 @@ pub mod shared;
 pub mod socket;
 pub mod sodium;
 pub mod state;
+pub mod strings;
 pub mod watch;

@@ -4,14 +4,14 @@
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use qrelay_shared::ipc::message::Peer;
+use qrelay_shared::ipc::message::{MailId, Peer};
 use qrelay_shared::qmqp::Request;
 
 /// A complete, valid request with its context.
 #[derive(Debug)]
 pub struct Mail {
     /// Unique, in every log line about this mail.
-    pub id: String,
+    pub id: MailId,
     /// The supervisor's number of the job.
     pub job: u64,
     /// The whole request as received; the ranges of `request` point into it.
@@ -25,7 +25,7 @@ pub struct Mail {
     /// The account, if the handler set it.
     pub account: Option<String>,
     /// Inserted header lines without line ends, in the order of the calls.
-    pub inserted: Vec<String>,
+    pub inserted: Vec<Vec<u8>>,
     /// Ranges of `buffer` that are left out when relaying: whole fields, sorted, disjoint.
     pub removed: Vec<std::ops::Range<usize>>,
     /// The client.
@@ -43,6 +43,7 @@ pub(crate) mod test {
     //! Mails for unit tests.
 
     use super::*;
+    use qrelay_shared::ipc::message::mail_id;
     use qrelay_shared::qmqp::{Limits, encode_request, parse};
 
     /// A mail from pid 1, uid 2 whose socket leads nowhere.
@@ -51,7 +52,7 @@ pub(crate) mod test {
         let request = parse(&buffer, &Limits { max_size: 1 << 30 }).expect("valid");
         let (socket, _) = std::os::unix::net::UnixStream::pair().expect("pair");
         Mail {
-            id: "test-1".into(),
+            id: mail_id("test", 1),
             job: 1,
             buffer,
             request,

@@ -8,28 +8,33 @@ use std::io::Write;
 
 use qrelay_shared::ipc::message::Peer;
 
-/// Inserted lines, in the order of the calls, and the `Received` line for this client.
+/// Appends inserted lines, which come in the order of the calls, and the `Received` line for this
+/// client.
 ///
 /// A local client in a foreign pid namespace has no pid here; its line says `PID=0`, as the
 /// kernel does, so that the line keeps its form.
-pub fn prefix(inserted: &[String], peer: &Peer) -> Vec<u8> {
-    let mut lines = Vec::with_capacity(64 + inserted_size(inserted));
+pub fn write_prefix(out: &mut Vec<u8>, inserted: &[Vec<u8>], peer: &Peer) {
     for line in inserted.iter().rev() {
-        lines.extend_from_slice(line.as_bytes());
-        lines.extend_from_slice(b"\r\n");
+        out.extend_from_slice(line);
+        out.extend_from_slice(b"\r\n");
     }
-    // Writing to a `Vec` can't fail.
-    let _ = match peer {
+    out.extend_from_slice(b"Received: from ");
+    match peer {
         Peer::Local { pid, uid, .. } => {
-            write!(lines, "Received: from PID={} UID={uid} with QMQP\r\n", pid.unwrap_or(0))
+            let mut digits = itoa::Buffer::new();
+            out.extend_from_slice(b"PID=");
+            out.extend_from_slice(digits.format(pid.unwrap_or(0)).as_bytes());
+            out.extend_from_slice(b" UID=");
+            out.extend_from_slice(digits.format(*uid).as_bytes());
         }
-        Peer::Remote(address) => write!(lines, "Received: from [{address}] with QMQP\r\n"),
-    };
-    lines
+        // Writing to a `Vec` can't fail.
+        Peer::Remote(address) => _ = write!(out, "[{address}]"),
+    }
+    out.extend_from_slice(b" with QMQP\r\n");
 }
 
 /// Bytes that inserted lines add to a message, their ends included.
-pub fn inserted_size(inserted: &[String]) -> usize {
+pub fn inserted_size(inserted: &[Vec<u8>]) -> usize {
     inserted.iter().map(|line| line.len() + 2).sum()
 }
 
@@ -38,8 +43,10 @@ mod tests {
     use super::*;
 
     fn text(inserted: &[&str], peer: Peer) -> String {
-        let inserted: Vec<String> = inserted.iter().map(ToString::to_string).collect();
-        String::from_utf8(prefix(&inserted, &peer)).expect("text")
+        let inserted: Vec<_> = inserted.iter().map(|line| line.as_bytes().to_vec()).collect();
+        let mut out = Vec::new();
+        write_prefix(&mut out, &inserted, &peer);
+        String::from_utf8(out).expect("text")
     }
 
     #[test]
@@ -65,6 +72,6 @@ mod tests {
     #[test]
     fn counts_inserted_bytes() {
         assert_eq!(inserted_size(&[]), 0);
-        assert_eq!(inserted_size(&["X-A: b".to_string()]), 8);
+        assert_eq!(inserted_size(&[b"X-A: b".to_vec()]), 8);
     }
 }

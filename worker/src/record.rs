@@ -4,7 +4,6 @@
 //! message (`from=<S> to=<R1>,… TEXT`) stays under 32 KiB. Counting is the original's: our own
 //! `Received` line belongs neither to `size` nor to `sent`.
 
-use std::borrow::Cow;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -89,9 +88,9 @@ pub fn record<'m>(mail: &'m Mail, outcome: &'m Outcome) -> MailRecord<'m> {
         recipients: recipients.text.into(),
         recipient_count: recipients.count,
         recipients_cut: recipients.cut,
-        account: mail.account.as_deref().map(Cow::Borrowed),
-        action: outcome.action.into(),
-        next_hop: outcome.next_hop.as_deref().map(Cow::Borrowed),
+        account: mail.account.as_deref(),
+        action: outcome.action,
+        next_hop: outcome.next_hop.as_deref(),
         status: (!outcome.canceled).then_some(outcome.reply.status),
         text,
         size: mail.request.message.len() as u64 + inserted,
@@ -110,7 +109,7 @@ pub fn refusal(reply: &Reply, accepted: u64) -> MailRecord<'_> {
         recipient_count: 0,
         recipients_cut: 0,
         account: None,
-        action: NO_ACTION.into(),
+        action: NO_ACTION,
         next_hop: None,
         status: Some(reply.status),
         text: printable(&reply.text),
@@ -189,7 +188,7 @@ mod tests {
         assert_eq!((record.size, record.received, record.sent), (26, 77, 85));
         assert_eq!(record.recipients, "<r1@example.org>,<r2@example.org>");
         assert_eq!((record.recipient_count, record.recipients_cut), (2, 0));
-        assert_eq!(record.account.as_deref(), Some("acct42"));
+        assert_eq!(record.account, Some("acct42"));
         assert_eq!((&*record.text, record.status), ("o?k", Some(Status::Accepted)));
         assert!(!record.refused && record.duration > 0);
     }
@@ -199,7 +198,7 @@ mod tests {
         let mail = mail(b"", b"", &[b"r@x"]);
         let outcome = Outcome::own("reject", Reply::permanent("rejected"));
         let record = record(&mail, &outcome);
-        assert_eq!((record.sent, &*record.action, &*record.sender), (0, "reject", ""));
+        assert_eq!((record.sent, record.action, &*record.sender), (0, "reject", ""));
     }
 
     #[test]

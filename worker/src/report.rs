@@ -67,17 +67,6 @@ impl Reports {
         self.channel.recv_batch(buffer)
     }
 
-    /// Takes jobs if there are some.
-    ///
-    /// # Errors
-    /// See [`RecvError`].
-    pub fn try_next<'b>(
-        &self,
-        buffer: &'b mut RecvBuffer,
-    ) -> Result<Messages<'b, ToJobs>, RecvError> {
-        self.channel.try_recv_batch(buffer)
-    }
-
     /// Whether a job is queued.
     pub fn has_job(&self) -> bool {
         let mut fds = [PollFd::new(self.channel.as_fd(), PollFlags::POLLIN)];

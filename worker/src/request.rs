@@ -1,7 +1,7 @@
 //! Reading one request from a client.
 //!
 //! Contract: memory is taken as bytes arrive, never for a length that was only announced; a
-//! request beyond the thread's own buffer is counted against the worker's [`Budget`].
+//! request beyond what every mail has is counted against the worker's [`Budget`].
 //!
 //! # Failure
 //! What can't become a request is refused as early as the bytes show it; a client that leaves
@@ -13,7 +13,8 @@ use std::time::Duration;
 use nix::errno::Errno;
 use nix::poll::PollFlags;
 use nix::sys::socket::MsgFlags;
-use qrelay_shared::qmqp::{Limits, Progress, Reply, progress};
+use parking_lot::Mutex;
+use qrelay_shared::qmqp::{Limits, Progress, Reply, RequestError, progress};
 use qrelay_shared::settings::Settings;
 use qrelay_shared::sys::net::recv_append;
 
@@ -21,11 +22,14 @@ use crate::deadline::Deadline;
 use crate::io::wait;
 use crate::memory::{Budget, Share};
 
-/// Bytes that a thread's buffer has at first: most mails fit.
+/// Bytes that a buffer has at first: most mails fit.
 pub const BUFFER_SIZE: usize = 64 * 1024;
 
-/// Bytes of a buffer that a thread keeps for its next mail.
+/// Bytes of a buffer that is kept for the next mail.
 const KEPT_BUFFER_SIZE: usize = 256 * 1024;
+
+/// How many of them.
+const KEPT_BUFFERS: usize = 16;
 
 /// Which requests are accepted, and what they may cost.
 #[derive(Debug)]
@@ -44,7 +48,7 @@ pub struct Terms<'w> {
 
 /// What came of reading.
 #[derive(Debug)]
-pub enum Incoming<'w> {
+pub enum Incoming {
     /// The first `total` bytes of the buffer are the request's netstring.
     Complete {
         /// Length of the request; more bytes may have been received.
@@ -52,13 +56,17 @@ pub enum Incoming<'w> {
         /// Nobody had to wait for any of it: its last byte may have come long ago, while the
         /// connection waited for a worker.
         at_once: bool,
-        /// To be kept as long as the buffer.
-        memory: Option<Share<'w>>,
     },
     /// To be answered thus, while the client may still be sending.
     Refused(Reply),
     /// The client left; no answer is due.
     Gone,
+}
+
+impl Incoming {
+    fn refused(error: RequestError) -> Self {
+        Self::Refused(Reply::permanent(error.reply_text()))
+    }
 }
 
 impl<'w> Terms<'w> {
@@ -73,40 +81,61 @@ impl<'w> Terms<'w> {
         }
     }
 
-    /// Reads until the request is complete or can't be any more. `buffer` is empty at first.
-    pub fn read(&self, client: &OwnedFd, buffer: &mut Vec<u8>) -> Incoming<'w> {
-        let deadline = Deadline::after(self.request_timeout);
+    /// Reads what is there; nothing if more has to be waited for. `buffer` is empty at first.
+    pub fn try_read(&self, client: &OwnedFd, buffer: &mut Vec<u8>) -> Option<Incoming> {
+        make_room(buffer);
+        match receive(client, buffer) {
+            Ok(0) => return Some(Incoming::Gone),
+            Ok(_) => {}
+            Err(Errno::EAGAIN) => return None,
+            Err(_) => return Some(Incoming::Gone),
+        }
+        match progress(buffer, &self.limits) {
+            Ok(Progress::Complete { total }) => Some(Incoming::Complete { total, at_once: true }),
+            Ok(Progress::NeedMore { .. }) => None,
+            Err(error) => Some(Incoming::refused(error)),
+        }
+    }
+
+    /// Reads until the request is complete or can't be any more; `buffer` has what
+    /// [`Self::try_read`] got, if that was tried. The share of memory is to be kept as long as the
+    /// buffer.
+    pub fn read(&self, client: &OwnedFd, buffer: &mut Vec<u8>) -> (Incoming, Option<Share<'w>>) {
+        make_room(buffer);
         let mut memory = None;
+        let incoming = self.read_with(client, buffer, &mut memory);
+        (incoming, memory)
+    }
+
+    fn read_with(
+        &self,
+        client: &OwnedFd,
+        buffer: &mut Vec<u8>,
+        memory: &mut Option<Share<'w>>,
+    ) -> Incoming {
+        let deadline = Deadline::after(self.request_timeout);
         let mut at_once = true;
-        buffer.reserve(BUFFER_SIZE.saturating_sub(buffer.len()));
         loop {
-            match recv_append(client.as_fd(), buffer, MsgFlags::MSG_DONTWAIT) {
-                Ok(0) => return Incoming::Gone,
-                Ok(_) => {}
-                Err(Errno::EINTR) => continue,
-                Err(Errno::EAGAIN) => match self.wait(client, deadline) {
-                    Ok(true) => {
-                        at_once = false;
-                        continue;
-                    }
-                    Ok(false) => return Incoming::Refused(Reply::temporary("request timed out")),
-                    Err(_) => return Incoming::Gone,
-                },
-                Err(_) => return Incoming::Gone,
-            }
             let total = match progress(buffer, &self.limits) {
-                Ok(Progress::Complete { total }) => {
-                    return Incoming::Complete { total, at_once, memory };
-                }
+                Ok(Progress::Complete { total }) => return Incoming::Complete { total, at_once },
                 Ok(Progress::NeedMore { total }) => total,
-                Err(error) => return Incoming::Refused(Reply::permanent(error.reply_text())),
+                Err(error) => return Incoming::refused(error),
             };
             if deadline.expired() {
                 return Incoming::Refused(Reply::temporary("request timed out"));
             }
-            if buffer.len() == buffer.capacity() && !self.grow(buffer, total, &mut memory, deadline)
-            {
+            if buffer.len() == buffer.capacity() && !self.grow(buffer, total, memory, deadline) {
                 return Incoming::Refused(Reply::temporary("try again later"));
+            }
+            match receive(client, buffer) {
+                Ok(0) => return Incoming::Gone,
+                Ok(_) => {}
+                Err(Errno::EAGAIN) => match self.wait(client, deadline) {
+                    Ok(true) => at_once = false,
+                    Ok(false) => return Incoming::Refused(Reply::temporary("request timed out")),
+                    Err(_) => return Incoming::Gone,
+                },
+                Err(_) => return Incoming::Gone,
             }
         }
     }
@@ -138,12 +167,40 @@ impl<'w> Terms<'w> {
     }
 }
 
-/// Makes a buffer ready for the next request: empty, and not larger than a thread may keep.
-pub fn recycle(buffer: &mut Vec<u8>) {
-    if buffer.capacity() > KEPT_BUFFER_SIZE {
-        *buffer = Vec::new();
-    } else {
-        buffer.clear();
+/// There is room for what most requests need.
+fn make_room(buffer: &mut Vec<u8>) {
+    buffer.reserve(BUFFER_SIZE.saturating_sub(buffer.len()));
+}
+
+/// Receives what is there.
+fn receive(client: &OwnedFd, buffer: &mut Vec<u8>) -> Result<usize, Errno> {
+    loop {
+        match recv_append(client.as_fd(), buffer, MsgFlags::MSG_DONTWAIT) {
+            Err(Errno::EINTR) => {}
+            result => return result,
+        }
+    }
+}
+
+/// Buffers that are ready for the next requests: empty, and not larger than what is worth keeping.
+#[derive(Debug, Default)]
+pub struct Buffers(Mutex<Vec<Vec<u8>>>);
+
+impl Buffers {
+    /// A buffer: the one that was used last, since its memory is in the processor's caches.
+    pub fn take(&self) -> Vec<u8> {
+        self.0.lock().pop().unwrap_or_default()
+    }
+
+    /// Takes back what isn't needed any more.
+    pub fn give(&self, mut buffer: Vec<u8>) {
+        if buffer.capacity() <= KEPT_BUFFER_SIZE {
+            buffer.clear();
+            let mut kept = self.0.lock();
+            if kept.len() < KEPT_BUFFERS {
+                kept.push(buffer);
+            }
+        }
     }
 }
 
@@ -167,8 +224,12 @@ mod tests {
         let shown = std::thread::scope(|scope| {
             scope.spawn(|| write(client));
             let server = server.into();
-            match terms.read(&server, &mut buffer) {
-                Incoming::Complete { total, memory, .. } => {
+            let (incoming, memory) = match terms.try_read(&server, &mut buffer) {
+                Some(incoming) => (incoming, None),
+                None => terms.read(&server, &mut buffer),
+            };
+            match incoming {
+                Incoming::Complete { total, .. } => {
                     buffer.truncate(total);
                     format!("complete {}", memory.is_some())
                 }
@@ -266,11 +327,15 @@ mod tests {
 
     #[test]
     fn large_buffers_are_not_kept() {
-        let mut buffer = vec![0; KEPT_BUFFER_SIZE + 1];
-        recycle(&mut buffer);
-        assert_eq!(buffer.capacity(), 0);
-        let mut buffer = vec![0; KEPT_BUFFER_SIZE];
-        recycle(&mut buffer);
+        let buffers = Buffers::default();
+        buffers.give(vec![0; KEPT_BUFFER_SIZE + 1]);
+        assert_eq!(buffers.take().capacity(), 0);
+        buffers.give(vec![0; KEPT_BUFFER_SIZE]);
+        let buffer = buffers.take();
         assert!(buffer.is_empty() && buffer.capacity() == KEPT_BUFFER_SIZE);
+        for _ in 0..=KEPT_BUFFERS {
+            buffers.give(vec![0]);
+        }
+        assert_eq!(buffers.0.lock().len(), KEPT_BUFFERS);
     }
 }

@@ -1,8 +1,8 @@
 //! The life of a worker: a process with a script of its own and threads that do blocking I/O.
 //!
-//! Contract: every I/O thread waits for a job, serves it to the end, and waits again; which of
-//! them gets it, `queue` says. At the end of the job socket they finish what they have, and the
-//! last one ends the process. The main thread answers on the control socket and never waits for
+//! Contract: every I/O thread waits for something to do, and waits again: it begins the jobs that
+//! come, or serves one to its end; which of them does what, `queue` says. At the end of the job
+//! socket they finish what they have, and the last one ends the process. The main thread answers on the control socket and never waits for
 //! the others.
 //!
 //! # Failure
@@ -18,17 +18,16 @@ use std::time::Duration;
 use nix::sys::signal::{SigSet, Signal};
 use qrelay_shared::ipc::channel::RecvBuffer;
 use qrelay_shared::ipc::message::Job;
-use qrelay_shared::qmqp::Reply;
 use qrelay_shared::settings::{Declaration, Settings};
 use slog::{Logger, error, warn};
 
 use crate::children::Children;
 use crate::memory::Budget;
-use crate::queue::Queue;
-use crate::reply::{answer, linger};
+use crate::queue::{Next, Queue, Task};
 use crate::report::Reports;
+use crate::request::Buffers;
 use crate::script::Script;
-use crate::session::Session;
+use crate::session::{Session, Stage};
 
 /// Virtual memory per thread. Lua's C recursion crashes on 1 MiB, and reports a clean error
 /// on 2 (measured with a `gsub` callback that recurses).
@@ -61,6 +60,8 @@ pub struct Worker {
     pub script: Arc<dyn Script>,
     /// Memory for messages.
     pub budget: Budget,
+    /// What requests are read into.
+    pub buffers: Buffers,
     /// Jobs come from here, and what became of them goes back.
     pub reports: Arc<Reports>,
     /// The programs that run for mails.
@@ -96,6 +97,7 @@ impl Worker {
         Arc::new(Self {
             listeners: listeners.collect(),
             budget: Budget::new(settings.mail_memory),
+            buffers: Buffers::default(),
             queue: Queue::new(settings.worker_connections as usize, logger.clone()),
             settings,
             instance,
@@ -147,15 +149,16 @@ impl Worker {
     fn thread(self: Arc<Self>) {
         block_signals();
         let mut message = RecvBuffer::small();
-        let mut buffer = Vec::new();
         let mut served = false;
         loop {
             let start = || {
                 self.start_another();
             };
-            match self.queue.next(served, &self.reports, &mut message, start) {
-                Ok(Some((job, client))) => self.serve(&job, client, &mut buffer),
-                Ok(None) => break,
+            let begin = |job: &Job, client: &Arc<OwnedFd>| self.begin(job, client);
+            match self.queue.next(served, &self.reports, &mut message, begin, start) {
+                Ok(Next::Serve(task)) => self.finish(task),
+                Ok(Next::Superfluous) => return,
+                Ok(Next::Ended) => break,
                 Err(error) => {
                     error!(self.logger, "the job socket can't be understood"; "error" => %error);
                     return (self.end)();
@@ -169,25 +172,30 @@ impl Worker {
         }
     }
 
-    /// Serves one job.
-    fn serve(&self, job: &Job, client: OwnedFd, buffer: &mut Vec<u8>) {
-        let client = Arc::new(client);
-        let session = Session::new(self, job, &client);
-        // Nothing of a session outlives it but the buffer, which may have been lost.
-        if let Err(panic) = catch_unwind(AssertUnwindSafe(|| session.run(buffer))) {
-            self.panicked(job, &client, &*panic);
-            *buffer = Vec::new();
+    /// Serves a job as far as it goes without waiting.
+    fn begin(&self, job: &Job, client: &Arc<OwnedFd>) -> Stage {
+        let session = Session::new(self, job, client);
+        catch_unwind(AssertUnwindSafe(|| session.begin())).unwrap_or_else(|panic| {
+            self.log_panic(job, &*panic);
+            Stage::failed()
+        })
+    }
+
+    /// Serves a job to its end.
+    fn finish(&self, task: Task) {
+        let Task { job, client, stage } = task;
+        let session = Session::new(self, &job, &client);
+        if let Err(panic) = catch_unwind(AssertUnwindSafe(|| session.finish(stage))) {
+            // If the mail had been answered, this answer fails.
+            self.log_panic(&job, &*panic);
+            session.finish(Stage::failed());
         }
     }
 
-    /// Ends the mail of a session that panicked. If it had been answered, this answer fails.
-    fn panicked(&self, job: &Job, client: &OwnedFd, panic: &(dyn Any + Send)) {
+    fn log_panic(&self, job: &Job, panic: &(dyn Any + Send)) {
         let cause = panic.downcast_ref::<String>().map(String::as_str);
         let cause = cause.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("unknown");
         error!(self.logger, "internal error"; "job" => job.job, "panic" => cause);
-        answer(client, &Reply::temporary("internal server error"));
-        linger(client);
-        self.reports.done(job.job, None);
     }
 }
 

@@ -1,7 +1,8 @@
 //! One connection, from its first byte to its `Done`.
 //!
-//! Contract: a complete request gets exactly one answer, and `K` only when the next hop has
-//! said so or the handler wants it pretended. Everything that waits ends at the mail's
+//! Contract: [`Session::begin`] waits for nobody, [`Session::finish`] for whatever it takes; another
+//! thread may do that. A complete request gets exactly one answer, and `K` only when the next hop
+//! has said so or the handler wants it pretended. Everything that waits ends at the mail's
 //! deadline, which starts with the last byte of the request, or at a limit of its own. `Done`
 //! is the last that happens.
 //!
@@ -9,12 +10,11 @@
 //! Of a session: a reply `Z` or `D`, or none to a client that is gone. Nothing propagates.
 
 use std::cell::Cell;
-use std::fmt::Write;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
-use qrelay_shared::ipc::message::{Job, MailRecord};
+use qrelay_shared::ipc::message::{Job, MailRecord, mail_id};
 use qrelay_shared::mail::received_count;
 use qrelay_shared::qmqp::{Limits, Reply, Request, RequestError, parse};
 
@@ -26,16 +26,43 @@ use crate::record::{Outcome, age, record};
 use crate::relay::program::Host;
 use crate::relay::{connect, exec, exec_raw};
 use crate::reply::{answer, drop_surplus, linger};
-use crate::request::{Incoming, Terms, recycle};
+use crate::request::{Incoming, Terms};
+use crate::script::Handling;
 use crate::serve::{Listener, Worker};
 
 /// What may still be unread when the answer is sent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Unread {
+pub enum Unread {
     /// Nothing that we know of.
     Unknown,
     /// The rest of the request, or more than that.
     Some,
+}
+
+/// How far a session has come when somebody has to wait: for its client, the next hop, a program.
+pub enum Stage {
+    /// There may be more of the request than these bytes.
+    Request(Vec<u8>),
+    /// There is no mail, and this is the answer.
+    Refused(Reply, Unread),
+    /// The mail is not for its handler to decide about.
+    Settled(Box<Mail>, Reply, Unread),
+    /// The handler has begun, and usually has decided.
+    Handled(Handling, Deadline, Unread),
+    /// The client left.
+    Gone,
+}
+
+impl Stage {
+    /// Nothing has been read.
+    pub fn untouched() -> Self {
+        Self::Request(Vec::new())
+    }
+
+    /// Something is wrong with this program.
+    pub fn failed() -> Self {
+        Self::Refused(Reply::temporary("internal server error"), Unread::Some)
+    }
 }
 
 /// One client's connection and what it came with.
@@ -48,40 +75,90 @@ pub struct Session<'w> {
 }
 
 impl<'w> Session<'w> {
-    /// A session for a job that has just been received.
+    /// A session for a job that has been received.
     pub fn new(worker: &'w Worker, job: &'w Job, client: &'w Arc<OwnedFd>) -> Self {
         Self { worker, job, client, spent: Cell::new(None) }
     }
 
-    /// Serves the client to the end. `buffer` is the thread's, empty before and after.
-    pub fn run(&self, buffer: &mut Vec<u8>) {
-        match self.worker.listeners.get(self.job.listener as usize) {
-            Some(listener) => self.serve(listener, buffer),
-            None => self.refuse(&Reply::temporary("internal server error"), Unread::Some),
+    /// As far as it goes without waiting for anybody: of what is needed to get there, Lua above
+    /// all, much is in the processor's caches when it is done for several mails in turn.
+    pub fn begin(&self) -> Stage {
+        let Some((listener, terms)) = self.terms() else {
+            return Stage::failed();
+        };
+        let mut buffer = self.worker.buffers.take();
+        match terms.try_read(self.client, &mut buffer) {
+            Some(incoming) => self.received(listener, &terms.limits, incoming, buffer),
+            None => Stage::Request(buffer),
         }
-        drop(self.spent.take());
-        recycle(buffer);
     }
 
-    fn serve(&self, listener: &Listener, buffer: &mut Vec<u8>) {
-        let worker = self.worker;
-        let limits = Limits { max_size: listener.max_size };
-        match Terms::new(limits, &worker.settings, &worker.budget).read(self.client, buffer) {
-            Incoming::Gone => self.done(None),
-            Incoming::Refused(reply) => self.refuse(&reply, Unread::Some),
-            Incoming::Complete { total, at_once, memory } => {
-                let deadline = self.deadline(at_once);
-                let unread = if buffer.len() > total { Unread::Some } else { Unread::Unknown };
-                buffer.truncate(total);
-                match parse(buffer, &limits) {
-                    Ok(request) => self.mail(listener, buffer, request, deadline, unread),
-                    Err(error) => self.refuse(&refusal(error), unread),
-                }
-                // The buffer shrinks before others may use its memory.
-                recycle(buffer);
+    /// Serves the client to the end.
+    pub fn finish(&self, stage: Stage) {
+        match stage {
+            Stage::Request(mut buffer) => {
+                let Some((listener, terms)) = self.terms() else {
+                    return self.finish(Stage::failed());
+                };
+                let (incoming, memory) = terms.read(self.client, &mut buffer);
+                self.finish(self.received(listener, &terms.limits, incoming, buffer));
+                // Its buffer has been freed: others may use the memory.
                 drop(memory);
             }
+            Stage::Refused(reply, unread) => self.refuse(&reply, unread),
+            Stage::Settled(mail, reply, unread) => {
+                self.conclude(mail, &Outcome::refused(reply), unread);
+            }
+            Stage::Handled(handling, deadline, unread) => {
+                let (mail, decision) = handling.finish();
+                let outcome = match decision {
+                    Ok(action) => self.carry_out(&mail, &action, deadline),
+                    Err(HandlerError::Script) => Outcome::failed(Reply::temporary("script failed")),
+                    Err(HandlerError::Deadline) => {
+                        Outcome::failed(Reply::temporary("relay failed"))
+                    }
+                };
+                self.conclude(mail, &outcome, unread);
+            }
+            Stage::Gone => self.done(None),
         }
+    }
+
+    fn terms(&self) -> Option<(&'w Listener, Terms<'w>)> {
+        let worker = self.worker;
+        let listener = worker.listeners.get(self.job.listener as usize)?;
+        let limits = Limits { max_size: listener.max_size };
+        Some((listener, Terms::new(limits, &worker.settings, &worker.budget)))
+    }
+
+    /// Takes a request apart that has come as far as it does, and asks the handler.
+    fn received(
+        &self,
+        listener: &Listener,
+        limits: &Limits,
+        incoming: Incoming,
+        mut buffer: Vec<u8>,
+    ) -> Stage {
+        let (total, at_once) = match incoming {
+            Incoming::Complete { total, at_once } => (total, at_once),
+            Incoming::Refused(reply) => return self.no_mail(buffer, reply, Unread::Some),
+            Incoming::Gone => {
+                self.worker.buffers.give(buffer);
+                return Stage::Gone;
+            }
+        };
+        let deadline = self.deadline(at_once);
+        let unread = if buffer.len() > total { Unread::Some } else { Unread::Unknown };
+        buffer.truncate(total);
+        match parse(&buffer, limits) {
+            Ok(request) => self.handle(self.mail(listener, buffer, request), deadline, unread),
+            Err(error) => self.no_mail(buffer, refusal(error), unread),
+        }
+    }
+
+    fn no_mail(&self, buffer: Vec<u8>, reply: Reply, unread: Unread) -> Stage {
+        self.worker.buffers.give(buffer);
+        Stage::Refused(reply, unread)
     }
 
     /// The mail's: `relay_timeout` after the last byte of its request. Of a request that was
@@ -92,19 +169,11 @@ impl<'w> Session<'w> {
         Deadline::after(limit.saturating_sub(age))
     }
 
-    /// Handles a valid request.
-    fn mail(
-        &self,
-        listener: &Listener,
-        buffer: &mut Vec<u8>,
-        request: Request,
-        deadline: Deadline,
-        unread: Unread,
-    ) {
-        let mail = Mail {
-            id: self.id(),
+    fn mail(&self, listener: &Listener, buffer: Vec<u8>, request: Request) -> Box<Mail> {
+        Box::new(Mail {
+            id: mail_id(&self.worker.instance, self.job.job),
             job: self.job.job,
-            buffer: std::mem::take(buffer),
+            buffer,
             request,
             sender: None,
             recipients: None,
@@ -115,43 +184,30 @@ impl<'w> Session<'w> {
             socket: Arc::clone(self.client),
             accepted: self.job.accepted,
             listener: Arc::clone(&listener.name),
-        };
-        let (mail, outcome) = self.decide(mail, deadline);
-        self.answer(&outcome.reply, unread);
-        self.done(Some(record(&mail, &outcome)));
-        *buffer = mail.buffer;
+        })
     }
 
-    /// The name of the mail in every log.
-    fn id(&self) -> String {
-        let instance = &self.worker.instance;
-        // Enough for any number.
-        let mut id = String::with_capacity(instance.len() + 17);
-        id.push_str(instance);
-        // Writing to a `String` can't fail.
-        let _ = write!(id, "-{:x}", self.job.job);
-        id
+    /// Asks the handler about a mail.
+    fn handle(&self, mail: Box<Mail>, deadline: Deadline, unread: Unread) -> Stage {
+        let hops = received_count(&mail.buffer[mail.request.message.clone()]);
+        if hops > self.worker.settings.max_hops as usize {
+            return Stage::Settled(mail, Reply::permanent("too many hops"), unread);
+        }
+        let listener = self.job.listener as usize;
+        let script = Arc::clone(&self.worker.script);
+        Stage::Handled(script.start(listener, mail, deadline), deadline, unread)
+    }
+
+    /// Answers the mail's client, and tells the supervisor.
+    fn conclude(&self, mail: Box<Mail>, outcome: &Outcome, unread: Unread) {
+        self.answer(&outcome.reply, unread);
+        self.done(Some(record(&mail, outcome)));
+        self.worker.buffers.give(mail.buffer);
     }
 
     /// The last that the supervisor is told about the job.
     fn done(&self, record: Option<MailRecord<'_>>) {
         self.worker.reports.done(self.job.job, record);
-    }
-
-    /// Asks the handler and does what it says.
-    fn decide(&self, mail: Mail, deadline: Deadline) -> (Mail, Outcome) {
-        let hops = received_count(&mail.buffer[mail.request.message.clone()]);
-        if hops > self.worker.settings.max_hops as usize {
-            return (mail, Outcome::refused(Reply::permanent("too many hops")));
-        }
-        let listener = self.job.listener as usize;
-        let (mail, decision) = self.worker.script.handle(listener, mail, deadline);
-        let outcome = match decision {
-            Ok(action) => self.carry_out(&mail, &action, deadline),
-            Err(HandlerError::Script) => Outcome::failed(Reply::temporary("script failed")),
-            Err(HandlerError::Deadline) => Outcome::failed(Reply::temporary("relay failed")),
-        };
-        (mail, outcome)
     }
 
     fn carry_out(&self, mail: &Mail, action: &Action, deadline: Deadline) -> Outcome {

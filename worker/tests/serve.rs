@@ -22,7 +22,7 @@ use qrelay_worker::deadline::Deadline;
 use qrelay_worker::lua::state::HandlerError;
 use qrelay_worker::mail::Mail;
 use qrelay_worker::report::Reports;
-use qrelay_worker::script::Script;
+use qrelay_worker::script::{Handling, Script};
 use qrelay_worker::serve::Worker;
 
 type Decision = Result<Action, HandlerError>;
@@ -31,9 +31,11 @@ type Handler = dyn Fn(&mut Mail) -> Decision + Send + Sync;
 struct FakeScript(Box<Handler>);
 
 impl Script for FakeScript {
-    fn handle(&self, _: usize, mut mail: Mail, _: Deadline) -> (Mail, Decision) {
-        let decision = (self.0)(&mut mail);
-        (mail, decision)
+    fn start(self: Arc<Self>, _: usize, mut mail: Box<Mail>, _: Deadline) -> Handling {
+        Handling::Waits(Box::new(move || {
+            let decision = (self.0)(&mut mail);
+            (mail, decision)
+        }))
     }
 
     fn held(&self) -> (Duration, u64) {
@@ -169,7 +171,7 @@ impl Harness {
 }
 
 fn shown(record: MailRecord<'_>) -> (Option<Status>, String, String, bool) {
-    (record.status, record.action.into_owned(), record.text.into_owned(), record.refused)
+    (record.status, record.action.to_owned(), record.text.into_owned(), record.refused)
 }
 
 fn read_reply(client: &mut UnixStream) -> String {
@@ -420,7 +422,7 @@ fn threads_come_as_needed_and_go() {
     for _ in 0..8 {
         entries.recv_timeout(Duration::from_secs(10)).expect("eight at once");
     }
-    // The limit is eight: the ninth waits in the kernel.
+    // The limit is eight: the ninth waits.
     let ninth = entries.recv_timeout(Duration::from_millis(50));
     assert_eq!(ninth, Err(RecvTimeoutError::Timeout));
     for _ in 0..9 {
@@ -430,7 +432,7 @@ fn threads_come_as_needed_and_go() {
         assert_eq!(read_reply(&mut client), "10:Kdiscarded,");
         harness.finished();
     }
-    let one_is_left = |worker: &Worker| format!("{worker:?}").contains("living: 1, waiting: 1");
+    let one_is_left = |worker: &Worker| format!("{worker:?}").contains("living: 1, waiting: 0");
     let start = Instant::now();
     while !one_is_left(&harness.worker) {
         assert!(start.elapsed() < Duration::from_secs(10), "{:?}", harness.worker);
@@ -439,6 +441,35 @@ fn threads_come_as_needed_and_go() {
     drop(release);
     assert_eq!(harness.submit(&request()), "10:Kdiscarded,");
     harness.finished();
+    harness.end();
+}
+
+#[test]
+fn jobs_are_received_though_all_are_busy() {
+    let (entered, entries) = channel();
+    let (release, gate) = crossbeam_channel::bounded::<()>(0);
+    let settings = Settings { worker_connections: 2, ..Settings::default() };
+    let mut harness = Harness::with(settings, move |_| {
+        entered.send(()).expect("send");
+        let _ = gate.recv();
+        Ok(Action::Discard(None))
+    });
+    let mut clients = harness.submit_at_once(2, 0);
+    for _ in 0..2 {
+        entries.recv_timeout(Duration::from_secs(10)).expect("two at once");
+    }
+    clients.extend(harness.submit_at_once(3, 0));
+    // They wait in the worker, not in the kernel.
+    let start = Instant::now();
+    while !format!("{:?}", harness.worker).contains("tasks: 3") {
+        assert!(start.elapsed() < Duration::from_secs(10), "{:?}", harness.worker);
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    drop(release);
+    for mut client in clients {
+        assert_eq!(read_reply(&mut client), "10:Kdiscarded,");
+        harness.finished();
+    }
     harness.end();
 }
 

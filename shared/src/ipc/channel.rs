@@ -337,6 +337,11 @@ impl<In> std::fmt::Debug for Messages<'_, In> {
 }
 
 impl<'b, In: Direction> Messages<'b, In> {
+    /// Whether all of them have been taken out.
+    pub fn is_empty(&self) -> bool {
+        self.bytes.is_empty()
+    }
+
     /// The datagram's one message.
     fn only(mut self) -> Result<Received<In::Message<'b>>, RecvError> {
         if self.descriptor_lost {

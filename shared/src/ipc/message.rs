@@ -14,6 +14,7 @@ use std::borrow::Cow;
 use std::net::IpAddr;
 use std::path::PathBuf;
 
+use arrayvec::ArrayString;
 use serde::{Deserialize, Serialize};
 
 use crate::qmqp::Status;
@@ -27,6 +28,27 @@ pub trait Direction {
 
 /// Names a connection, from its dispatch to its `Done`; unique while the supervisor lives.
 pub type JobId = u64;
+
+/// The name of a mail in every log.
+pub type MailId = ArrayString<{ INSTANCE_MAX + 1 + 16 }>;
+
+/// Longest name of a supervisor's run: its time and its process id in hexadecimal.
+const INSTANCE_MAX: usize = 32;
+
+/// The name of this job's mail: the supervisor's run and the job in hexadecimal.
+pub fn mail_id(instance: &str, job: JobId) -> MailId {
+    let mut id = MailId::new();
+    // What doesn't fit is no name that a supervisor gives itself.
+    let _ = id.try_push_str(instance);
+    let _ = id.try_push('-');
+    let digits = (JobId::BITS - job.leading_zeros()).div_ceil(4).max(1);
+    for place in (0..digits).rev() {
+        let digit = job >> (4 * place) & 0xf;
+        let _ = id.try_push(char::from(b"0123456789abcdef"[digit as usize]));
+    }
+    id
+}
+
 /// Names a worker; unique while the supervisor lives.
 pub type WorkerId = u64;
 
@@ -135,16 +157,13 @@ pub struct MailRecord<'a> {
     /// How many of them `recipients` leaves out.
     pub recipients_cut: u32,
     /// The account the script set.
-    #[serde(borrow)]
-    pub account: Option<Cow<'a, str>>,
+    pub account: Option<&'a str>,
     /// What was done: `connect`, `exec`, `exec_raw`, `discard`, `reject`, `defer`, or `-`
     /// when the request or the handler failed before that.
-    #[serde(borrow)]
-    pub action: Cow<'a, str>,
+    pub action: &'a str,
     /// Address or program the mail was to go to; it did if `sent` isn't 0. Of several addresses
     /// the last that was tried.
-    #[serde(borrow)]
-    pub next_hop: Option<Cow<'a, str>>,
+    pub next_hop: Option<&'a str>,
     /// The answer; `None` when the client left before it was due.
     pub status: Option<Status>,
     /// The answer's text, printable.
@@ -273,4 +292,19 @@ pub enum ZygoteReport {
         /// The cause.
         message: String,
     },
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_mails_id_is_hexadecimal() {
+        for job in [0, 1, 0xf, 0x10, 0xabc, JobId::MAX] {
+            assert_eq!(&*mail_id("5f-2a", job), format!("5f-2a-{job:x}"));
+        }
+        let longest = "f".repeat(INSTANCE_MAX);
+        assert_eq!(&*mail_id(&longest, JobId::MAX), format!("{longest}-{:x}", JobId::MAX));
+        assert!(mail_id(&"f".repeat(100), JobId::MAX).starts_with('-'));
+    }
 }

@@ -7,39 +7,68 @@
 //! # Failure
 //! None.
 
-use crate::netstring::{encode_into, header};
+use crate::netstring::{MAX_PREFIX, encode_into, header};
 
-/// What stands around the message in a request.
+/// What stands around the message in a request: one piece of memory, so that it is taken once.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Outgoing {
-    /// Heads of the outer and the message's netstring, and the inserted header lines.
-    pub head: Vec<u8>,
-    /// The message's comma, sender, recipients, and the last comma.
-    pub tail: Vec<u8>,
+    bytes: Vec<u8>,
+    start: usize,
+    middle: usize,
 }
 
-/// Bytes that the envelope of a usual mail fits in.
-const TAIL_ROOM: usize = 256;
+impl Outgoing {
+    /// Heads of the outer and the message's netstring, and the inserted header lines.
+    pub fn head(&self) -> &[u8] {
+        &self.bytes[self.start..self.middle]
+    }
 
-/// Builds the pieces around a message of `message_len` bytes that begins with `prefix`.
+    /// The message's comma, sender, recipients, and the last comma.
+    pub fn tail(&self) -> &[u8] {
+        &self.bytes[self.middle..]
+    }
+}
+
+/// Bytes that all around the message of a usual mail fits in.
+const ROOM: usize = 512;
+
+/// Bytes that the two heads take at most; they are known last and stand first.
+const HEADS: usize = 2 * MAX_PREFIX;
+
+/// Builds the pieces around a message of `message_len` bytes that begins with what `prefix`
+/// appends: the inserted header lines.
 ///
-/// `prefix` holds the inserted header lines. The `message_len` bytes that are to be sent between
-/// head and tail may come in several pieces, say where header fields are left out.
-pub fn outgoing<R>(prefix: &[u8], message_len: usize, sender: &[u8], recipients: R) -> Outgoing
+/// The `message_len` bytes that are to be sent between head and tail may come in several pieces,
+/// say where header fields are left out.
+pub fn outgoing<R>(
+    prefix: impl FnOnce(&mut Vec<u8>),
+    message_len: usize,
+    sender: &[u8],
+    recipients: R,
+) -> Outgoing
 where
     R: IntoIterator<Item: AsRef<[u8]>>,
 {
-    let mut tail = Vec::with_capacity(TAIL_ROOM);
-    tail.push(b',');
-    encode_into(&mut tail, sender);
+    let mut bytes = Vec::with_capacity(ROOM);
+    bytes.resize(HEADS, 0);
+    prefix(&mut bytes);
+    let middle = bytes.len();
+    bytes.push(b',');
+    encode_into(&mut bytes, sender);
     for recipient in recipients {
-        encode_into(&mut tail, recipient.as_ref());
+        encode_into(&mut bytes, recipient.as_ref());
     }
-    let message_len = prefix.len() + message_len;
+    let message_len = middle - HEADS + message_len;
     let inner = header(message_len);
-    let outer = header(inner.as_bytes().len() + message_len + tail.len());
-    tail.push(b',');
-    Outgoing { head: [outer.as_bytes(), inner.as_bytes(), prefix].concat(), tail }
+    let outer = header(inner.as_bytes().len() + message_len + bytes.len() - middle);
+    bytes.push(b',');
+    let mut start = HEADS;
+    for head in [inner.as_bytes(), outer.as_bytes()] {
+        let end = start;
+        start -= head.len();
+        bytes[start..end].copy_from_slice(head);
+    }
+    Outgoing { bytes, start, middle }
 }
 
 /// The whole request in one piece.
@@ -47,8 +76,8 @@ pub fn encode_request<R>(message: &[u8], sender: &[u8], recipients: R) -> Vec<u8
 where
     R: IntoIterator<Item: AsRef<[u8]>>,
 {
-    let Outgoing { head, tail } = outgoing(b"", message.len(), sender, recipients);
-    [&head, message, &tail].concat()
+    let around = outgoing(|_| (), message.len(), sender, recipients);
+    [around.head(), message, around.tail()].concat()
 }
 
 #[cfg(test)]
@@ -68,8 +97,9 @@ mod tests {
         for len in [0, 1, 9, 10, 99, 100, 999, 1000, 70_000] {
             let message = vec![b'm'; len];
             let recipients = [b"r@x".to_vec(), b"q@y".to_vec()];
-            let Outgoing { head, tail } = outgoing(prefix, len, b"", recipients.iter());
-            let whole = [&head, &message[..], &tail].concat();
+            let insert = |out: &mut Vec<u8>| out.extend_from_slice(prefix);
+            let around = outgoing(insert, len, b"", recipients.iter());
+            let whole = [around.head(), &message, around.tail()].concat();
             let request = parse(&whole, &Limits { max_size: 100_000 }).expect("valid");
             assert_eq!(&whole[request.message], [&prefix[..], &message].concat());
             assert!(request.sender.is_empty());

@@ -11,6 +11,7 @@
 
 use std::ops::Range;
 
+use smallvec::SmallVec;
 use thiserror::Error;
 
 use super::{ENVELOPE_ALLOWANCE, MAX_RECIPIENTS};
@@ -118,6 +119,9 @@ fn frame(input: &[u8], max: usize) -> Result<Option<Range<usize>>, RequestError>
     }
 }
 
+/// Where the recipients are; most mails have one.
+pub type Recipients = SmallVec<[Range<usize>; 1]>;
+
 /// Where the parts of a request are, as ranges into its bytes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Request {
@@ -126,7 +130,7 @@ pub struct Request {
     /// The sender's address; empty for the null reverse-path.
     pub sender: Range<usize>,
     /// The recipients' addresses, 1 to [`MAX_RECIPIENTS`].
-    pub recipients: Vec<Range<usize>>,
+    pub recipients: Recipients,
     /// The outer netstring's payload.
     pub payload: Range<usize>,
 }
@@ -152,8 +156,8 @@ pub fn parse(input: &[u8], limits: &Limits) -> Result<Request, RequestError> {
     Ok(Request { message, sender, recipients, payload })
 }
 
-fn recipients(input: &[u8], mut rest: Range<usize>) -> Result<Vec<Range<usize>>, RequestError> {
-    let mut found = Vec::new();
+fn recipients(input: &[u8], mut rest: Range<usize>) -> Result<Recipients, RequestError> {
+    let mut found = Recipients::new();
     while !rest.is_empty() {
         if found.len() == MAX_RECIPIENTS {
             return Err(RequestError::TooManyRecipients);

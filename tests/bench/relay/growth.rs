@@ -67,7 +67,7 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// Of a thousand mails 400 are relayed, 9 go to a program, one makes the script fail, and the rest is answered
 /// by qrelay itself.
 const MIXED: &str = "
-settings{workers=1, worker_connections=8, client_share=1}
+settings{workers=1, worker_connections=5, client_share=1}
 local mails, kept = shared:new('mails'), {}
 local function inspect(m, number)
   m.account = 'account-' .. number % 100
@@ -95,7 +95,7 @@ end)
 
 /// All garbage is objects of qrelay, which the collector frees only in the cycle after their end.
 const PLAIN: &str = "
-settings{workers=1, worker_connections=8, client_share=1}
+settings{workers=1, worker_connections=5, client_share=1}
 qmqp_listen(socket, function(m) return m:discard() end)
 ";
 

@@ -15,7 +15,7 @@ use qrelay_shared::ipc::message::WorkerId;
 use qrelay_shared::settings::Settings;
 use slog::Logger;
 
-use super::monitor::{Job, Monitor, Stop};
+use super::monitor::{Job, Monitor, Progress, Stop};
 use super::output::Log;
 use crate::deadline::Deadline;
 
@@ -54,8 +54,11 @@ impl Background {
     ) {
         let deadline = Deadline::after(self.settings.relay_timeout);
         let budget = self.settings.handler_timeout;
-        let job = Job { function, number: 0, mail: None, deadline, budget };
-        let run = || self.monitor.run(&job, argument, drop);
+        let job = Job { number: 0, mail: None, deadline, budget };
+        let run = || match self.monitor.start(&job, function, argument, drop)? {
+            Progress::Finished(()) => Ok(()),
+            Progress::Waits(suspended) => self.monitor.finish(&job, suspended, drop),
+        };
         let result = catch_unwind(AssertUnwindSafe(run));
         self.log.flush(None);
         // A panic has been logged.

@@ -21,6 +21,7 @@ use super::convert;
 use super::error::Raise;
 use super::function::{self, Class};
 use super::mail::{MailObject, Slot};
+use super::strings::Strings;
 use crate::cgroup::{Cgroup, CgroupError, Hierarchy, parent};
 use crate::mail::Mail;
 
@@ -110,9 +111,11 @@ fn client(
 /// # Errors
 /// Lua is out of memory.
 pub fn register(lua: &Lua) -> mlua::Result<()> {
-    let index = function::internal(lua, |lua, (this, key): (UserDataRef<CgroupObject>, Value)| {
-        group_attribute(lua, &this.0, &key)
-    })?;
+    let paths = Strings::default();
+    let class = move |lua: &Lua, (this, key): (UserDataRef<CgroupObject>, Value)| {
+        group_attribute(lua, &this.0, &key, &paths)
+    };
+    let index = function::internal(lua, class)?;
     let newindex = read_only(lua, "a cgroup")?;
     lua.register_userdata_type::<CgroupObject>(|registry| {
         fields(registry, "cgroup", index, newindex);
@@ -161,11 +164,16 @@ fn path_of<T: 'static>(value: &Value, handle: fn(&T) -> &Handle) -> Option<Arc<[
     Some(Arc::clone(&handle(&object).path))
 }
 
-fn group_attribute(lua: &Lua, handle: &Handle, key: &Value) -> Result<Value, Raise> {
+fn group_attribute(
+    lua: &Lua,
+    handle: &Handle,
+    key: &Value,
+    paths: &Strings,
+) -> Result<Value, Raise> {
     handle.with(|_| Ok(()))?;
     let Value::String(key) = key else { return Ok(Value::Nil) };
     let value = match &*key.as_bytes() {
-        b"path" => lua.create_string(&handle.path)?.into_lua(lua)?,
+        b"path" => paths.get(lua, &handle.path)?.into_lua(lua)?,
         b"xattr" => XattrObject(handle.clone()).into_lua(lua)?,
         b"parent" => handle.parent()?.map(CgroupObject).into_lua(lua)?,
         _ => Value::Nil,

@@ -57,7 +57,7 @@ pub fn register(lua: &Lua, logger: &Logger, watch: &Arc<Watch>) -> mlua::Result<
             let text = Argument::new(name, 1, "text").text(&text)?;
             let fields = read_fields(&Argument::new(name, 2, "fields"), &fields)?;
             let id = watch.mail().and_then(|mail| mail.id());
-            write(&logger, level, &String::from_utf8_lossy(&text), id, fields);
+            write(&logger, level, &String::from_utf8_lossy(&text), id.as_deref(), fields);
             Ok(())
         })?;
         library.raw_set(name, write)?;
@@ -66,7 +66,7 @@ pub fn register(lua: &Lua, logger: &Logger, watch: &Arc<Watch>) -> mlua::Result<
 }
 
 /// The level of a record is a constant, hence the arms.
-fn write(logger: &Logger, level: Level, text: &str, id: Option<String>, fields: Fields) {
+fn write(logger: &Logger, level: Level, text: &str, id: Option<&str>, fields: Fields) {
     match level {
         Level::Debug => slog::debug!(logger, "{}", text; "id" => id, fields),
         Level::Warning => slog::warn!(logger, "{}", text; "id" => id, fields),

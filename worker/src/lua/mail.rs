@@ -14,7 +14,7 @@ use std::sync::Arc;
 
 use mlua::{Either, Lua, MetaMethod, MultiValue, Table, Value};
 use parking_lot::Mutex;
-use qrelay_shared::ipc::message::Peer;
+use qrelay_shared::ipc::message::{MailId, Peer};
 use qrelay_shared::{address, mail as header};
 
 use super::action;
@@ -22,6 +22,7 @@ use super::cgroup;
 use super::convert::{self, Argument, Text};
 use super::error::Raise;
 use super::function::{self, Class};
+use super::strings::Strings;
 use crate::cgroup::Cgroup;
 use crate::mail::Mail;
 
@@ -37,30 +38,30 @@ const MAX_RECIPIENTS: usize = 1024;
 /// Where the mail is while its handler runs. Empty it is small: it stays until Lua collects the
 /// object, and Lua doesn't see how much memory it takes.
 #[derive(Debug)]
-pub struct Slot(Mutex<Option<Box<Held>>>);
+pub struct Slot(Mutex<Option<Held>>);
 
 /// What there is of a mail while its handler runs.
 #[derive(Debug)]
 struct Held {
-    mail: Mail,
+    mail: Box<Mail>,
     /// The control groups that the script has asked for, the client's own first.
     cgroups: Vec<Cgroup>,
 }
 
 impl Slot {
     /// Puts the mail in.
-    pub fn new(mail: Mail) -> Arc<Self> {
-        Arc::new(Self(Mutex::new(Some(Box::new(Held { mail, cgroups: Vec::new() })))))
+    pub fn new(mail: Box<Mail>) -> Arc<Self> {
+        Arc::new(Self(Mutex::new(Some(Held { mail, cgroups: Vec::new() }))))
     }
 
     /// Takes it out; the object is stale from now on, and the groups' directories are closed.
-    pub fn take(&self) -> Option<Mail> {
+    pub fn take(&self) -> Option<Box<Mail>> {
         self.0.lock().take().map(|held| held.mail)
     }
 
     /// The mail's id.
-    pub fn id(&self) -> Option<String> {
-        self.0.lock().as_ref().map(|held| held.mail.id.clone())
+    pub fn id(&self) -> Option<MailId> {
+        self.0.lock().as_ref().map(|held| held.mail.id)
     }
 
     /// Works on the mail and its control groups. Nothing in it may ask Lua, which could ask for
@@ -251,18 +252,25 @@ fn client(class: &mut Class<'_>) -> mlua::Result<()> {
         })
     })?;
     class.getter("peer", |_, this: &MailObject| this.with(|mail| Ok(peer(&mail.peer))))?;
-    class.getter("listener", |_, this: &MailObject| {
+    let names = Strings::default();
+    class.getter("listener", move |lua, this: &MailObject| {
         let listener = this.with(|mail| Ok(Arc::clone(&mail.listener)))?;
-        Ok(listener.to_string())
+        Ok(names.get(lua, &listener.into())?)
     })?;
-    class.getter("id", |_, this: &MailObject| this.with(|mail| Ok(mail.id.clone())))?;
+    class.getter("id", |lua, this: &MailObject| {
+        let id = this.with(|mail| Ok(mail.id))?;
+        Ok(lua.create_string(&*id)?)
+    })?;
     class.getter("size", |_, this: &MailObject| this.with(|mail| Ok(mail.request.message.len())))
 }
 
 /// An IP address, or the words of the `Received` line.
 fn peer(peer: &Peer) -> String {
     match peer {
-        Peer::Local { pid: Some(pid), uid, .. } => format!("PID={pid} UID={uid}"),
+        Peer::Local { pid: Some(pid), uid, .. } => {
+            let (mut first, mut second) = (itoa::Buffer::new(), itoa::Buffer::new());
+            ["PID=", first.format(*pid), " UID=", second.format(*uid)].concat()
+        }
         Peer::Local { pid: None, uid, .. } => format!("UID={uid}"),
         Peer::Remote(address) => address.to_string(),
     }
@@ -312,7 +320,7 @@ fn header_name<'v>(function: &str, value: &'v Value) -> Result<Text<'v>, Raise> 
 }
 
 /// `name: value`, checked.
-fn header_line(name: &Value, value: &Value) -> Result<String, Raise> {
+fn header_line(name: &Value, value: &Value) -> Result<Vec<u8>, Raise> {
     let name = header_name("insert_header", name)?;
     let argument = Argument::new("insert_header", 2, "value");
     match convert::text(value)? {
@@ -322,7 +330,7 @@ fn header_line(name: &Value, value: &Value) -> Result<String, Raise> {
     }
 }
 
-fn join(argument: &Argument<'_>, name: &[u8], value: &[u8]) -> Result<String, Raise> {
+fn join(argument: &Argument<'_>, name: &[u8], value: &[u8]) -> Result<Vec<u8>, Raise> {
     if !header::valid_header_value(value) {
         let got = convert::quoted(value);
         return Err(argument.invalid(&format!("expected printable ASCII characters, got {got}")));
@@ -333,12 +341,7 @@ fn join(argument: &Argument<'_>, name: &[u8], value: &[u8]) -> Result<String, Ra
             argument.invalid(&format!("the line has {length} bytes, expected at most {MAX_LINE}"))
         );
     }
-    let mut line = String::with_capacity(length);
-    // Both parts have been found to be ASCII.
-    line.extend(name.iter().copied().map(char::from));
-    line.push_str(": ");
-    line.extend(value.iter().copied().map(char::from));
-    Ok(line)
+    Ok([name, b": ", value].concat())
 }
 
 fn has_tostring(value: &Value) -> Result<bool, Raise> {
@@ -365,7 +368,7 @@ fn remove_header(mail: &mut Mail, name: &[u8]) -> usize {
 }
 
 /// What a handler's last result is, if it is an action.
-pub fn decision(values: &MultiValue) -> Result<crate::action::Action, String> {
+pub fn decision(values: MultiValue) -> Result<crate::action::Action, String> {
     let last = values.back().unwrap_or(&Value::Nil);
     if let Value::UserData(object) = last
         && let Ok(object) = object.borrow::<action::ActionObject>()

@@ -1,8 +1,9 @@
 //! The monitor: one thread at a time runs Lua, and a handler that waits lets go of it.
 //!
-//! Contract: [`Monitor::run`] runs a Lua function as a coroutine on the calling
-//! thread. When the coroutine yields an operation, the thread lets go of Lua,
-//! does the blocking work, and resumes the coroutine. Everything that may take
+//! Contract: [`Monitor::start`] runs a Lua function as a coroutine on the calling
+//! thread, until it ends or yields an operation; [`Monitor::finish`], on the same
+//! thread or another, does that blocking work with Lua free, resumes the coroutine,
+//! and so on to its end. Everything that may take
 //! time is bounded by the deadline; running Lua is bounded by the budget. All
 //! Lua values of a run are dropped when it ends: at once by a thread that has
 //! Lua, else by the next one that gets it, since dropping one waits for Lua.
@@ -20,7 +21,7 @@ use parking_lot::{Mutex, MutexGuard};
 use super::error;
 use super::mail::Slot;
 use super::operation::{Operation, Outcome, Pending};
-use super::scope::{Ending, Scope};
+use super::scope::Ending;
 use super::watch::Watch;
 use crate::deadline::Deadline;
 
@@ -41,10 +42,8 @@ pub enum Stop {
     },
 }
 
-/// What is run, and for whom.
-pub struct Job<'a> {
-    /// The Lua function.
-    pub function: &'a Function,
+/// For whom a function is run, and for how long.
+pub struct Job {
     /// The supervisor's number of the job, 0 if there is none.
     pub number: u64,
     /// The mail, if it is for one.
@@ -65,6 +64,38 @@ pub struct Monitor {
     /// that passes the gate.
     abandoned: Mutex<Vec<(Thread, AnyUserData)>>,
     traceback: Function,
+}
+
+/// A run that waits for an operation, and what it has left.
+pub struct Suspended {
+    run: Waiting,
+    budget: Duration,
+    /// Ends when Lua is free.
+    scope: Ending,
+}
+
+/// A coroutine that waits.
+struct Waiting {
+    thread: Thread,
+    pending: AnyUserData,
+    operation: Box<dyn Operation>,
+}
+
+/// How far a run has come.
+pub enum Progress<R, W = Suspended> {
+    /// To its end.
+    Finished(R),
+    /// Somebody has to wait for it.
+    Waits(W),
+}
+
+impl<R> Progress<R, Waiting> {
+    fn suspended(self, budget: Duration, scope: Ending) -> Progress<R> {
+        match self {
+            Self::Finished(results) => Progress::Finished(results),
+            Self::Waits(run) => Progress::Waits(Suspended { run, budget, scope }),
+        }
+    }
 }
 
 /// Lua is held.
@@ -91,49 +122,71 @@ impl Monitor {
         Ok(Self { lua, watch, gate: Mutex::default(), abandoned: Mutex::default(), traceback })
     }
 
-    /// Runs a function to its end; `arguments` are made and `results` taken while Lua is held.
+    /// Runs a function as long as it doesn't wait; `argument` is made and `results` taken while
+    /// Lua is held. Not if its time is over: it may have waited for that of others, whose handlers
+    /// ran for long, and those behind it shouldn't wait for it in vain.
     ///
     /// # Errors
     /// See [`Stop`].
-    pub fn run<R>(
+    pub fn start<R>(
         &self,
-        job: &Job<'_>,
-        arguments: impl FnOnce(&Lua) -> mlua::Result<Value>,
-        results: impl FnOnce(MultiValue) -> R,
-    ) -> Result<R, Stop> {
+        job: &Job,
+        function: &Function,
+        argument: impl FnOnce(&Lua) -> mlua::Result<Value>,
+        results: fn(MultiValue) -> R,
+    ) -> Result<Progress<R>, Stop> {
+        let scope = Ending::default();
         let mut budget = job.budget;
-        let scope = Arc::new(Scope::default());
-        let _ending = Ending(&scope);
-        let mut hold = self.hold(job.deadline).ok_or(Stop::Deadline)?;
-        let thread = hold.coroutine(job.function).map_err(|e| stop(&e))?;
-        let argument = arguments(&self.lua).map_err(|e| stop(&e))?;
-        let mut step = hold.resume(&thread, argument, job, &scope, &mut budget)?;
+        let hold = self.hold(job.deadline).filter(|_| !job.deadline.expired());
+        let mut hold = hold.ok_or(Stop::Deadline)?;
+        let thread = hold.coroutine(function).map_err(|e| stop(&e))?;
+        let argument = argument(&self.lua).map_err(|e| stop(&e))?;
+        let step = hold.resume(&thread, argument, job, &scope, &mut budget)?;
+        Ok(hold.stopped(step, thread, results).suspended(budget, scope))
+    }
+
+    /// Runs it to its end, on this thread, which waits for what it waits for.
+    ///
+    /// # Errors
+    /// See [`Stop`].
+    pub fn finish<R>(
+        &self,
+        job: &Job,
+        mut suspended: Suspended,
+        results: fn(MultiValue) -> R,
+    ) -> Result<R, Stop> {
         loop {
-            match step {
-                Step::Finished(values) => {
-                    let results = results(values);
-                    hold.recycle(thread);
-                    return Ok(results);
-                }
-                Step::Waits(pending, operation) => {
-                    drop(hold);
-                    let outcome = operation.run(job.deadline);
-                    let again = match outcome {
-                        Outcome::Expired => None,
-                        Outcome::Done(_) => self.hold(job.deadline),
-                    };
-                    let Some(held) = again else {
-                        self.abandon(thread, pending);
-                        return Err(Stop::Deadline);
-                    };
-                    hold = held;
-                    if let Ok(pending) = pending.borrow::<Pending>() {
-                        pending.finish(outcome);
-                    }
-                    step = hold.resume(&thread, (), job, &scope, &mut budget)?;
-                }
+            match self.go_on(job, suspended, results)? {
+                Progress::Finished(results) => return Ok(results),
+                Progress::Waits(again) => suspended = again,
             }
         }
+    }
+
+    fn go_on<R>(
+        &self,
+        job: &Job,
+        suspended: Suspended,
+        results: fn(MultiValue) -> R,
+    ) -> Result<Progress<R>, Stop> {
+        let Suspended { scope, run, mut budget } = suspended;
+        let outcome = run.operation.run(job.deadline);
+        let again = match outcome {
+            Outcome::Expired => None,
+            Outcome::Done(_) => self.hold(job.deadline),
+        };
+        let Some(mut hold) = again else {
+            self.abandon(run.thread, run.pending);
+            return Err(Stop::Deadline);
+        };
+        // Bound after `hold`, they are dropped before it, whatever happens.
+        let (thread, pending) = (run.thread, run.pending);
+        if let Ok(pending) = pending.borrow::<Pending>() {
+            pending.finish(outcome);
+        }
+        let step = hold.resume(&thread, (), job, &scope, &mut budget)?;
+        drop(pending);
+        Ok(hold.stopped(step, thread, results).suspended(budget, scope))
     }
 
     fn hold(&self, deadline: Deadline) -> Option<Hold<'_>> {
@@ -159,9 +212,24 @@ impl Hold<'_> {
         }
     }
 
-    fn recycle(&mut self, thread: Thread) {
-        if self.pool.len() < POOL {
-            self.pool.push(thread);
+    /// A coroutine has returned or waits; Lua is free afterwards.
+    fn stopped<R>(
+        mut self,
+        step: Step,
+        thread: Thread,
+        results: fn(MultiValue) -> R,
+    ) -> Progress<R, Waiting> {
+        match step {
+            Step::Finished(values) => {
+                let results = results(values);
+                if self.pool.len() < POOL {
+                    self.pool.push(thread);
+                }
+                Progress::Finished(results)
+            }
+            Step::Waits(pending, operation) => {
+                Progress::Waits(Waiting { thread, pending, operation })
+            }
         }
     }
 
@@ -170,8 +238,8 @@ impl Hold<'_> {
         &mut self,
         thread: &Thread,
         arguments: impl IntoLuaMulti,
-        job: &Job<'_>,
-        scope: &Arc<Scope>,
+        job: &Job,
+        scope: &Ending,
         budget: &mut Duration,
     ) -> Result<Step, Stop> {
         let Monitor { lua, watch, .. } = self.monitor;

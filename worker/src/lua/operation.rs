@@ -1,7 +1,7 @@
 //! Operations: what a handler waits for while somebody else has Lua.
 //!
 //! Contract: a library function that would block returns an [`Operation`]. It
-//! travels out of the handler's coroutine to the thread that runs the handler
+//! travels out of the handler's coroutine to a thread that may wait
 //! (see [`super::monitor`]), which carries it out with Lua unlocked and puts
 //! the [`Outcome`] into the same object, from where the waiting function takes
 //! it. An operation holds no Lua values: dropping one would wait for Lua.

@@ -8,7 +8,7 @@
 //! # Failure
 //! None.
 
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, OnceLock, Weak};
 
 use parking_lot::Mutex;
 
@@ -44,11 +44,14 @@ impl Scope {
     }
 }
 
-/// Ends a scope when it is dropped.
-pub struct Ending<'a>(pub &'a Scope);
+/// A run's scope, once it has been asked for; ended when this is dropped.
+#[derive(Default, Debug)]
+pub struct Ending(pub OnceLock<Arc<Scope>>);
 
-impl Drop for Ending<'_> {
+impl Drop for Ending {
     fn drop(&mut self) {
-        self.0.end();
+        if let Some(scope) = self.0.get() {
+            scope.end();
+        }
     }
 }

@@ -2,7 +2,7 @@
 //! workers, shared by a worker's threads.
 //!
 //! Contract: [`State::load`] runs on a single-threaded process. Afterwards any
-//! number of threads may call [`State::handle`]; [`State::held`] and
+//! number of threads may call [`State::start`]; [`State::held`] and
 //! [`State::exhausted`] take no lock. Nothing of Lua leaves this type.
 //!
 //! # Failure
@@ -29,7 +29,7 @@ use super::error;
 pub use super::error::{ConfigError, HandlerError};
 use super::function::{self, Call};
 use super::mail::{self, MailObject, Slot};
-use super::monitor::{Job, Monitor, Stop};
+use super::monitor::{Job, Monitor, Progress, Stop};
 use super::operation::Sleep;
 use super::output::{self, Log};
 use super::shared::SharedOpener;
@@ -42,14 +42,15 @@ use crate::action::Action;
 use crate::deadline::Deadline;
 use crate::dictionary::{self, Opener};
 use crate::mail::Mail;
+use crate::script::{Decision, Handling};
 
 /// When the collector begins again, in percent of what it left, and how fast it works, in percent
 /// of the rate of allocation. An object with a finalizer, as each mail has some, survives the cycle
 /// that finds it dead, and counts as in use when the next pause is computed: a collector that is
 /// not much faster than the script lets a worker's memory grow without end (measured with a handler
-/// that only discards: 300 bytes per mail with Lua's own 200 and 200, 50 with 110 and 1000, none
+/// that only discards: 300 bytes per mail with Lua's own 200 and 200, 160 with 150 and 4000, none
 /// with these values, at the same CPU per mail).
-const GC_PAUSE: i32 = 110;
+const GC_PAUSE: i32 = 120;
 const GC_STEP_MULTIPLIER: i32 = 4000;
 
 /// Part of the memory limit that may be in use after a full collection.
@@ -168,30 +169,39 @@ impl State {
         self.pg.start(&background);
     }
 
-    /// Runs the listener's handler for a mail to its end, and what it waits for on this thread with
-    /// Lua unlocked. Gives the mail back whatever happened; all of its Lua values are dropped.
-    ///
-    /// # Errors
-    /// See [`HandlerError`].
-    pub fn handle(
-        &self,
+    /// Runs the listener's handler for a mail as long as it doesn't wait; the rest of it, with
+    /// what it waits for, is for a thread that may. The mail comes back whatever happens, with all
+    /// of its Lua values dropped.
+    pub fn start(
+        self: Arc<Self>,
         listener: usize,
-        mail: Mail,
+        mail: Box<Mail>,
         deadline: Deadline,
-    ) -> (Mail, Result<Action, HandlerError>) {
+    ) -> Handling {
         let Some(function) = self.handlers.get(listener) else {
-            slog::error!(self.logger, "no handler for listener {}", listener; "id" => &mail.id);
-            return (mail, Err(HandlerError::Script));
+            slog::error!(self.logger, "no handler for listener {}", listener; "id" => &*mail.id);
+            return Handling::Decided((mail, Err(HandlerError::Script)));
         };
         let number = mail.job;
         let slot = Slot::new(mail);
         let budget = self.settings.handler_timeout;
-        let job = Job { function, number, mail: Some(Arc::clone(&slot)), deadline, budget };
-        let result = self.monitor.run(
-            &job,
-            |lua| lua.create_any_userdata(MailObject::new(Arc::clone(&slot))).map(Value::UserData),
-            |values| mail::decision(&values),
-        );
+        let job = Job { number, mail: Some(Arc::clone(&slot)), deadline, budget };
+        let object = MailObject::new(Arc::clone(&slot));
+        let argument = |lua: &Lua| lua.create_any_userdata(object).map(Value::UserData);
+        match self.monitor.start(&job, function, argument, mail::decision) {
+            Ok(Progress::Waits(suspended)) => Handling::Waits(Box::new(move || {
+                let result = self.monitor.finish(&job, suspended, mail::decision);
+                self.decided(&slot, result)
+            })),
+            Ok(Progress::Finished(decision)) => {
+                Handling::Decided(self.decided(&slot, Ok(decision)))
+            }
+            Err(stop) => Handling::Decided(self.decided(&slot, Err(stop))),
+        }
+    }
+
+    /// Takes the mail back from a handler that has ended.
+    fn decided(&self, slot: &Slot, result: Result<Result<Action, String>, Stop>) -> Decision {
         let mail = slot.take().expect("nobody else takes the mail out of its slot");
         self.log.flush(Some(&mail.id));
         let result = match result {
@@ -219,16 +229,16 @@ impl State {
         match stop {
             Stop::Deadline => {
                 slog::warn!(self.logger, "the mail's time was over while its handler waited";
-                    "id" => &mail.id, "worker" => self.worker.load(Ordering::Relaxed),
+                    "id" => &*mail.id, "worker" => self.worker.load(Ordering::Relaxed),
                     "listener" => &*mail.listener);
                 HandlerError::Deadline
             }
             Stop::Error { message, traceback } => {
                 let worker = self.worker.load(Ordering::Relaxed);
                 slog::error!(self.logger, "script failed: {}", message;
-                    "id" => &mail.id, "worker" => worker, "listener" => &*mail.listener);
+                    "id" => &*mail.id, "worker" => worker, "listener" => &*mail.listener);
                 for frame in traceback.iter().flat_map(|text| text.lines()) {
-                    slog::error!(self.logger, "  {}", frame.trim_start(); "id" => &mail.id);
+                    slog::error!(self.logger, "  {}", frame.trim_start(); "id" => &*mail.id);
                 }
                 HandlerError::Script
             }

@@ -23,7 +23,7 @@ use mlua::{HookTriggers, Lua, Table, VmState};
 use parking_lot::Mutex;
 
 use super::mail::Slot;
-use super::scope::Scope;
+use super::scope::{Ending, Scope};
 
 /// Instructions between two looks at the clock: some 100 µs.
 const COUNT: u32 = 10_000;
@@ -83,22 +83,22 @@ impl Watch {
     }
 
     /// Starts a turn of at most `budget`; only the holder of Lua may.
-    pub fn begin(
-        &self,
+    pub fn begin<'a>(
+        &'a self,
         job: u64,
         mail: Option<Arc<Slot>>,
-        scope: &Arc<Scope>,
+        scope: &'a Ending,
         budget: Duration,
-    ) -> Turn<'_> {
+    ) -> Turn<'a> {
         let now = self.now();
         let budget = u64::try_from(budget.as_nanos()).unwrap_or(NEVER);
         self.expired.store(false, Ordering::Relaxed);
         self.limit.store(now.saturating_add(budget), Ordering::Relaxed);
         self.job.store(job, Ordering::Relaxed);
         *self.mail.lock() = mail;
-        *self.scope.lock() = Some(Arc::clone(scope));
+        *self.scope.lock() = scope.0.get().cloned();
         self.since.store(now, Ordering::Release);
-        Turn { watch: self, began: now }
+        Turn { watch: self, scope, began: now }
     }
 
     /// How long the running turn has lasted, and whose it is.
@@ -123,7 +123,8 @@ impl Watch {
 
     /// What ends with the running run; while the script loads there is none.
     pub fn scope(&self) -> Option<Arc<Scope>> {
-        self.scope.lock().clone()
+        let running = !self.is_loading();
+        running.then(|| Arc::clone(self.scope.lock().get_or_insert_default()))
     }
 
     /// What is left of the running turn.
@@ -192,6 +193,7 @@ impl Watch {
 #[derive(Debug)]
 pub struct Turn<'a> {
     watch: &'a Watch,
+    scope: &'a Ending,
     began: u64,
 }
 
@@ -210,6 +212,9 @@ impl Drop for Turn<'_> {
         self.watch.job.store(0, Ordering::Relaxed);
         self.watch.limit.store(NEVER, Ordering::Relaxed);
         *self.watch.mail.lock() = None;
-        *self.watch.scope.lock() = None;
+        if let Some(scope) = self.watch.scope.lock().take() {
+            // If it is there already, it is the same.
+            let _ = self.scope.0.set(scope);
+        }
     }
 }

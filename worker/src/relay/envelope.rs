@@ -13,50 +13,47 @@ use crate::peer;
 /// A request for the next hop.
 #[derive(Debug)]
 pub struct Envelope<'m> {
-    message: Vec<&'m [u8]>,
+    mail: &'m Mail,
     around: Outgoing,
 }
 
 impl<'m> Envelope<'m> {
     /// The request for a mail as its handler left it.
     pub fn new(mail: &'m Mail) -> Self {
-        let message = kept(mail);
-        let length = message.iter().map(|piece| piece.len()).sum();
-        let prefix = peer::prefix(&mail.inserted, &mail.peer);
+        let length = kept(mail).map(<[u8]>::len).sum();
+        let prefix = |out: &mut Vec<u8>| peer::write_prefix(out, &mail.inserted, &mail.peer);
         let sender = mail.sender.as_deref().unwrap_or(&mail.buffer[mail.request.sender.clone()]);
         let around = match &mail.recipients {
-            Some(recipients) => outgoing(&prefix, length, sender, recipients),
+            Some(recipients) => outgoing(prefix, length, sender, recipients),
             None => {
                 let received = mail.request.recipients.iter();
-                outgoing(&prefix, length, sender, received.map(|r| &mail.buffer[r.clone()]))
+                outgoing(prefix, length, sender, received.map(|r| &mail.buffer[r.clone()]))
             }
         };
-        Self { message, around }
+        Self { mail, around }
     }
 
     /// All bytes of the request, in order; none of the pieces is empty.
     pub fn pieces(&self) -> Vec<IoSlice<'_>> {
-        let mut pieces = Vec::with_capacity(self.message.len() + 2);
-        pieces.push(IoSlice::new(&self.around.head));
-        pieces.extend(self.message.iter().map(|piece| IoSlice::new(piece)));
-        pieces.push(IoSlice::new(&self.around.tail));
+        let mut pieces = Vec::with_capacity(self.mail.removed.len() + 3);
+        pieces.push(IoSlice::new(self.around.head()));
+        pieces.extend(kept(self.mail).map(IoSlice::new));
+        pieces.push(IoSlice::new(self.around.tail()));
         pieces
     }
 }
 
 /// What remains of the message as received; none of the pieces is empty.
-pub fn kept(mail: &Mail) -> Vec<&[u8]> {
-    let mut pieces = Vec::with_capacity(mail.removed.len() + 1);
-    let mut at = mail.request.message.start;
+pub fn kept(mail: &Mail) -> impl Iterator<Item = &[u8]> {
     let end = mail.request.message.end;
-    for removed in mail.removed.iter().chain([&(end..end)]) {
-        let piece = mail.buffer.get(at..removed.start).unwrap_or_default();
-        if !piece.is_empty() {
-            pieces.push(piece);
-        }
-        at = at.max(removed.end);
-    }
-    pieces
+    let starts = mail.removed.iter().map(|removed| removed.start).chain([end]);
+    let mut at = mail.request.message.start;
+    let ends = mail.removed.iter().map(|removed| removed.end).chain([end]);
+    starts.zip(ends).filter_map(move |(start, next)| {
+        let piece = mail.buffer.get(at..start).filter(|piece| !piece.is_empty());
+        at = at.max(next);
+        piece
+    })
 }
 
 #[cfg(test)]

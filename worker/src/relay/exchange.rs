@@ -14,8 +14,9 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 use nix::errno::Errno;
 use nix::poll::PollFlags;
-use nix::sys::socket::{MsgFlags, recv, sendmsg, setsockopt, sockopt};
-use qrelay_shared::qmqp::{MAX_REPLY, Reply, ReplyProgress, Status, parse_reply};
+use nix::sys::socket::{MsgFlags, sendmsg, setsockopt, sockopt};
+use qrelay_shared::qmqp::{Reply, ReplyProgress, Status, parse_reply};
+use qrelay_shared::sys::net::recv_append;
 use thiserror::Error;
 
 use crate::deadline::Deadline;
@@ -23,6 +24,9 @@ use crate::io::{socket_timeout, wait};
 
 /// Most pieces that one sendmsg(2) takes (UIO_MAXIOV of Linux).
 const MAX_PIECES: usize = 1024;
+
+/// Bytes of a reply that there is room for at a time: more than a usual one has.
+const ROOM: usize = 256;
 
 /// Why there is no reply.
 #[derive(Debug, Error)]
@@ -64,7 +68,7 @@ pub fn exchange(
     pieces: &mut [IoSlice<'_>],
     deadline: Deadline,
 ) -> Result<Reply, ExchangeError> {
-    let mut incoming = Incoming { bytes: [0; MAX_REPLY], length: 0 };
+    let mut incoming = Incoming::default();
     match write(socket, pieces, deadline, &mut incoming)? {
         Written::All => incoming.wait(socket, deadline),
         Written::Answered(reply) => not_accepted(reply, ExchangeError::Early),
@@ -112,11 +116,10 @@ fn write(
     Ok(Written::All)
 }
 
-/// The reply as far as it has come.
-struct Incoming {
-    bytes: [u8; MAX_REPLY],
-    length: usize,
-}
+/// The reply as far as it has come. It doesn't grow without end: what is longer than a reply may
+/// be is malformed.
+#[derive(Default)]
+struct Incoming(Vec<u8>);
 
 impl Incoming {
     /// Waits until more can be written, or a reply is there.
@@ -137,7 +140,7 @@ impl Incoming {
 
     /// Takes what has come of a reply, without waiting.
     fn look(&mut self, socket: &OwnedFd) -> Result<Option<Reply>, ExchangeError> {
-        match recv(socket.as_raw_fd(), &mut self.bytes[self.length..], MsgFlags::MSG_DONTWAIT) {
+        match self.receive(socket, MsgFlags::MSG_DONTWAIT) {
             Ok(received) => self.take(received),
             // What is wrong with the connection, the next write says.
             Err(_) => Ok(None),
@@ -149,7 +152,7 @@ impl Incoming {
         loop {
             let timeout = socket_timeout(deadline).ok_or(ExchangeError::TimedOut)?;
             setsockopt(socket, sockopt::ReceiveTimeout, &timeout)?;
-            match recv(socket.as_raw_fd(), &mut self.bytes[self.length..], MsgFlags::empty()) {
+            match self.receive(socket, MsgFlags::empty()) {
                 Ok(received) => {
                     if let Some(reply) = self.take(received)? {
                         return Ok(reply);
@@ -161,14 +164,17 @@ impl Incoming {
         }
     }
 
-    /// Notes what was received. There is always room for more, since a reply that fills all is
-    /// either complete or malformed.
-    fn take(&mut self, received: usize) -> Result<Option<Reply>, ExchangeError> {
+    fn receive(&mut self, socket: &OwnedFd, flags: MsgFlags) -> Result<usize, Errno> {
+        self.0.reserve(ROOM);
+        recv_append(socket.as_fd(), &mut self.0, flags)
+    }
+
+    /// Looks at what there is, now that so many bytes more were received.
+    fn take(&self, received: usize) -> Result<Option<Reply>, ExchangeError> {
         if received == 0 {
             return Err(ExchangeError::Closed);
         }
-        self.length += received;
-        match parse_reply(&self.bytes[..self.length]) {
+        match parse_reply(&self.0) {
             ReplyProgress::Complete(reply) => Ok(Some(reply)),
             ReplyProgress::NeedMore => Ok(None),
             ReplyProgress::Malformed => Err(ExchangeError::Malformed),

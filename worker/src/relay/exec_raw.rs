@@ -21,7 +21,8 @@ use crate::peer;
 
 /// Runs the program.
 pub fn run(host: &Host<'_>, mail: &Mail, action: &Exec) -> Delivery {
-    let prefix = peer::prefix(&mail.inserted, &mail.peer);
+    let mut prefix = Vec::new();
+    peer::write_prefix(&mut prefix, &mail.inserted, &mail.peer);
     let mut input = vec![&prefix[..]];
     input.extend(kept(mail));
     let kind = Kind { input: &input, joined: true, enough: |_| false, verdict };

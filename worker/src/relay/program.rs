@@ -96,7 +96,7 @@ pub fn deliver(host: &Host<'_>, mail: &Mail, action: &Exec, kind: &Kind<'_>) -> 
     let mut run = match Run::start(host, mail, action, kind, deadline) {
         Ok(run) => run,
         Err(error) => {
-            error!(host.logger, "program can't be started"; "id" => &mail.id,
+            error!(host.logger, "program can't be started"; "id" => &*mail.id,
                 "program" => program.as_deref(), "error" => error.desc());
             return delivery(Reply::temporary("internal server error"), false, false);
         }
@@ -108,7 +108,7 @@ pub fn deliver(host: &Host<'_>, mail: &Mail, action: &Exec, kind: &Kind<'_>) -> 
         End::Canceled => (Reply::temporary(late), "the client has gone".to_owned()),
     };
     if reply.status != Status::Accepted || !run.errors.kept.is_empty() {
-        warn!(host.logger, "program complained"; "id" => &mail.id,
+        warn!(host.logger, "program complained"; "id" => &*mail.id,
             "program" => program.as_deref(), "end" => cause,
             "output" => one_line(&run.output.kept), "errors" => one_line(&run.errors.kept));
     }

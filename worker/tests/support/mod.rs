@@ -9,14 +9,14 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use qrelay_shared::ipc::channel::SendError;
-use qrelay_shared::ipc::message::Peer;
+use qrelay_shared::ipc::message::{Peer, mail_id};
 use qrelay_shared::qmqp;
 use qrelay_shared::settings::Declaration;
-use qrelay_worker::action::Action;
 use qrelay_worker::deadline::Deadline;
-use qrelay_worker::lua::error::{ConfigError, HandlerError};
+use qrelay_worker::lua::error::ConfigError;
 use qrelay_worker::lua::state::{LoadOptions, State};
 use qrelay_worker::mail::Mail;
+use qrelay_worker::script::Decision;
 use slog::{Drain, KV as _, Logger, OwnedKVList, Record, Serializer};
 
 /// The working directory belongs to the process: one script loads at a time.
@@ -24,7 +24,7 @@ static LOADING: Mutex<()> = Mutex::new(());
 
 /// A loaded script.
 pub struct Script {
-    pub state: State,
+    pub state: Arc<State>,
     pub declaration: Declaration,
     log: Arc<Mutex<String>>,
     _directory: tempfile::TempDir,
@@ -64,7 +64,7 @@ impl Script {
         });
         let text = log.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let script = loaded.map(|(state, declaration)| Self {
-            state,
+            state: Arc::new(state),
             declaration,
             log,
             _directory: directory,
@@ -73,18 +73,14 @@ impl Script {
     }
 
     /// Runs a listener's handler, within a minute.
-    pub fn handle(&self, listener: usize, mail: Mail) -> (Mail, Result<Action, HandlerError>) {
+    pub fn handle(&self, listener: usize, mail: Mail) -> Decision {
         self.handle_within(listener, mail, Duration::from_secs(60))
     }
 
     /// Runs a listener's handler by a deadline.
-    pub fn handle_within(
-        &self,
-        listener: usize,
-        mail: Mail,
-        limit: Duration,
-    ) -> (Mail, Result<Action, HandlerError>) {
-        self.state.handle(listener, mail, Deadline::after(limit))
+    pub fn handle_within(&self, listener: usize, mail: Mail, limit: Duration) -> Decision {
+        let state = Arc::clone(&self.state);
+        state.start(listener, Box::new(mail), Deadline::after(limit)).finish()
     }
 
     /// What has been logged so far.
@@ -159,7 +155,7 @@ pub fn mail_from(peer: Peer, message: &str) -> Mail {
     };
     let (socket, _) = UnixStream::pair().expect("a pair of sockets");
     Mail {
-        id: "id-1".into(),
+        id: mail_id("id", 1),
         job: 7,
         buffer,
         request,

@@ -1,0 +1,195 @@
+//! Connections to PostgreSQL: when they are made, where a connection string leads, how many there are, and
+//! TLS.
+
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use crate::harness::postgres::Cluster;
+use crate::harness::{Client, Daemon, Mail, Site, submit};
+use crate::pg::Evaluator;
+
+#[test]
+fn queries_run_while_the_script_loads() {
+    let evaluator = Evaluator::with(
+        "loaded = assert(db:execute('SELECT pg_backend_pid() AS pid')):fetch().pid
+         assert(db:transaction(function(tx) return tx:execute('SELECT $1', {1}) end))",
+    );
+    let told = evaluator.run("return db:execute('SELECT pg_backend_pid() AS pid'):fetch().pid");
+    let other = evaluator.run("return loaded");
+    assert_ne!(told, other, "a worker has connections of its own");
+    assert!(evaluator.daemon.reload(), "{}", evaluator.daemon.text());
+    evaluator.expect("return db:execute('SELECT 1 AS a'):fetch().a", "1");
+}
+
+#[test]
+fn the_default_socket_and_the_schema() {
+    let cluster = Cluster::shared();
+    let me = nix::unistd::User::from_uid(nix::unistd::geteuid()).ok().flatten().expect("me").name;
+    cluster.psql(&format!("CREATE ROLE \"{me}\" LOGIN"));
+    cluster.psql("CREATE DATABASE foo");
+    let grant = format!("GRANT USAGE ON SCHEMA schemaname, \"Odd, One\" TO \"{me}\"");
+    cluster
+        .psql_in("foo", &format!("CREATE SCHEMA schemaname; CREATE SCHEMA \"Odd, One\"; {grant}"));
+    cluster.psql_in("foo", "CREATE TABLE schemaname.bar AS SELECT 42 AS id");
+    cluster.psql_in("foo", &format!("GRANT SELECT ON schemaname.bar TO \"{me}\""));
+    let site = Site::with(
+        "db = pg:new('dbname=foo', 'schemaname')
+         other = pg:new('postgresql:///foo', '\"Odd, One\", schemaname')
+         qmqp_listen('$DIR/in', function(m)
+           local row = assert(db:execute('SELECT id, current_user AS who FROM bar')):fetch({}, 'a')
+           local path = assert(other:execute('SHOW search_path')):fetch(nil, 'n')[1]
+           return m:discard(row.id .. ' ' .. row.who .. ' ' .. path)
+         end)",
+    );
+    // The directory where Debian's libpq looks is another one for this daemon alone.
+    let script = format!(
+        "mount -t tmpfs none /run && mkdir /run/postgresql && \
+         mount --bind {} /run/postgresql && exec \"$@\"",
+        cluster.dir().display()
+    );
+    let launch = site.launch().env("PGPORT", &cluster.port().to_string());
+    let daemon = launch.through(&["unshare", "--mount", "sh", "-c", &script, "sh"]).ready();
+    let told = submit(daemon.path("in"), &Mail::new("x"));
+    assert_eq!(told.to_string(), format!("K42 {me} \"Odd, One\", schemaname"), "{}", daemon.text());
+    drop(daemon);
+    cluster.psql("DROP DATABASE foo WITH (FORCE)");
+    cluster.psql(&format!("DROP ROLE \"{me}\""));
+}
+
+#[test]
+fn passwords_come_from_the_string_or_the_file() {
+    let cluster = Cluster::start(&[]);
+    cluster.psql("CREATE ROLE secret LOGIN PASSWORD 'se:cret'");
+    let hba = "local all postgres trust\nlocal all all scram-sha-256\n";
+    std::fs::write(cluster.data().join("pg_hba.conf"), hba).expect("pg_hba.conf");
+    cluster.psql("SELECT pg_reload_conf()");
+    let site = Site::new();
+    let file = site.path("passwords");
+    std::fs::write(&file, "*:*:*:secret:se\\:cret\n").expect("file");
+    let mode = |mode| std::os::unix::fs::PermissionsExt::from_mode(mode);
+    std::fs::set_permissions(&file, mode(0o600)).expect("mode");
+    let place = format!("host={} port={} dbname=postgres", cluster.dir().display(), cluster.port());
+    site.configure(&format!(
+        "local function try(conninfo)
+           local r, e = pg:new('{place} user=secret ' .. conninfo):execute('SELECT current_user')
+           return r and r:fetch(nil, 'n')[1] or e:match('28P01') or e:match('password missing') or e
+         end
+         qmqp_listen('$DIR/in', function(m)
+           return m:discard(table.concat({{try('password=se:cret'), try('password=wrong'), try(''),
+             try('passfile=$DIR/passwords')}}, ' '))
+         end)"
+    ));
+    let daemon = site.launch().env("PGPASSFILE", "/nonexistent").ready();
+    let told = submit(daemon.path("in"), &Mail::new("x"));
+    assert_eq!(told, "Ksecret 28P01 password missing secret", "{}", daemon.text());
+}
+
+#[test]
+fn queries_of_different_mails_run_at_the_same_time() {
+    let cluster = Cluster::shared();
+    let daemon = Daemon::start(&format!(
+        "settings{{workers=1, client_share=1}}
+         local db = pg:new('{}', nil, {{max_connections=8}})
+         qmqp_listen('$DIR/in', function(m)
+           assert(db:execute('SELECT pg_sleep(0.05)'))
+           return m:discard('slept')
+         end)",
+        cluster.conninfo()
+    ));
+    let burst = |count: usize| {
+        let started = Instant::now();
+        let mut clients: Vec<_> = (0..count)
+            .map(|_| {
+                let mut client = Client::connect(daemon.path("in"));
+                client.send(&Mail::new("x").request());
+                client
+            })
+            .collect();
+        for client in &mut clients {
+            assert_eq!(client.outcome(), "Kslept", "{}", daemon.text());
+        }
+        started.elapsed()
+    };
+    // Eight rounds of 0.05 s, and a little for 64 mails. The machine may be busy with other tests
+    // for a while, but not each time.
+    burst(16);
+    let mut bursts = Vec::new();
+    let good = (0..10).any(|_| {
+        let took = burst(64);
+        assert!(took >= Duration::from_millis(400), "{took:?}");
+        bursts.push(took);
+        took < Duration::from_millis(500)
+    });
+    assert!(good, "{bursts:?}");
+    let count = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'qrelay' \
+                 AND query LIKE '%pg_sleep%'";
+    let connections: u32 = cluster.psql(count).trim().parse().expect("number");
+    assert!(connections <= 8, "{connections}");
+}
+
+#[test]
+fn tls_as_sslmode_says() {
+    let cluster =
+        Cluster::prepare(&["ssl=on", "ssl_cert_file=server.crt", "ssl_key_file=server.key"]);
+    let (key, certificate) = (cluster.data().join("server.key"), cluster.data().join("server.crt"));
+    let mut openssl = Command::new("openssl");
+    openssl.args(["req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]);
+    openssl.args(["-subj", "/CN=test", "-addext", "subjectAltName=DNS:localhost"]);
+    openssl.arg("-keyout").arg(&key).arg("-out").arg(&certificate);
+    let output = openssl.output().expect("openssl runs");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    cluster.give_to_server(&key);
+    cluster.give_to_server(&certificate);
+    let hba = "local all all trust\nhost all all 127.0.0.1/32 trust\n";
+    std::fs::write(cluster.data().join("pg_hba.conf"), hba).expect("pg_hba.conf");
+    cluster.restart();
+    let site = Site::new();
+    std::fs::copy(&certificate, site.path("root.crt")).expect("copy");
+    let mut other = Command::new("openssl");
+    other.args(["req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=x"]);
+    other.arg("-keyout").arg(site.path("other.key")).arg("-out").arg(site.path("other.crt"));
+    assert!(other.output().expect("openssl runs").status.success());
+    site.configure(
+        "qmqp_listen('$DIR/in', function(m)
+           local db = pg:new('user=postgres dbname=postgres ' .. m:header('X-Conninfo'))
+           local r, e = db:execute('SELECT ssl FROM pg_stat_ssl WHERE pid = pg_backend_pid()')
+           return m:discard(r and r:fetch(nil, 'n')[1] or e)
+         end)",
+    );
+    let daemon = site.start();
+    let directory = daemon.site().dir().display().to_string();
+    let try_it = |conninfo: &str| {
+        let mut mail = Mail::new("x");
+        let text = format!("X-Conninfo: port={} {conninfo}\n", cluster.port());
+        mail.message.splice(0..0, text.replace("$DIR", &directory).into_bytes());
+        submit(daemon.path("in"), &mail).to_string()
+    };
+    let by_name = "host=localhost hostaddr=127.0.0.1";
+    let cases = [
+        (format!("{by_name} sslmode=disable"), "Kf"),
+        (format!("{by_name} sslmode=prefer"), "Kt"),
+        (by_name.to_owned(), "Kt"),
+        (format!("{by_name} sslmode=require"), "Kt"),
+        (format!("{by_name} sslmode=require sslrootcert=$DIR/root.crt"), "Kt"),
+        (format!("{by_name} sslmode=verify-ca sslrootcert=$DIR/root.crt"), "Kt"),
+        (format!("{by_name} sslmode=verify-full sslrootcert=$DIR/root.crt"), "Kt"),
+        ("host=127.0.0.1 sslmode=verify-ca sslrootcert=$DIR/root.crt".into(), "Kt"),
+        // Not signed by that root, or not for that name.
+        ("host=127.0.0.1 sslmode=verify-full sslrootcert=$DIR/root.crt".into(), "Kcannot"),
+        (format!("{by_name} sslmode=verify-ca sslrootcert=$DIR/other.crt"), "Kcannot"),
+        (format!("{by_name} sslmode=require sslrootcert=$DIR/other.crt"), "Kcannot"),
+        // Local sockets have no TLS, whatever is asked for, as with libpq.
+        (format!("host={} sslmode=require", cluster.dir().display()), "Kf"),
+        // No file, no connection.
+        (format!("{by_name} sslmode=verify-full sslrootcert=$DIR/none.crt"), "Zscript failed"),
+    ];
+    for (conninfo, expected) in &cases {
+        let told = try_it(conninfo);
+        assert!(told.starts_with(expected), "{conninfo}: {told}\n{}", daemon.text());
+    }
+    // A server without TLS.
+    let plain = Cluster::shared();
+    let plain_port = |mode: &str| format!("port={} {by_name} sslmode={mode}", plain.port());
+    assert_eq!(try_it(&plain_port("prefer")), "Kf");
+    assert!(try_it(&plain_port("require")).starts_with("Kcannot connect"));
+}
