@@ -1,7 +1,7 @@
 //! One connection, from its first byte to its `Done`.
 //!
-//! Contract: [`Session::begin`] waits for nobody, [`Session::finish`] for whatever it takes; another
-//! thread may do that. A complete request gets exactly one answer, and `K` only when the next hop
+//! Contract: [`Session::begin`] waits for nothing but Lua, [`Session::finish`] for whatever it takes;
+//! another thread may do that. A complete request gets exactly one answer, and `K` only when the next hop
 //! has said so or the handler wants it pretended. Everything that waits ends at the mail's
 //! deadline, which starts with the last byte of the request, or at a limit of its own. `Done`
 //! is the last that happens.
@@ -80,8 +80,8 @@ impl<'w> Session<'w> {
         Self { worker, job, client, spent: Cell::new(None) }
     }
 
-    /// As far as it goes without waiting for anybody: of what is needed to get there, Lua above
-    /// all, much is in the processor's caches when it is done for several mails in turn.
+    /// As far as it goes without waiting: of what is needed to get there, Lua above all, much is in
+    /// the processor's caches when it is done for several mails in turn.
     pub fn begin(&self) -> Stage {
         let Some((listener, terms)) = self.terms() else {
             return Stage::failed();
