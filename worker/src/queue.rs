@@ -145,7 +145,7 @@ impl Queue {
             if state.may_serve()
                 && let Some(task) = state.tasks.pop_front()
             {
-                self.taken(state, &task.job, reports, start);
+                self.taken(state, &task, reports, start);
                 return Ok(Next::Serve(task));
             }
             if state.ended {
@@ -187,12 +187,13 @@ impl Queue {
     fn taken(
         &self,
         mut state: MutexGuard<'_, State>,
-        job: &Job,
+        task: &Task,
         reports: &Reports,
         start: impl FnOnce(),
     ) {
         let leaderless = !state.led && !state.ended;
-        let another = state.census.took_job(age(job.spoke), leaderless);
+        let (age, waits) = (age(task.job.spoke), task.stage.waits());
+        let another = state.census.took_job(age, waits, leaderless);
         let more = leaderless || !state.tasks.is_empty();
         let all_busy = state.census.all_busy();
         drop(state);

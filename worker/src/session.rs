@@ -59,6 +59,11 @@ impl Stage {
         Self::Request(Vec::new())
     }
 
+    /// The handler has begun and waits.
+    pub fn waits(&self) -> bool {
+        matches!(self, Self::Handled(Handling::Waits(_), ..))
+    }
+
     /// Something is wrong with this program.
     pub fn failed() -> Self {
         Self::Refused(Reply::temporary("internal server error"), Unread::Some)

@@ -322,7 +322,10 @@ fn a_panic_costs_one_mail() {
         _ => Ok(Action::Discard(None)),
     });
     assert_eq!(harness.submit(&request()), "22:Zinternal server error,");
-    assert_eq!(harness.finished(), Finished { job: 1, record: None });
+    let Finished { job, record } = harness.finished();
+    let (status, action, text, refused) = record.expect("it is logged");
+    assert_eq!((job, status, &*action, refused), (1, Some(Status::Temporary), "-", true));
+    assert_eq!(text, "internal server error");
     assert_eq!(harness.submit(&request()), "10:Kdiscarded,");
     harness.finished();
     harness.end();
