@@ -73,6 +73,10 @@ impl Harness {
         settings: Settings,
         handler: impl Fn(&mut Mail) -> Decision + Send + Sync + 'static,
     ) -> Self {
+        Self::with_script(settings, Arc::new(FakeScript(Box::new(handler))))
+    }
+
+    fn with_script(settings: Settings, script: Arc<dyn Script>) -> Self {
         let (jobs, theirs) = Channel::<ToJobs, ToReports>::pair().expect("pair");
         let patience = TimeVal::seconds(10);
         setsockopt(&jobs.as_fd(), sockopt::ReceiveTimeout, &patience).expect("timeout");
@@ -91,7 +95,7 @@ impl Harness {
         let worker = Worker::new(
             &declaration,
             "test".into(),
-            Arc::new(FakeScript(Box::new(handler))),
+            script,
             Reports::new(theirs, Duration::from_millis(20)).expect("socket"),
             slog::Logger::root(slog::Discard, slog::o!()),
             move || {
@@ -444,6 +448,42 @@ fn threads_come_as_needed_and_go() {
     drop(release);
     assert_eq!(harness.submit(&request()), "10:Kdiscarded,");
     harness.finished();
+    harness.end();
+}
+
+/// Computes for long about the first mail, and decides about the others when the gate is gone.
+struct SlowAtFirst(crossbeam_channel::Receiver<()>);
+
+impl Script for SlowAtFirst {
+    fn start(self: Arc<Self>, _: usize, mail: Box<Mail>, _: Deadline) -> Handling {
+        match mail.job {
+            1 => std::thread::sleep(Duration::from_millis(50)),
+            _ => drop(self.0.recv_timeout(Duration::from_secs(20))),
+        }
+        Handling::Decided((mail, Ok(Action::Discard(None))))
+    }
+
+    fn held(&self) -> (Duration, u64) {
+        (Duration::ZERO, 0)
+    }
+
+    fn exhausted(&self) -> bool {
+        false
+    }
+}
+
+#[test]
+fn a_slow_mail_is_answered_before_others_are_begun() {
+    let (release, gate) = crossbeam_channel::bounded(0);
+    let settings = Settings { worker_connections: 1, ..Settings::default() };
+    let mut harness = Harness::with_script(settings, Arc::new(SlowAtFirst(gate)));
+    let mut clients = harness.submit_at_once(3, 0);
+    assert_eq!(read_reply(&mut clients[0]), "10:Kdiscarded,");
+    drop(release);
+    for client in &mut clients[1..] {
+        assert_eq!(read_reply(client), "10:Kdiscarded,");
+    }
+    (0..3).for_each(|_| drop(harness.finished()));
     harness.end();
 }
 
