@@ -16,7 +16,7 @@ pub mod record;
 pub mod sink;
 pub mod target;
 
-pub use client::{Client, Outcome, submit};
+pub use client::{Client, Outcome, burst, submit};
 pub use daemon::{Daemon, Site, run};
 pub use mail::Mail;
 pub use record::{Gate, PATIENCE, eventually};

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use crate::harness::{Client, Daemon, Mail, Sink, Target, submit};
+use crate::harness::{Daemon, Mail, Sink, Target, burst, submit};
 
 /// A daemon with one worker whose handler is `body`, with a mail `m`.
 fn handler(body: &str) -> Daemon {
@@ -317,22 +317,6 @@ fn the_script_runs_in_its_directory_and_handlers_in_the_root() {
     assert_eq!(submit(daemon.path("in"), &Mail::new("x")), "Kfrom part.lua true");
 }
 
-/// Sends `count` mails at once; how long until the last has its `K`.
-fn burst(daemon: &Daemon, count: usize) -> Duration {
-    let started = Instant::now();
-    let mut clients: Vec<_> = (0..count)
-        .map(|_| {
-            let mut client = Client::connect(daemon.path("in"));
-            client.send(&Mail::new("x").request());
-            client
-        })
-        .collect();
-    for client in &mut clients {
-        assert_eq!(client.outcome(), "Kslept");
-    }
-    started.elapsed()
-}
-
 #[test]
 fn sleeping_handlers_delay_nobody() {
     for body in [
@@ -346,7 +330,7 @@ fn sleeping_handlers_delay_nobody() {
     ] {
         let settings = "worker_connections=256, client_share=1";
         let daemon = handler_with(settings, &format!("{body} return m:discard('slept')"));
-        let took = burst(&daemon, 200);
+        let took = burst(&daemon, "Kslept", 200);
         assert!(took < Duration::from_secs(2), "{took:?} for {body}");
         assert!(took >= Duration::from_millis(200), "{took:?} for {body}");
     }

@@ -10,6 +10,7 @@ use std::net::{Shutdown, TcpStream};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
+use super::daemon::Daemon;
 use super::mail::{Mail, split};
 use super::record::PATIENCE;
 use super::target::Target;
@@ -229,4 +230,20 @@ fn judge(received: Vec<u8>, reset: bool) -> Outcome {
 #[track_caller]
 pub fn submit(to: impl Into<Target>, mail: &Mail) -> Outcome {
     Client::connect(to).send(&mail.request()).outcome()
+}
+
+/// Sends `count` mails at once; how long until the last has its answer, which must be this one.
+pub fn burst(daemon: &Daemon, answer: &str, count: usize) -> Duration {
+    let started = Instant::now();
+    let mut clients: Vec<_> = (0..count)
+        .map(|_| {
+            let mut client = Client::connect(daemon.path("in"));
+            client.send(&Mail::new("x").request());
+            client
+        })
+        .collect();
+    for client in &mut clients {
+        assert_eq!(client.outcome(), answer, "{}", daemon.text());
+    }
+    started.elapsed()
 }
