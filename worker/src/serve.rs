@@ -2,8 +2,8 @@
 //!
 //! Contract: every I/O thread waits for something to do, and waits again: it begins the jobs that
 //! come, or serves one to its end; which of them does what, `queue` says. At the end of the job
-//! socket they finish what they have, and the last one ends the process. The main thread answers on the control socket and never waits for
-//! the others.
+//! socket they finish what they have, and the last one ends the process. The main thread answers
+//! on the control socket and never waits for the others.
 //!
 //! # Failure
 //! A thread that can't be had means fewer threads. A panic costs its own mail (`Z`).
