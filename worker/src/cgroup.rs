@@ -24,7 +24,6 @@ use nix::errno::Errno;
 use nix::fcntl::{OFlag, OpenHow, ResolveFlag, open, openat2};
 use nix::sys::stat::{Mode, fstat};
 use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, fstatfs};
-use nix::unistd::Pid;
 use parking_lot::Mutex;
 use qrelay_shared::sys::xattr;
 use thiserror::Error;
@@ -178,18 +177,11 @@ struct Mount {
 }
 
 impl Hierarchy {
-    /// The group of a local connection's client, `None` if it is in none of version 2. Arguments
-    /// as for [`Client::of`].
+    /// The group of a client, `None` if it is in none of version 2.
     ///
     /// # Errors
     /// See [`CgroupError`].
-    pub fn of_client(
-        self: &Arc<Self>,
-        socket: BorrowedFd<'_>,
-        pid: Pid,
-        accepted: u64,
-    ) -> Result<Option<Cgroup>, CgroupError> {
-        let client = Client::of(socket, pid, accepted)?;
+    pub fn of_client(self: &Arc<Self>, client: &Client) -> Result<Option<Cgroup>, CgroupError> {
         let id = client.cgroup();
         if let Some((id, path)) = id.and_then(|id| Some((id, self.known.lock().get(&id)?.clone())))
         {
@@ -365,6 +357,7 @@ fn unescape(field: &[u8]) -> Vec<u8> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use nix::unistd::Pid;
     use std::os::unix::net::UnixStream;
 
     #[test]
@@ -504,11 +497,12 @@ mod tests {
         let (ours, _theirs) = UnixStream::pair().expect("pair");
         let hierarchy = Arc::new(Hierarchy::default());
         let file = std::fs::read("/proc/self/cgroup").expect("/proc");
-        let group = hierarchy.of_client(ours.as_fd(), Pid::this(), u64::MAX).expect("it is us");
+        let client = Client::of(ours.as_fd(), Pid::this(), u64::MAX).expect("it is us");
+        let group = hierarchy.of_client(&client).expect("it is us");
         let path = unified_path(&file);
         assert_eq!(group.as_ref().map(|group| &**group.path()), path);
         // Now it may be known.
-        let again = hierarchy.of_client(ours.as_fd(), Pid::this(), u64::MAX).expect("it is us");
+        let again = hierarchy.of_client(&client).expect("it is us");
         assert_eq!(again.as_ref().map(|group| &**group.path()), path);
         let all = |group: &Option<Cgroup>| group.as_ref().map(|group| group.attributes().ok());
         assert_eq!(all(&again), all(&group));

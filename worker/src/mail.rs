@@ -7,6 +7,8 @@ use std::sync::Arc;
 use qrelay_shared::ipc::message::{MailId, Peer};
 use qrelay_shared::qmqp::Request;
 
+use crate::identity::Client;
+
 /// A complete, valid request with its context.
 #[derive(Debug)]
 pub struct Mail {
@@ -24,8 +26,8 @@ pub struct Mail {
     pub recipients: Option<Vec<Vec<u8>>>,
     /// The account, if the handler set it.
     pub account: Option<String>,
-    /// Inserted header lines without line ends, in the order of the calls.
-    pub inserted: Vec<Vec<u8>>,
+    /// The header lines that the handler inserted.
+    pub inserted: Inserted,
     /// Ranges of `buffer` that are left out when relaying: whole fields, sorted, disjoint.
     pub removed: Vec<std::ops::Range<usize>>,
     /// The client.
@@ -34,8 +36,43 @@ pub struct Mail {
     pub socket: Arc<OwnedFd>,
     /// When the connection was accepted: nanoseconds of CLOCK_BOOTTIME.
     pub accepted: u64,
+    /// The client's process, once it has been asked for. Kept as long as the mail: the kernel has
+    /// one object for all descriptors of a process, and makes it anew (some 3 µs) for a client none
+    /// of whose mails under way has one.
+    pub client: Option<Client>,
     /// The listener's address as written in the configuration.
     pub listener: Arc<str>,
+}
+
+/// Inserted header lines, as they will stand in the message: the last one first.
+#[derive(Debug, Default)]
+pub struct Inserted {
+    text: Vec<u8>,
+    count: usize,
+}
+
+impl Inserted {
+    /// Puts a line before the others; it has been checked.
+    pub fn insert(&mut self, name: &[u8], value: &[u8]) {
+        let before = self.text.len();
+        self.text.reserve(name.len() + value.len() + 4);
+        for part in [name, b": ", value, b"\r\n"] {
+            self.text.extend_from_slice(part);
+        }
+        let length = self.text.len() - before;
+        self.text.rotate_right(length);
+        self.count += 1;
+    }
+
+    /// How many there are.
+    pub fn count(&self) -> usize {
+        self.count
+    }
+
+    /// All of them, each with its CRLF.
+    pub fn text(&self) -> &[u8] {
+        &self.text
+    }
 }
 
 #[cfg(test)]
@@ -59,11 +96,12 @@ pub(crate) mod test {
             sender: None,
             recipients: None,
             account: None,
-            inserted: Vec::new(),
+            inserted: Inserted::default(),
             removed: Vec::new(),
             peer: Peer::Local { pid: Some(1), uid: 2, gid: 3 },
             socket: Arc::new(socket.into()),
             accepted: 0,
+            client: None,
             listener: "/test".into(),
         }
     }

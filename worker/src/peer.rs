@@ -8,16 +8,14 @@ use std::io::Write;
 
 use qrelay_shared::ipc::message::Peer;
 
-/// Appends inserted lines, which come in the order of the calls, and the `Received` line for this
-/// client.
+use crate::mail::Inserted;
+
+/// Appends inserted lines and the `Received` line for this client.
 ///
 /// A local client in a foreign pid namespace has no pid here; its line says `PID=0`, as the
 /// kernel does, so that the line keeps its form.
-pub fn write_prefix(out: &mut Vec<u8>, inserted: &[Vec<u8>], peer: &Peer) {
-    for line in inserted.iter().rev() {
-        out.extend_from_slice(line);
-        out.extend_from_slice(b"\r\n");
-    }
+pub fn write_prefix(out: &mut Vec<u8>, inserted: &Inserted, peer: &Peer) {
+    out.extend_from_slice(inserted.text());
     out.extend_from_slice(b"Received: from ");
     match peer {
         Peer::Local { pid, uid, .. } => {
@@ -33,17 +31,14 @@ pub fn write_prefix(out: &mut Vec<u8>, inserted: &[Vec<u8>], peer: &Peer) {
     out.extend_from_slice(b" with QMQP\r\n");
 }
 
-/// Bytes that inserted lines add to a message, their ends included.
-pub fn inserted_size(inserted: &[Vec<u8>]) -> usize {
-    inserted.iter().map(|line| line.len() + 2).sum()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn text(inserted: &[&str], peer: Peer) -> String {
-        let inserted: Vec<_> = inserted.iter().map(|line| line.as_bytes().to_vec()).collect();
+    fn text(lines: &[(&str, &str)], peer: Peer) -> String {
+        let mut inserted = Inserted::default();
+        lines.iter().for_each(|(name, value)| inserted.insert(name.as_bytes(), value.as_bytes()));
+        assert_eq!(inserted.count(), lines.len());
         let mut out = Vec::new();
         write_prefix(&mut out, &inserted, &peer);
         String::from_utf8(out).expect("text")
@@ -54,7 +49,7 @@ mod tests {
         let peer = Peer::Local { pid: Some(42), uid: 1000, gid: 7 };
         assert_eq!(text(&[], peer), "Received: from PID=42 UID=1000 with QMQP\r\n");
         assert_eq!(
-            text(&["A: 1", "B: 2"], peer),
+            text(&[("A", "1"), ("B", "2")], peer),
             "B: 2\r\nA: 1\r\nReceived: from PID=42 UID=1000 with QMQP\r\n"
         );
         let foreign = Peer::Local { pid: None, uid: 0, gid: 0 };
@@ -67,11 +62,5 @@ mod tests {
         assert_eq!(text(&[], v4), "Received: from [192.0.2.1] with QMQP\r\n");
         let v6 = Peer::Remote("2001:db8::1".parse().expect("address"));
         assert_eq!(text(&[], v6), "Received: from [2001:db8::1] with QMQP\r\n");
-    }
-
-    #[test]
-    fn counts_inserted_bytes() {
-        assert_eq!(inserted_size(&[]), 0);
-        assert_eq!(inserted_size(&[b"X-A: b".to_vec()]), 8);
     }
 }

@@ -14,7 +14,6 @@ use qrelay_shared::pond;
 use qrelay_shared::qmqp::Reply;
 
 use crate::mail::Mail;
-use crate::peer::inserted_size;
 use crate::relay::Delivery;
 
 /// Stands for the action when there was none.
@@ -82,7 +81,7 @@ pub fn record<'m>(mail: &'m Mail, outcome: &'m Outcome) -> MailRecord<'m> {
         ),
     };
     let received = mail.request.payload.len() as u64;
-    let inserted = inserted_size(&mail.inserted) as u64;
+    let inserted = mail.inserted.text().len() as u64;
     MailRecord {
         sender,
         recipients: recipients.text.into(),
@@ -176,7 +175,7 @@ mod tests {
             &[b"r1@example.org", b"r2@example.org"],
         );
         mail.account = Some("acct42".into());
-        mail.inserted = vec!["X-A: b".into()];
+        mail.inserted.insert(b"X-A", b"b");
         let delivery = Delivery {
             reply: Reply::accepted("o\nk"),
             next_hop: Some("192.0.2.1:628".into()),

@@ -21,7 +21,7 @@ use qrelay_shared::qmqp::{Limits, Reply, Request, RequestError, parse};
 use crate::action::Action;
 use crate::deadline::Deadline;
 use crate::lua::state::HandlerError;
-use crate::mail::Mail;
+use crate::mail::{Inserted, Mail};
 use crate::record::{Outcome, age, record};
 use crate::relay::program::Host;
 use crate::relay::{connect, exec, exec_raw};
@@ -183,11 +183,12 @@ impl<'w> Session<'w> {
             sender: None,
             recipients: None,
             account: None,
-            inserted: Vec::new(),
+            inserted: Inserted::default(),
             removed: Vec::new(),
             peer: self.job.peer,
             socket: Arc::clone(self.client),
             accepted: self.job.accepted,
+            client: None,
             listener: Arc::clone(&listener.name),
         })
     }

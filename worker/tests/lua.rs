@@ -80,7 +80,7 @@ fn a_mail_comes_back_changed() {
     assert_eq!(mail.sender.as_deref(), Some(&b""[..]));
     assert_eq!(mail.recipients, Some(vec![b"x@example.net".to_vec()]));
     assert_eq!(mail.account.as_deref(), Some("alice"));
-    assert_eq!(mail.inserted, [b"X-One: 1", b"X-Two: 2"]);
+    assert_eq!(mail.inserted.text(), b"X-Two: 2\r\nX-One: 1\r\n");
     let removed: Vec<_> = mail.removed.iter().map(|range| &mail.buffer[range.clone()]).collect();
     assert_eq!(removed, [&b"X-Spam: a\r\n b\r\n"[..], b"x-spam: c\r\n"]);
 }

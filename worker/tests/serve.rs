@@ -565,7 +565,7 @@ fn relays_and_announces_long_timeouts() {
         connect_timeout: None,
     });
     let mut harness = Harness::new(move |mail| {
-        mail.inserted.push("X-A: b".into());
+        mail.inserted.insert(b"X-A", b"b");
         Ok(Action::Connect(Arc::clone(&connect)))
     });
     let mut client = harness.connect();

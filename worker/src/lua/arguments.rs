@@ -34,7 +34,7 @@ impl Name {
 /// The parameters of a function.
 pub trait Arguments: Sized {
     /// The same, and whatever comes after them.
-    type Raw: FromLuaMulti;
+    type Raw: FromLuaMulti + 'static;
     /// How many there are.
     const COUNT: usize;
     /// Separates them from what comes after them.
@@ -42,7 +42,7 @@ pub trait Arguments: Sized {
 }
 
 /// A single parameter.
-pub trait Single: FromLua {}
+pub trait Single: FromLua + 'static {}
 
 impl Single for Value {}
 impl Single for AnyUserData {}

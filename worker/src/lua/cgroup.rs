@@ -23,6 +23,7 @@ use super::function::{self, Class};
 use super::mail::{MailObject, Slot};
 use super::strings::Strings;
 use crate::cgroup::{Cgroup, CgroupError, Hierarchy, parent};
+use crate::identity::Client;
 use crate::mail::Mail;
 
 /// A group as a mail's script sees it.
@@ -95,13 +96,17 @@ pub fn attribute(class: &mut Class<'_>) -> mlua::Result<()> {
 /// The path of the client's group, which is in the list afterwards.
 fn client(
     hierarchy: &Arc<Hierarchy>,
-    mail: &Mail,
+    mail: &mut Mail,
     cgroups: &mut Vec<Cgroup>,
 ) -> Result<Option<Arc<[u8]>>, Raise> {
     if cgroups.is_empty() {
         let Peer::Local { pid: Some(pid), .. } = mail.peer else { return Ok(None) };
-        let socket = mail.socket.as_fd();
-        cgroups.extend(hierarchy.of_client(socket, Pid::from_raw(pid), mail.accepted)?);
+        let client = match mail.client.take() {
+            Some(client) => client,
+            None => Client::of(mail.socket.as_fd(), Pid::from_raw(pid), mail.accepted)
+                .map_err(CgroupError::from)?,
+        };
+        cgroups.extend(hierarchy.of_client(mail.client.insert(client))?);
     }
     Ok(cgroups.first().map(|cgroup| Arc::clone(cgroup.path())))
 }

@@ -149,8 +149,8 @@ const SHORTEST: Duration = Duration::from_nanos(1);
 pub enum Text<'a> {
     /// A Lua string's bytes.
     Lua(BorrowedBytes),
-    /// A number.
-    Number(Cow<'a, str>),
+    /// What a number, or an object, is as text.
+    Other(Cow<'a, str>),
 }
 
 impl std::ops::Deref for Text<'_> {
@@ -159,7 +159,7 @@ impl std::ops::Deref for Text<'_> {
     fn deref(&self) -> &[u8] {
         match self {
             Self::Lua(bytes) => bytes,
-            Self::Number(text) => text.as_bytes(),
+            Self::Other(text) => text.as_bytes(),
         }
     }
 }
@@ -168,8 +168,8 @@ impl std::ops::Deref for Text<'_> {
 pub fn text(value: &Value) -> Result<Option<Text<'static>>, Raise> {
     Ok(match value {
         Value::String(string) => Some(Text::Lua(string.as_bytes())),
-        Value::Integer(n) => Some(Text::Number(n.to_string().into())),
-        Value::Number(n) => Some(Text::Number(float_text(*n).into())),
+        Value::Integer(n) => Some(Text::Other(n.to_string().into())),
+        Value::Number(n) => Some(Text::Other(float_text(*n).into())),
         _ => None,
     })
 }

@@ -76,7 +76,7 @@ pub fn function<A, R>(
 ) -> mlua::Result<Function>
 where
     A: Arguments,
-    R: IntoLuaMulti,
+    R: IntoLuaMulti + 'static,
 {
     counted(lua, Name::Function(name), f)
 }
@@ -91,11 +91,24 @@ pub fn internal<A, R>(
     f: impl Fn(&Lua, A) -> Result<R, Raise> + Send + 'static,
 ) -> mlua::Result<Function>
 where
-    A: FromLuaMulti,
-    R: IntoLuaMulti,
+    A: FromLuaMulti + 'static,
+    R: IntoLuaMulti + 'static,
+{
+    boxed(lua, Box::new(f))
+}
+
+/// A function behind a pointer, so that all of the same signature share the binding's code around
+/// them: that is more than their own, and a mail's way leads through many of them.
+fn boxed<A, R>(lua: &Lua, f: Boxed<A, R>) -> mlua::Result<Function>
+where
+    A: FromLuaMulti + 'static,
+    R: IntoLuaMulti + 'static,
 {
     lua.create_function(move |lua, arguments| f(lua, arguments).map_err(mlua::Error::from))
 }
+
+/// A function of this signature.
+type Boxed<A, R> = Box<dyn Fn(&Lua, A) -> Result<R, Raise> + Send>;
 
 /// A function that raises if it gets too many arguments.
 fn counted<A, R>(
@@ -105,7 +118,7 @@ fn counted<A, R>(
 ) -> mlua::Result<Function>
 where
     A: Arguments,
-    R: IntoLuaMulti,
+    R: IntoLuaMulti + 'static,
 {
     internal(lua, move |lua, raw: A::Raw| f(lua, arguments::checked(name, raw)?))
 }
@@ -121,7 +134,7 @@ pub fn blocking_function<A, R>(
 ) -> mlua::Result<Function>
 where
     A: Arguments,
-    R: IntoLuaMulti,
+    R: IntoLuaMulti + 'static,
 {
     waiting(lua, Name::Function(name), f)
 }
@@ -133,7 +146,7 @@ fn waiting<A, R>(
 ) -> mlua::Result<Function>
 where
     A: Arguments,
-    R: IntoLuaMulti,
+    R: IntoLuaMulti + 'static,
 {
     let raw = counted(lua, name, f)?;
     let awaiting = prelude(lua)?.awaiting.clone();
@@ -179,7 +192,7 @@ impl<'a> Class<'a> {
     ) -> mlua::Result<()>
     where
         A: Arguments,
-        R: IntoLuaMulti,
+        R: IntoLuaMulti + 'static,
     {
         self.readable.push(name);
         self.methods.raw_set(name, counted(self.lua, Name::Method(name), f)?)
@@ -196,7 +209,7 @@ impl<'a> Class<'a> {
     ) -> mlua::Result<()>
     where
         A: Arguments,
-        R: IntoLuaMulti,
+        R: IntoLuaMulti + 'static,
     {
         self.readable.push(name);
         self.methods.raw_set(name, waiting(self.lua, Name::Method(name), f)?)
@@ -221,8 +234,10 @@ impl<'a> Class<'a> {
         f: impl Fn(&Lua, &T) -> Result<R, Raise> + Send + 'static,
     ) -> mlua::Result<()> {
         self.readable.push(name);
-        self.getters
-            .raw_set(name, internal(self.lua, move |lua, this: UserDataRef<T>| f(lua, &this))?)
+        let get = internal(self.lua, move |lua, this: UserDataRef<T>| -> Result<Value, Raise> {
+            Ok(f(lua, &this)?.into_lua(lua)?)
+        })?;
+        self.getters.raw_set(name, get)
     }
 
     /// Makes an attribute writable.

@@ -12,7 +12,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use mlua::{Either, Lua, MetaMethod, MultiValue, Table, Value};
+use mlua::{BString, Either, Lua, MetaMethod, MultiValue, Table, Value};
 use parking_lot::Mutex;
 use qrelay_shared::ipc::message::{MailId, Peer};
 use qrelay_shared::{address, mail as header};
@@ -187,11 +187,7 @@ fn recipients(mail: &Mail) -> Vec<Vec<u8>> {
 }
 
 fn string_list(lua: &Lua, items: Vec<Vec<u8>>) -> Result<Table, Raise> {
-    let table = lua.create_table_with_capacity(items.len(), 0)?;
-    for (index, item) in items.into_iter().enumerate() {
-        table.raw_set(index + 1, lua.create_string(item)?)?;
-    }
-    Ok(table)
+    Ok(lua.create_sequence_from(items.into_iter().map(BString::from))?)
 }
 
 fn valid_sender(value: &Value) -> Result<Vec<u8>, Raise> {
@@ -290,12 +286,13 @@ fn headers(class: &mut Class<'_>) -> mlua::Result<()> {
     })?;
     class.method("insert_header", |_, (this, name, value): (This, Value, Value)| {
         alive(&this)?;
-        let line = header_line(&name, &value)?;
+        let name = header_name("insert_header", &name)?;
+        let value = header_value(&name, &value)?;
         with(&this, |mail| {
-            if mail.inserted.len() >= MAX_INSERTED {
+            if mail.inserted.count() >= MAX_INSERTED {
                 return Err(format!("insert_header: at most {MAX_INSERTED} lines per mail").into());
             }
-            mail.inserted.push(line);
+            mail.inserted.insert(&name, &value);
             Ok(())
         })
     })?;
@@ -319,29 +316,25 @@ fn header_name<'v>(function: &str, value: &'v Value) -> Result<Text<'v>, Raise> 
     Err(argument.wrong("a field name of printable characters without ':'", value))
 }
 
-/// `name: value`, checked.
-fn header_line(name: &Value, value: &Value) -> Result<Vec<u8>, Raise> {
-    let name = header_name("insert_header", name)?;
+/// What can be inserted as the value of a field with this name.
+fn header_value<'v>(name: &[u8], value: &'v Value) -> Result<Text<'v>, Raise> {
     let argument = Argument::new("insert_header", 2, "value");
-    match convert::text(value)? {
-        Some(text) => join(&argument, &name, &text),
-        None if has_tostring(value)? => join(&argument, &name, value.to_string()?.as_bytes()),
-        None => Err(argument.wrong("a string", value)),
-    }
-}
-
-fn join(argument: &Argument<'_>, name: &[u8], value: &[u8]) -> Result<Vec<u8>, Raise> {
-    if !header::valid_header_value(value) {
-        let got = convert::quoted(value);
+    let text = match convert::text(value)? {
+        Some(text) => text,
+        None if has_tostring(value)? => Text::Other(value.to_string()?.into()),
+        None => return Err(argument.wrong("a string", value)),
+    };
+    if !header::valid_header_value(&text) {
+        let got = convert::quoted(&text);
         return Err(argument.invalid(&format!("expected printable ASCII characters, got {got}")));
     }
-    let length = name.len() + 2 + value.len();
+    let length = name.len() + 2 + text.len();
     if length > MAX_LINE {
         return Err(
             argument.invalid(&format!("the line has {length} bytes, expected at most {MAX_LINE}"))
         );
     }
-    Ok([name, b": ", value].concat())
+    Ok(text)
 }
 
 fn has_tostring(value: &Value) -> Result<bool, Raise> {

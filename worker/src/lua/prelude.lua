@@ -31,18 +31,17 @@ function prelude.awaiting(f)
   end
 end
 
--- __index and __newindex of a kind of object.
+-- __index and __newindex of a kind of object. Attributes come first: reading one
+-- is what a script does most.
 function prelude.class(methods, getters, setters, unknown)
+  setmetatable(methods, {__index = function(_, key) return unknown(key, false) end})
+
   local function index(self, key)
-    local method = methods[key]
-    if method then
-      return method
-    end
     local get = getters[key]
     if get then
       return get(self)
     end
-    return unknown(key, false)
+    return methods[key]
   end
 
   local function newindex(self, key, value)

@@ -53,6 +53,12 @@ use crate::script::{Decision, Handling};
 const GC_PAUSE: i32 = 120;
 const GC_STEP_MULTIPLIER: i32 = 4000;
 
+/// Bytes of a string that nobody uses. The collector begins when the memory in use has grown by a
+/// part of itself, and what it does each time depends on the number of objects: with a heap of
+/// 90 KiB, which is what an empty script has, it would look through all of it every twenty mails.
+/// A string is one object, and all workers share its memory.
+const BALLAST: usize = 256 << 10;
+
 /// Part of the memory limit that may be in use after a full collection.
 const FULL: f64 = 0.9;
 
@@ -274,6 +280,7 @@ fn set_up(
     let pace = GcIncParams::default().pause(GC_PAUSE).step_multiplier(GC_STEP_MULTIPLIER);
     lua.gc_set_mode(GcMode::Incremental(pace));
     lua.set_memory_limit(Settings::default().lua_memory_limit)?;
+    lua.set_named_registry_value("ballast", lua.create_string(vec![0; BALLAST])?)?;
     let monitor = Monitor::new(lua.clone(), Arc::clone(watch))?;
     function::install(&lua, watch)?;
     output::register(&lua, log)?;

@@ -80,7 +80,7 @@ mod tests {
         let mut mail = mail(b"A: 1\nB: 2\nC: 3\n\nbody\n", b"s@x", &[b"r@x"]);
         let start = mail.request.message.start;
         mail.removed = vec![start..start + 5, start + 10..start + 15];
-        mail.inserted = vec!["X: y".into()];
+        mail.inserted.insert(b"X", b"y");
         mail.sender = Some(Vec::new());
         mail.recipients = Some(vec![b"new@x".to_vec()]);
         let sent = bytes(&mail);

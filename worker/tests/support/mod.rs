@@ -15,7 +15,7 @@ use qrelay_shared::settings::Declaration;
 use qrelay_worker::deadline::Deadline;
 use qrelay_worker::lua::error::ConfigError;
 use qrelay_worker::lua::state::{LoadOptions, State};
-use qrelay_worker::mail::Mail;
+use qrelay_worker::mail::{Inserted, Mail};
 use qrelay_worker::script::Decision;
 use slog::{Drain, KV as _, Logger, OwnedKVList, Record, Serializer};
 
@@ -162,11 +162,12 @@ pub fn mail_from(peer: Peer, message: &str) -> Mail {
         sender: None,
         recipients: None,
         account: None,
-        inserted: Vec::new(),
+        inserted: Inserted::default(),
         removed: Vec::new(),
         peer,
         socket: Arc::new(OwnedFd::from(socket)),
         accepted: 0,
+        client: None,
         listener: "/a".into(),
     }
 }
