@@ -13,7 +13,6 @@
 //! none; a group in another cgroup namespace (`/..`) has a path and no attributes. Where no
 //! cgroup2 file system is mounted, there is a path, and asking for attributes fails.
 
-use std::collections::HashMap;
 use std::ffi::{CString, OsStr};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
@@ -26,6 +25,7 @@ use nix::sys::stat::{Mode, fstat};
 use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, fstatfs};
 use parking_lot::Mutex;
 use qrelay_shared::sys::xattr;
+use rustc_hash::FxHashMap;
 use thiserror::Error;
 
 use crate::identity::{Client, IdentityError, read};
@@ -164,7 +164,7 @@ pub struct Hierarchy {
     /// Once it has been found.
     mount: Mutex<Option<Mount>>,
     /// Paths of groups by their ids, at most [`MAX_KNOWN`].
-    known: Mutex<HashMap<u64, Arc<[u8]>>>,
+    known: Mutex<FxHashMap<u64, Arc<[u8]>>>,
 }
 
 /// Where groups are directories.
