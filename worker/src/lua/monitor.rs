@@ -140,7 +140,6 @@ impl Monitor {
         let hold = self.hold(job.deadline).filter(|_| !job.deadline.expired());
         let mut hold = hold.ok_or(Stop::Deadline)?;
         let thread = hold.coroutine(function).map_err(|e| stop(&e))?;
-        let argument = argument(&self.lua).map_err(|e| stop(&e))?;
         let step = hold.resume(&thread, argument, job, &scope, &mut budget)?;
         Ok(hold.stopped(step, thread, results).suspended(budget, scope))
     }
@@ -184,7 +183,7 @@ impl Monitor {
         if let Ok(pending) = pending.borrow::<Pending>() {
             pending.finish(outcome);
         }
-        let step = hold.resume(&thread, (), job, &scope, &mut budget)?;
+        let step = hold.resume(&thread, |_| Ok(()), job, &scope, &mut budget)?;
         drop(pending);
         Ok(hold.stopped(step, thread, results).suspended(budget, scope))
     }
@@ -233,18 +232,19 @@ impl Hold<'_> {
         }
     }
 
-    /// Runs Lua until the coroutine returns, fails or waits.
-    fn resume(
+    /// Runs Lua until the coroutine returns, fails or waits. Making the arguments belongs to it: the
+    /// collector may run then, and with it finalizers of the script.
+    fn resume<A: IntoLuaMulti>(
         &mut self,
         thread: &Thread,
-        arguments: impl IntoLuaMulti,
+        arguments: impl FnOnce(&Lua) -> mlua::Result<A>,
         job: &Job,
         scope: &Ending,
         budget: &mut Duration,
     ) -> Result<Step, Stop> {
         let Monitor { lua, watch, .. } = self.monitor;
         let turn = watch.begin(job.number, job.mail.clone(), scope, *budget);
-        let result = thread.resume::<MultiValue>(arguments);
+        let result = arguments(lua).and_then(|arguments| thread.resume::<MultiValue>(arguments));
         let (lasted, expired) = turn.end();
         *budget = budget.saturating_sub(lasted);
         if expired {
