@@ -171,6 +171,35 @@ fn objects_of_mails_are_collected_in_time() {
     assert!(percent.is_some_and(|percent| percent < 300), "{percent:?} % of what the script keeps");
 }
 
+/// The collector may run wherever memory is taken: also when the mail's object is made.
+#[test]
+fn finalizers_never_run_as_if_the_script_were_loading() {
+    let script = Script::load(
+        "local mails, wrong, ran = 0, 0, 0
+         local function arm()
+           setmetatable({}, {__gc = function()
+             if mails > 0 then
+               ran = ran + 1
+               if pcall(every, 60, print) then wrong = wrong + 1 end
+               arm()
+             end
+           end})
+         end
+         qmqp_listen('/a', function(m)
+           mails = mails + 1
+           if mails == 1 then arm() end
+           if mails < 20000 then return m:discard() end
+           mails = 0
+           return m:discard(wrong .. ' of ' .. (ran > 10 and 'many' or ran))
+         end)",
+    );
+    let text = (0..20_000).filter_map(|_| match script.handle(0, mail()).1 {
+        Ok(Action::Discard(text)) => text,
+        other => panic!("{other:?}"),
+    });
+    assert_eq!(text.last().as_deref(), Some("0 of many"));
+}
+
 #[test]
 fn a_handler_decides() {
     let script = Script::load(
