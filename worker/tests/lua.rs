@@ -193,11 +193,14 @@ fn finalizers_never_run_as_if_the_script_were_loading() {
            return m:discard(wrong .. ' of ' .. (ran > 10 and 'many' or ran))
          end)",
     );
-    let text = (0..20_000).filter_map(|_| match script.handle(0, mail()).1 {
-        Ok(Action::Discard(text)) => text,
-        other => panic!("{other:?}"),
-    });
-    assert_eq!(text.last().as_deref(), Some("0 of many"));
+    let mut told = None;
+    for _ in 0..20_000 {
+        match script.handle(0, mail()).1 {
+            Ok(Action::Discard(text)) => told = text,
+            other => panic!("{other:?}"),
+        }
+    }
+    assert_eq!(told.as_deref(), Some("0 of many"));
 }
 
 #[test]
