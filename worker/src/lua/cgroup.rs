@@ -1,7 +1,8 @@
 //! `m.cgroup`: the client's control group, its attributes and those above it.
 //!
 //! Contract: an object is a path and the mail it was asked of; the group's directory is closed
-//! when the handler ends, the descriptor of the client's process with the mail. Two objects of the same path are equal.
+//! when the handler ends, the descriptor of the client's process with the mail. Two objects of
+//! the same path are equal.
 //!
 //! # Failure
 //! Asking for the group of a client that has exited raises, and so does what the system
