@@ -17,7 +17,7 @@ use std::ffi::{CString, OsStr};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, LazyLock, OnceLock};
 
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, OpenHow, ResolveFlag, open, openat2};
@@ -69,7 +69,7 @@ enum Directory {
     /// In this directory.
     Open(OwnedFd),
     /// In the directory with this inode number, once it has been opened.
-    Known(Arc<Hierarchy>, u64, OnceLock<OwnedFd>),
+    Known(&'static Hierarchy, u64, OnceLock<OwnedFd>),
     /// Out of our sight: another namespace's, or above what is mounted.
     Hidden,
     /// Nowhere that this process can see.
@@ -159,6 +159,12 @@ pub fn parent(path: &[u8]) -> Option<&[u8]> {
 }
 
 /// All groups, as far as this process sees them.
+pub fn hierarchy() -> &'static Hierarchy {
+    static SEEN: LazyLock<Hierarchy> = LazyLock::new(Hierarchy::default);
+    &SEEN
+}
+
+/// Where groups are, as far as it is known.
 #[derive(Debug, Default)]
 pub struct Hierarchy {
     /// Once it has been found.
@@ -181,11 +187,11 @@ impl Hierarchy {
     ///
     /// # Errors
     /// See [`CgroupError`].
-    pub fn of_client(self: &Arc<Self>, client: &Client) -> Result<Option<Cgroup>, CgroupError> {
+    pub fn of_client(&'static self, client: &Client) -> Result<Option<Cgroup>, CgroupError> {
         let id = client.cgroup();
         if let Some((id, path)) = id.and_then(|id| Some((id, self.known.lock().get(&id)?.clone())))
         {
-            let directory = Directory::Known(Arc::clone(self), id, OnceLock::new());
+            let directory = Directory::Known(self, id, OnceLock::new());
             return Ok(Some(Cgroup { path, directory }));
         }
         client.check()?;
@@ -495,7 +501,7 @@ mod tests {
     #[test]
     fn our_own_group() {
         let (ours, _theirs) = UnixStream::pair().expect("pair");
-        let hierarchy = Arc::new(Hierarchy::default());
+        let hierarchy = hierarchy();
         let file = std::fs::read("/proc/self/cgroup").expect("/proc");
         let client = Client::of(ours.as_fd(), Pid::this(), u64::MAX).expect("it is us");
         let group = hierarchy.of_client(&client).expect("it is us");

@@ -44,6 +44,9 @@ pub struct Mail {
     pub listener: Arc<str>,
 }
 
+/// Bytes to begin with: a few lines.
+const ROOM: usize = 256;
+
 /// Inserted header lines, as they will stand in the message: the last one first.
 #[derive(Debug, Default)]
 pub struct Inserted {
@@ -54,8 +57,10 @@ pub struct Inserted {
 impl Inserted {
     /// Puts a line before the others; it has been checked.
     pub fn insert(&mut self, name: &[u8], value: &[u8]) {
+        if self.count == 0 {
+            self.text.reserve(ROOM);
+        }
         let before = self.text.len();
-        self.text.reserve(name.len() + value.len() + 4);
         for part in [name, b": ", value, b"\r\n"] {
             self.text.extend_from_slice(part);
         }

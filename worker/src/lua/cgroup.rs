@@ -23,7 +23,7 @@ use super::error::Raise;
 use super::function::{self, Class};
 use super::mail::{MailObject, Slot};
 use super::strings::Strings;
-use crate::cgroup::{Cgroup, CgroupError, Hierarchy, parent};
+use crate::cgroup::{Cgroup, CgroupError, hierarchy, parent};
 use crate::identity::Client;
 use crate::mail::Mail;
 
@@ -31,7 +31,6 @@ use crate::mail::Mail;
 #[derive(Clone)]
 struct Handle {
     slot: Arc<Slot>,
-    hierarchy: Arc<Hierarchy>,
     path: Arc<[u8]>,
 }
 
@@ -73,9 +72,9 @@ impl Handle {
         self.slot.with(|_, cgroups| {
             let Some(path) = parent(&self.path) else { return Ok(None) };
             if !cgroups.iter().any(|cgroup| &**cgroup.path() == path) {
-                cgroups.push(self.hierarchy.group(path)?);
+                cgroups.push(hierarchy().group(path)?);
             }
-            Ok(Some(Self { path: path.into(), ..self.clone() }))
+            Ok(Some(Self { slot: Arc::clone(&self.slot), path: path.into() }))
         })
     }
 }
@@ -85,21 +84,14 @@ impl Handle {
 /// # Errors
 /// Lua is out of memory.
 pub fn attribute(class: &mut Class<'_>) -> mlua::Result<()> {
-    let hierarchy = Arc::new(Hierarchy::default());
-    class.getter("cgroup", move |_, this: &MailObject| {
-        let slot = Arc::clone(this.slot());
-        let path = slot.with(|mail, cgroups| client(&hierarchy, mail, cgroups))?;
-        let hierarchy = Arc::clone(&hierarchy);
-        Ok(path.map(|path| CgroupObject(Handle { slot, hierarchy, path })))
+    class.getter("cgroup", |_, this: &MailObject| {
+        let path = this.slot().with(client)?;
+        Ok(path.map(|path| CgroupObject(Handle { slot: Arc::clone(this.slot()), path })))
     })
 }
 
 /// The path of the client's group, which is in the list afterwards.
-fn client(
-    hierarchy: &Arc<Hierarchy>,
-    mail: &mut Mail,
-    cgroups: &mut Vec<Cgroup>,
-) -> Result<Option<Arc<[u8]>>, Raise> {
+fn client(mail: &mut Mail, cgroups: &mut Vec<Cgroup>) -> Result<Option<Arc<[u8]>>, Raise> {
     if cgroups.is_empty() {
         let Peer::Local { pid: Some(pid), .. } = mail.peer else { return Ok(None) };
         let client = match mail.client.take() {
@@ -107,7 +99,7 @@ fn client(
             None => Client::of(mail.socket.as_fd(), Pid::from_raw(pid), mail.accepted)
                 .map_err(CgroupError::from)?,
         };
-        cgroups.extend(hierarchy.of_client(mail.client.insert(client))?);
+        cgroups.extend(hierarchy().of_client(mail.client.insert(client))?);
     }
     Ok(cgroups.first().map(|cgroup| Arc::clone(cgroup.path())))
 }

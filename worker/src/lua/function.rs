@@ -13,8 +13,8 @@
 use std::sync::Arc;
 
 use mlua::{
-    AnyUserData, Either, FromLuaMulti, Function, IntoLua, IntoLuaMulti, LightUserData, Lua,
-    MultiValue, Table, UserDataRef, UserDataRegistry, Value,
+    AnyUserData, BString, Either, FromLuaMulti, Function, IntoLua, IntoLuaMulti, LightUserData,
+    Lua, MultiValue, Table, UserDataRef, UserDataRegistry, Value, Variadic,
 };
 
 use super::arguments::{self, Arguments, Name};
@@ -38,6 +38,7 @@ pub type This<T> = Either<UserDataRef<T>, Value>;
 struct Prelude {
     awaiting: Function,
     class: Function,
+    list: Function,
 }
 
 fn prelude(lua: &Lua) -> mlua::Result<mlua::AppDataRef<'_, Prelude>> {
@@ -240,6 +241,22 @@ impl<'a> Class<'a> {
         self.getters.raw_set(name, get)
     }
 
+    /// Adds a readable attribute that is a new list of strings each time. They pass through Lua's
+    /// stack, so some thousands at most.
+    ///
+    /// # Errors
+    /// Lua is out of memory.
+    pub fn list_getter<T: 'static>(
+        &mut self,
+        name: &'static str,
+        f: impl Fn(&T) -> Result<Variadic<BString>, Raise> + Send + 'static,
+    ) -> mlua::Result<()> {
+        self.readable.push(name);
+        let items = internal(self.lua, move |_, this: UserDataRef<T>| f(&this))?;
+        let list = prelude(self.lua)?.list.clone();
+        self.getters.raw_set(name, list.call::<Function>(items)?)
+    }
+
     /// Makes an attribute writable.
     ///
     /// # Errors
@@ -310,7 +327,11 @@ pub fn install(lua: &Lua, watch: &Arc<Watch>) -> mlua::Result<()> {
         .load(include_str!("prelude.lua"))
         .set_name(format!("={}", error::CHUNK))
         .call((mark(), natives(lua, watch)?))?;
-    lua.set_app_data(Prelude { awaiting: exports.get("awaiting")?, class: exports.get("class")? });
+    lua.set_app_data(Prelude {
+        awaiting: exports.get("awaiting")?,
+        class: exports.get("class")?,
+        list: exports.get("list")?,
+    });
     Ok(())
 }
 

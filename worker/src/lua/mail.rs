@@ -12,7 +12,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use mlua::{BString, Either, Lua, MetaMethod, MultiValue, Table, Value};
+use mlua::{BString, Either, Lua, MetaMethod, MultiValue, Table, Value, Variadic};
 use parking_lot::Mutex;
 use qrelay_shared::ipc::message::{MailId, Peer};
 use qrelay_shared::{address, mail as header};
@@ -92,13 +92,13 @@ impl MailObject {
 /// The mail object that a method was called on.
 pub type This = function::This<MailObject>;
 
-/// Works on the mail behind an object.
+/// The mail object that a method was called on; it may be stale.
 ///
 /// # Errors
-/// The object is no mail, or stale; or as `f` says.
-pub fn with<R>(this: &This, f: impl FnOnce(&mut Mail) -> Result<R, Raise>) -> Result<R, Raise> {
+/// It is no mail.
+pub fn object(this: &This) -> Result<&MailObject, Raise> {
     match this {
-        Either::Left(object) => object.with(f),
+        Either::Left(object) => Ok(object),
         Either::Right(value) => Err(format!(
             "expected a mail object, got {}; call its methods with a colon, as in m:connect(…)",
             convert::describe(value)
@@ -110,9 +110,9 @@ pub fn with<R>(this: &This, f: impl FnOnce(&mut Mail) -> Result<R, Raise>) -> Re
 /// Raises unless the object is a mail, and alive.
 ///
 /// # Errors
-/// As [`with`].
+/// It isn't.
 pub fn alive(this: &This) -> Result<(), Raise> {
-    with(this, |_| Ok(()))
+    object(this)?.with(|_| Ok(()))
 }
 
 impl MailObject {
@@ -152,9 +152,7 @@ fn envelope(class: &mut Class<'_>) -> mlua::Result<()> {
             Ok(())
         })
     })?;
-    class.getter("recipients", |lua, this: &MailObject| {
-        string_list(lua, this.with(|mail| Ok(recipients(mail)))?)
-    })?;
+    class.list_getter("recipients", |this: &MailObject| this.with(|mail| Ok(recipients(mail))))?;
     class.setter("recipients", |_, this: &MailObject, value| {
         let recipients = valid_recipients(&value)?;
         this.with(|mail| {
@@ -176,12 +174,12 @@ fn sender(mail: &Mail) -> &[u8] {
     mail.sender.as_deref().unwrap_or(&mail.buffer[mail.request.sender.clone()])
 }
 
-fn recipients(mail: &Mail) -> Vec<Vec<u8>> {
+fn recipients(mail: &Mail) -> Variadic<BString> {
     match &mail.recipients {
-        Some(list) => list.clone(),
+        Some(list) => list.iter().map(|recipient| BString::from(&**recipient)).collect(),
         None => {
             let ranges = mail.request.recipients.iter();
-            ranges.map(|range| mail.buffer[range.clone()].to_vec()).collect()
+            ranges.map(|range| BString::from(&mail.buffer[range.clone()])).collect()
         }
     }
 }
@@ -274,21 +272,21 @@ fn peer(peer: &Peer) -> String {
 
 fn headers(class: &mut Class<'_>) -> mlua::Result<()> {
     class.method("header", |lua, (this, name): (This, Value)| {
-        alive(&this)?;
+        let mail = object(&this)?;
         let name = header_name("header", &name)?;
-        let value = with(&this, |mail| Ok(header::header_value(message(mail), &name)))?;
+        let value = mail.with(|mail| Ok(header::header_value(message(mail), &name)))?;
         Ok(value.map(|value| lua.create_string(value)).transpose()?)
     })?;
     class.method("headers", |lua, (this, name): (This, Value)| {
-        alive(&this)?;
+        let mail = object(&this)?;
         let name = header_name("headers", &name)?;
-        string_list(lua, with(&this, |mail| Ok(header::headers(message(mail), &name)))?)
+        string_list(lua, mail.with(|mail| Ok(header::headers(message(mail), &name)))?)
     })?;
     class.method("insert_header", |_, (this, name, value): (This, Value, Value)| {
-        alive(&this)?;
+        let mail = object(&this)?;
         let name = header_name("insert_header", &name)?;
         let value = header_value(&name, &value)?;
-        with(&this, |mail| {
+        mail.with(|mail| {
             if mail.inserted.count() >= MAX_INSERTED {
                 return Err(format!("insert_header: at most {MAX_INSERTED} lines per mail").into());
             }
@@ -297,9 +295,9 @@ fn headers(class: &mut Class<'_>) -> mlua::Result<()> {
         })
     })?;
     class.method("remove_header", |_, (this, name): (This, Value)| {
-        alive(&this)?;
+        let mail = object(&this)?;
         let name = header_name("remove_header", &name)?;
-        with(&this, |mail| Ok(remove_header(mail, &name)))
+        mail.with(|mail| Ok(remove_header(mail, &name)))
     })
 }
 

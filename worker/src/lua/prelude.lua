@@ -3,7 +3,7 @@
 -- have this value.
 local WAIT, native = ...
 
-local error, setmetatable, type = error, setmetatable, type
+local error, pairs, setmetatable, type = error, pairs, setmetatable, type
 local create, resume, yield = coroutine.create, coroutine.resume, coroutine.yield
 local isyieldable, status = coroutine.isyieldable, coroutine.status
 local block, message, results = native.block, native.message, native.results
@@ -31,17 +31,23 @@ function prelude.awaiting(f)
   end
 end
 
--- __index and __newindex of a kind of object. Attributes come first: reading one
--- is what a script does most.
+-- A getter of the list of what another one returns.
+function prelude.list(get)
+  return function(self)
+    return {get(self)}
+  end
+end
+
+-- __index and __newindex of a kind of object. Reading attributes is what a script does
+-- most, so a method is one, too: a function that returns it.
 function prelude.class(methods, getters, setters, unknown)
-  setmetatable(methods, {__index = function(_, key) return unknown(key, false) end})
+  for name, method in pairs(methods) do
+    getters[name] = function() return method end
+  end
+  setmetatable(getters, {__index = function(_, key) return unknown(key, false) end})
 
   local function index(self, key)
-    local get = getters[key]
-    if get then
-      return get(self)
-    end
-    return methods[key]
+    return getters[key](self)
   end
 
   local function newindex(self, key, value)
