@@ -1,10 +1,10 @@
 //! The client's control group, in a real one with real attributes.
 
 use std::fs;
-use std::io::{Read, Write};
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use nix::sys::signal::Signal;
@@ -48,6 +48,11 @@ impl Group {
         format!("/{}", relative.display())
     }
 
+    /// Whoever writes 0 into this file is in the group.
+    fn procs(&self) -> String {
+        self.directory.join("cgroup.procs").display().to_string()
+    }
+
     fn set(&self, name: &str, value: &str) {
         let mut command = Command::new("setfattr");
         command.args(["-n", name, "-v", value]).arg(&self.directory);
@@ -57,8 +62,7 @@ impl Group {
     /// A command that runs in this group.
     fn command(&self) -> Command {
         let mut command = Command::new("/bin/sh");
-        let procs = self.directory.join("cgroup.procs");
-        command.args(["-c", "echo $$ >\"$0\" && exec \"$@\""]).arg(procs);
+        command.args(["-c", "echo $$ >\"$0\" && exec \"$@\""]).arg(self.procs());
         command
     }
 
@@ -249,8 +253,7 @@ fn a_group_of_another_namespace_has_a_path_but_no_attributes() {
            return m:discard(c.path)
          end)",
     );
-    let procs = ours.directory.join("cgroup.procs");
-    let script = format!("echo $$ >{} && exec unshare --cgroup \"$@\"", procs.display());
+    let script = format!("echo $$ >{} && exec unshare --cgroup \"$@\"", ours.procs());
     let mut daemon = site.launch().through(&["/bin/sh", "-c", &script, "sh"]).ready();
     assert_eq!(theirs.submit(&daemon.path("in")), format!("/..{}", theirs.path()));
     daemon.stop();
@@ -281,50 +284,170 @@ fn output(mut command: Command) -> String {
     String::from_utf8_lossy(&output.stdout).trim_end().to_owned()
 }
 
-/// In a pid namespace of its own, where nobody else takes numbers, the client's goes to another
-/// process before its mail is read.
+/// A daemon in a pid namespace of its own, where nobody else takes numbers.
+struct Numbers {
+    daemon: Daemon,
+    /// A process in it.
+    supervisor: i32,
+}
+
+impl Numbers {
+    fn start(script: &str) -> Self {
+        let wrapper = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"];
+        let daemon = Site::with(script).launch().through(&wrapper).ready();
+        let supervisor = processes::children_named(daemon.pid(), "qrelay")[0];
+        Self { daemon, supervisor }
+    }
+
+    fn path(&self) -> String {
+        self.daemon.path("in").display().to_string()
+    }
+
+    /// What a client in a group is told.
+    fn submit(&self, group: &Group, sender: &str) -> String {
+        let send = "echo 0 >\"$1\" && exec \"$2\" send --to \"$3\" --sender \"$4\" b@x.example";
+        output(inside(self.supervisor, send, &[&group.procs(), QRELAY, &self.path(), sender]))
+    }
+
+    /// A client in a group that has connected: its socket, its number, and what waits for it.
+    fn connect(&self, group: &Group) -> (UnixStream, String, Child) {
+        let flags = SockFlag::SOCK_CLOEXEC;
+        let client = socket(AddressFamily::Unix, SockType::Stream, flags, None).expect("socket");
+        let connect = "echo 0 >\"$1\" && echo $$ && exec python3 -c '
+import socket, sys, time
+client = socket.socket(fileno=0)
+client.connect(sys.argv[1])
+print(\"connected\", flush=True)
+time.sleep(1000)' \"$2\"";
+        let mut connect = inside(self.supervisor, connect, &[&group.procs(), &self.path()]);
+        connect.stdin(client.try_clone().expect("dup")).stdout(Stdio::piped());
+        let mut process = connect.spawn().expect("nsenter");
+        let mut lines = BufReader::new(process.stdout.take().expect("a pipe")).lines();
+        let pid = lines.next().expect("a number").expect("text");
+        assert_eq!(lines.next().expect("a line").expect("text"), "connected");
+        let client = UnixStream::from(client);
+        client.set_read_timeout(Some(PATIENCE)).expect("timeout");
+        (client, pid, process)
+    }
+
+    /// Ends a client; its number is free then.
+    fn end(&self, pid: &str, mut process: Child) {
+        output(inside(self.supervisor, "kill -9 $1", &[pid]));
+        process.wait().expect("wait");
+    }
+
+    /// The command after the first two of `script`'s arguments, in a group and with a number.
+    fn again(&self, group: &Group, pid: &str, command: &[&str]) -> Child {
+        let script = "echo 0 >\"$1\" && echo $(($2 - 1)) >/proc/sys/kernel/ns_last_pid &&
+            shift 2 && { \"$@\" & } && echo $! && wait $!";
+        let procs = group.procs();
+        let mut arguments = vec![&*procs, pid];
+        arguments.extend(command);
+        let mut again = inside(self.supervisor, script, &arguments);
+        let mut process = again.stdout(Stdio::piped()).spawn().expect("nsenter");
+        let mut seen = String::new();
+        let stdout = process.stdout.as_mut().expect("a pipe");
+        // Byte by byte: what follows is the command's.
+        while !seen.ends_with('\n') {
+            let mut byte = [0];
+            stdout.read_exact(&mut byte).expect("a line");
+            seen.push(byte[0].into());
+        }
+        assert_eq!(seen.trim_end(), pid, "the kernel gave it another number");
+        process
+    }
+}
+
+/// The reply to a mail.
+fn reply(mut client: &UnixStream) -> String {
+    let mut reply = Vec::new();
+    client.read_to_end(&mut reply).expect("reply");
+    let (reply, _) = split(&reply).expect("a netstring");
+    String::from_utf8_lossy(reply).into_owned()
+}
+
+/// The client's number goes to another process before its mail is read.
 #[test]
 fn a_number_that_is_used_again_is_somebody_else() {
     let (ours, theirs) = (Group::new(), Group::new());
     theirs.set("user.site", "somebody else's");
-    let procs = |group: &Group| group.directory.join("cgroup.procs").display().to_string();
-    let wrapper = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"];
-    let daemon = Site::with(ASK).launch().through(&wrapper).ready();
-    let supervisor = processes::children_named(daemon.pid(), "qrelay")[0];
-    let path = daemon.path("in").display().to_string();
+    let numbers = Numbers::start(ASK);
 
     // A client that lives is known, there too.
-    let send = "echo 0 >\"$1\" && exec \"$2\" send --to \"$3\" --sender a@x.example b@x.example";
-    let told = output(inside(supervisor, send, &[&procs(&theirs), QRELAY, &path]));
+    let told = numbers.submit(&theirs, "a@x.example");
     let (_, rest) = told.split_once(' ').expect("words");
     assert_eq!(rest, format!("true {} true somebody else's", theirs.path()));
 
-    // A client connects, hands its socket on, and exits.
-    let flags = SockFlag::SOCK_CLOEXEC;
-    let client = socket(AddressFamily::Unix, SockType::Stream, flags, None).expect("socket");
-    let connect = "echo 0 >\"$1\" && echo $$ &&
-        exec python3 -c 'import socket, sys; socket.socket(fileno=0).connect(sys.argv[1])' \"$2\"";
-    let mut connect = inside(supervisor, connect, &[&procs(&ours), &path]);
-    connect.stdin(client.try_clone().expect("dup"));
-    let pid: i32 = output(connect).parse().expect("a pid");
-
-    // The next process gets its number.
-    let again = "echo 0 >\"$1\" && echo $(($2 - 1)) >/proc/sys/kernel/ns_last_pid &&
-        { sleep 1000 >/dev/null 2>&1 & } && echo $! && cat /proc/$!/cgroup";
-    let seen = output(inside(supervisor, again, &[&procs(&theirs), &pid.to_string()]));
-    assert_eq!(seen.lines().next(), Some(&*pid.to_string()), "the kernel gave it another number");
+    let (mut client, pid, process) = numbers.connect(&ours);
+    numbers.end(&pid, process);
+    let mut other = numbers.again(&theirs, &pid, &["cat", "/proc/self/cgroup"]);
+    let seen = read_all(&mut other);
     assert!(seen.contains(&format!("0::{}", theirs.path())), "{seen}");
+    let mut other = numbers.again(&theirs, &pid, &["sleep", "1000"]);
 
-    let mut client = UnixStream::from(client);
-    client.set_read_timeout(Some(PATIENCE)).expect("timeout");
     client.write_all(&Mail::new("x").request()).expect("request");
-    let mut reply = Vec::new();
-    client.read_to_end(&mut reply).expect("reply");
-    let (reply, _) = split(&reply).expect("a netstring");
-    let reply = String::from_utf8_lossy(reply);
+    let reply = reply(&client);
     assert!(reply.starts_with(&format!("K{pid} false ")), "{reply}");
     assert!(reply.contains("the client has exited") && !reply.contains("else"), "{reply}");
-    drop(daemon);
+    output(inside(numbers.supervisor, "kill -9 $1", &[&pid]));
+    other.wait().expect("wait");
+}
+
+/// A handler that says the client's group, and keeps the mail of one sender under way.
+const KEEP: &str = "
+    settings{workers=1}
+    qmqp_listen('$DIR/in', function(m)
+      local ok, path = pcall(function() return m.cgroup.path end)
+      if m.sender == 'keep@x.example' then
+        print('keeps ' .. path)
+        while io.open('$DIR/go') == nil do sleep(0.01) end
+      end
+      return m:discard(('%s %s %s'):format(m.pid, ok, path))
+    end)";
+
+/// A client whose mail is under way has exited, and the next one has its number.
+#[test]
+fn the_next_one_with_its_number_is_not_it() {
+    let (ours, theirs) = (Group::new(), Group::new());
+    let numbers = Numbers::start(KEEP);
+    let (mut client, pid, process) = numbers.connect(&ours);
+    client.write_all(&Mail::new("x").from("keep@x.example").request()).expect("request");
+    numbers.daemon.wait_for_log(&format!("keeps {}", ours.path()));
+    numbers.end(&pid, process);
+    let (to, sender) = (numbers.path(), "a@x.example");
+    let send = [QRELAY, "send", "--to", &*to, "--sender", sender, "b@x.example"];
+    let mut next = numbers.again(&theirs, &pid, &send);
+    assert_eq!(read_all(&mut next).trim_end(), format!("{pid} true {}", theirs.path()));
+    fs::write(numbers.daemon.path("go"), "").expect("write");
+    assert_eq!(reply(&client), format!("K{pid} true {}", ours.path()));
+}
+
+/// A client has connected and exited, and the next one with its number has a mail under way when
+/// the first one's request comes.
+#[test]
+fn one_that_came_earlier_is_not_it() {
+    let (ours, theirs) = (Group::new(), Group::new());
+    let numbers = Numbers::start(KEEP);
+    let (mut client, pid, process) = numbers.connect(&ours);
+    numbers.end(&pid, process);
+    let (to, sender) = (numbers.path(), "keep@x.example");
+    let send = [QRELAY, "send", "--to", &*to, "--sender", sender, "b@x.example"];
+    let mut next = numbers.again(&theirs, &pid, &send);
+    numbers.daemon.wait_for_log(&format!("keeps {}", theirs.path()));
+    client.write_all(&Mail::new("x").request()).expect("request");
+    let told = reply(&client);
+    assert!(told.starts_with(&format!("K{pid} false ")), "{told}");
+    assert!(told.contains("the client has exited"), "{told}");
+    fs::write(numbers.daemon.path("go"), "").expect("write");
+    assert_eq!(read_all(&mut next).trim_end(), format!("{pid} true {}", theirs.path()));
+}
+
+/// What a process has printed when it has ended.
+fn read_all(process: &mut Child) -> String {
+    let mut text = String::new();
+    process.stdout.take().expect("a pipe").read_to_string(&mut text).expect("text");
+    process.wait().expect("wait");
+    text
 }
 
 /// A daemon that sees no cgroup2 file system: `hide` is a shell script for its mount namespace,

@@ -183,18 +183,21 @@ struct Mount {
 }
 
 impl Hierarchy {
-    /// The group of a client, `None` if it is in none of version 2.
+    /// The group of a client whose check has just said that its group has this id; `None` if it is in
+    /// none of version 2.
     ///
     /// # Errors
     /// See [`CgroupError`].
-    pub fn of_client(&'static self, client: &Client) -> Result<Option<Cgroup>, CgroupError> {
-        let id = client.cgroup();
+    pub fn of_client(
+        &'static self,
+        client: &Client,
+        id: Option<u64>,
+    ) -> Result<Option<Cgroup>, CgroupError> {
         if let Some((id, path)) = id.and_then(|id| Some((id, self.known.lock().get(&id)?.clone())))
         {
             let directory = Directory::Known(self, id, OnceLock::new());
             return Ok(Some(Cgroup { path, directory }));
         }
-        client.check()?;
         let file = read(&format!("/proc/{}/cgroup", client.pid()))?;
         client.check()?;
         let Some(path) = unified_path(&file) else { return Ok(None) };
@@ -504,11 +507,12 @@ mod tests {
         let hierarchy = hierarchy();
         let file = std::fs::read("/proc/self/cgroup").expect("/proc");
         let client = Client::of(ours.as_fd(), Pid::this(), u64::MAX).expect("it is us");
-        let group = hierarchy.of_client(&client).expect("it is us");
+        let id = client.check().expect("it is us");
+        let group = hierarchy.of_client(&client, id).expect("it is us");
         let path = unified_path(&file);
         assert_eq!(group.as_ref().map(|group| &**group.path()), path);
         // Now it may be known.
-        let again = hierarchy.of_client(&client).expect("it is us");
+        let again = hierarchy.of_client(&client, id).expect("it is us");
         assert_eq!(again.as_ref().map(|group| &**group.path()), path);
         let all = |group: &Option<Cgroup>| group.as_ref().map(|group| group.attributes().ok());
         assert_eq!(all(&again), all(&group));

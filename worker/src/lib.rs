@@ -11,6 +11,7 @@ pub mod action;
 pub mod cgroup;
 pub mod check;
 pub mod children;
+pub mod clients;
 pub mod connection;
 pub mod control;
 pub mod deadline;

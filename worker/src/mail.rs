@@ -34,12 +34,13 @@ pub struct Mail {
     pub peer: Peer,
     /// The client's socket, for SO_PEERPIDFD.
     pub socket: Arc<OwnedFd>,
+    /// The supervisor's number of the socket that the client connected to.
+    pub listening: u64,
     /// When the connection was accepted: nanoseconds of CLOCK_BOOTTIME.
     pub accepted: u64,
-    /// The client's process, once it has been asked for. Kept as long as the mail: the kernel has
-    /// one object for all descriptors of a process, and makes it anew (some 3 µs) for a client none
-    /// of whose mails under way has one.
-    pub client: Option<Client>,
+    /// The client's process, once it has been asked for. Kept as long as the mail, for others of
+    /// the same client.
+    pub client: Option<Arc<Client>>,
     /// The listener's address as written in the configuration.
     pub listener: Arc<str>,
 }
@@ -105,6 +106,7 @@ pub(crate) mod test {
             removed: Vec::new(),
             peer: Peer::Local { pid: Some(1), uid: 2, gid: 3 },
             socket: Arc::new(socket.into()),
+            listening: 0,
             accepted: 0,
             client: None,
             listener: "/test".into(),

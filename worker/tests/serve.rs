@@ -121,7 +121,7 @@ impl Harness {
 
     fn job(&mut self, listener: u32) -> Job {
         let peer = Peer::Local { pid: Some(1), uid: 2, gid: 3 };
-        let job = Job { job: self.next, listener, peer, accepted: 0, spoke: u64::MAX };
+        let job = Job { job: self.next, listener, socket: 0, peer, accepted: 0, spoke: u64::MAX };
         self.next += 1;
         job
     }
@@ -594,6 +594,7 @@ fn a_lost_descriptor_is_handed_back() {
     let job = Job {
         job: 42,
         listener: 0,
+        socket: 0,
         peer: Peer::Remote([192, 0, 2, 1].into()),
         accepted: 0,
         spoke: u64::MAX,

@@ -78,10 +78,13 @@ impl Direction for ToJobs {
 /// An accepted connection for a worker; carries the client's socket.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Job {
-    /// For every later message about it.
+    /// For every later message about it. Of two connections at the same socket, the one that the
+    /// kernel had first has the lower number.
     pub job: JobId,
     /// Index into [`Declaration::listeners`] of the worker's generation.
     pub listener: u32,
+    /// The supervisor's number of the listening socket; a listener may have several.
+    pub socket: u64,
     /// The client.
     pub peer: Peer,
     /// When it was accepted: nanoseconds of CLOCK_BOOTTIME, comparable with

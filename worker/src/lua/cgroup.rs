@@ -8,7 +8,6 @@
 //! Asking for the group of a client that has exited raises, and so does what the system
 //! refuses. Names that aren't there are nil. A stale object raises `Stale object`.
 
-use std::os::fd::AsFd as _;
 use std::sync::Arc;
 
 use mlua::{
@@ -24,7 +23,7 @@ use super::function::{self, Class};
 use super::mail::{MailObject, Slot};
 use super::strings::Strings;
 use crate::cgroup::{Cgroup, CgroupError, hierarchy, parent};
-use crate::identity::Client;
+use crate::clients::clients;
 use crate::mail::Mail;
 
 /// A group as a mail's script sees it.
@@ -94,12 +93,9 @@ pub fn attribute(class: &mut Class<'_>) -> mlua::Result<()> {
 fn client(mail: &mut Mail, cgroups: &mut Vec<Cgroup>) -> Result<Option<Arc<[u8]>>, Raise> {
     if cgroups.is_empty() {
         let Peer::Local { pid: Some(pid), .. } = mail.peer else { return Ok(None) };
-        let client = match mail.client.take() {
-            Some(client) => client,
-            None => Client::of(mail.socket.as_fd(), Pid::from_raw(pid), mail.accepted)
-                .map_err(CgroupError::from)?,
-        };
-        cgroups.extend(hierarchy().of_client(mail.client.insert(client))?);
+        let (client, id) = clients().of(mail, Pid::from_raw(pid)).map_err(CgroupError::from)?;
+        let client = mail.client.insert(client);
+        cgroups.extend(hierarchy().of_client(client, id)?);
     }
     Ok(cgroups.first().map(|cgroup| Arc::clone(cgroup.path())))
 }

@@ -166,6 +166,7 @@ pub fn mail_from(peer: Peer, message: &str) -> Mail {
         removed: Vec::new(),
         peer,
         socket: Arc::new(OwnedFd::from(socket)),
+        listening: 0,
         accepted: 0,
         client: None,
         listener: "/a".into(),

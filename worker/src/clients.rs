@@ -1,0 +1,119 @@
+//! The processes of clients with mails under way.
+//!
+//! Contract: all mails of a client that are under way share one descriptor of its process, since
+//! to ask the kernel for one and to close it costs some 3 µs. A process that connected to the same
+//! socket before this client, with the same number, and still has that number, is this client: a
+//! socket yields connections in the order in which they were made, so the other one had the number
+//! when this client connected, and nobody else can have got it since.
+//!
+//! # Failure
+//! [`IdentityError`].
+
+use std::os::fd::AsFd as _;
+use std::sync::{Arc, LazyLock, Weak};
+
+use nix::unistd::Pid;
+use parking_lot::Mutex;
+use qrelay_shared::ipc::message::JobId;
+use rustc_hash::FxHashMap;
+
+use crate::identity::{Client, IdentityError};
+use crate::mail::Mail;
+
+/// As many are remembered until those that are gone are forgotten.
+const MANY: usize = 1024;
+
+/// Those of this process.
+pub fn clients() -> &'static Clients {
+    static UNDER_WAY: LazyLock<Clients> = LazyLock::new(Clients::default);
+    &UNDER_WAY
+}
+
+/// By the listening socket's number and the process'.
+#[derive(Debug, Default)]
+pub struct Clients(Mutex<FxHashMap<(u64, Pid), Known>>);
+
+/// The process behind a connection.
+#[derive(Debug)]
+struct Known {
+    job: JobId,
+    client: Weak<Client>,
+}
+
+impl Clients {
+    /// The process of a mail's client, whose number was `pid` when it connected; and the id of its
+    /// control group as [`Client::check`] tells it. Others find it as long as somebody keeps it.
+    ///
+    /// # Errors
+    /// See [`IdentityError`].
+    pub fn of(&self, mail: &Mail, pid: Pid) -> Result<(Arc<Client>, Option<u64>), IdentityError> {
+        let key = (mail.listening, pid);
+        // One that is gone may have had the number before.
+        if let Some(client) = self.earlier(key, mail.job)
+            && let Ok(group) = client.check()
+        {
+            return Ok((client, group));
+        }
+        let client = Arc::new(Client::of(mail.socket.as_fd(), pid, mail.accepted)?);
+        let group = client.check()?;
+        self.remember(key, mail.job, &client);
+        Ok((client, group))
+    }
+
+    /// The process with this number that connected to this socket no later.
+    fn earlier(&self, key: (u64, Pid), job: JobId) -> Option<Arc<Client>> {
+        let known = self.0.lock();
+        known.get(&key).filter(|known| known.job <= job)?.client.upgrade()
+    }
+
+    /// Of several the earliest is of most use.
+    fn remember(&self, key: (u64, Pid), job: JobId, client: &Arc<Client>) {
+        let mut all = self.0.lock();
+        if all.len() >= MANY {
+            all.retain(|_, known| known.client.strong_count() > 0);
+        }
+        let earlier = |known: &Known| known.job <= job && known.client.strong_count() > 0;
+        if !all.get(&key).is_some_and(earlier) {
+            all.insert(key, Known { job, client: Arc::downgrade(client) });
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::mail::test::mail;
+
+    fn mail_of(job: JobId, listening: u64) -> Mail {
+        Mail { job, listening, ..mail(b"x", b"", &[b"a@b"]) }
+    }
+
+    #[test]
+    fn who_shares_a_process() {
+        let clients = Clients::default();
+        let of = |job, listening| {
+            let found = clients.of(&mail_of(job, listening), Pid::this());
+            found.expect("it is us").0
+        };
+        let first = of(10, 1);
+        let later = of(11, 1);
+        assert!(Arc::ptr_eq(&first, &later));
+        assert!(Arc::ptr_eq(&first, &of(10, 1)), "asked again");
+        assert!(!Arc::ptr_eq(&first, &of(12, 2)), "connected to another socket");
+        let earlier = of(9, 1);
+        assert!(!Arc::ptr_eq(&first, &earlier), "connected earlier");
+        assert!(Arc::ptr_eq(&earlier, &of(11, 1)), "of most use");
+        let other = clients.of(&mail_of(13, 1), Pid::parent());
+        assert_eq!(other.err(), Some(IdentityError::Exited), "not the process that connected");
+    }
+
+    #[test]
+    fn kept_no_longer_than_its_mails() {
+        let clients = Clients::default();
+        for socket in 0..10 * MANY as u64 {
+            clients.of(&mail_of(1, socket), Pid::this()).expect("it is us");
+            assert!(clients.earlier((socket, Pid::this()), 1).is_none());
+            assert!(clients.0.lock().len() <= MANY);
+        }
+    }
+}
