@@ -1,18 +1,17 @@
-//! The shared dictionaries as a service: every thread that uses them has a
-//! channel of its own, asks, and waits for its answer. So a question costs one
-//! wake-up on each side.
+//! The shared dictionaries as a service: a question comes on a channel on which nobody
+//! else asks before it is answered.
 //!
 //! # Failure
 //! A channel on which something can't be understood, or whose owner doesn't read
 //! its answers, is closed.
 
-use std::collections::HashMap;
 use std::os::fd::OwnedFd;
 use std::time::Instant;
 
 use qrelay_shared::dictionary::{FromDictionary, ToDictionary};
 use qrelay_shared::ipc::channel::{Channel, RecvBuffer, RecvError};
 use qrelay_shared::settings::Settings;
+use rustc_hash::FxHashMap;
 
 use crate::daemon::Daemon;
 use crate::event::{LineId, Source, Watcher};
@@ -24,12 +23,12 @@ type Line = Channel<FromDictionary, ToDictionary>;
 #[derive(Debug, Default)]
 pub(crate) struct DictionaryServer {
     dictionaries: Dictionaries,
-    lines: HashMap<LineId, Line>,
+    lines: FxHashMap<LineId, Line>,
     last: LineId,
 }
 
 impl DictionaryServer {
-    /// A thread has opened a channel. One that can't be watched is closed, which its owner sees.
+    /// A worker has opened a channel. One that can't be watched is closed, which its owner sees.
     pub(crate) fn add_line(&mut self, fd: OwnedFd, watcher: &Watcher) {
         self.last += 1;
         let line = Line::from_fd(fd);
@@ -41,7 +40,7 @@ impl DictionaryServer {
     /// Answers what a channel asks; false when it is to be closed.
     fn serve(&mut self, id: LineId, limit: usize, buffer: &mut RecvBuffer) -> bool {
         let Some(line) = self.lines.get(&id) else { return false };
-        // Its owner waits for the answer, so there is no second question yet.
+        // There is no second question before the answer.
         let request = match line.try_recv(buffer) {
             Ok(received) => received.message,
             Err(RecvError::Empty) => return true,

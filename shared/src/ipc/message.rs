@@ -106,7 +106,7 @@ impl Direction for ToReports {
 pub enum Report<'a> {
     /// The worker can take jobs. Sent once.
     Ready,
-    /// A thread wants to use the shared dictionaries; carries the supervisor's end of a
+    /// The worker wants one more way to the shared dictionaries; carries the supervisor's end of a
     /// channel ([`crate::dictionary`]).
     Dictionary,
     /// A child program, leader of its own process group, runs for this job.

@@ -21,7 +21,7 @@ use super::error::Raise;
 use super::function::{self, Call, Class};
 use super::operation::{Operation, Outcome};
 use crate::deadline::Deadline;
-use crate::dictionary::{AskError, Opener, ask};
+use crate::dictionary::{AskError, Asked, Opener, ask};
 
 /// Longest life of a key in seconds: about thirty years.
 const MAX_TTL: f64 = 1e9;
@@ -67,7 +67,7 @@ pub fn register(lua: &Lua, opener: &SharedOpener) -> mlua::Result<()> {
             LuaValue::Nil => DEFAULT_KEYS,
             max => Argument::new("keys", 1, "max").integer(&max, 1, MAX_KEYS as u64)?,
         };
-        ask_about(&this, "keys", Vec::new(), Question::Keys { max: max as u32 })
+        ask_about(&this, "keys", b"", Question::Keys { max: max as u32 })
     })?;
     class.register::<Dictionary>(|_| {})?;
 
@@ -91,14 +91,6 @@ pub fn register(lua: &Lua, opener: &SharedOpener) -> mlua::Result<()> {
 
 type Stored = (LuaValue, LuaValue, LuaValue, LuaValue);
 
-/// One question on its way.
-struct Ask {
-    name: Arc<str>,
-    opener: SharedOpener,
-    key: Vec<u8>,
-    question: Question<'static>,
-}
-
 /// A question about one key.
 fn question(
     this: &LuaValue,
@@ -112,32 +104,30 @@ fn question(
         let length = text.len();
         return Err(argument.invalid(&format!("expected at most {MAX_KEY} bytes, got {length}")));
     }
-    ask_about(this, method, text.to_vec(), question)
+    ask_about(this, method, &text, question)
 }
 
 fn ask_about(
     this: &LuaValue,
     method: &str,
-    key: Vec<u8>,
+    key: &[u8],
     question: Question<'static>,
 ) -> Result<Call<()>, Raise> {
     let dictionary = this
         .as_userdata()
         .and_then(|object| object.borrow::<Dictionary>().ok())
         .ok_or_else(|| Raise::Text(format!("call '{method}' with a colon, as in d:{method}(…)")))?;
-    Ok(Call::Later(Box::new(Ask {
-        name: Arc::clone(&dictionary.name),
-        opener: Arc::clone(&dictionary.opener),
-        key,
-        question,
-    })))
+    let request = Request { dictionary: &dictionary.name, key, operation: question };
+    let asked = ask(&dictionary.opener.read(), &request);
+    Ok(Call::Later(Box::new(Wait(asked))))
 }
 
-impl Operation for Ask {
+/// A question on its way.
+struct Wait(Result<Asked, AskError>);
+
+impl Operation for Wait {
     fn run(self: Box<Self>, deadline: Deadline) -> Outcome {
-        let Self { name, opener, key, question } = *self;
-        let request = Request { dictionary: &name, key: &key, operation: question };
-        match ask(&opener.read(), &request, deadline, outcome) {
+        match self.0.and_then(|asked| asked.answer(deadline, outcome)) {
             Ok(outcome) => outcome,
             Err(AskError::Expired) => Outcome::Expired,
             Err(error) => Outcome::failure(error.to_string()),
