@@ -27,7 +27,7 @@ fn job(job: u64) -> Job {
     Job {
         job,
         listener: 0,
-        socket: 0,
+        listening: 0,
         peer: Peer::Local { pid: Some(1), uid: 2, gid: 3 },
         accepted: 0,
         spoke: 0,

@@ -277,7 +277,7 @@ impl Daemon {
             batch.push(&Job {
                 job,
                 listener,
-                socket: connection.listener,
+                listening: connection.listener,
                 peer: connection.peer,
                 accepted: connection.accepted_boottime,
                 spoke: connection.spoke_boottime,

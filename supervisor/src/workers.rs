@@ -154,8 +154,8 @@ impl Daemon {
                 if matches!(report, Report::Dictionary) {
                     match reports.fds.take() {
                         Some(fd) => self.dictionaries.add_line(fd, &self.watcher),
-                        // We had no descriptor for it: its other end sees it closed, and tries
-                        // again.
+                        // We had no descriptor for it: its other end sees it closed, and the
+                        // script is told.
                         None if reports.descriptor_lost => {}
                         None => return Some(Fault::Malformed("a channel is missing".into())),
                     }

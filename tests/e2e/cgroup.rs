@@ -8,7 +8,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use nix::sys::signal::Signal;
-use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType};
 
 use crate::harness::daemon::QRELAY;
 use crate::harness::mail::split;
@@ -299,27 +299,28 @@ impl Numbers {
         Self { daemon, supervisor }
     }
 
-    fn path(&self) -> String {
-        self.daemon.path("in").display().to_string()
+    fn path(&self, socket: &str) -> String {
+        self.daemon.path(socket).display().to_string()
     }
 
     /// What a client in a group is told.
     fn submit(&self, group: &Group, sender: &str) -> String {
         let send = "echo 0 >\"$1\" && exec \"$2\" send --to \"$3\" --sender \"$4\" b@x.example";
-        output(inside(self.supervisor, send, &[&group.procs(), QRELAY, &self.path(), sender]))
+        output(inside(self.supervisor, send, &[&group.procs(), QRELAY, &self.path("in"), sender]))
     }
 
     /// A client in a group that has connected: its socket, its number, and what waits for it.
-    fn connect(&self, group: &Group) -> (UnixStream, String, Child) {
+    fn connect(&self, group: &Group, socket: &str) -> (UnixStream, String, Child) {
         let flags = SockFlag::SOCK_CLOEXEC;
-        let client = socket(AddressFamily::Unix, SockType::Stream, flags, None).expect("socket");
+        let client = nix::sys::socket::socket(AddressFamily::Unix, SockType::Stream, flags, None)
+            .expect("socket");
         let connect = "echo 0 >\"$1\" && echo $$ && exec python3 -c '
 import socket, sys, time
 client = socket.socket(fileno=0)
 client.connect(sys.argv[1])
 print(\"connected\", flush=True)
 time.sleep(1000)' \"$2\"";
-        let mut connect = inside(self.supervisor, connect, &[&group.procs(), &self.path()]);
+        let mut connect = inside(self.supervisor, connect, &[&group.procs(), &self.path(socket)]);
         connect.stdin(client.try_clone().expect("dup")).stdout(Stdio::piped());
         let mut process = connect.spawn().expect("nsenter");
         let mut lines = BufReader::new(process.stdout.take().expect("a pipe")).lines();
@@ -345,15 +346,7 @@ time.sleep(1000)' \"$2\"";
         arguments.extend(command);
         let mut again = inside(self.supervisor, script, &arguments);
         let mut process = again.stdout(Stdio::piped()).spawn().expect("nsenter");
-        let mut seen = String::new();
-        let stdout = process.stdout.as_mut().expect("a pipe");
-        // Byte by byte: what follows is the command's.
-        while !seen.ends_with('\n') {
-            let mut byte = [0];
-            stdout.read_exact(&mut byte).expect("a line");
-            seen.push(byte[0].into());
-        }
-        assert_eq!(seen.trim_end(), pid, "the kernel gave it another number");
+        assert_eq!(line(&mut process), pid, "the kernel gave it another number");
         process
     }
 }
@@ -378,7 +371,7 @@ fn a_number_that_is_used_again_is_somebody_else() {
     let (_, rest) = told.split_once(' ').expect("words");
     assert_eq!(rest, format!("true {} true somebody else's", theirs.path()));
 
-    let (mut client, pid, process) = numbers.connect(&ours);
+    let (mut client, pid, process) = numbers.connect(&ours, "in");
     numbers.end(&pid, process);
     let mut other = numbers.again(&theirs, &pid, &["cat", "/proc/self/cgroup"]);
     let seen = read_all(&mut other);
@@ -396,25 +389,27 @@ fn a_number_that_is_used_again_is_somebody_else() {
 /// A handler that says the client's group, and keeps the mail of one sender under way.
 const KEEP: &str = "
     settings{workers=1}
-    qmqp_listen('$DIR/in', function(m)
+    local function handler(m)
       local ok, path = pcall(function() return m.cgroup.path end)
       if m.sender == 'keep@x.example' then
         print('keeps ' .. path)
         while io.open('$DIR/go') == nil do sleep(0.01) end
       end
       return m:discard(('%s %s %s'):format(m.pid, ok, path))
-    end)";
+    end
+    qmqp_listen('$DIR/in', handler)
+    qmqp_listen('$DIR/other', handler)";
 
 /// A client whose mail is under way has exited, and the next one has its number.
 #[test]
 fn the_next_one_with_its_number_is_not_it() {
     let (ours, theirs) = (Group::new(), Group::new());
     let numbers = Numbers::start(KEEP);
-    let (mut client, pid, process) = numbers.connect(&ours);
+    let (mut client, pid, process) = numbers.connect(&ours, "in");
     client.write_all(&Mail::new("x").from("keep@x.example").request()).expect("request");
     numbers.daemon.wait_for_log(&format!("keeps {}", ours.path()));
     numbers.end(&pid, process);
-    let (to, sender) = (numbers.path(), "a@x.example");
+    let (to, sender) = (numbers.path("in"), "a@x.example");
     let send = [QRELAY, "send", "--to", &*to, "--sender", sender, "b@x.example"];
     let mut next = numbers.again(&theirs, &pid, &send);
     assert_eq!(read_all(&mut next).trim_end(), format!("{pid} true {}", theirs.path()));
@@ -428,9 +423,9 @@ fn the_next_one_with_its_number_is_not_it() {
 fn one_that_came_earlier_is_not_it() {
     let (ours, theirs) = (Group::new(), Group::new());
     let numbers = Numbers::start(KEEP);
-    let (mut client, pid, process) = numbers.connect(&ours);
+    let (mut client, pid, process) = numbers.connect(&ours, "in");
     numbers.end(&pid, process);
-    let (to, sender) = (numbers.path(), "keep@x.example");
+    let (to, sender) = (numbers.path("in"), "keep@x.example");
     let send = [QRELAY, "send", "--to", &*to, "--sender", sender, "b@x.example"];
     let mut next = numbers.again(&theirs, &pid, &send);
     numbers.daemon.wait_for_log(&format!("keeps {}", theirs.path()));
@@ -440,6 +435,52 @@ fn one_that_came_earlier_is_not_it() {
     assert!(told.contains("the client has exited"), "{told}");
     fs::write(numbers.daemon.path("go"), "").expect("write");
     assert_eq!(read_all(&mut next).trim_end(), format!("{pid} true {}", theirs.path()));
+}
+
+/// A client has connected to another socket and exited; its connection is accepted after that of the
+/// next one with its number, whose mail is under way.
+#[test]
+fn one_at_another_socket_is_not_it() {
+    let (ours, theirs) = (Group::new(), Group::new());
+    let numbers = Numbers::start(KEEP);
+    // The first socket that has something is the first that is looked at.
+    signal(numbers.supervisor, Signal::SIGSTOP);
+    let first = UnixStream::connect(numbers.daemon.path("in")).expect("connect");
+    let (mut client, pid, process) = numbers.connect(&ours, "other");
+    numbers.end(&pid, process);
+    let send = "
+import socket, sys
+client = socket.socket(socket.AF_UNIX)
+client.connect(sys.argv[1])
+print('connected', flush=True)
+client.sendall(sys.argv[2].encode())
+print(client.recv(1000).decode())";
+    let to = numbers.path("in");
+    let request = Mail::new("x").from("keep@x.example").request();
+    let request = String::from_utf8(request).expect("text");
+    let mut next = numbers.again(&theirs, &pid, &["python3", "-c", send, &to, &request]);
+    assert_eq!(line(&mut next), "connected");
+    signal(numbers.supervisor, Signal::SIGCONT);
+    numbers.daemon.wait_for_log(&format!("keeps {}", theirs.path()));
+    client.write_all(&Mail::new("x").request()).expect("request");
+    let told = reply(&client);
+    assert!(told.starts_with(&format!("K{pid} false ")), "{told}");
+    assert!(told.contains("the client has exited"), "{told}");
+    fs::write(numbers.daemon.path("go"), "").expect("write");
+    assert!(read_all(&mut next).contains(&format!("K{pid} true {}", theirs.path())));
+    drop(first);
+}
+
+/// A line that a process prints. What follows is left to others.
+fn line(process: &mut Child) -> String {
+    let stdout = process.stdout.as_mut().expect("a pipe");
+    let mut text = String::new();
+    while !text.ends_with('\n') {
+        let mut byte = [0];
+        stdout.read_exact(&mut byte).expect("a line");
+        text.push(byte[0].into());
+    }
+    text.trim_end().to_owned()
 }
 
 /// What a process has printed when it has ended.

@@ -133,6 +133,30 @@ fn it_works_while_loading() {
     assert_eq!(submit(daemon.path("in"), &Mail::new("x")), "K2 1");
 }
 
+/// Nor do the workers share a way that was opened while the script loaded.
+#[test]
+fn everybody_gets_the_answers_to_his_own_questions() {
+    let script = counter(
+        "workers=4",
+        "for i = 1, 20 do
+           assert(d:set(m.id, m.id .. i))
+           local got = d:get(m.id)
+           if got ~= m.id .. i then return m:reject(tostring(got)) end
+         end
+         return m:discard('all')",
+    );
+    let daemon = Daemon::start(&format!("assert(shared:new('d'):set('loads', 'x'))\n{script}"));
+    daemon.wait_for_workers(4, &[]);
+    let request = Mail::new("x").request();
+    let mut clients: Vec<_> = (0..200).map(|_| Client::connect(daemon.path("in"))).collect();
+    for client in &mut clients {
+        client.send(&request);
+    }
+    for client in &mut clients {
+        assert_eq!(client.outcome().to_string(), "Kall");
+    }
+}
+
 #[test]
 fn add_has_one_winner() {
     let daemon = Daemon::start(&counter(

@@ -20,7 +20,7 @@ use rustc_hash::FxHashMap;
 use crate::identity::{Client, IdentityError};
 use crate::mail::Mail;
 
-/// As many are remembered until those that are gone are forgotten.
+/// As many are remembered before those that are gone are forgotten for the first time.
 const MANY: usize = 1024;
 
 /// Those of this process.
@@ -29,15 +29,32 @@ pub fn clients() -> &'static Clients {
     &UNDER_WAY
 }
 
-/// By the listening socket's number and the process'.
+/// All of them, whatever thread serves them.
 #[derive(Debug, Default)]
-pub struct Clients(Mutex<FxHashMap<(u64, Pid), Known>>);
+pub struct Clients(Mutex<Register>);
+
+/// The listening socket's number, and the process'.
+type Key = (u64, Pid);
+
+/// Whose mails are under way, and some who are gone.
+#[derive(Debug)]
+struct Register {
+    known: FxHashMap<Key, Known>,
+    /// With so many, those that are gone are forgotten.
+    many: usize,
+}
 
 /// The process behind a connection.
 #[derive(Debug)]
 struct Known {
     job: JobId,
     client: Weak<Client>,
+}
+
+impl Default for Register {
+    fn default() -> Self {
+        Self { known: FxHashMap::default(), many: MANY }
+    }
 }
 
 impl Clients {
@@ -48,11 +65,12 @@ impl Clients {
     /// See [`IdentityError`].
     pub fn of(&self, mail: &Mail, pid: Pid) -> Result<(Arc<Client>, Option<u64>), IdentityError> {
         let key = (mail.listening, pid);
-        // One that is gone may have had the number before.
-        if let Some(client) = self.earlier(key, mail.job)
-            && let Ok(group) = client.check()
-        {
-            return Ok((client, group));
+        if let Some(client) = self.earlier(key, mail.job) {
+            match client.check() {
+                Ok(group) => return Ok((client, group)),
+                // It is gone, and may not have been ours. Nobody will find it alive again.
+                Err(_) => self.forget(key, &client),
+            }
         }
         let client = Arc::new(Client::of(mail.socket.as_fd(), pid, mail.accepted)?);
         let group = client.check()?;
@@ -61,20 +79,29 @@ impl Clients {
     }
 
     /// The process with this number that connected to this socket no later.
-    fn earlier(&self, key: (u64, Pid), job: JobId) -> Option<Arc<Client>> {
-        let known = self.0.lock();
-        known.get(&key).filter(|known| known.job <= job)?.client.upgrade()
+    fn earlier(&self, key: Key, job: JobId) -> Option<Arc<Client>> {
+        let register = self.0.lock();
+        register.known.get(&key).filter(|known| known.job <= job)?.client.upgrade()
+    }
+
+    fn forget(&self, key: Key, client: &Arc<Client>) {
+        let mut register = self.0.lock();
+        let is_it = |known: &Known| known.client.as_ptr() == Arc::as_ptr(client);
+        if register.known.get(&key).is_some_and(is_it) {
+            register.known.remove(&key);
+        }
     }
 
     /// Of several the earliest is of most use.
-    fn remember(&self, key: (u64, Pid), job: JobId, client: &Arc<Client>) {
-        let mut all = self.0.lock();
-        if all.len() >= MANY {
-            all.retain(|_, known| known.client.strong_count() > 0);
+    fn remember(&self, key: Key, job: JobId, client: &Arc<Client>) {
+        let mut register = self.0.lock();
+        if register.known.len() >= register.many {
+            register.known.retain(|_, known| known.client.strong_count() > 0);
+            register.many = MANY.max(2 * register.known.len());
         }
         let earlier = |known: &Known| known.job <= job && known.client.strong_count() > 0;
-        if !all.get(&key).is_some_and(earlier) {
-            all.insert(key, Known { job, client: Arc::downgrade(client) });
+        if !register.known.get(&key).is_some_and(earlier) {
+            register.known.insert(key, Known { job, client: Arc::downgrade(client) });
         }
     }
 }
@@ -113,7 +140,7 @@ mod tests {
         for socket in 0..10 * MANY as u64 {
             clients.of(&mail_of(1, socket), Pid::this()).expect("it is us");
             assert!(clients.earlier((socket, Pid::this()), 1).is_none());
-            assert!(clients.0.lock().len() <= MANY);
+            assert!(clients.0.lock().known.len() <= MANY);
         }
     }
 }

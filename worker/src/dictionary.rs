@@ -1,14 +1,17 @@
 //! This process's way to the shared dictionaries, which live in the supervisor.
 //!
-//! Contract: a question goes out at once, on a channel of its own, and whoever has to wait takes
-//! the answer from there: by then it usually has come, and nobody else wakes up. Channels are used again.
-//! What a zygote opened while its script loaded must be closed ([`hang_up`]) before it forks.
+//! Contract: a question has a channel of its own until its answer is there; then the channel is
+//! idle, and serves the next one. [`try_ask`] never waits, so it may be used while Lua is held:
+//! by the time somebody waits for the answer it usually has come. What a zygote opened while its
+//! script loaded must be closed ([`hang_up`]) before it forks: two processes with one channel
+//! would read each other's answers.
 //!
 //! # Failure
 //! [`AskError`]. A channel that failed, or whose answer nobody waited for, is closed.
 
+use std::cell::RefCell;
 use std::os::fd::{AsFd, OwnedFd};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::sys::socket::{setsockopt, sockopt};
@@ -47,19 +50,25 @@ struct Line {
     channel: Channel<ToDictionary, FromDictionary>,
     /// Its receive timeout is [`PATIENCE`], not less.
     patient: bool,
-    small: RecvBuffer,
-    /// For answers with values or keys; made when it is needed.
-    large: Option<RecvBuffer>,
 }
 
-/// Channels that nobody uses just now, to be used again; most of them are closed when many mails
-/// have asked at once.
-static IDLE: Mutex<Vec<Line>> = Mutex::new(Vec::new());
+/// Channels that nobody uses just now, the last used one at the end.
+static IDLE: Mutex<Vec<(Line, Instant)>> = Mutex::new(Vec::new());
 
 /// As many stay open.
 const MAX_IDLE: usize = 64;
 
-/// Closes those that nobody uses.
+/// One that hasn't been needed for so long is closed when another one becomes idle.
+const MAX_IDLE_TIME: Duration = Duration::from_secs(30);
+
+thread_local! {
+    /// For answers without values or keys.
+    static SMALL: RefCell<Option<RecvBuffer>> = const { RefCell::new(None) };
+    /// For the others.
+    static LARGE: RefCell<Option<RecvBuffer>> = const { RefCell::new(None) };
+}
+
+/// Closes the channels that nobody uses.
 pub fn hang_up() {
     IDLE.lock().clear();
 }
@@ -71,22 +80,32 @@ pub struct Asked {
     large: bool,
 }
 
+/// Asks if that can be done at once.
+pub fn try_ask(request: &Request<'_>) -> Option<Asked> {
+    let (line, _) = IDLE.lock().pop()?;
+    line.channel.try_send(request, &[]).ok()?;
+    Some(Asked::new(line, request))
+}
+
 /// Asks.
 ///
 /// # Errors
 /// See [`AskError`].
 pub fn ask(opener: &Opener, request: &Request<'_>) -> Result<Asked, AskError> {
-    let idle = IDLE.lock().pop();
-    let line = match idle {
-        Some(line) => line,
-        None => Line::open(opener)?,
-    };
+    if let Some(asked) = try_ask(request) {
+        return Ok(asked);
+    }
+    let line = Line::open(opener)?;
     line.channel.send(request, &[]).map_err(AskError::because)?;
-    let large = matches!(request.operation, Operation::Get | Operation::Keys { .. });
-    Ok(Asked { line, large })
+    Ok(Asked::new(line, request))
 }
 
 impl Asked {
+    fn new(line: Line, request: &Request<'_>) -> Self {
+        let large = matches!(request.operation, Operation::Get | Operation::Keys { .. });
+        Self { line, large }
+    }
+
     /// Gives the answer to `take` as soon as it is there.
     ///
     /// # Errors
@@ -97,11 +116,18 @@ impl Asked {
         take: impl FnOnce(Answer<'_>) -> R,
     ) -> Result<R, AskError> {
         let Self { mut line, large } = self;
-        let result = line.answer(large, deadline, take)?;
-        let mut idle = IDLE.lock();
-        if idle.len() < MAX_IDLE {
-            idle.push(line);
-        }
+        line.limit(deadline)?;
+        let (buffers, new): (_, fn() -> RecvBuffer) =
+            if large { (&LARGE, RecvBuffer::new) } else { (&SMALL, RecvBuffer::small) };
+        let mut buffer = buffers.take().unwrap_or_else(new);
+        let result = match line.channel.recv(&mut buffer) {
+            Ok(received) => take(received.message),
+            Err(RecvError::Empty) if deadline.expired() => return Err(AskError::Expired),
+            Err(RecvError::Empty) => return Err(AskError::because("no answer")),
+            Err(error) => return Err(AskError::because(error)),
+        };
+        buffers.set(Some(buffer));
+        line.rest();
         Ok(result)
     }
 }
@@ -110,26 +136,18 @@ impl Line {
     fn open(opener: &Opener) -> Result<Self, AskError> {
         let (channel, theirs) = Channel::pair().map_err(AskError::because)?;
         opener(theirs.into()).map_err(AskError::because)?;
-        Ok(Self { channel, patient: false, small: RecvBuffer::small(), large: None })
+        Ok(Self { channel, patient: false })
     }
 
-    fn answer<R>(
-        &mut self,
-        large: bool,
-        deadline: Deadline,
-        take: impl FnOnce(Answer<'_>) -> R,
-    ) -> Result<R, AskError> {
-        self.limit(deadline)?;
-        let buffer = match large {
-            true => self.large.get_or_insert_with(RecvBuffer::new),
-            false => &mut self.small,
-        };
-        match self.channel.recv(buffer) {
-            Ok(received) => Ok(take(received.message)),
-            Err(RecvError::Empty) if deadline.expired() => Err(AskError::Expired),
-            Err(RecvError::Empty) => Err(AskError::because("no answer")),
-            Err(error) => Err(AskError::because(error)),
-        }
+    /// It is idle now.
+    fn rest(self) {
+        let now = Instant::now();
+        let mut idle = IDLE.lock();
+        let disused = idle.first().is_some_and(|(_, since)| now - *since > MAX_IDLE_TIME);
+        let closed = (disused || idle.len() == MAX_IDLE).then(|| idle.remove(0));
+        idle.push((self, now));
+        drop(idle);
+        drop(closed);
     }
 
     /// Receiving ends at the deadline, or when patience does.
@@ -170,6 +188,18 @@ mod tests {
         asked.answer(deadline, |answer| matches!(answer, Answer::Changed(true))).expect("an answer")
     }
 
+    fn expired(asked: Asked) -> bool {
+        let answer = asked.answer(Deadline::after(Duration::from_millis(1)), |_| ());
+        matches!(answer, Err(AskError::Expired))
+    }
+
+    fn closed(line: &Theirs) -> bool {
+        let mut buffer = RecvBuffer::new();
+        while line.try_recv(&mut buffer).is_ok() {}
+        matches!(line.try_recv(&mut buffer), Err(RecvError::Closed))
+    }
+
+    // One test, since all of them would share the idle channels.
     #[test]
     fn one_channel_for_each_question_at_a_time() {
         let opened = Arc::new(Mutex::new(Vec::<Theirs>::new()));
@@ -178,26 +208,32 @@ mod tests {
             keep.lock().push(Theirs::from_fd(fd));
             Ok(())
         });
-        let first = ask(&opener, &question(b"1")).expect("asked");
-        let second = ask(&opener, &question(b"2")).expect("asked");
+        let asks = |key| ask(&opener, &question(key)).expect("asked");
+        assert!(try_ask(&question(b"0")).is_none(), "it would have to open a channel");
+        let (first, second) = (asks(b"1"), asks(b"2"));
         assert_eq!(opened.lock().len(), 2);
         // The answers come in another order.
         assert_eq!(answer(&opened.lock()[1]), b"2");
         assert!(changed(second));
-        let third = ask(&opener, &question(b"3")).expect("asked");
-        assert_eq!(opened.lock().len(), 2, "it was idle");
+        let third = try_ask(&question(b"3")).expect("one is idle");
         assert_eq!(answer(&opened.lock()[1]), b"3");
         assert_eq!(answer(&opened.lock()[0]), b"1");
         assert!(changed(third) && changed(first));
 
-        // One that nobody waits for leaves no answer for the next.
-        drop(ask(&opener, &question(b"4")).expect("asked"));
-        let closed = |line: &Theirs| {
-            let mut buffer = RecvBuffer::new();
-            while line.try_recv(&mut buffer).is_ok() {}
-            matches!(line.try_recv(&mut buffer), Err(RecvError::Closed))
-        };
-        assert_eq!(opened.lock().iter().filter(|line| closed(line)).count(), 1);
+        // Answers that nobody waits for any more aren't taken for those of the next questions.
+        drop(try_ask(&question(b"4")).expect("one is idle"));
+        assert!(expired(asks(b"5")));
+        assert!(opened.lock().iter().all(closed));
+        let next = asks(b"6");
+        assert_eq!(answer(&opened.lock()[2]), b"6");
+        assert!(changed(next));
+
+        // One that the supervisor has closed costs no question.
+        opened.lock().clear();
+        assert!(try_ask(&question(b"7")).is_none());
+        let next = asks(b"8");
+        assert_eq!(answer(&opened.lock()[0]), b"8");
+        assert!(changed(next));
 
         hang_up();
         assert!(opened.lock().iter().all(closed));

@@ -187,7 +187,7 @@ impl<'w> Session<'w> {
             removed: Vec::new(),
             peer: self.job.peer,
             socket: Arc::clone(self.client),
-            listening: self.job.socket,
+            listening: self.job.listening,
             accepted: self.job.accepted,
             client: None,
             listener: Arc::clone(&listener.name),

@@ -143,7 +143,7 @@ impl Worker {
         let (mut client, server) = UnixStream::pair().expect("pair");
         client.write_all(&encode_request(b"A: b\n", b"", ["r@x"])).expect("write");
         let peer = Peer::Local { pid: Some(1), uid: 2, gid: 3 };
-        let job = Job { job, listener: 0, socket: 0, peer, accepted: 0, spoke: u64::MAX };
+        let job = Job { job, listener: 0, listening: 0, peer, accepted: 0, spoke: u64::MAX };
         self.jobs.send(&job, &[server.as_fd()]).expect("send");
         client
     }

@@ -84,7 +84,7 @@ pub struct Job {
     /// Index into [`Declaration::listeners`] of the worker's generation.
     pub listener: u32,
     /// The supervisor's number of the listening socket; a listener may have several.
-    pub socket: u64,
+    pub listening: u64,
     /// The client.
     pub peer: Peer,
     /// When it was accepted: nanoseconds of CLOCK_BOOTTIME, comparable with

@@ -92,27 +92,19 @@ impl MailObject {
 /// The mail object that a method was called on.
 pub type This = function::This<MailObject>;
 
-/// The mail object that a method was called on; it may be stale.
+/// The mail object that a method was called on.
 ///
 /// # Errors
-/// It is no mail.
-pub fn object(this: &This) -> Result<&MailObject, Raise> {
+/// It is no mail, or stale.
+pub fn alive(this: &This) -> Result<&MailObject, Raise> {
     match this {
-        Either::Left(object) => Ok(object),
+        Either::Left(object) => object.with(|_| Ok(&**object)),
         Either::Right(value) => Err(format!(
             "expected a mail object, got {}; call its methods with a colon, as in m:connect(…)",
             convert::describe(value)
         )
         .into()),
     }
-}
-
-/// Raises unless the object is a mail, and alive.
-///
-/// # Errors
-/// It isn't.
-pub fn alive(this: &This) -> Result<(), Raise> {
-    object(this)?.with(|_| Ok(()))
 }
 
 impl MailObject {
@@ -272,18 +264,18 @@ fn peer(peer: &Peer) -> String {
 
 fn headers(class: &mut Class<'_>) -> mlua::Result<()> {
     class.method("header", |lua, (this, name): (This, Value)| {
-        let mail = object(&this)?;
+        let mail = alive(&this)?;
         let name = header_name("header", &name)?;
         let value = mail.with(|mail| Ok(header::header_value(message(mail), &name)))?;
         Ok(value.map(|value| lua.create_string(value)).transpose()?)
     })?;
     class.method("headers", |lua, (this, name): (This, Value)| {
-        let mail = object(&this)?;
+        let mail = alive(&this)?;
         let name = header_name("headers", &name)?;
         string_list(lua, mail.with(|mail| Ok(header::headers(message(mail), &name)))?)
     })?;
     class.method("insert_header", |_, (this, name, value): (This, Value, Value)| {
-        let mail = object(&this)?;
+        let mail = alive(&this)?;
         let name = header_name("insert_header", &name)?;
         let value = header_value(&name, &value)?;
         mail.with(|mail| {
@@ -295,7 +287,7 @@ fn headers(class: &mut Class<'_>) -> mlua::Result<()> {
         })
     })?;
     class.method("remove_header", |_, (this, name): (This, Value)| {
-        let mail = object(&this)?;
+        let mail = alive(&this)?;
         let name = header_name("remove_header", &name)?;
         mail.with(|mail| Ok(remove_header(mail, &name)))
     })

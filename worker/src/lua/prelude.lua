@@ -3,7 +3,8 @@
 -- have this value.
 local WAIT, native = ...
 
-local error, pairs, setmetatable, type = error, pairs, setmetatable, type
+local assert, error, pairs = assert, error, pairs
+local setmetatable, type = setmetatable, type
 local create, resume, yield = coroutine.create, coroutine.resume, coroutine.yield
 local isyieldable, status = coroutine.isyieldable, coroutine.status
 local block, message, results = native.block, native.message, native.results
@@ -42,6 +43,7 @@ end
 -- most, so a method is one, too: a function that returns it.
 function prelude.class(methods, getters, setters, unknown)
   for name, method in pairs(methods) do
+    assert(not getters[name], name)
     getters[name] = function() return method end
   end
   setmetatable(getters, {__index = function(_, key) return unknown(key, false) end})

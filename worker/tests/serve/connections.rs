@@ -210,7 +210,7 @@ fn a_lost_descriptor_is_handed_back() {
     let job = Job {
         job: 42,
         listener: 0,
-        socket: 0,
+        listening: 0,
         peer: Peer::Remote([192, 0, 2, 1].into()),
         accepted: 0,
         spoke: u64::MAX,

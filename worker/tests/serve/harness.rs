@@ -119,7 +119,8 @@ impl Harness {
 
     fn job(&mut self, listener: u32) -> Job {
         let peer = Peer::Local { pid: Some(1), uid: 2, gid: 3 };
-        let job = Job { job: self.next, listener, socket: 0, peer, accepted: 0, spoke: u64::MAX };
+        let job =
+            Job { job: self.next, listener, listening: 0, peer, accepted: 0, spoke: u64::MAX };
         self.next += 1;
         job
     }
