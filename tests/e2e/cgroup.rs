@@ -386,7 +386,7 @@ fn a_number_that_is_used_again_is_somebody_else() {
     other.wait().expect("wait");
 }
 
-/// A handler that says the client's group, and keeps the mail of one sender under way.
+/// A handler that says the client's group and the mail's id, and keeps the mail of one sender under way.
 const KEEP: &str = "
     settings{workers=1}
     local function handler(m)
@@ -395,7 +395,7 @@ const KEEP: &str = "
         print('keeps ' .. path)
         while io.open('$DIR/go') == nil do sleep(0.01) end
       end
-      return m:discard(('%s %s %s'):format(m.pid, ok, path))
+      return m:discard(('%s %s %s #%s'):format(m.pid, ok, path, m.id))
     end
     qmqp_listen('$DIR/in', handler)
     qmqp_listen('$DIR/other', handler)";
@@ -412,9 +412,11 @@ fn the_next_one_with_its_number_is_not_it() {
     let (to, sender) = (numbers.path("in"), "a@x.example");
     let send = [QRELAY, "send", "--to", &*to, "--sender", sender, "b@x.example"];
     let mut next = numbers.again(&theirs, &pid, &send);
-    assert_eq!(read_all(&mut next).trim_end(), format!("{pid} true {}", theirs.path()));
+    let told = read_all(&mut next);
+    assert!(told.starts_with(&format!("{pid} true {} #", theirs.path())), "{told}");
     fs::write(numbers.daemon.path("go"), "").expect("write");
-    assert_eq!(reply(&client), format!("K{pid} true {}", ours.path()));
+    let told = reply(&client);
+    assert!(told.starts_with(&format!("K{pid} true {} #", ours.path())), "{told}");
 }
 
 /// A client has connected and exited, and the next one with its number has a mail under way when
@@ -434,11 +436,13 @@ fn one_that_came_earlier_is_not_it() {
     assert!(told.starts_with(&format!("K{pid} false ")), "{told}");
     assert!(told.contains("the client has exited"), "{told}");
     fs::write(numbers.daemon.path("go"), "").expect("write");
-    assert_eq!(read_all(&mut next).trim_end(), format!("{pid} true {}", theirs.path()));
+    let others = read_all(&mut next);
+    assert!(others.starts_with(&format!("{pid} true {} #", theirs.path())), "{others}");
+    assert!(job(&told) < job(&others), "the order is another one: {told}, {others}");
 }
 
 /// A client has connected to another socket and exited; its connection is accepted after that of the
-/// next one with its number, whose mail is under way.
+/// next one with its number, whose mail is under way. Before Linux 6.5 nobody could tell them apart.
 #[test]
 fn one_at_another_socket_is_not_it() {
     let (ours, theirs) = (Group::new(), Group::new());
@@ -467,8 +471,16 @@ print(client.recv(1000).decode())";
     assert!(told.starts_with(&format!("K{pid} false ")), "{told}");
     assert!(told.contains("the client has exited"), "{told}");
     fs::write(numbers.daemon.path("go"), "").expect("write");
-    assert!(read_all(&mut next).contains(&format!("K{pid} true {}", theirs.path())));
+    let others = read_all(&mut next);
+    assert!(others.contains(&format!("K{pid} true {} #", theirs.path())), "{others}");
+    assert!(job(&told) > job(&others), "the order is another one: {told}, {others}");
     drop(first);
+}
+
+/// The job's number in what a handler of [`KEEP`] says: the end of the mail's id.
+fn job(told: &str) -> u64 {
+    let digits = told.rsplit('-').next().expect("an id").trim_end_matches(['\n', ',']);
+    u64::from_str_radix(digits, 16).expect("a number")
 }
 
 /// A line that a process prints. What follows is left to others.

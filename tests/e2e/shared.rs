@@ -133,7 +133,7 @@ fn it_works_while_loading() {
     assert_eq!(submit(daemon.path("in"), &Mail::new("x")), "K2 1");
 }
 
-/// Nor do the workers share a way that was opened while the script loaded.
+/// No worker uses a way that was opened while the script loaded, which all of them would have.
 #[test]
 fn everybody_gets_the_answers_to_his_own_questions() {
     let script = counter(

@@ -1,7 +1,7 @@
 //! The processes of clients with mails under way.
 //!
-//! Contract: all mails of a client that are under way share one descriptor of its process, since
-//! to ask the kernel for one and to close it costs some 3 µs. A process that connected to the same
+//! Contract: mails of a client that are under way share a descriptor of its process if they came
+//! through one socket, since to ask the kernel for one and to close it costs some 3 µs. A process that connected to the same
 //! socket before this client, with the same number, and still has that number, is this client: a
 //! socket yields connections in the order in which they were made, so the other one had the number
 //! when this client connected, and nobody else can have got it since.
@@ -68,8 +68,9 @@ impl Clients {
         if let Some(client) = self.earlier(key, mail.job) {
             match client.check() {
                 Ok(group) => return Ok((client, group)),
-                // It is gone, and may not have been ours. Nobody will find it alive again.
-                Err(_) => self.forget(key, &client),
+                // It may not have been ours. Nobody will find it alive again.
+                Err(IdentityError::Exited) => self.forget(key, &client),
+                Err(IdentityError::Os(..)) => {}
             }
         }
         let client = Arc::new(Client::of(mail.socket.as_fd(), pid, mail.accepted)?);
@@ -132,6 +133,31 @@ mod tests {
         assert!(Arc::ptr_eq(&earlier, &of(11, 1)), "of most use");
         let other = clients.of(&mail_of(13, 1), Pid::parent());
         assert_eq!(other.err(), Some(IdentityError::Exited), "not the process that connected");
+    }
+
+    #[test]
+    fn one_that_is_gone_makes_room() {
+        let clients = Clients::default();
+        let of = |job| clients.of(&mail_of(job, 1), Pid::this()).expect("it is us").0;
+        // As if it had the number no more.
+        let socket = mail_of(1, 1).socket;
+        let gone = Client::of(socket.as_fd(), Pid::parent(), u64::MAX).expect("a process");
+        let gone = Arc::new(gone);
+        clients.remember((1, Pid::this()), 1, &gone);
+        let next = of(2);
+        assert!(!Arc::ptr_eq(&gone, &next));
+        assert!(Arc::ptr_eq(&next, &of(3)));
+    }
+
+    #[test]
+    fn looks_for_those_that_are_gone_seldom_enough() {
+        let clients = Clients::default();
+        let (one, _) = clients.of(&mail_of(1, 0), Pid::this()).expect("it is us");
+        for socket in 1..=MANY as u64 {
+            clients.remember((socket, Pid::this()), 1, &one);
+        }
+        let register = clients.0.lock();
+        assert_eq!((register.known.len(), register.many), (MANY + 1, 2 * MANY));
     }
 
     #[test]

@@ -52,14 +52,35 @@ struct Line {
     patient: bool,
 }
 
-/// Channels that nobody uses just now, the last used one at the end.
-static IDLE: Mutex<Vec<(Line, Instant)>> = Mutex::new(Vec::new());
+/// Channels that nobody uses just now.
+static IDLE: Mutex<Idle<Line>> = Mutex::new(Idle(Vec::new()));
+
+/// The same, decided apart from them; the last used one is at the end.
+struct Idle<T>(Vec<(T, Instant)>);
 
 /// As many stay open.
 const MAX_IDLE: usize = 64;
 
-/// One that hasn't been needed for so long is closed when another one becomes idle.
+/// Those that haven't been needed for so long are closed when another one becomes idle.
 const MAX_IDLE_TIME: Duration = Duration::from_secs(30);
+
+impl<T> Idle<T> {
+    /// One to be used.
+    fn take(&mut self) -> Option<T> {
+        self.0.pop().map(|(line, _)| line)
+    }
+
+    /// This one is idle now; those that are to be closed.
+    #[must_use]
+    fn rest(&mut self, line: T, now: Instant) -> Vec<(T, Instant)> {
+        let disused = |(_, since): &&(T, Instant)| now.duration_since(*since) > MAX_IDLE_TIME;
+        let disused = self.0.iter().take_while(disused).count();
+        let surplus = (self.0.len() + 1).saturating_sub(MAX_IDLE);
+        let closed = self.0.drain(..disused.max(surplus)).collect();
+        self.0.push((line, now));
+        closed
+    }
+}
 
 thread_local! {
     /// For answers without values or keys.
@@ -70,7 +91,7 @@ thread_local! {
 
 /// Closes the channels that nobody uses.
 pub fn hang_up() {
-    IDLE.lock().clear();
+    IDLE.lock().0.clear();
 }
 
 /// A question that has been asked.
@@ -82,9 +103,14 @@ pub struct Asked {
 
 /// Asks if that can be done at once.
 pub fn try_ask(request: &Request<'_>) -> Option<Asked> {
-    let (line, _) = IDLE.lock().pop()?;
-    line.channel.try_send(request, &[]).ok()?;
-    Some(Asked::new(line, request))
+    let line = IDLE.lock().take()?;
+    match line.channel.try_send(request, &[]) {
+        Ok(()) => return Some(Asked::new(line, request)),
+        Err(SendError::Closed) => {}
+        // That isn't the channel's fault.
+        Err(_) => line.rest(),
+    }
+    None
 }
 
 /// Asks.
@@ -121,14 +147,16 @@ impl Asked {
             if large { (&LARGE, RecvBuffer::new) } else { (&SMALL, RecvBuffer::small) };
         let mut buffer = buffers.take().unwrap_or_else(new);
         let result = match line.channel.recv(&mut buffer) {
-            Ok(received) => take(received.message),
-            Err(RecvError::Empty) if deadline.expired() => return Err(AskError::Expired),
-            Err(RecvError::Empty) => return Err(AskError::because("no answer")),
-            Err(error) => return Err(AskError::because(error)),
+            Ok(received) => Ok(take(received.message)),
+            Err(RecvError::Empty) if deadline.expired() => Err(AskError::Expired),
+            Err(RecvError::Empty) => Err(AskError::because("no answer")),
+            Err(error) => Err(AskError::because(error)),
         };
         buffers.set(Some(buffer));
-        line.rest();
-        Ok(result)
+        if result.is_ok() {
+            line.rest();
+        }
+        result
     }
 }
 
@@ -141,12 +169,7 @@ impl Line {
 
     /// It is idle now.
     fn rest(self) {
-        let now = Instant::now();
-        let mut idle = IDLE.lock();
-        let disused = idle.first().is_some_and(|(_, since)| now - *since > MAX_IDLE_TIME);
-        let closed = (disused || idle.len() == MAX_IDLE).then(|| idle.remove(0));
-        idle.push((self, now));
-        drop(idle);
+        let closed = IDLE.lock().rest(self, Instant::now());
         drop(closed);
     }
 
@@ -197,6 +220,25 @@ mod tests {
         let mut buffer = RecvBuffer::new();
         while line.try_recv(&mut buffer).is_ok() {}
         matches!(line.try_recv(&mut buffer), Err(RecvError::Closed))
+    }
+
+    #[test]
+    fn few_channels_stay_open() {
+        let start = Instant::now();
+        let after = |seconds| start + Duration::from_secs(seconds);
+        let numbers = |closed: Vec<(u32, Instant)>| -> Vec<u32> {
+            closed.into_iter().map(|(line, _)| line).collect()
+        };
+        let mut idle = Idle(Vec::new());
+        for (number, seconds) in [(1, 0), (2, 10), (3, 20)] {
+            assert!(idle.rest(number, after(seconds)).is_empty());
+        }
+        assert_eq!(idle.take(), Some(3), "the last used one");
+        assert_eq!(numbers(idle.rest(3, after(41))), [1, 2]);
+        for number in 4..4 + 63 {
+            assert!(idle.rest(number, after(41)).is_empty());
+        }
+        assert_eq!(numbers(idle.rest(99, after(41))), [3]);
     }
 
     // One test, since all of them would share the idle channels.

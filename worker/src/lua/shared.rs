@@ -156,6 +156,9 @@ struct Ask {
 
 impl Operation for Ask {
     fn run(self: Box<Self>, deadline: Deadline) -> Outcome {
+        if deadline.expired() {
+            return Outcome::Expired;
+        }
         let Self { name, opener, key, question } = *self;
         let request = Request { dictionary: &name, key: &key, operation: question };
         let asked = ask(&opener.read(), &request);
