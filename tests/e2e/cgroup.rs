@@ -337,7 +337,7 @@ time.sleep(1000)' \"$2\"";
         process.wait().expect("wait");
     }
 
-    /// The command after the first two of `script`'s arguments, in a group and with a number.
+    /// A command in a group, as the process with this number.
     fn again(&self, group: &Group, pid: &str, command: &[&str]) -> Child {
         let script = "echo 0 >\"$1\" && echo $(($2 - 1)) >/proc/sys/kernel/ns_last_pid &&
             shift 2 && { \"$@\" & } && echo $! && wait $!";
@@ -348,6 +348,13 @@ time.sleep(1000)' \"$2\"";
         let mut process = again.stdout(Stdio::piped()).spawn().expect("nsenter");
         assert_eq!(line(&mut process), pid, "the kernel gave it another number");
         process
+    }
+
+    /// The same with a client that sends a mail.
+    fn submit_again(&self, group: &Group, pid: &str, sender: &str) -> Child {
+        let to = self.path("in");
+        let send = [QRELAY, "send", "--to", &*to, "--sender", sender, "b@x.example"];
+        self.again(group, pid, &send)
     }
 }
 
@@ -376,17 +383,17 @@ fn a_number_that_is_used_again_is_somebody_else() {
     let mut other = numbers.again(&theirs, &pid, &["cat", "/proc/self/cgroup"]);
     let seen = read_all(&mut other);
     assert!(seen.contains(&format!("0::{}", theirs.path())), "{seen}");
-    let mut other = numbers.again(&theirs, &pid, &["sleep", "1000"]);
+    let other = numbers.again(&theirs, &pid, &["sleep", "1000"]);
 
     client.write_all(&Mail::new("x").request()).expect("request");
     let reply = reply(&client);
     assert!(reply.starts_with(&format!("K{pid} false ")), "{reply}");
     assert!(reply.contains("the client has exited") && !reply.contains("else"), "{reply}");
-    output(inside(numbers.supervisor, "kill -9 $1", &[&pid]));
-    other.wait().expect("wait");
+    numbers.end(&pid, other);
 }
 
-/// A handler that says the client's group and the mail's id, and keeps the mail of one sender under way.
+/// A handler that says the client's group and the mail's id, and keeps the mail of one sender
+/// under way.
 const KEEP: &str = "
     settings{workers=1}
     local function handler(m)
@@ -409,9 +416,7 @@ fn the_next_one_with_its_number_is_not_it() {
     client.write_all(&Mail::new("x").from("keep@x.example").request()).expect("request");
     numbers.daemon.wait_for_log(&format!("keeps {}", ours.path()));
     numbers.end(&pid, process);
-    let (to, sender) = (numbers.path("in"), "a@x.example");
-    let send = [QRELAY, "send", "--to", &*to, "--sender", sender, "b@x.example"];
-    let mut next = numbers.again(&theirs, &pid, &send);
+    let mut next = numbers.submit_again(&theirs, &pid, "a@x.example");
     let told = read_all(&mut next);
     assert!(told.starts_with(&format!("{pid} true {} #", theirs.path())), "{told}");
     fs::write(numbers.daemon.path("go"), "").expect("write");
@@ -427,9 +432,7 @@ fn one_that_came_earlier_is_not_it() {
     let numbers = Numbers::start(KEEP);
     let (mut client, pid, process) = numbers.connect(&ours, "in");
     numbers.end(&pid, process);
-    let (to, sender) = (numbers.path("in"), "keep@x.example");
-    let send = [QRELAY, "send", "--to", &*to, "--sender", sender, "b@x.example"];
-    let mut next = numbers.again(&theirs, &pid, &send);
+    let mut next = numbers.submit_again(&theirs, &pid, "keep@x.example");
     numbers.daemon.wait_for_log(&format!("keeps {}", theirs.path()));
     client.write_all(&Mail::new("x").request()).expect("request");
     let told = reply(&client);
@@ -441,8 +444,9 @@ fn one_that_came_earlier_is_not_it() {
     assert!(job(&told) < job(&others), "the order is another one: {told}, {others}");
 }
 
-/// A client has connected to another socket and exited; its connection is accepted after that of the
-/// next one with its number, whose mail is under way. Before Linux 6.5 nobody could tell them apart.
+/// A client has connected to another socket and exited; its connection is accepted after that of
+/// the next one with its number, whose mail is under way. Before Linux 6.5 nobody could tell them
+/// apart.
 #[test]
 fn one_at_another_socket_is_not_it() {
     let (ours, theirs) = (Group::new(), Group::new());

@@ -1,10 +1,10 @@
 //! The processes of clients with mails under way.
 //!
 //! Contract: mails of a client that are under way share a descriptor of its process if they came
-//! through one socket, since to ask the kernel for one and to close it costs some 3 µs. A process that connected to the same
-//! socket before this client, with the same number, and still has that number, is this client: a
-//! socket yields connections in the order in which they were made, so the other one had the number
-//! when this client connected, and nobody else can have got it since.
+//! through one socket, since to ask the kernel for one and to close it costs some 3 µs. A process
+//! that connected to the same socket before this client, with the same number, and still has that
+//! number, is this client: a socket yields connections in the order in which they were made, so
+//! the other one had the number when this client connected, and nobody else can have got it since.
 //!
 //! # Failure
 //! [`IdentityError`].

@@ -140,6 +140,16 @@ impl Harness {
         pairs.into_iter().map(|(client, _)| client).collect()
     }
 
+    /// Dispatches connections with a request each, one after the other.
+    pub fn submit_several(&mut self, count: usize) -> Vec<UnixStream> {
+        let submit = |_| {
+            let mut client = self.connect();
+            client.write_all(&request()).expect("write");
+            client
+        };
+        (0..count).map(submit).collect()
+    }
+
     /// One whole exchange.
     pub fn submit(&mut self, bytes: &[u8]) -> String {
         let mut client = self.connect();

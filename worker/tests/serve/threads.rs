@@ -1,7 +1,6 @@
 //! Who serves which connection, and when.
 
 use std::io::Write as _;
-use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::sync::{Arc, Barrier};
@@ -90,13 +89,7 @@ fn threads_come_as_needed_and_go() {
         let _ = gate.recv();
         Ok(Action::Discard(None))
     });
-    let clients: Vec<UnixStream> = (0..9)
-        .map(|_| {
-            let mut client = harness.connect();
-            client.write_all(&request()).expect("write");
-            client
-        })
-        .collect();
+    let clients = harness.submit_several(9);
     for _ in 0..8 {
         entries.recv_timeout(Duration::from_secs(10)).expect("eight at once");
     }
@@ -193,13 +186,7 @@ fn what_is_queued_is_served_before_the_end() {
         std::thread::sleep(Duration::from_millis(1));
         Ok(Action::Discard(None))
     });
-    let clients: Vec<UnixStream> = (0..100)
-        .map(|_| {
-            let mut client = harness.connect();
-            client.write_all(&request()).expect("write");
-            client
-        })
-        .collect();
+    let clients = harness.submit_several(100);
     harness.end();
     for mut client in clients {
         assert_eq!(read_reply(&mut client), "10:Kdiscarded,");
