@@ -10,4 +10,5 @@ pub mod pidfd;
 pub mod proc_stat;
 pub mod process;
 pub mod spawn;
+pub mod wait;
 pub mod xattr;

@@ -14,7 +14,7 @@ use qrelay_shared::qmqp::{
     Limits, Progress, Reply, ReplyProgress, Request, encode_request, outgoing, parse, parse_reply,
     progress,
 };
-use qrelay_shared::{address, mail, netstring};
+use qrelay_shared::{address, header, netstring};
 
 const LIMITS: Limits = Limits { max_size: 1000 };
 const ROUNDS: usize = 30_000;
@@ -243,30 +243,30 @@ fn headers() {
     for _ in 0..ROUNDS {
         let input = random.mutated(seeds);
         let mut end = 0;
-        for field in mail::fields(&input) {
+        for field in header::fields(&input) {
             assert!(field.name.start >= end && field.name.end < field.value.start);
-            assert!(mail::valid_header_name(&input[field.name.clone()]));
+            assert!(header::valid_header_name(&input[field.name.clone()]));
             end = field.whole().end;
         }
         assert!(end <= input.len());
         check_removal(&input);
-        let values = mail::headers(&input, b"x-a");
-        assert_eq!(values.len(), mail::field_ranges(&input, b"X-A").len());
-        assert_eq!(values.first(), mail::header_value(&input, b"X-a").as_ref());
+        let values = header::headers(&input, b"x-a");
+        assert_eq!(values.len(), header::field_ranges(&input, b"X-A").len());
+        assert_eq!(values.first(), header::header_value(&input, b"X-a").as_ref());
         assert!(values.iter().all(|value| !value.contains(&b'\n')));
-        assert_eq!(mail::received_count(&input), mail::headers(&input, b"Received").len());
+        assert_eq!(header::received_count(&input), header::headers(&input, b"Received").len());
     }
 }
 
 /// Without its fields, the message has none of that name, and all others as before.
 fn check_removal(message: &[u8]) {
     let mut left = message.to_vec();
-    for range in mail::field_ranges(message, b"X-A").into_iter().rev() {
+    for range in header::field_ranges(message, b"X-A").into_iter().rev() {
         left.drain(range);
     }
-    assert_eq!(mail::header_value(&left, b"X-A"), None, "{}", message.escape_ascii());
+    assert_eq!(header::header_value(&left, b"X-A"), None, "{}", message.escape_ascii());
     let received = b"Received";
-    assert_eq!(mail::headers(&left, received), mail::headers(message, received));
+    assert_eq!(header::headers(&left, received), header::headers(message, received));
 }
 
 #[test]

@@ -26,21 +26,21 @@ use qrelay_shared::qmqp::Reply;
 use qrelay_shared::sys::process::{ended_child, reap};
 use slog::{Level, Logger, debug, error, info, warn};
 
-use crate::connections::Connections;
-use crate::dictionary_server::DictionaryServer;
-use crate::dispatch::{Dispatches, TRY_AGAIN};
+use crate::accept::connections::Connections;
+use crate::accept::listeners::Listeners;
+use crate::accept::throttle::Throttle;
 use crate::event::{Source, Watcher, ZygoteId};
-use crate::generation::{GenerationId, Generations};
-use crate::listeners::Listeners;
-use crate::orphans::Orphans;
-use crate::pond_sender::PondSender;
-use crate::pool::Pool;
-use crate::rollout::{Ending, Generation};
+use crate::generations::reload::{GenerationId, Generations};
+use crate::generations::rollout::{Ending, Generation};
+use crate::generations::zygote::Zygote;
+use crate::services::dictionary_server::DictionaryServer;
+use crate::services::pond::PondSender;
+use crate::services::systemd::Systemd;
 use crate::signals::Signals;
-use crate::systemd::Systemd;
-use crate::throttle::Throttle;
-use crate::workers::Worker;
-use crate::zygote::Zygote;
+use crate::workers::dispatch::{Dispatches, TRY_AGAIN};
+use crate::workers::orphans::Orphans;
+use crate::workers::pool::Pool;
+use crate::workers::processes::Worker;
 
 /// Longest sleep of the loop when nothing is due.
 const IDLE: Duration = Duration::from_secs(60);

@@ -6,25 +6,10 @@
 
 #![forbid(unsafe_code)]
 
-pub mod backoff;
-pub mod cli;
-pub mod client;
-pub mod connections;
+pub mod accept;
 pub mod daemon;
-pub mod dictionary_server;
-mod dispatch;
 pub mod event;
-pub mod fairness;
-pub mod generation;
-pub mod listeners;
-mod maillog;
-pub mod orphans;
-pub mod pond_sender;
-pub mod pool;
-mod rollout;
-pub mod shared_dict;
+pub mod generations;
+pub mod services;
 pub mod signals;
-pub mod systemd;
-pub mod throttle;
-mod workers;
-pub mod zygote;
+pub mod workers;

@@ -98,7 +98,7 @@ fn database(blocks: &[Block]) -> Database {
 }
 
 fn root() -> &'static Path {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
+    Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/.."))
 }
 
 fn pages() -> Vec<PathBuf> {

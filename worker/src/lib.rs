@@ -7,31 +7,11 @@
 
 #![deny(unsafe_code)]
 
-pub mod action;
-pub mod cgroup;
-pub mod check;
-pub mod children;
-pub mod clients;
-pub mod connection;
-pub mod control;
-pub mod deadline;
-pub mod dictionary;
-pub mod identity;
-mod io;
-mod logging;
+pub mod client;
+pub mod delivery;
+pub mod job_channel;
 pub mod lua;
 pub mod mail;
-pub mod memory;
-pub mod peer;
 pub mod process;
-pub mod queue;
-pub mod record;
-pub mod relay;
-pub mod reply;
-pub mod report;
-pub mod request;
-pub mod script;
-pub mod serve;
 pub mod session;
 pub mod threads;
-pub mod zygote;

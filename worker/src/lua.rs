@@ -15,32 +15,6 @@
 //! Lua's own libraries do. No error of Lua crosses [`state`] but as one of the
 //! enums in [`error`].
 
-pub mod action;
-pub mod address;
-pub mod arguments;
-pub mod background;
-pub mod cgroup;
-pub mod compat;
-pub mod config;
-pub mod control_client;
-pub mod convert;
-pub mod error;
-pub mod every;
-pub mod exec;
-pub mod function;
-pub mod json;
-pub mod jwt;
-pub mod log;
-pub mod mail;
-pub mod monitor;
-pub mod operation;
-pub mod output;
-pub mod pg;
-pub mod scope;
-pub mod settings;
-pub mod shared;
-pub mod socket;
-pub mod sodium;
-pub mod state;
-pub mod strings;
-pub mod watch;
+pub mod binding;
+pub mod engine;
+pub mod library;

@@ -1,13 +1,16 @@
 //! One mail on its way through a worker: the request as received and what the
 //! handler changed about it. No Lua, no I/O.
 
+pub mod memory;
+pub mod received;
+
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use qrelay_shared::ipc::message::{MailId, Peer};
 use qrelay_shared::qmqp::Request;
 
-use crate::identity::Client;
+use crate::client::process::Client;
 
 /// A complete, valid request with its context.
 #[derive(Debug)]

@@ -9,26 +9,35 @@
 //! # Failure
 //! Of a session: a reply `Z` or `D`, or none to a client that is gone. Nothing propagates.
 
+pub mod record;
+pub mod reply;
+pub mod request;
+pub mod script;
+
 use std::cell::Cell;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
+use qrelay_shared::deadline::Deadline;
+use qrelay_shared::header::received_count;
 use qrelay_shared::ipc::message::{Job, MailRecord, mail_id};
-use qrelay_shared::mail::received_count;
 use qrelay_shared::qmqp::{Limits, Reply, Request, RequestError, parse};
 
-use crate::action::Action;
-use crate::deadline::Deadline;
-use crate::lua::state::HandlerError;
+use crate::delivery::action::Action;
+use crate::delivery::connect;
+use crate::delivery::exec;
+use crate::delivery::exec_raw;
+use crate::delivery::program::Host;
+use crate::lua::engine::state::HandlerError;
 use crate::mail::{Inserted, Mail};
-use crate::record::{Outcome, age, record};
-use crate::relay::program::Host;
-use crate::relay::{connect, exec, exec_raw};
-use crate::reply::{answer, drop_surplus, linger};
-use crate::request::{Incoming, Terms};
-use crate::script::Handling;
-use crate::serve::{Listener, Worker};
+use crate::session::record::Outcome;
+use crate::session::record::age;
+use crate::session::record::record;
+use crate::session::reply::{answer, drop_surplus, linger};
+use crate::session::request::{Incoming, Terms};
+use crate::session::script::Handling;
+use crate::threads::pool::{Listener, Worker};
 
 /// What may still be unread when the answer is sent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -259,7 +268,7 @@ impl<'w> Session<'w> {
     /// Answers a request that never became a mail.
     fn refuse(&self, reply: &Reply, unread: Unread) {
         self.answer(reply, unread);
-        self.done(Some(crate::record::refusal(reply, self.job.accepted)));
+        self.done(Some(record::refusal(reply, self.job.accepted)));
     }
 
     fn answer(&self, reply: &Reply, unread: Unread) {

@@ -10,8 +10,8 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use qrelay_shared::ipc::channel::SendError;
-use qrelay_worker::action::Action;
-use qrelay_worker::lua::error::HandlerError;
+use qrelay_worker::delivery::action::Action;
+use qrelay_worker::lua::binding::error::HandlerError;
 use support::{Options, Script, config_error, mail};
 
 /// Runs a test in Lua while it loads, and once more as a handler.

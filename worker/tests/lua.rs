@@ -6,8 +6,8 @@ mod support;
 use std::time::{Duration, Instant};
 
 use nix::time::{ClockId, clock_gettime};
-use qrelay_worker::action::Action;
-use qrelay_worker::lua::error::HandlerError;
+use qrelay_worker::delivery::action::Action;
+use qrelay_worker::lua::binding::error::HandlerError;
 use support::{Script, mail, remote_mail};
 
 /// Loads a script of `tests/lua/` and runs all its handlers, whose asserts must hold.

@@ -27,7 +27,7 @@ const LIMIT: Duration = Duration::from_secs(10);
 
 fn main() -> ExitCode {
     match std::env::var(ROLE).as_deref() {
-        Ok("zygote") => return qrelay_worker::zygote::main(slog::Level::Critical).into(),
+        Ok("zygote") => return qrelay_worker::process::zygote::main(slog::Level::Critical).into(),
         Ok("supervisor") => doomed_supervisor(),
         _ => tests(),
     }

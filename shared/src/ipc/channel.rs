@@ -19,7 +19,7 @@ use nix::sys::socket::{
 };
 use serde::Serialize;
 
-use super::message::Direction;
+use crate::ipc::message::Direction;
 use crate::sys::fdpass;
 
 /// Most descriptors that one datagram carries, hence most jobs: beyond some 8 the cost of the

@@ -9,8 +9,8 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{MAX_REPLY, MAX_REPLY_TEXT};
 use crate::netstring::{append_digit, header};
+use crate::qmqp::{MAX_REPLY, MAX_REPLY_TEXT};
 
 /// What became of a mail.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]

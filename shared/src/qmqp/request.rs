@@ -14,9 +14,9 @@ use std::ops::Range;
 use smallvec::SmallVec;
 use thiserror::Error;
 
-use super::{ENVELOPE_ALLOWANCE, MAX_RECIPIENTS};
 use crate::address;
 use crate::netstring::{Head, NetstringError, parse_head};
+use crate::qmqp::{ENVELOPE_ALLOWANCE, MAX_RECIPIENTS};
 
 /// What a listener accepts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

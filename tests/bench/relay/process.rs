@@ -253,7 +253,7 @@ pub fn generate(plan: &load::Plan<'_>) -> Result<Outcome, BenchError> {
 
 /// Compiles the bare relay in C into `dir`; None if there is no source or no gcc.
 pub fn compile_floor(dir: &Path) -> Result<Option<PathBuf>, BenchError> {
-    let beside = Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared/bench/floor.c");
+    let beside = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../shared/bench/floor.c");
     let source_file = env::var_os("QRELAY_FLOOR_C").map_or(beside, PathBuf::from);
     if !source_file.exists() {
         return Ok(None);

@@ -5,19 +5,19 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use qrelay_shared::mail;
+use qrelay_shared::header;
 
 fuzz_target!(|input: &[u8]| {
     let mut end = 0;
-    for field in mail::fields(input) {
+    for field in header::fields(input) {
         assert!(field.name.start >= end && field.name.end < field.value.start);
         end = field.whole().end;
     }
     assert!(end <= input.len());
-    assert!(mail::received_count(input) >= mail::headers(input, b"Received").len());
+    assert!(header::received_count(input) >= header::headers(input, b"Received").len());
     let mut left = input.to_vec();
-    for range in mail::field_ranges(input, b"A").into_iter().rev() {
+    for range in header::field_ranges(input, b"A").into_iter().rev() {
         left.drain(range);
     }
-    assert_eq!(mail::header_value(&left, b"a"), None);
+    assert_eq!(header::header_value(&left, b"a"), None);
 });

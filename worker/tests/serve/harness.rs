@@ -10,17 +10,17 @@ use std::time::Duration;
 
 use nix::sys::socket::{setsockopt, sockopt};
 use nix::sys::time::{TimeVal, TimeValLike};
+use qrelay_shared::deadline::Deadline;
 use qrelay_shared::ipc::channel::{Batch, Channel, RecvBuffer};
 use qrelay_shared::ipc::message::{Job, MailRecord, Peer, Report, ToJobs, ToReports};
 use qrelay_shared::qmqp::{Status, encode_request};
 use qrelay_shared::settings::{Declaration, ListenAddress, ListenerDecl, Settings};
-use qrelay_worker::action::Action;
-use qrelay_worker::deadline::Deadline;
-use qrelay_worker::lua::state::HandlerError;
+use qrelay_worker::delivery::action::Action;
+use qrelay_worker::job_channel::Reports;
+use qrelay_worker::lua::engine::state::HandlerError;
 use qrelay_worker::mail::Mail;
-use qrelay_worker::report::Reports;
-use qrelay_worker::script::{Handling, Script};
-use qrelay_worker::serve::Worker;
+use qrelay_worker::session::script::{Handling, Script};
+use qrelay_worker::threads::pool::Worker;
 
 pub type Decision = Result<Action, HandlerError>;
 type Handler = dyn Fn(&mut Mail) -> Decision + Send + Sync;

@@ -6,14 +6,14 @@ use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::sync::{Arc, Barrier};
 use std::time::{Duration, Instant};
 
+use qrelay_shared::deadline::Deadline;
 use qrelay_shared::ipc::channel::RecvBuffer;
 use qrelay_shared::ipc::message::Report;
 use qrelay_shared::settings::Settings;
-use qrelay_worker::action::Action;
-use qrelay_worker::deadline::Deadline;
+use qrelay_worker::delivery::action::Action;
 use qrelay_worker::mail::Mail;
-use qrelay_worker::script::{Handling, Script};
-use qrelay_worker::serve::Worker;
+use qrelay_worker::session::script::{Handling, Script};
+use qrelay_worker::threads::pool::Worker;
 
 use crate::harness::{Harness, discard, read_reply, request};
 

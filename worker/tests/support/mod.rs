@@ -8,15 +8,15 @@ use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use qrelay_shared::deadline::Deadline;
 use qrelay_shared::ipc::channel::SendError;
 use qrelay_shared::ipc::message::{Peer, mail_id};
 use qrelay_shared::qmqp;
 use qrelay_shared::settings::Declaration;
-use qrelay_worker::deadline::Deadline;
-use qrelay_worker::lua::error::ConfigError;
-use qrelay_worker::lua::state::{LoadOptions, State};
+use qrelay_worker::lua::binding::error::ConfigError;
+use qrelay_worker::lua::engine::state::{LoadOptions, State};
 use qrelay_worker::mail::{Inserted, Mail};
-use qrelay_worker::script::Decision;
+use qrelay_worker::session::script::Decision;
 use slog::{Drain, KV as _, Logger, OwnedKVList, Record, Serializer};
 
 /// The working directory belongs to the process: one script loads at a time.

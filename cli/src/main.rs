@@ -1,0 +1,47 @@
+//! The `qrelay` command: one binary for the supervisor, its zygotes and the
+//! tools around them. What each command does is in the crates; this only chooses.
+
+#![forbid(unsafe_code)]
+
+use std::process::ExitCode;
+
+use qrelay_shared::exit::Exit;
+use qrelay_supervisor::daemon;
+use qrelay_supervisor::services::dictionary_server;
+
+mod cli;
+mod client;
+
+use crate::cli::Command;
+use crate::client::{send, sink};
+
+fn main() -> ExitCode {
+    let exit = match cli::parse() {
+        Err(exit) => exit,
+        Ok(Command::Run(options)) => daemon::run(options),
+        Ok(Command::Zygote(level)) => qrelay_worker::process::zygote::main(level),
+        Ok(Command::Check(config, level)) => check(&config, level),
+        Ok(Command::Send(options)) => send::run(&options),
+        Ok(Command::Sink(options)) => sink::run(&options),
+    };
+    exit.into()
+}
+
+fn check(config: &std::path::Path, level: slog::Level) -> Exit {
+    let logger = qrelay_shared::log::init(level, "qrelay");
+    // No supervisor here, so no process to ask: a thread answers.
+    let dictionaries = Box::new(|line| {
+        std::thread::spawn(move || dictionary_server::serve_alone(line));
+        Ok(())
+    });
+    match qrelay_worker::process::check::check(config, logger, dictionaries) {
+        Ok(text) => {
+            print!("{text}");
+            Exit::Success
+        }
+        Err(error) => {
+            eprintln!("qrelay: {error}");
+            Exit::Config
+        }
+    }
+}

@@ -1,0 +1,582 @@
+//! The workers and which of them gets the next job. Pure: events and the time
+//! go in, [`Command`]s come out; `daemon` carries them out.
+//!
+//! Invariants: a worker never holds more jobs than its credit (but for
+//! [`Pool::overflow`]), a job belongs to one worker until it is done or the
+//! worker is dead, and every group of a generation that isn't retiring has its
+//! full number of workers, or a time at which the next one is tried.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use qrelay_shared::ipc::message::{JobId, WorkerId};
+use qrelay_shared::settings::Settings;
+use rustc_hash::FxHashMap;
+
+use crate::accept::fairness::{Client, Fairness};
+use crate::generations::reload::GenerationId;
+use crate::workers::backoff::Backoff;
+
+/// Time between two pings of a worker (architecture: "Too long").
+pub const PING_INTERVAL: Duration = Duration::from_millis(250);
+/// A worker whose Lua has been held for longer gets no new jobs.
+const HELD_TOO_LONG: Duration = Duration::from_millis(250);
+/// A forked worker that isn't ready by then never will be.
+const START_TIMEOUT: Duration = Duration::from_secs(10);
+/// From SIGABRT to SIGKILL, time for a core dump.
+const ABORT_GRACE: Duration = Duration::from_secs(2);
+
+/// What is to be done to a worker.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Command {
+    /// Have the generation's zygote fork this worker.
+    Spawn(GenerationId, WorkerId),
+    /// Shut its job socket: it finishes what it has and ends.
+    Shut(WorkerId),
+    /// Ask how it is.
+    Ping(WorkerId, u64),
+    /// It hangs: SIGABRT.
+    Abort(WorkerId),
+    /// SIGKILL.
+    Kill(WorkerId),
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum State {
+    /// The zygote has been asked.
+    Starting { until: Instant },
+    /// Takes jobs.
+    Ready,
+    /// Finishes its jobs; killed at the deadline.
+    Retiring { deadline: Instant },
+    /// Has been signalled; killed (again) then.
+    Dying { kill_at: Instant },
+}
+
+#[derive(Debug)]
+struct Worker {
+    generation: GenerationId,
+    state: State,
+    /// It has been able to take jobs, whatever became of it since.
+    ready: bool,
+    jobs: usize,
+    mails: u64,
+    held: Duration,
+    exhausted: bool,
+    unanswered: u32,
+    /// Until when an action's own time limit may run.
+    explicit_until: Option<Instant>,
+}
+
+impl Worker {
+    fn active(&self) -> bool {
+        matches!(self.state, State::Starting { .. } | State::Ready)
+    }
+
+    fn takes_jobs(&self, credit: usize) -> bool {
+        self.state == State::Ready
+            && self.jobs < credit
+            && self.held <= HELD_TOO_LONG
+            && self.unanswered < 3
+    }
+}
+
+/// The workers of one generation.
+#[derive(Debug)]
+struct Group {
+    target: usize,
+    credit: usize,
+    share: f64,
+    max_mails: u64,
+    drain_timeout: Duration,
+    hang_timeout: Duration,
+    backoff: Backoff,
+    /// When the missing workers are tried again.
+    respawn: Vec<Instant>,
+    /// A worker that is replaced as soon as another one is ready.
+    recycling: Option<WorkerId>,
+    retiring: bool,
+}
+
+/// Why a worker must be ended, for the log.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Hang {
+    /// Lua has been held for this long.
+    Held(Duration),
+    /// So many pings went unanswered.
+    Silent(u32),
+    /// It never became ready.
+    NotReady,
+    /// The drain time is over.
+    DrainOver,
+}
+
+/// What a death means for the pool.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Death {
+    /// Its generation.
+    pub generation: GenerationId,
+    /// The jobs that nobody will finish.
+    pub jobs: Vec<JobId>,
+    /// It had not been asked to end.
+    pub unexpected: bool,
+    /// It had been ready.
+    pub was_ready: bool,
+}
+
+/// All workers of all generations.
+#[derive(Debug, Default)]
+pub struct Pool {
+    workers: BTreeMap<WorkerId, Worker>,
+    groups: BTreeMap<GenerationId, Group>,
+    jobs: FxHashMap<JobId, (Client, WorkerId)>,
+    fairness: Fairness,
+    current: Option<GenerationId>,
+    last_worker: WorkerId,
+    next_ping: Option<Instant>,
+    sequence: u64,
+}
+
+impl Pool {
+    /// Starts the workers of a generation. It gets no jobs before [`Self::switch`].
+    pub fn start(
+        &mut self,
+        generation: GenerationId,
+        settings: &Settings,
+        now: Instant,
+    ) -> Vec<Command> {
+        let group = Group {
+            target: settings.workers as usize,
+            credit: settings.worker_connections as usize,
+            share: settings.client_share,
+            max_mails: settings.worker_max_mails,
+            drain_timeout: settings.drain_timeout,
+            hang_timeout: settings.hang_timeout,
+            backoff: Backoff::default(),
+            respawn: Vec::new(),
+            recycling: None,
+            retiring: false,
+        };
+        let target = group.target;
+        self.groups.insert(generation, group);
+        (0..target).map(|_| self.spawn(generation, now)).collect()
+    }
+
+    fn spawn(&mut self, generation: GenerationId, now: Instant) -> Command {
+        self.last_worker += 1;
+        self.workers.insert(
+            self.last_worker,
+            Worker {
+                generation,
+                state: State::Starting { until: now + START_TIMEOUT },
+                ready: false,
+                jobs: 0,
+                mails: 0,
+                held: Duration::ZERO,
+                exhausted: false,
+                unanswered: 0,
+                explicit_until: None,
+            },
+        );
+        Command::Spawn(generation, self.last_worker)
+    }
+
+    /// The worker takes jobs from now on.
+    pub fn ready(&mut self, worker: WorkerId, now: Instant) -> Vec<Command> {
+        let Some(entry) = self.workers.get_mut(&worker) else { return Vec::new() };
+        if !matches!(entry.state, State::Starting { .. }) {
+            return Vec::new();
+        }
+        entry.state = State::Ready;
+        entry.ready = true;
+        let generation = entry.generation;
+        self.next_ping.get_or_insert(now + PING_INTERVAL);
+        let recycled = self.groups.get_mut(&generation).and_then(|group| group.recycling.take());
+        recycled.map_or_else(Vec::new, |old| self.retire_worker(old, now))
+    }
+
+    /// New jobs go to this generation.
+    pub fn switch(&mut self, generation: GenerationId) {
+        self.current = Some(generation);
+    }
+
+    /// The generation's workers finish what they have, and end.
+    pub fn retire(&mut self, generation: GenerationId, now: Instant) -> Vec<Command> {
+        let Some(group) = self.groups.get_mut(&generation) else { return Vec::new() };
+        group.retiring = true;
+        group.respawn.clear();
+        if self.current == Some(generation) {
+            self.current = None;
+        }
+        let workers: Vec<_> = self
+            .workers
+            .iter()
+            .filter(|(_, worker)| worker.generation == generation && worker.active())
+            .map(|(&id, _)| id)
+            .collect();
+        workers.into_iter().flat_map(|worker| self.retire_worker(worker, now)).collect()
+    }
+
+    fn retire_worker(&mut self, id: WorkerId, now: Instant) -> Vec<Command> {
+        let Some(worker) = self.workers.get_mut(&id).filter(|worker| worker.active()) else {
+            return Vec::new();
+        };
+        let drain = self.groups.get(&worker.generation).map_or(Duration::ZERO, |g| g.drain_timeout);
+        let deadline = worker.explicit_until.map_or(now + drain, |until| until.max(now + drain));
+        worker.state = State::Retiring { deadline };
+        vec![Command::Shut(id)]
+    }
+
+    /// The generation's last worker is gone.
+    pub fn is_empty(&self, generation: GenerationId) -> bool {
+        !self.workers.values().any(|worker| worker.generation == generation)
+    }
+
+    /// Forgets a generation without workers.
+    pub fn remove(&mut self, generation: GenerationId) {
+        self.groups.remove(&generation);
+    }
+
+    /// A connection is ready to be served.
+    pub fn wait(&mut self, client: Client, job: JobId) {
+        self.fairness.wait(client, job);
+    }
+
+    /// A connection that waits has been given up.
+    pub fn forget(&mut self, client: Client, job: JobId) {
+        self.fairness.forget(client, job);
+    }
+
+    /// Connections that wait for a credit.
+    pub fn waiting(&self) -> usize {
+        self.fairness.waiting()
+    }
+
+    /// Jobs that some worker has.
+    pub fn in_flight(&self) -> usize {
+        self.jobs.len()
+    }
+
+    /// Jobs that a worker has.
+    pub fn jobs_of(&self, worker: WorkerId) -> usize {
+        self.workers.get(&worker).map_or(0, |worker| worker.jobs)
+    }
+
+    /// The next job to dispatch and the worker to send it to.
+    pub fn next_dispatch(&mut self) -> Option<(JobId, WorkerId)> {
+        if self.fairness.waiting() == 0 {
+            return None;
+        }
+        let generation = self.current?;
+        let group = self.groups.get(&generation)?;
+        let mut credits = 0;
+        let mut best: Option<(usize, WorkerId)> = None;
+        for (&id, worker) in self.workers.iter().filter(|(_, w)| w.generation == generation) {
+            if worker.state == State::Ready {
+                credits += group.credit;
+            }
+            if worker.takes_jobs(group.credit) && best.is_none_or(|(jobs, _)| worker.jobs < jobs) {
+                best = Some((worker.jobs, id));
+            }
+        }
+        let (_, worker) = best?;
+        let cap = (credits as f64 * group.share) as usize;
+        let (client, job) = self.fairness.next(cap)?;
+        self.assign(job, client, worker);
+        Some((job, worker))
+    }
+
+    /// The worker of a retired listener's generation that gets a last job, whatever its credit.
+    pub fn overflow(
+        &mut self,
+        generation: GenerationId,
+        client: Client,
+        job: JobId,
+    ) -> Option<WorkerId> {
+        let worker = self
+            .workers
+            .iter()
+            .filter(|(_, w)| w.generation == generation && w.state == State::Ready)
+            .min_by_key(|(_, w)| w.jobs)
+            .map(|(&id, _)| id)?;
+        self.fairness.started(client);
+        self.assign(job, client, worker);
+        Some(worker)
+    }
+
+    fn assign(&mut self, job: JobId, client: Client, worker: WorkerId) {
+        self.jobs.insert(job, (client, worker));
+        if let Some(worker) = self.workers.get_mut(&worker) {
+            worker.jobs += 1;
+            worker.mails += 1;
+        }
+    }
+
+    /// The job is given up without having been handed over.
+    pub fn abort(&mut self, job: JobId) {
+        self.take_back(job);
+    }
+
+    /// The job could not be handed over: it waits again, before its client's others.
+    pub fn bounced(&mut self, job: JobId) {
+        if let Some(client) = self.take_back(job) {
+            self.fairness.wait_first(client, job);
+        }
+    }
+
+    /// The worker never had it.
+    fn take_back(&mut self, job: JobId) -> Option<Client> {
+        if let Some(worker) = self.jobs.get(&job).and_then(|(_, id)| self.workers.get_mut(id)) {
+            worker.mails = worker.mails.saturating_sub(1);
+        }
+        self.unassign(job)
+    }
+
+    /// Whether this worker has this job.
+    pub fn has(&self, job: JobId, worker: WorkerId) -> bool {
+        self.jobs.get(&job).is_some_and(|&(_, owner)| owner == worker)
+    }
+
+    /// The job is over. False if this worker doesn't have it.
+    pub fn done(&mut self, job: JobId, worker: WorkerId) -> bool {
+        if !self.has(job, worker) {
+            return false;
+        }
+        self.unassign(job);
+        if let Some(worker) = self.workers.get_mut(&worker) {
+            worker.held = Duration::ZERO;
+            if let Some(group) = self.groups.get_mut(&worker.generation) {
+                group.backoff.succeeded();
+            }
+        }
+        true
+    }
+
+    fn unassign(&mut self, job: JobId) -> Option<Client> {
+        let (client, worker) = self.jobs.remove(&job)?;
+        self.fairness.finished(client);
+        if let Some(worker) = self.workers.get_mut(&worker) {
+            worker.jobs = worker.jobs.saturating_sub(1);
+        }
+        Some(client)
+    }
+
+    /// An action of this worker runs on its own time limit, which a drain waits for.
+    pub fn explicit_timeout(&mut self, worker: WorkerId, until: Instant) {
+        let Some(worker) = self.workers.get_mut(&worker) else { return };
+        worker.explicit_until = worker.explicit_until.max(Some(until));
+        if let State::Retiring { deadline } = &mut worker.state {
+            *deadline = until.max(*deadline);
+        }
+    }
+
+    /// Until when the longest of the actions' own time limits runs.
+    pub fn latest_explicit(&self) -> Option<Instant> {
+        self.workers.values().filter_map(|worker| worker.explicit_until).max()
+    }
+
+    /// A worker has answered a ping.
+    pub fn pong(
+        &mut self,
+        worker: WorkerId,
+        held: Duration,
+        exhausted: bool,
+        now: Instant,
+    ) -> Option<Hang> {
+        let entry = self.workers.get_mut(&worker)?;
+        entry.unanswered = 0;
+        entry.held = held;
+        entry.exhausted |= exhausted;
+        let limit = self.groups.get(&entry.generation)?.hang_timeout;
+        if held > limit && !matches!(entry.state, State::Dying { .. }) {
+            entry.state = State::Dying { kill_at: now + ABORT_GRACE };
+            return Some(Hang::Held(held));
+        }
+        None
+    }
+
+    /// The worker has closed its channels or broken the protocol: it is about to be killed.
+    pub fn condemn(&mut self, worker: WorkerId, now: Instant) {
+        if let Some(worker) = self.workers.get_mut(&worker) {
+            worker.state = State::Dying { kill_at: now };
+        }
+    }
+
+    /// The worker is dead, or could not be forked. Its jobs are over.
+    pub fn died(&mut self, id: WorkerId, asked: bool, now: Instant) -> Option<Death> {
+        let worker = self.workers.remove(&id)?;
+        let jobs: Vec<JobId> =
+            self.jobs.iter().filter(|(_, (_, owner))| *owner == id).map(|(&job, _)| job).collect();
+        for &job in &jobs {
+            self.unassign(job);
+        }
+        let was_ready = worker.ready;
+        let unexpected = !asked && !matches!(worker.state, State::Retiring { .. });
+        if let Some(group) = self.groups.get_mut(&worker.generation) {
+            if group.recycling == Some(id) {
+                group.recycling = None;
+            }
+            let active = self
+                .workers
+                .values()
+                .filter(|other| other.generation == worker.generation && other.active())
+                .count();
+            let needed = group.target + usize::from(group.recycling.is_some());
+            if !group.retiring && active + group.respawn.len() < needed {
+                let wait = match worker.mails > 0 {
+                    true => Duration::ZERO,
+                    false => group.backoff.failed(),
+                };
+                group.respawn.push(now + wait);
+            }
+        }
+        Some(Death { generation: worker.generation, jobs, unexpected, was_ready })
+    }
+
+    /// Whether this worker had been told to finish.
+    pub fn is_retiring(&self, worker: WorkerId) -> bool {
+        self.workers
+            .get(&worker)
+            .is_none_or(|worker| matches!(worker.state, State::Retiring { .. }))
+    }
+
+    /// The generation of a worker.
+    pub fn generation_of(&self, worker: WorkerId) -> Option<GenerationId> {
+        self.workers.get(&worker).map(|worker| worker.generation)
+    }
+
+    /// Workers of a generation that its zygote has not been able to deliver yet.
+    pub fn starting(&self, generation: GenerationId) -> Vec<WorkerId> {
+        self.workers
+            .iter()
+            .filter(|(_, w)| w.generation == generation && !w.ready)
+            .map(|(&id, _)| id)
+            .collect()
+    }
+
+    /// A worker that has never been ready is asked for anew.
+    pub fn restart(&mut self, worker: WorkerId, now: Instant) {
+        if let Some(worker) = self.workers.get_mut(&worker) {
+            worker.state = State::Starting { until: now + START_TIMEOUT };
+        }
+    }
+
+    /// Workers of the current generation that take jobs.
+    pub fn serving(&self) -> usize {
+        self.workers
+            .values()
+            .filter(|worker| {
+                Some(worker.generation) == self.current && worker.state == State::Ready
+            })
+            .count()
+    }
+
+    /// All workers, whatever their state.
+    pub fn all(&self) -> impl Iterator<Item = WorkerId> + '_ {
+        self.workers.keys().copied()
+    }
+
+    /// Does what is due: respawns, pings, recycling, limits. Hangs come with their reason.
+    pub fn tick(&mut self, now: Instant) -> (Vec<Command>, Vec<(WorkerId, Hang)>) {
+        let mut commands = self.respawn(now);
+        commands.extend(self.recycle(now));
+        let mut hangs = Vec::new();
+        if self.next_ping.is_some_and(|at| at <= now) {
+            self.next_ping = Some(now + PING_INTERVAL);
+            self.ping(now, &mut commands, &mut hangs);
+        }
+        self.overdue(now, &mut commands, &mut hangs);
+        (commands, hangs)
+    }
+
+    fn respawn(&mut self, now: Instant) -> Vec<Command> {
+        let mut due = Vec::new();
+        for (&generation, group) in &mut self.groups {
+            let before = group.respawn.len();
+            group.respawn.retain(|&at| at > now);
+            due.extend(std::iter::repeat_n(generation, before - group.respawn.len()));
+        }
+        due.into_iter().map(|generation| self.spawn(generation, now)).collect()
+    }
+
+    fn recycle(&mut self, now: Instant) -> Vec<Command> {
+        let mut replaced = Vec::new();
+        for (&generation, group) in &mut self.groups {
+            if group.retiring || group.recycling.is_some() {
+                continue;
+            }
+            let worn = self.workers.iter().find(|(_, worker)| {
+                worker.generation == generation
+                    && worker.state == State::Ready
+                    && (worker.exhausted
+                        || (group.max_mails > 0 && worker.mails >= group.max_mails))
+            });
+            if let Some((&id, _)) = worn {
+                group.recycling = Some(id);
+                replaced.push(generation);
+            }
+        }
+        replaced.into_iter().map(|generation| self.spawn(generation, now)).collect()
+    }
+
+    fn ping(
+        &mut self,
+        now: Instant,
+        commands: &mut Vec<Command>,
+        hangs: &mut Vec<(WorkerId, Hang)>,
+    ) {
+        self.sequence += 1;
+        for (&id, worker) in &mut self.workers {
+            if !matches!(worker.state, State::Ready | State::Retiring { .. }) {
+                continue;
+            }
+            let limit =
+                self.groups.get(&worker.generation).map_or(Duration::MAX, |g| g.hang_timeout);
+            if PING_INTERVAL.saturating_mul(worker.unanswered) > limit {
+                worker.state = State::Dying { kill_at: now + ABORT_GRACE };
+                hangs.push((id, Hang::Silent(worker.unanswered)));
+                commands.push(Command::Abort(id));
+            } else {
+                worker.unanswered += 1;
+                commands.push(Command::Ping(id, self.sequence));
+            }
+        }
+    }
+
+    fn overdue(
+        &mut self,
+        now: Instant,
+        commands: &mut Vec<Command>,
+        hangs: &mut Vec<(WorkerId, Hang)>,
+    ) {
+        for (&id, worker) in &mut self.workers {
+            let hang = match worker.state {
+                State::Starting { until } if until <= now => Some(Hang::NotReady),
+                State::Retiring { deadline } if deadline <= now => Some(Hang::DrainOver),
+                State::Dying { kill_at } if kill_at <= now => None,
+                _ => continue,
+            };
+            hangs.extend(hang.map(|hang| (id, hang)));
+            // Again in a while, should the kernel still be busy with it.
+            worker.state = State::Dying { kill_at: now + ABORT_GRACE };
+            commands.push(Command::Kill(id));
+        }
+    }
+
+    /// When [`Self::tick`] has something to do, if ever.
+    pub fn next_tick(&self) -> Option<Instant> {
+        let deaths = self.workers.values().filter_map(|worker| match worker.state {
+            State::Starting { until } => Some(until),
+            State::Retiring { deadline } => Some(deadline),
+            State::Dying { kill_at } => Some(kill_at),
+            State::Ready => None,
+        });
+        let respawns = self.groups.values().flat_map(|group| group.respawn.iter().copied());
+        let ping = self.next_ping.filter(|_| !self.workers.is_empty());
+        deaths.chain(respawns).chain(ping).min()
+    }
+}
+
+#[cfg(test)]
+#[path = "pool_tests.rs"]
+mod tests;

@@ -1,0 +1,219 @@
+//! Tables for the pool: no processes, no sleeps.
+
+use std::net::{IpAddr, Ipv4Addr};
+
+use super::*;
+
+const A: Client = Client::Uid(1);
+const GENERATION: GenerationId = 1;
+
+fn settings(workers: u32, credit: u32) -> Settings {
+    Settings { workers, worker_connections: credit, ..Settings::default() }
+}
+
+/// A pool whose workers are ready and serve.
+fn serving(settings: &Settings, now: Instant) -> (Pool, Vec<WorkerId>) {
+    let mut pool = Pool::default();
+    let workers = spawned(&pool.start(GENERATION, settings, now));
+    for &worker in &workers {
+        assert!(pool.ready(worker, now).is_empty());
+    }
+    pool.switch(GENERATION);
+    (pool, workers)
+}
+
+fn spawned(commands: &[Command]) -> Vec<WorkerId> {
+    commands
+        .iter()
+        .filter_map(|command| match command {
+            Command::Spawn(_, worker) => Some(*worker),
+            _ => None,
+        })
+        .collect()
+}
+
+fn dispatch_all(pool: &mut Pool) -> Vec<(JobId, WorkerId)> {
+    std::iter::from_fn(|| pool.next_dispatch()).collect()
+}
+
+#[test]
+fn the_worker_with_the_fewest_jobs_gets_the_next() {
+    let (mut pool, workers) = serving(&settings(2, 8), Instant::now());
+    (1..=4).for_each(|job| pool.wait(A, job));
+    let dispatched = dispatch_all(&mut pool);
+    assert_eq!(dispatched, [(1, workers[0]), (2, workers[1]), (3, workers[0]), (4, workers[1])]);
+    assert!(pool.done(3, workers[0]) && pool.done(1, workers[0]));
+    pool.wait(A, 5);
+    assert_eq!(dispatch_all(&mut pool), [(5, workers[0])]);
+}
+
+#[test]
+fn credit_and_share_are_limits() {
+    let (mut pool, workers) = serving(&settings(2, 4), Instant::now());
+    (1..=20).for_each(|job| pool.wait(A, job));
+    assert_eq!(dispatch_all(&mut pool).len(), 6, "three quarters of eight");
+    let other = Client::Ip(IpAddr::V4(Ipv4Addr::LOCALHOST));
+    (31..=39).for_each(|job| pool.wait(other, job));
+    assert_eq!(dispatch_all(&mut pool).len(), 2, "what is left");
+    assert_eq!(pool.in_flight(), 8);
+    assert!(pool.done(31, workers[0]) || pool.done(31, workers[1]));
+    assert_eq!(dispatch_all(&mut pool).first().map(|d| d.0), Some(33), "the one with fewer jobs");
+}
+
+#[test]
+fn a_worker_cannot_finish_what_it_does_not_have() {
+    let (mut pool, workers) = serving(&settings(2, 4), Instant::now());
+    pool.wait(A, 1);
+    let (_, owner) = pool.next_dispatch().expect("a credit is free");
+    let other = workers.iter().find(|&&worker| worker != owner).expect("two workers");
+    assert!(!pool.done(1, *other) && !pool.done(99, owner));
+    assert!(pool.done(1, owner) && !pool.done(1, owner));
+}
+
+#[test]
+fn a_bounced_job_goes_first_again() {
+    let (mut pool, _) = serving(&settings(1, 4), Instant::now());
+    pool.wait(A, 1);
+    pool.wait(A, 2);
+    assert_eq!(pool.next_dispatch().map(|d| d.0), Some(1));
+    pool.bounced(1);
+    assert_eq!(pool.in_flight(), 0);
+    assert_eq!(dispatch_all(&mut pool).iter().map(|d| d.0).collect::<Vec<_>>(), [1, 2]);
+}
+
+#[test]
+fn a_worker_whose_lua_is_held_gets_nothing_new() {
+    let now = Instant::now();
+    let (mut pool, workers) = serving(&settings(2, 8), now);
+    assert_eq!(pool.pong(workers[0], Duration::from_millis(251), false, now), None);
+    (1..=3).for_each(|job| pool.wait(A, job));
+    assert!(dispatch_all(&mut pool).iter().all(|&(_, worker)| worker == workers[1]));
+    pool.pong(workers[0], Duration::ZERO, false, now);
+    pool.wait(A, 4);
+    assert_eq!(dispatch_all(&mut pool), [(4, workers[0])]);
+}
+
+#[test]
+fn replaced_at_once_if_it_had_served_else_with_backoff() {
+    let now = Instant::now();
+    let (mut pool, workers) = serving(&settings(2, 8), now);
+    pool.wait(A, 1);
+    let (_, served) = pool.next_dispatch().expect("a credit is free");
+    let death = pool.died(served, false, now).expect("known");
+    assert_eq!((death.jobs.as_slice(), death.unexpected), ([1].as_slice(), true));
+    assert_eq!(spawned(&pool.tick(now).0).len(), 1);
+
+    let idle = *workers.iter().find(|&&worker| worker != served).expect("two workers");
+    pool.died(idle, false, now);
+    assert!(spawned(&pool.tick(now).0).is_empty());
+    assert_eq!(spawned(&pool.tick(now + crate::workers::backoff::FIRST).0).len(), 1);
+}
+
+#[test]
+fn a_retired_generation_shuts_drains_and_is_killed_in_the_end() {
+    let now = Instant::now();
+    let (mut pool, workers) = serving(&settings(1, 8), now);
+    pool.wait(A, 1);
+    dispatch_all(&mut pool);
+    assert_eq!(pool.retire(GENERATION, now), [Command::Shut(workers[0])]);
+    assert!(pool.retire(GENERATION, now).is_empty(), "once");
+    pool.wait(A, 2);
+    assert_eq!(pool.next_dispatch(), None);
+    let drain = Settings::default().drain_timeout;
+    assert!(pool.tick(now + drain / 2).1.is_empty());
+    let (commands, hangs) = pool.tick(now + drain);
+    assert!(commands.contains(&Command::Kill(workers[0])));
+    assert_eq!(hangs, [(workers[0], Hang::DrainOver)]);
+    let death = pool.died(workers[0], false, now).expect("known");
+    assert!(!pool.is_empty(7) || pool.is_empty(GENERATION));
+    assert_eq!(death.jobs, [1]);
+    assert!(spawned(&pool.tick(now + drain * 2).0).is_empty(), "nobody replaces it");
+}
+
+#[test]
+fn an_explicit_timeout_lengthens_the_drain() {
+    let now = Instant::now();
+    let (mut pool, workers) = serving(&settings(1, 8), now);
+    let until = now + Duration::from_secs(600);
+    pool.explicit_timeout(workers[0], until);
+    pool.retire(GENERATION, now);
+    assert!(!pool.tick(until - Duration::from_secs(1)).0.contains(&Command::Kill(workers[0])));
+    assert!(pool.tick(until).0.contains(&Command::Kill(workers[0])));
+}
+
+#[test]
+fn hangs_are_counted_in_pings_and_in_held_time() {
+    let mut now = Instant::now();
+    let wanted = Settings { hang_timeout: Duration::from_secs(1), ..settings(1, 8) };
+    let (mut pool, workers) = serving(&wanted, now);
+    let mut pings = 0;
+    loop {
+        now += PING_INTERVAL;
+        let (commands, hangs) = pool.tick(now);
+        if !hangs.is_empty() {
+            assert_eq!(hangs, [(workers[0], Hang::Silent(5))]);
+            assert_eq!(commands, [Command::Abort(workers[0])]);
+            break;
+        }
+        pings += 1;
+        assert!(matches!(commands[..], [Command::Ping(_, _)]) && pings < 9);
+    }
+    assert!(pool.tick(now + ABORT_GRACE).0.contains(&Command::Kill(workers[0])));
+
+    let (mut pool, workers) = serving(&wanted, now);
+    let held = Duration::from_millis(1001);
+    assert_eq!(pool.pong(workers[0], held, false, now), Some(Hang::Held(held)));
+}
+
+#[test]
+fn a_long_sleep_of_the_machine_kills_nobody() {
+    let now = Instant::now();
+    let (mut pool, workers) = serving(&settings(1, 8), now);
+    let (commands, hangs) = pool.tick(now + Duration::from_secs(3600));
+    assert!(hangs.is_empty());
+    assert_eq!(commands, [Command::Ping(workers[0], 1)]);
+}
+
+#[test]
+fn a_worn_worker_is_replaced_before_it_is_retired() {
+    let now = Instant::now();
+    let wanted = Settings { worker_max_mails: 2, ..settings(1, 8) };
+    let (mut pool, workers) = serving(&wanted, now);
+    for job in 1..=2 {
+        pool.wait(A, job);
+        dispatch_all(&mut pool);
+        pool.done(job, workers[0]);
+    }
+    let replacement = spawned(&pool.tick(now).0);
+    assert_eq!(replacement.len(), 1);
+    assert!(spawned(&pool.tick(now).0).is_empty(), "one at a time");
+    assert_eq!(pool.ready(replacement[0], now), [Command::Shut(workers[0])]);
+    pool.died(workers[0], false, now);
+    assert!(spawned(&pool.tick(now).0).is_empty());
+    assert_eq!(pool.serving(), 1);
+}
+
+#[test]
+fn a_worker_that_never_gets_ready_is_killed() {
+    let now = Instant::now();
+    let mut pool = Pool::default();
+    let workers = spawned(&pool.start(GENERATION, &settings(1, 8), now));
+    let (commands, hangs) = pool.tick(now + START_TIMEOUT);
+    assert_eq!(
+        (commands, hangs),
+        (vec![Command::Kill(workers[0])], vec![(workers[0], Hang::NotReady)])
+    );
+}
+
+#[test]
+fn a_death_before_ready_is_one_whatever_was_seen_first() {
+    let now = Instant::now();
+    let mut pool = Pool::default();
+    let workers = spawned(&pool.start(GENERATION, &settings(2, 8), now));
+    pool.condemn(workers[0], now);
+    assert_eq!(pool.starting(GENERATION), workers, "its zygote may be asked again");
+    assert!(!pool.died(workers[0], false, now).expect("known").was_ready);
+    pool.ready(workers[1], now);
+    pool.condemn(workers[1], now);
+    assert!(pool.died(workers[1], false, now).expect("known").was_ready);
+}

@@ -1,0 +1,172 @@
+//! The processes of clients with mails under way.
+//!
+//! Contract: mails of a client that are under way share a descriptor of its process if they came
+//! through one socket, since to ask the kernel for one and to close it costs some 3 µs. A process
+//! that connected to the same socket before this client, with the same number, and still has that
+//! number, is this client: a socket yields connections in the order in which they were made, so
+//! the other one had the number when this client connected, and nobody else can have got it since.
+//!
+//! # Failure
+//! [`IdentityError`].
+
+use std::os::fd::AsFd as _;
+use std::sync::{Arc, LazyLock, Weak};
+
+use nix::unistd::Pid;
+use parking_lot::Mutex;
+use qrelay_shared::ipc::message::JobId;
+use rustc_hash::FxHashMap;
+
+use crate::client::process::{Client, IdentityError};
+use crate::mail::Mail;
+
+/// As many are remembered before those that are gone are forgotten for the first time.
+const MANY: usize = 1024;
+
+/// Those of this process.
+pub fn clients() -> &'static Clients {
+    static UNDER_WAY: LazyLock<Clients> = LazyLock::new(Clients::default);
+    &UNDER_WAY
+}
+
+/// All of them, whatever thread serves them.
+#[derive(Debug, Default)]
+pub struct Clients(Mutex<Register>);
+
+/// The listening socket's number, and the process'.
+type Key = (u64, Pid);
+
+/// Whose mails are under way, and some who are gone.
+#[derive(Debug)]
+struct Register {
+    known: FxHashMap<Key, Known>,
+    /// With so many, those that are gone are forgotten.
+    many: usize,
+}
+
+/// The process behind a connection.
+#[derive(Debug)]
+struct Known {
+    job: JobId,
+    client: Weak<Client>,
+}
+
+impl Default for Register {
+    fn default() -> Self {
+        Self { known: FxHashMap::default(), many: MANY }
+    }
+}
+
+impl Clients {
+    /// The process of a mail's client, whose number was `pid` when it connected; and the id of its
+    /// control group as [`Client::check`] tells it. Others find it as long as somebody keeps it.
+    ///
+    /// # Errors
+    /// See [`IdentityError`].
+    pub fn of(&self, mail: &Mail, pid: Pid) -> Result<(Arc<Client>, Option<u64>), IdentityError> {
+        let key = (mail.listening, pid);
+        if let Some(client) = self.earlier(key, mail.job) {
+            match client.check() {
+                Ok(group) => return Ok((client, group)),
+                // It may not have been ours. Nobody will find it alive again.
+                Err(IdentityError::Exited) => self.forget(key, &client),
+                Err(IdentityError::Os(..)) => {}
+            }
+        }
+        let client = Arc::new(Client::of(mail.socket.as_fd(), pid, mail.accepted)?);
+        let group = client.check()?;
+        self.remember(key, mail.job, &client);
+        Ok((client, group))
+    }
+
+    /// The process with this number that connected to this socket no later.
+    fn earlier(&self, key: Key, job: JobId) -> Option<Arc<Client>> {
+        let register = self.0.lock();
+        register.known.get(&key).filter(|known| known.job <= job)?.client.upgrade()
+    }
+
+    fn forget(&self, key: Key, client: &Arc<Client>) {
+        let mut register = self.0.lock();
+        let is_it = |known: &Known| known.client.as_ptr() == Arc::as_ptr(client);
+        if register.known.get(&key).is_some_and(is_it) {
+            register.known.remove(&key);
+        }
+    }
+
+    /// Of several the earliest is of most use.
+    fn remember(&self, key: Key, job: JobId, client: &Arc<Client>) {
+        let mut register = self.0.lock();
+        if register.known.len() >= register.many {
+            register.known.retain(|_, known| known.client.strong_count() > 0);
+            register.many = MANY.max(2 * register.known.len());
+        }
+        let earlier = |known: &Known| known.job <= job && known.client.strong_count() > 0;
+        if !register.known.get(&key).is_some_and(earlier) {
+            register.known.insert(key, Known { job, client: Arc::downgrade(client) });
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::mail::test::mail;
+
+    fn mail_of(job: JobId, listening: u64) -> Mail {
+        Mail { job, listening, ..mail(b"x", b"", &[b"a@b"]) }
+    }
+
+    #[test]
+    fn who_shares_a_process() {
+        let clients = Clients::default();
+        let of = |job, listening| {
+            let found = clients.of(&mail_of(job, listening), Pid::this());
+            found.expect("it is us").0
+        };
+        let first = of(10, 1);
+        let later = of(11, 1);
+        assert!(Arc::ptr_eq(&first, &later));
+        assert!(Arc::ptr_eq(&first, &of(10, 1)), "asked again");
+        assert!(!Arc::ptr_eq(&first, &of(12, 2)), "connected to another socket");
+        let earlier = of(9, 1);
+        assert!(!Arc::ptr_eq(&first, &earlier), "connected earlier");
+        assert!(Arc::ptr_eq(&earlier, &of(11, 1)), "of most use");
+        let other = clients.of(&mail_of(13, 1), Pid::parent());
+        assert_eq!(other.err(), Some(IdentityError::Exited), "not the process that connected");
+    }
+
+    #[test]
+    fn one_that_is_gone_makes_room() {
+        let clients = Clients::default();
+        let of = |job| clients.of(&mail_of(job, 1), Pid::this()).expect("it is us").0;
+        // As if it had the number no more.
+        let socket = mail_of(1, 1).socket;
+        let gone = Client::of(socket.as_fd(), Pid::parent(), u64::MAX).expect("a process");
+        let gone = Arc::new(gone);
+        clients.remember((1, Pid::this()), 1, &gone);
+        let next = of(2);
+        assert!(!Arc::ptr_eq(&gone, &next));
+        assert!(Arc::ptr_eq(&next, &of(3)));
+    }
+
+    #[test]
+    fn looks_for_those_that_are_gone_seldom_enough() {
+        let clients = Clients::default();
+        let (one, _) = clients.of(&mail_of(1, 0), Pid::this()).expect("it is us");
+        for socket in 1..=MANY as u64 {
+            clients.remember((socket, Pid::this()), 1, &one);
+        }
+        let register = clients.0.lock();
+        assert_eq!((register.known.len(), register.many), (MANY + 1, 2 * MANY));
+    }
+
+    #[test]
+    fn kept_no_longer_than_its_mails() {
+        let clients = Clients::default();
+        for socket in 0..10 * MANY as u64 {
+            clients.of(&mail_of(1, socket), Pid::this()).expect("it is us");
+            assert!(clients.earlier((socket, Pid::this()), 1).is_none());
+            assert!(clients.0.lock().known.len() <= MANY);
+        }
+    }
+}

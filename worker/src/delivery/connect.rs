@@ -1,0 +1,254 @@
+//! The action `connect`: relaying a mail to another QMQP server.
+//!
+//! Contract: the next address is tried only if connecting to one fails, never after the
+//! request began to go out, since it might have arrived. Everything ends at the mail's deadline
+//! or, if the action has a timeout, at that instead.
+//!
+//! # Failure
+//! Always a reply: `connect failed`, `relay failed`, `malformed relay response`, or `timeout`
+//! if it is the action's own. The cause goes to the log.
+
+use std::hash::{BuildHasher, Hasher, RandomState};
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::Duration;
+
+use qrelay_shared::deadline::Deadline;
+use qrelay_shared::qmqp::Reply;
+use slog::{Logger, warn};
+
+use crate::delivery::Delivery;
+use crate::delivery::action::{Connect, NextHop};
+use crate::delivery::dial::dial;
+use crate::delivery::envelope::Envelope;
+use crate::delivery::exchange::ExchangeError;
+use crate::delivery::exchange::exchange;
+use crate::mail::Mail;
+
+/// Relays the mail. `deadline` is the mail's, `connect_timeout` the setting.
+///
+/// The connection that was used comes back. Closing it costs more than all else that is left to
+/// do for a mail, and less once the next hop has closed its side: so it is kept for last.
+pub fn relay(
+    mail: &Mail,
+    action: &Connect,
+    connect_timeout: Duration,
+    deadline: Deadline,
+    logger: &Logger,
+) -> (Delivery, Option<OwnedFd>) {
+    let attempt = Attempt {
+        logger,
+        id: &mail.id,
+        deadline: action.timeout.map_or(deadline, Deadline::after),
+        connect_timeout: action.connect_timeout.unwrap_or(connect_timeout),
+        late: if action.timeout.is_some() { "timeout" } else { "relay failed" },
+    };
+    let mut last = None;
+    let hops: &mut dyn Iterator<Item = &NextHop> = match action.random {
+        true => &mut mixed(&action.addresses).into_iter(),
+        false => &mut action.addresses.iter(),
+    };
+    for hop in hops {
+        match attempt.dial(hop) {
+            Ok(socket) => {
+                let reply = attempt.exchange(mail, &socket, &hop.name);
+                let next_hop = Some(Arc::clone(&hop.name));
+                let delivery = Delivery { reply, next_hop, attempted: true, canceled: false };
+                return (delivery, Some(socket));
+            }
+            Err(Undialed::Failed) => last = Some(hop),
+            Err(Undialed::Late) => return (unsent(attempt.late, Some(hop)), None),
+        }
+    }
+    (unsent("connect failed", last), None)
+}
+
+fn unsent(text: &str, hop: Option<&NextHop>) -> Delivery {
+    Delivery {
+        reply: Reply::temporary(text),
+        next_hop: hop.map(|hop| Arc::clone(&hop.name)),
+        attempted: false,
+        canceled: false,
+    }
+}
+
+/// The terms of one mail's relay.
+struct Attempt<'a> {
+    logger: &'a Logger,
+    id: &'a str,
+    deadline: Deadline,
+    connect_timeout: Duration,
+    late: &'static str,
+}
+
+/// Why there is no connection.
+enum Undialed {
+    /// This address doesn't accept one.
+    Failed,
+    /// There is no time for another.
+    Late,
+}
+
+impl Attempt<'_> {
+    fn dial(&self, hop: &NextHop) -> Result<OwnedFd, Undialed> {
+        dial(&hop.endpoint, self.deadline.at_most(self.connect_timeout)).map_err(|error| {
+            warn!(self.logger, "connect failed"; "id" => self.id,
+                "next_hop" => &*hop.name, "error" => error.desc());
+            if self.deadline.expired() { Undialed::Late } else { Undialed::Failed }
+        })
+    }
+
+    fn exchange(&self, mail: &Mail, socket: &OwnedFd, next_hop: &str) -> Reply {
+        exchange(socket, &mut Envelope::new(mail).pieces(), self.deadline).unwrap_or_else(|error| {
+            warn!(self.logger, "relay failed"; "id" => self.id,
+                "next_hop" => next_hop, "error" => %error);
+            Reply::temporary(match error {
+                ExchangeError::TimedOut => self.late,
+                ExchangeError::Malformed => "malformed relay response",
+                ExchangeError::Os(_) | ExchangeError::Closed | ExchangeError::Early => {
+                    "relay failed"
+                }
+            })
+        })
+    }
+}
+
+/// The addresses in random order.
+fn mixed(addresses: &[NextHop]) -> Vec<&NextHop> {
+    let mut order: Vec<&NextHop> = addresses.iter().collect();
+    for left in (2..=order.len()).rev() {
+        order.swap(left - 1, random_below(left));
+    }
+    order
+}
+
+/// A number below `bound`: good enough to spread load.
+fn random_below(bound: usize) -> usize {
+    // Every `RandomState` has other keys, drawn from the system's randomness per thread.
+    let random = RandomState::new().build_hasher().finish();
+    // The remainder is below a `usize`.
+    (random % bound as u64) as usize
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::mail::test::mail;
+    use qrelay_shared::endpoint::Endpoint;
+    use std::collections::HashSet;
+    use std::io::{Read, Write};
+    use std::net::TcpListener;
+
+    fn logger() -> Logger {
+        Logger::root(slog::Discard, slog::o!())
+    }
+
+    fn listener() -> (TcpListener, Endpoint) {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("bind");
+        let endpoint = Endpoint::Inet(listener.local_addr().expect("address"));
+        (listener, endpoint)
+    }
+
+    fn action(addresses: Vec<Endpoint>, timeout: Option<Duration>) -> Connect {
+        let addresses = addresses.into_iter().map(NextHop::from).collect();
+        Connect { addresses, random: false, timeout, connect_timeout: None }
+    }
+
+    fn text(delivery: &Delivery) -> String {
+        String::from_utf8_lossy(&delivery.reply.encode()).into_owned()
+    }
+
+    fn run(action: &Connect, remaining: Duration) -> Delivery {
+        let mail = mail(b"A: b\n\n", b"s@x", &[b"r@x"]);
+        relay(&mail, action, Duration::from_secs(5), Deadline::after(remaining), &logger()).0
+    }
+
+    const LONG: Duration = Duration::from_secs(5);
+    const SHORT: Duration = Duration::from_millis(30);
+
+    #[test]
+    fn fails_over_only_while_connecting() {
+        let (closed, nobody) = listener();
+        drop(closed);
+        let (server, endpoint) = listener();
+        let (unused, never) = listener();
+        unused.set_nonblocking(true).expect("nonblocking");
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let (mut stream, _) = server.accept().expect("accept");
+                let _ = stream.read(&mut [0; 1]);
+            });
+            let delivery = run(&action(vec![nobody, endpoint.clone(), never], None), LONG);
+            assert_eq!(text(&delivery), "13:Zrelay failed,");
+            assert_eq!(delivery.next_hop, Some(endpoint.to_string().into()));
+            assert!(delivery.attempted);
+        });
+        assert!(unused.accept().is_err());
+    }
+
+    #[test]
+    fn relays() {
+        let (server, endpoint) = listener();
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let (mut stream, _) = server.accept().expect("accept");
+                let mut bytes = [0; 200];
+                let length = stream.read(&mut bytes).expect("read");
+                assert!(bytes[..length].ends_with(b"A: b\n\n,3:s@x,3:r@x,,"));
+                stream.write_all(b"10:Kpassed on,").expect("write");
+            });
+            let delivery = run(&action(vec![endpoint], None), LONG);
+            assert_eq!(text(&delivery), "10:Kpassed on,");
+        });
+    }
+
+    #[test]
+    fn nobody_there() {
+        let (closed, nobody) = listener();
+        drop(closed);
+        let delivery = run(&action(vec![nobody.clone(), nobody.clone()], None), LONG);
+        assert_eq!(text(&delivery), "15:Zconnect failed,");
+        assert_eq!(delivery.next_hop, Some(nobody.to_string().into()));
+        assert!(!delivery.attempted);
+    }
+
+    #[test]
+    fn whose_time_is_over() {
+        // The kernel accepts, nobody answers.
+        let (_server, endpoint) = listener();
+        let delivery = run(&action(vec![endpoint.clone()], None), SHORT);
+        assert_eq!((&*text(&delivery), delivery.attempted), ("13:Zrelay failed,", true));
+        let delivery = run(&action(vec![endpoint.clone()], Some(SHORT)), LONG);
+        assert_eq!((&*text(&delivery), delivery.attempted), ("8:Ztimeout,", true));
+        let delivery = run(&action(vec![endpoint], None), Duration::ZERO);
+        assert_eq!((&*text(&delivery), delivery.attempted), ("13:Zrelay failed,", false));
+    }
+
+    #[test]
+    fn an_action_may_take_longer_than_the_mail() {
+        let (server, endpoint) = listener();
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let (mut stream, _) = server.accept().expect("accept");
+                let _ = stream.read(&mut [0; 200]);
+                stream.write_all(b"3:Kok,").expect("write");
+            });
+            let delivery = run(&action(vec![endpoint], Some(LONG)), Duration::ZERO);
+            assert_eq!(text(&delivery), "3:Kok,");
+        });
+    }
+
+    #[test]
+    fn random_order_has_everything() {
+        let addresses: Vec<NextHop> =
+            (b'a'..=b'e').map(|n| Endpoint::Abstract(vec![n]).into()).collect();
+        let first: HashSet<Arc<str>> = (0..1000)
+            .map(|_| {
+                let order = mixed(&addresses);
+                assert_eq!(order.iter().collect::<HashSet<_>>().len(), 5);
+                Arc::clone(&order[0].name)
+            })
+            .collect();
+        assert_eq!(first.len(), 5);
+    }
+}

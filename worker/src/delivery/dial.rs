@@ -1,0 +1,130 @@
+//! Connecting to a next hop within a time limit.
+//!
+//! Contract: the socket stays blocking. `SO_SNDTIMEO` bounds connect(2), which over loopback
+//! doesn't even sleep, so that no further call is needed.
+//!
+//! # Failure
+//! An errno; `ETIMEDOUT` also for our own limit and for a local listener whose backlog stays
+//! full that long.
+
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+
+use nix::errno::Errno;
+use nix::sys::socket::{
+    AddressFamily, SockFlag, SockType, SockaddrLike, SockaddrStorage, UnixAddr, connect,
+    setsockopt, socket, sockopt,
+};
+use qrelay_shared::endpoint::Endpoint;
+use qrelay_shared::sys::net::delay_acks;
+
+use qrelay_shared::deadline::Deadline;
+use qrelay_shared::sys::wait::socket_timeout;
+
+/// Connects a stream to one address.
+///
+/// # Errors
+/// As connect(2).
+pub fn dial(endpoint: &Endpoint, deadline: Deadline) -> Result<OwnedFd, Errno> {
+    dial_as(endpoint, SockType::Stream, deadline)
+}
+
+/// Connects a socket of some type to one address.
+///
+/// # Errors
+/// As socket(2) and connect(2).
+pub fn dial_as(endpoint: &Endpoint, kind: SockType, deadline: Deadline) -> Result<OwnedFd, Errno> {
+    match endpoint {
+        Endpoint::Inet(address) => {
+            let family = if address.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
+            dial_socket(family, kind, &SockaddrStorage::from(*address), deadline)
+        }
+        Endpoint::Path(path) => {
+            dial_socket(AddressFamily::Unix, kind, &UnixAddr::new(path.as_path())?, deadline)
+        }
+        Endpoint::Abstract(name) => {
+            dial_socket(AddressFamily::Unix, kind, &UnixAddr::new_abstract(name)?, deadline)
+        }
+    }
+}
+
+fn dial_socket(
+    family: AddressFamily,
+    kind: SockType,
+    address: &dyn SockaddrLike,
+    deadline: Deadline,
+) -> Result<OwnedFd, Errno> {
+    let fd = socket(family, kind, SockFlag::SOCK_CLOEXEC, None)?;
+    if family != AddressFamily::Unix && kind == SockType::Stream {
+        // It only saves packets.
+        let _ = delay_acks(fd.as_fd());
+    }
+    loop {
+        let timeout = socket_timeout(deadline).ok_or(Errno::ETIMEDOUT)?;
+        setsockopt(&fd, sockopt::SendTimeout, &timeout)?;
+        match connect(fd.as_raw_fd(), address) {
+            Ok(()) => return Ok(fd),
+            // Linux goes on with the same attempt when connect is called again.
+            Err(Errno::EINTR) => {}
+            Err(Errno::EINPROGRESS | Errno::EALREADY | Errno::EAGAIN) => {
+                return Err(Errno::ETIMEDOUT);
+            }
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::net::TcpListener;
+    use std::os::linux::net::SocketAddrExt;
+    use std::os::unix::net::{SocketAddr, UnixListener};
+    use std::time::Duration;
+
+    fn soon() -> Deadline {
+        Deadline::after(Duration::from_millis(20))
+    }
+
+    #[test]
+    fn every_kind_of_address() {
+        let tcp4 = TcpListener::bind("127.0.0.1:0").expect("bind");
+        let tcp6 = TcpListener::bind("[::1]:0").expect("bind");
+        let name = format!("qrelay-dial-{}", std::process::id());
+        let address = SocketAddr::from_abstract_name(&name).expect("name");
+        let local = UnixListener::bind_addr(&address).expect("bind");
+        for listener in [tcp4.local_addr(), tcp6.local_addr()] {
+            dial(&Endpoint::Inet(listener.expect("address")), soon()).expect("connects");
+        }
+        dial(&Endpoint::Abstract(name.into()), soon()).expect("connects");
+        drop((tcp4, tcp6, local));
+    }
+
+    #[test]
+    fn failures() {
+        let path = std::env::temp_dir().join(format!("qrelay-dial-{}", std::process::id()));
+        assert_eq!(dial(&Endpoint::Path(path), soon()).err(), Some(Errno::ENOENT));
+        let free = TcpListener::bind("127.0.0.1:0").expect("bind").local_addr().expect("address");
+        assert_eq!(dial(&Endpoint::Inet(free), soon()).err(), Some(Errno::ECONNREFUSED));
+        let passed = Deadline::after(Duration::ZERO);
+        assert_eq!(dial(&Endpoint::Inet(free), passed).err(), Some(Errno::ETIMEDOUT));
+    }
+
+    #[test]
+    fn a_full_backlog_times_out() {
+        let path = std::env::temp_dir().join(format!("qrelay-backlog-{}", std::process::id()));
+        let listener = UnixListener::bind(&path).expect("bind");
+        nix::sys::socket::listen(&listener, nix::sys::socket::Backlog::new(0).expect("backlog"))
+            .expect("listen");
+        let endpoint = Endpoint::Path(path.clone());
+        let mut held = Vec::new();
+        let error = loop {
+            match dial(&endpoint, soon()) {
+                Ok(fd) => held.push(fd),
+                Err(error) => break error,
+            }
+        };
+        std::fs::remove_file(path).expect("remove");
+        assert_eq!(error, Errno::ETIMEDOUT);
+        drop(listener);
+    }
+}

@@ -1,0 +1,90 @@
+//! A mail in the form in which it leaves: with inserted lines, without removed fields, with the
+//! envelope that the handler left.
+//!
+//! Contract: the message is not copied; [`Envelope::pieces`] borrows it where it was received.
+
+use std::io::IoSlice;
+
+use qrelay_shared::qmqp::{Outgoing, outgoing};
+
+use crate::mail::Mail;
+use crate::mail::received;
+
+/// A request for the next hop.
+#[derive(Debug)]
+pub struct Envelope<'m> {
+    mail: &'m Mail,
+    around: Outgoing,
+}
+
+impl<'m> Envelope<'m> {
+    /// The request for a mail as its handler left it.
+    pub fn new(mail: &'m Mail) -> Self {
+        let length = kept(mail).map(<[u8]>::len).sum();
+        let prefix = |out: &mut Vec<u8>| received::write_prefix(out, &mail.inserted, &mail.peer);
+        let sender = mail.sender.as_deref().unwrap_or(&mail.buffer[mail.request.sender.clone()]);
+        let around = match &mail.recipients {
+            Some(recipients) => outgoing(prefix, length, sender, recipients),
+            None => {
+                let received = mail.request.recipients.iter();
+                outgoing(prefix, length, sender, received.map(|r| &mail.buffer[r.clone()]))
+            }
+        };
+        Self { mail, around }
+    }
+
+    /// All bytes of the request, in order; none of the pieces is empty.
+    pub fn pieces(&self) -> Vec<IoSlice<'_>> {
+        let mut pieces = Vec::with_capacity(self.mail.removed.len() + 3);
+        pieces.push(IoSlice::new(self.around.head()));
+        pieces.extend(kept(self.mail).map(IoSlice::new));
+        pieces.push(IoSlice::new(self.around.tail()));
+        pieces
+    }
+}
+
+/// What remains of the message as received; none of the pieces is empty.
+pub fn kept(mail: &Mail) -> impl Iterator<Item = &[u8]> {
+    let end = mail.request.message.end;
+    let starts = mail.removed.iter().map(|removed| removed.start).chain([end]);
+    let mut at = mail.request.message.start;
+    let ends = mail.removed.iter().map(|removed| removed.end).chain([end]);
+    starts.zip(ends).filter_map(move |(start, next)| {
+        let piece = mail.buffer.get(at..start).filter(|piece| !piece.is_empty());
+        at = at.max(next);
+        piece
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::mail::test::mail;
+
+    fn bytes(mail: &Mail) -> String {
+        let envelope = Envelope::new(mail);
+        let bytes = envelope.pieces().iter().flat_map(|piece| piece.to_vec()).collect();
+        String::from_utf8(bytes).expect("text")
+    }
+
+    #[test]
+    fn as_received() {
+        let mail = mail(b"A: 1\n\nbody\n", b"s@x", &[b"r@x", b"q@y"]);
+        let message = "Received: from PID=1 UID=2 with QMQP\r\nA: 1\n\nbody\n";
+        let payload = format!("{}:{message},3:s@x,3:r@x,3:q@y,", message.len());
+        assert_eq!(bytes(&mail), format!("{}:{payload},", payload.len()));
+    }
+
+    #[test]
+    fn as_changed() {
+        let mut mail = mail(b"A: 1\nB: 2\nC: 3\n\nbody\n", b"s@x", &[b"r@x"]);
+        let start = mail.request.message.start;
+        mail.removed = vec![start..start + 5, start + 10..start + 15];
+        mail.inserted.insert(b"X", b"y");
+        mail.sender = Some(Vec::new());
+        mail.recipients = Some(vec![b"new@x".to_vec()]);
+        let sent = bytes(&mail);
+        let message = "X: y\r\nReceived: from PID=1 UID=2 with QMQP\r\nB: 2\n\nbody\n";
+        assert!(sent.ends_with(&format!("{}:{message},0:,5:new@x,,", message.len())), "{sent}");
+    }
+}

@@ -1,0 +1,328 @@
+//! One request to a next hop and its reply, over a connected socket.
+//!
+//! Contract: the request goes out in one call where the kernel takes it; where it doesn't, the
+//! reply is watched for between the calls. A `Z` or `D` may come early, and stands even if the
+//! connection broke; a `K` counts only once the whole request is written. The first netstring is
+//! the reply, whatever follows.
+//!
+//! # Failure
+//! [`ExchangeError`]; the mail may have been accepted all the same, as with every protocol that
+//! loses its connection at the wrong moment.
+
+use std::io::IoSlice;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+
+use nix::errno::Errno;
+use nix::poll::PollFlags;
+use nix::sys::socket::{MsgFlags, sendmsg, setsockopt, sockopt};
+use qrelay_shared::qmqp::{Reply, ReplyProgress, Status, parse_reply};
+use qrelay_shared::sys::net::recv_append;
+use thiserror::Error;
+
+use qrelay_shared::deadline::Deadline;
+use qrelay_shared::sys::wait::{socket_timeout, wait};
+
+/// Most pieces that one sendmsg(2) takes (UIO_MAXIOV of Linux).
+const MAX_PIECES: usize = 1024;
+
+/// Bytes of a reply that there is room for at a time: more than a usual one has.
+const ROOM: usize = 256;
+
+/// Why there is no reply.
+#[derive(Debug, Error)]
+pub enum ExchangeError {
+    /// Writing or reading failed.
+    #[error("{0}")]
+    Os(#[from] Errno),
+    /// The next hop closed the connection before its reply was complete.
+    #[error("the connection was closed without a reply")]
+    Closed,
+    /// The next hop said `K` before it had the whole request.
+    #[error("accepted before the request was complete")]
+    Early,
+    /// What came is no QMQP reply.
+    #[error("malformed reply")]
+    Malformed,
+    /// The deadline passed.
+    #[error("timeout")]
+    TimedOut,
+}
+
+/// How writing ended.
+enum Written {
+    /// The kernel has everything.
+    All,
+    /// The next hop doesn't take any more; it may have said why.
+    Broken(Errno),
+    /// The reply was there first.
+    Answered(Reply),
+}
+
+/// Sends the request, whose `pieces` are not empty, and reads the reply. What `pieces` are
+/// afterwards is unspecified.
+///
+/// # Errors
+/// See [`ExchangeError`].
+pub fn exchange(
+    socket: &OwnedFd,
+    pieces: &mut [IoSlice<'_>],
+    deadline: Deadline,
+) -> Result<Reply, ExchangeError> {
+    let mut incoming = Incoming::default();
+    match write(socket, pieces, deadline, &mut incoming)? {
+        Written::All => incoming.wait(socket, deadline),
+        Written::Answered(reply) => not_accepted(reply, ExchangeError::Early),
+        Written::Broken(error) => match incoming.wait(socket, deadline) {
+            Ok(reply) => not_accepted(reply, ExchangeError::Early),
+            Err(ExchangeError::Closed) => Err(error.into()),
+            Err(other) => Err(other),
+        },
+    }
+}
+
+fn not_accepted(reply: Reply, error: ExchangeError) -> Result<Reply, ExchangeError> {
+    if reply.status == Status::Accepted { Err(error) } else { Ok(reply) }
+}
+
+fn write(
+    socket: &OwnedFd,
+    mut left: &mut [IoSlice<'_>],
+    deadline: Deadline,
+    incoming: &mut Incoming,
+) -> Result<Written, ExchangeError> {
+    let flags = MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT;
+    while !left.is_empty() {
+        let now = &left[..left.len().min(MAX_PIECES)];
+        match sendmsg::<()>(socket.as_raw_fd(), now, &[], flags, None) {
+            Ok(sent) => {
+                IoSlice::advance_slices(&mut left, sent);
+                // Nothing holds up the writing while the next hop reads as fast: look all the same.
+                if !left.is_empty()
+                    && let Some(reply) = incoming.look(socket)?
+                {
+                    return Ok(Written::Answered(reply));
+                }
+            }
+            Err(Errno::EINTR) => {}
+            Err(Errno::EAGAIN) => {
+                if let Some(reply) = incoming.watch(socket, deadline)? {
+                    return Ok(Written::Answered(reply));
+                }
+            }
+            Err(error @ (Errno::EPIPE | Errno::ECONNRESET)) => return Ok(Written::Broken(error)),
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(Written::All)
+}
+
+/// The reply as far as it has come. It doesn't grow without end: what is longer than a reply may
+/// be is malformed.
+#[derive(Default)]
+struct Incoming(Vec<u8>);
+
+impl Incoming {
+    /// Waits until more can be written, or a reply is there.
+    fn watch(
+        &mut self,
+        socket: &OwnedFd,
+        deadline: Deadline,
+    ) -> Result<Option<Reply>, ExchangeError> {
+        let ready = wait(socket.as_fd(), PollFlags::POLLIN | PollFlags::POLLOUT, deadline)?;
+        if ready.is_empty() || deadline.expired() {
+            return Err(ExchangeError::TimedOut);
+        }
+        if !ready.contains(PollFlags::POLLIN) {
+            return Ok(None);
+        }
+        self.look(socket)
+    }
+
+    /// Takes what has come of a reply, without waiting.
+    fn look(&mut self, socket: &OwnedFd) -> Result<Option<Reply>, ExchangeError> {
+        match self.receive(socket, MsgFlags::MSG_DONTWAIT) {
+            Ok(received) => self.take(received),
+            // What is wrong with the connection, the next write says.
+            Err(_) => Ok(None),
+        }
+    }
+
+    /// Waits for the whole reply.
+    fn wait(&mut self, socket: &OwnedFd, deadline: Deadline) -> Result<Reply, ExchangeError> {
+        loop {
+            let timeout = socket_timeout(deadline).ok_or(ExchangeError::TimedOut)?;
+            setsockopt(socket, sockopt::ReceiveTimeout, &timeout)?;
+            match self.receive(socket, MsgFlags::empty()) {
+                Ok(received) => {
+                    if let Some(reply) = self.take(received)? {
+                        return Ok(reply);
+                    }
+                }
+                Err(Errno::EINTR | Errno::EAGAIN) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+
+    fn receive(&mut self, socket: &OwnedFd, flags: MsgFlags) -> Result<usize, Errno> {
+        self.0.reserve(ROOM);
+        recv_append(socket.as_fd(), &mut self.0, flags)
+    }
+
+    /// Looks at what there is, now that so many bytes more were received.
+    fn take(&self, received: usize) -> Result<Option<Reply>, ExchangeError> {
+        if received == 0 {
+            return Err(ExchangeError::Closed);
+        }
+        match parse_reply(&self.0) {
+            ReplyProgress::Complete(reply) => Ok(Some(reply)),
+            ReplyProgress::NeedMore => Ok(None),
+            ReplyProgress::Malformed => Err(ExchangeError::Malformed),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{Read, Write};
+    use std::net::{TcpListener, TcpStream};
+    use std::time::Duration;
+
+    /// Sends `size` bytes to a next hop that behaves as `server` does.
+    fn run(size: usize, server: impl FnOnce(TcpStream) + Send) -> String {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("bind");
+        let client = TcpStream::connect(listener.local_addr().expect("address")).expect("connect");
+        let (peer, _) = listener.accept().expect("accept");
+        let message = vec![b'x'; size];
+        std::thread::scope(|scope| {
+            scope.spawn(|| server(peer));
+            let socket: OwnedFd = client.into();
+            let deadline = Deadline::after(Duration::from_millis(500));
+            let mut pieces = [&b"head"[..], &message, b"tail"].map(IoSlice::new);
+            match exchange(&socket, &mut pieces, deadline) {
+                Ok(reply) => String::from_utf8_lossy(&reply.encode()).into_owned(),
+                Err(error) => error.to_string(),
+            }
+        })
+    }
+
+    fn read(stream: &mut TcpStream, size: usize) -> Vec<u8> {
+        let mut bytes = vec![0; size];
+        stream.read_exact(&mut bytes).expect("read");
+        bytes
+    }
+
+    const SMALL: usize = 10;
+    /// More than the kernel buffers.
+    const LARGE: usize = 64 << 20;
+
+    #[test]
+    fn everything_arrives_and_the_first_reply_counts() {
+        for size in [SMALL, LARGE] {
+            let reply = run(size, |mut stream| {
+                let bytes = read(&mut stream, size + 8);
+                assert!(bytes.starts_with(b"head") && bytes.ends_with(b"tail"));
+                stream.write_all(b"003:Kok,3:Zno,").expect("write");
+            });
+            assert_eq!(reply, "3:Kok,");
+        }
+    }
+
+    #[test]
+    fn a_reply_in_pieces() {
+        let reply = run(SMALL, |mut stream| {
+            read(&mut stream, SMALL + 8);
+            for byte in b"3:Zno," {
+                stream.write_all(&[*byte]).expect("write");
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        });
+        assert_eq!(reply, "3:Zno,");
+    }
+
+    #[test]
+    fn an_early_refusal_stands() {
+        let reply = run(LARGE, |mut stream| {
+            stream.write_all(b"3:Dno,").expect("write");
+            // Left open and unread: only the reply can end the exchange.
+            let _ = stream.read(&mut [0; 1]);
+            std::thread::sleep(Duration::from_millis(100));
+        });
+        assert_eq!(reply, "3:Dno,");
+    }
+
+    #[test]
+    fn an_early_acceptance_is_none() {
+        let reply = run(LARGE, |mut stream| {
+            stream.write_all(b"3:Kok,").expect("write");
+            let _ = stream.read(&mut [0; 1]);
+            std::thread::sleep(Duration::from_millis(100));
+        });
+        assert_eq!(reply, "accepted before the request was complete");
+    }
+
+    #[test]
+    fn an_early_acceptance_is_none_even_if_all_is_read() {
+        for _ in 0..10 {
+            let reply = run(LARGE, |mut stream| {
+                stream.write_all(b"3:Kok,").expect("write");
+                let mut chunk = [0; 1 << 20];
+                while matches!(stream.read(&mut chunk), Ok(1..)) {}
+            });
+            assert_eq!(reply, "accepted before the request was complete");
+        }
+    }
+
+    #[test]
+    fn a_refusal_survives_a_broken_connection() {
+        let reply = run(LARGE, |mut stream| {
+            read(&mut stream, 1000);
+            stream.write_all(b"3:Zno,").expect("write");
+        });
+        assert_eq!(reply, "3:Zno,");
+    }
+
+    #[test]
+    fn no_reply() {
+        for size in [SMALL, LARGE] {
+            let reply = run(size, |mut stream| {
+                read(&mut stream, SMALL + 8);
+            });
+            assert!(
+                reply == "the connection was closed without a reply"
+                    || reply == Errno::EPIPE.to_string()
+                    || reply == Errno::ECONNRESET.to_string(),
+                "{reply}"
+            );
+        }
+        let reply = run(SMALL, |mut stream| {
+            read(&mut stream, SMALL + 8);
+            stream.write_all(b"3:K").expect("write");
+        });
+        assert_eq!(reply, "the connection was closed without a reply");
+    }
+
+    #[test]
+    fn nonsense() {
+        for nonsense in [&b"HTTP/1.1 400\r\n"[..], b"2:Xx,", b"99999:K", &[b'0'; 5000]] {
+            let reply = run(SMALL, |mut stream| {
+                read(&mut stream, SMALL + 8);
+                let _ = stream.write_all(nonsense);
+                let _ = stream.read(&mut [0; 1]);
+            });
+            assert_eq!(reply, "malformed reply");
+        }
+    }
+
+    #[test]
+    fn silence() {
+        for size in [SMALL, LARGE] {
+            let reply = run(size, |stream| {
+                std::thread::sleep(Duration::from_millis(700));
+                drop(stream);
+            });
+            assert_eq!(reply, "timeout");
+        }
+    }
+}

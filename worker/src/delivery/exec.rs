@@ -1,0 +1,90 @@
+//! The action `exec`: a program that speaks QMQP on its standard input and output.
+//!
+//! Contract: the program gets the whole request, as a next hop would. Its first netstring is
+//! the reply if it also exits with 0; any other end overrides it ([`status`]). Its standard
+//! error goes to the log.
+//!
+//! # Failure
+//! Always a reply: `relay failed` without an answer, `malformed relay response`, `timeout` if
+//! the action has one, or `internal server error` for a bad end.
+
+use qrelay_shared::qmqp::{Reply, ReplyProgress, Status, parse_reply};
+
+use crate::delivery::Delivery;
+use crate::delivery::action::Exec;
+use crate::delivery::children::Exit;
+use crate::delivery::envelope::Envelope;
+use crate::delivery::program::{Host, Kind, deliver};
+use crate::mail::Mail;
+
+/// Runs the program.
+pub fn run(host: &Host<'_>, mail: &Mail, action: &Exec) -> Delivery {
+    let envelope = Envelope::new(mail);
+    let pieces = envelope.pieces();
+    let kind = Kind {
+        input: &pieces.iter().map(|piece| &**piece).collect::<Vec<_>>(),
+        joined: false,
+        enough: |output| !matches!(parse_reply(output), ReplyProgress::NeedMore),
+        verdict,
+    };
+    deliver(host, mail, action, &kind)
+}
+
+fn verdict(exit: Exit, output: &[u8]) -> Reply {
+    match exit {
+        Exit::Status(0) => match parse_reply(output) {
+            ReplyProgress::Complete(reply) => reply,
+            ReplyProgress::NeedMore => Reply::temporary("relay failed"),
+            ReplyProgress::Malformed => Reply::temporary("malformed relay response"),
+        },
+        exit => Reply { status: status(exit), text: b"internal server error".to_vec() },
+    }
+}
+
+/// What an end means for the mail: 64 (usage), 65 (bad data), 67 (unknown user), 68 (unknown
+/// host), 72 (system file missing), 77 (no permission), 78 (configuration) of sysexits.h, and
+/// 100 of qmail are for ever, everything else but 0 passes.
+pub fn status(exit: Exit) -> Status {
+    match exit {
+        Exit::Status(0) => Status::Accepted,
+        Exit::Status(64 | 65 | 67 | 68 | 72 | 77 | 78 | 100) => Status::Permanent,
+        Exit::Status(_) | Exit::Signal(_) | Exit::Unknown => Status::Temporary,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nix::sys::signal::Signal::SIGKILL;
+
+    #[test]
+    fn ends() {
+        for code in 0..=255 {
+            let expected = match code {
+                0 => Status::Accepted,
+                64 | 65 | 67 | 68 | 72 | 77 | 78 | 100 => Status::Permanent,
+                _ => Status::Temporary,
+            };
+            assert_eq!(status(Exit::Status(code)), expected, "{code}");
+        }
+        assert_eq!(status(Exit::Signal(SIGKILL)), Status::Temporary);
+    }
+
+    #[test]
+    fn replies() {
+        let table: [(Exit, &[u8], &[u8]); 9] = [
+            (Exit::Status(0), b"3:Kok,", b"3:Kok,"),
+            (Exit::Status(0), b"003:Dno,3:Kok,", b"3:Dno,"),
+            (Exit::Status(0), b"", b"13:Zrelay failed,"),
+            (Exit::Status(0), b"3:Ko", b"13:Zrelay failed,"),
+            (Exit::Status(0), b"ok\n", b"25:Zmalformed relay response,"),
+            (Exit::Status(75), b"3:Kok,", b"22:Zinternal server error,"),
+            (Exit::Status(100), b"3:Kok,", b"22:Dinternal server error,"),
+            (Exit::Status(1), b"3:Dno,", b"22:Zinternal server error,"),
+            (Exit::Signal(SIGKILL), b"3:Kok,", b"22:Zinternal server error,"),
+        ];
+        for (exit, output, reply) in table {
+            assert_eq!(verdict(exit, output).encode(), reply, "{exit} {output:?}");
+        }
+    }
+}

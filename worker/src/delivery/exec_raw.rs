@@ -1,0 +1,78 @@
+//! The action `exec_raw`: a program that reads the bare message, such as sendmail.
+//!
+//! Contract: the program gets the message with its inserted lines and the `Received` line, and
+//! no envelope. Its exit status is the answer (see [`status`]), and what it writes to standard
+//! output and standard error, made one line, the text.
+//!
+//! # Failure
+//! Always a reply: `timeout` if the action has one, `internal server error` for a bad end
+//! without a text or by a signal.
+
+use qrelay_shared::qmqp::{MAX_REPLY_TEXT, Reply, Status};
+
+use crate::delivery::Delivery;
+use crate::delivery::action::Exec;
+use crate::delivery::children::Exit;
+use crate::delivery::envelope::kept;
+use crate::delivery::exec::status;
+use crate::delivery::program::{Host, Kind, deliver, one_line};
+use crate::mail::Mail;
+use crate::mail::received;
+
+/// Runs the program.
+pub fn run(host: &Host<'_>, mail: &Mail, action: &Exec) -> Delivery {
+    let mut prefix = Vec::new();
+    received::write_prefix(&mut prefix, &mail.inserted, &mail.peer);
+    let mut input = vec![&prefix[..]];
+    input.extend(kept(mail));
+    let kind = Kind { input: &input, joined: true, enough: |_| false, verdict };
+    deliver(host, mail, action, &kind)
+}
+
+fn verdict(exit: Exit, output: &[u8]) -> Reply {
+    let status = status(exit);
+    let mut text = match exit {
+        Exit::Status(_) => one_line(output),
+        // Half a sentence, if anything.
+        Exit::Signal(_) | Exit::Unknown => String::new(),
+    };
+    if text.is_empty() && status != Status::Accepted {
+        text = "internal server error".into();
+    }
+    text.truncate(boundary(&text, MAX_REPLY_TEXT));
+    Reply { status, text: text.into() }
+}
+
+/// The end of the last character that fits.
+fn boundary(text: &str, limit: usize) -> usize {
+    (0..=limit.min(text.len())).rev().find(|&at| text.is_char_boundary(at)).unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nix::sys::signal::Signal::SIGTERM;
+
+    #[test]
+    fn replies() {
+        let table: [(Exit, &[u8], &[u8]); 6] = [
+            (Exit::Status(0), b"", b"1:K,"),
+            (Exit::Status(0), b"queued\nas 1\n", b"12:Kqueued as 1,"),
+            (Exit::Status(75), b"", b"22:Zinternal server error,"),
+            (Exit::Status(67), b"no such user\n", b"13:Dno such user,"),
+            (Exit::Status(1), b"oops", b"5:Zoops,"),
+            (Exit::Signal(SIGTERM), b"oops", b"22:Zinternal server error,"),
+        ];
+        for (exit, output, reply) in table {
+            assert_eq!(verdict(exit, output).encode(), reply, "{exit} {output:?}");
+        }
+    }
+
+    #[test]
+    fn a_long_text_ends_with_a_whole_character() {
+        let reply = verdict(Exit::Status(0), "\u{20ac}".repeat(200).as_bytes());
+        assert_eq!(reply.text, "\u{20ac}".repeat(85).as_bytes());
+        let reply = verdict(Exit::Status(0), "a\u{20ac}".repeat(100).as_bytes());
+        assert_eq!(reply.text.len(), 253);
+    }
+}

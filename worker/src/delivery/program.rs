@@ -1,0 +1,396 @@
+//! Running a program with a mail on its standard input, to its end or to ours.
+//!
+//! Contract: the input is complete before the program starts. Its output is read all the time,
+//! so that it never waits for us; what goes beyond [`MAX_REPLY`] bytes is dropped. The program
+//! is over when its own process has ended: what it left running in the background may go on,
+//! and what that writes counts only for [`LINGER`]. When the time is over or the client has gone,
+//! the program's process group gets SIGTERM, and what is left of it after [`GRACE`] SIGKILL, whether
+//! or not the program itself has ended by then: it isn't reaped before, so that its number still
+//! names the group. The mail is over as soon as nothing is left.
+//!
+//! # Failure
+//! A program that doesn't start is an errno. One that not even SIGKILL ends (it waits for a
+//! dead file server, or is another user's) is left to itself after another [`GRACE`].
+
+use std::fs::File;
+use std::io::Read;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::fcntl::OFlag;
+use nix::poll::{PollFd, PollFlags, ppoll};
+use nix::sys::signal::Signal;
+use nix::sys::time::TimeSpec;
+use nix::unistd::pipe2;
+use qrelay_shared::address::printable;
+use qrelay_shared::deadline::Deadline;
+use qrelay_shared::qmqp::{MAX_REPLY, Reply, Status};
+use qrelay_shared::sys::{input, pidfd, spawn};
+use slog::{Logger, error, warn};
+
+use crate::delivery::Delivery;
+use crate::delivery::action::Exec;
+use crate::delivery::children::{Child, Children, Exit};
+use crate::mail::Mail;
+
+/// From SIGTERM to SIGKILL.
+const GRACE: Duration = Duration::from_secs(10);
+/// How long output is awaited from what a program left behind, such as `| logger`.
+const LINGER: Duration = Duration::from_millis(100);
+/// How often it is looked whether a group has ended whose leader has: its other members are nobody's
+/// children here. At first it is soon, since most end at once.
+const FIRST_LOOK: Duration = Duration::from_millis(1);
+const LAST_LOOK: Duration = Duration::from_millis(50);
+/// How long to wait after a failure of poll(2), which is short of memory.
+const PAUSE: Duration = Duration::from_millis(10);
+
+/// What programs run under.
+#[derive(Debug, Clone, Copy)]
+pub struct Host<'a> {
+    /// Those that run.
+    pub children: &'a Arc<Children>,
+    /// The mail's.
+    pub deadline: Deadline,
+    /// For what the client isn't told.
+    pub logger: &'a Logger,
+}
+
+/// What is special about an action that runs a program.
+pub struct Kind<'a> {
+    /// The complete input.
+    pub input: &'a [&'a [u8]],
+    /// Errors go where output goes.
+    pub joined: bool,
+    /// Whether this output needs no more.
+    pub enough: fn(&[u8]) -> bool,
+    /// The reply for an end and an output.
+    pub verdict: fn(Exit, &[u8]) -> Reply,
+}
+
+/// What became of a program.
+enum End {
+    /// It ended.
+    Exit(Exit),
+    /// It was ended, since its time was over.
+    Late,
+    /// It was ended, since the client had gone.
+    Canceled,
+}
+
+/// Runs a program for a mail. Whatever happens, the result has a reply.
+pub fn deliver(host: &Host<'_>, mail: &Mail, action: &Exec, kind: &Kind<'_>) -> Delivery {
+    let late = if action.timeout.is_some() { "timeout" } else { "relay failed" };
+    let deadline = action.timeout.map_or(host.deadline, Deadline::after);
+    let program = action.arguments.first().map(|path| printable(path.as_bytes()).into());
+    let delivery = |reply, attempted, canceled| Delivery {
+        reply,
+        next_hop: program.clone(),
+        attempted,
+        canceled,
+    };
+    if deadline.expired() {
+        return delivery(Reply::temporary(late), false, false);
+    }
+    let mut run = match Run::start(host, mail, action, kind, deadline) {
+        Ok(run) => run,
+        Err(error) => {
+            error!(host.logger, "program can't be started"; "id" => &*mail.id,
+                "program" => program.as_deref(), "error" => error.desc());
+            return delivery(Reply::temporary("internal server error"), false, false);
+        }
+    };
+    let end = run.finish(kind.enough);
+    let (reply, cause) = match &end {
+        End::Exit(exit) => ((kind.verdict)(*exit, &run.output.kept), exit.to_string()),
+        End::Late => (Reply::temporary(late), "timeout".to_owned()),
+        End::Canceled => (Reply::temporary(late), "the client has gone".to_owned()),
+    };
+    if reply.status != Status::Accepted || !run.errors.kept.is_empty() {
+        warn!(host.logger, "program complained"; "id" => &*mail.id,
+            "program" => program.as_deref(), "end" => cause,
+            "output" => one_line(&run.output.kept), "errors" => one_line(&run.errors.kept));
+    }
+    delivery(reply, true, matches!(end, End::Canceled))
+}
+
+/// A program's output as one printable line: lines are joined by a space, empty ones left out.
+pub fn one_line(output: &[u8]) -> String {
+    let text = String::from_utf8_lossy(output).replace('\t', " ");
+    let lines = text.split(['\n', '\r']).map(str::trim).filter(|line| !line.is_empty());
+    printable(lines.collect::<Vec<_>>().join(" ").as_bytes()).into_owned()
+}
+
+/// A pipe that a program writes to, and what came of it.
+#[derive(Default)]
+struct Output {
+    pipe: Option<File>,
+    kept: Vec<u8>,
+}
+
+impl Output {
+    /// A pipe and the end for the program.
+    fn new() -> Result<(Self, OwnedFd), Errno> {
+        let (read, write) = pipe2(OFlag::O_CLOEXEC)?;
+        Ok((Self { pipe: Some(read.into()), kept: Vec::new() }, write))
+    }
+
+    /// Reads once, where something is there to be read, the end included.
+    fn read(&mut self) {
+        let Some(pipe) = &mut self.pipe else { return };
+        let mut chunk = [0; MAX_REPLY];
+        match pipe.read(&mut chunk) {
+            Ok(length @ 1..) => {
+                let room = MAX_REPLY - self.kept.len();
+                self.kept.extend_from_slice(&chunk[..length.min(room)]);
+            }
+            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+            Ok(0) | Err(_) => self.pipe = None,
+        }
+    }
+}
+
+/// What a wait has shown.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Event {
+    /// The program has ended.
+    Ended,
+    /// The client has hung up or reset the connection. That it sends no more is nothing.
+    Hangup,
+    /// The deadline has passed.
+    Late,
+}
+
+/// A program that runs.
+struct Run<'a> {
+    child: Option<Child>,
+    process: OwnedFd,
+    client: Option<BorrowedFd<'a>>,
+    output: Output,
+    errors: Output,
+    deadline: Deadline,
+    logger: &'a Logger,
+    id: &'a str,
+}
+
+impl<'a> Run<'a> {
+    fn start(
+        host: &Host<'a>,
+        mail: &'a Mail,
+        action: &Exec,
+        kind: &Kind<'_>,
+        deadline: Deadline,
+    ) -> Result<Self, Errno> {
+        let input = input::sealed(mail.job, kind.input)?;
+        let (output, stdout) = Output::new()?;
+        let (errors, stderr) = match kind.joined {
+            true => (Output::default(), stdout.try_clone().map_err(as_errno)?),
+            false => Output::new()?,
+        };
+        let child = host.children.start(
+            mail.job,
+            &spawn::Program {
+                arguments: &action.arguments,
+                environment: &action.environment,
+                stdio: [input.as_fd(), stdout.as_fd(), stderr.as_fd()],
+            },
+        )?;
+        // Without them there are descriptors free for what comes now.
+        drop((input, stdout, stderr));
+        let process = pidfd::open(child.pid())?;
+        let client = Some(mail.socket.as_fd());
+        let (logger, id) = (host.logger, mail.id.as_str());
+        Ok(Self { child: Some(child), process, client, output, errors, deadline, logger, id })
+    }
+
+    /// Waits for the program's end, or brings it about.
+    fn finish(&mut self, enough: fn(&[u8]) -> bool) -> End {
+        match self.wait(self.deadline) {
+            Event::Ended => {
+                self.last_words(enough);
+                let exit = self.child.take().map_or(Exit::Unknown, Child::reap);
+                End::Exit(exit)
+            }
+            Event::Hangup => {
+                self.end();
+                End::Canceled
+            }
+            Event::Late => {
+                self.end();
+                End::Late
+            }
+        }
+    }
+
+    /// Ends the program with all of its process group.
+    fn end(&mut self) {
+        let Some(child) = self.child.take() else { return };
+        self.client = None;
+        child.signal_group(Signal::SIGTERM);
+        let grace = Deadline::after(GRACE);
+        let mut ended = self.wait(grace) == Event::Ended;
+        if ended {
+            self.wait_for_group(&child, grace);
+        } else {
+            child.signal_group(Signal::SIGKILL);
+            ended = self.wait(Deadline::after(GRACE)) == Event::Ended;
+        }
+        if ended {
+            child.reap_group();
+        } else {
+            error!(self.logger, "program can't be killed"; "id" => self.id,
+                "pid" => child.pid().as_raw());
+            child.abandon();
+        }
+    }
+
+    /// The program has ended: waits for the rest of its group, which may want to write, too.
+    fn wait_for_group(&mut self, child: &Child, grace: Deadline) {
+        let (ended, mut pause) = (Instant::now(), FIRST_LOOK);
+        while child.group_may_live(ended) && !grace.expired() {
+            let next = grace.at_most(pause);
+            while !next.expired() {
+                self.read_ready(next);
+            }
+            pause = LAST_LOOK.min(pause * 2);
+        }
+    }
+
+    /// Reads output until something happens.
+    fn wait(&mut self, deadline: Deadline) -> Event {
+        loop {
+            let ready = self.poll(deadline);
+            if ready.ended {
+                return Event::Ended;
+            }
+            if ready.hangup {
+                return Event::Hangup;
+            }
+            if deadline.expired() {
+                return Event::Late;
+            }
+        }
+    }
+
+    /// After its end: reads what it has written, and for a moment what others may write yet.
+    fn last_words(&mut self, enough: fn(&[u8]) -> bool) {
+        let linger = Deadline::after(LINGER);
+        while self.output.pipe.is_some() || self.errors.pipe.is_some() {
+            let until =
+                if enough(&self.output.kept) { Deadline::after(Duration::ZERO) } else { linger };
+            if !self.read_ready(until) || linger.expired() {
+                return;
+            }
+        }
+    }
+
+    /// Waits for anything, and reads what output there is.
+    fn poll(&mut self, deadline: Deadline) -> Ready {
+        let mut polled = Polled::default();
+        polled.add(Slot::Process, self.process.as_fd(), PollFlags::POLLIN);
+        if let Some(client) = self.client {
+            // Only what is always reported: errors and hang-ups.
+            polled.add(Slot::Client, client, PollFlags::empty());
+        }
+        polled.add_outputs(&self.output, &self.errors);
+        let happened = polled.wait(deadline);
+        self.read(&happened);
+        Ready { ended: happened.contains(&Slot::Process), hangup: happened.contains(&Slot::Client) }
+    }
+
+    /// Waits for output and reads it; says whether there was any.
+    fn read_ready(&mut self, deadline: Deadline) -> bool {
+        let mut polled = Polled::default();
+        polled.add_outputs(&self.output, &self.errors);
+        let happened = polled.wait(deadline);
+        self.read(&happened);
+        !happened.is_empty()
+    }
+
+    fn read(&mut self, happened: &[Slot]) {
+        for slot in happened {
+            match slot {
+                Slot::Output => self.output.read(),
+                Slot::Errors => self.errors.read(),
+                Slot::Process | Slot::Client => {}
+            }
+        }
+    }
+}
+
+/// What there is to act on.
+struct Ready {
+    ended: bool,
+    hangup: bool,
+}
+
+/// What is waited for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Slot {
+    Process,
+    Client,
+    Output,
+    Errors,
+}
+
+/// Descriptors for poll(2) with their meaning.
+#[derive(Default)]
+struct Polled<'f> {
+    slots: Vec<Slot>,
+    fds: Vec<PollFd<'f>>,
+}
+
+impl<'f> Polled<'f> {
+    fn add(&mut self, slot: Slot, fd: BorrowedFd<'f>, events: PollFlags) {
+        self.slots.push(slot);
+        self.fds.push(PollFd::new(fd, events));
+    }
+
+    fn add_outputs(&mut self, output: &'f Output, errors: &'f Output) {
+        for (slot, output) in [(Slot::Output, output), (Slot::Errors, errors)] {
+            if let Some(pipe) = &output.pipe {
+                self.add(slot, pipe.as_fd(), PollFlags::POLLIN);
+            }
+        }
+    }
+
+    /// Which of them have something to say; none when the deadline has passed.
+    fn wait(mut self, deadline: Deadline) -> Vec<Slot> {
+        match ppoll(&mut self.fds, Some(TimeSpec::from(deadline.remaining())), None) {
+            Ok(_) => {}
+            Err(Errno::EINTR) => return Vec::new(),
+            Err(_) => {
+                std::thread::sleep(PAUSE);
+                return Vec::new();
+            }
+        }
+        let happened = self.fds.iter().map(|fd| fd.any().unwrap_or(true));
+        self.slots.iter().zip(happened).filter(|(_, any)| *any).map(|(slot, _)| *slot).collect()
+    }
+}
+
+fn as_errno(error: std::io::Error) -> Errno {
+    Errno::from_raw(error.raw_os_error().unwrap_or(Errno::EIO as i32))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn output_becomes_one_line() {
+        let table: [(&[u8], &str); 7] = [
+            (b"", ""),
+            (b"\n\r\n \n", ""),
+            (b"one\n", "one"),
+            (b"one  two\r\n\r\n  three\tfour\n", "one  two three four"),
+            (b"a\x1b[31mb\0", "a?[31mb?"),
+            (b"caf\xc3\xa9 \xff", "caf\u{e9} \u{fffd}"),
+            (b"4:Kok,", "4:Kok,"),
+        ];
+        for (output, line) in table {
+            assert_eq!(one_line(output), line, "{output:?}");
+        }
+    }
+}

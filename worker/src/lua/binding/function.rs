@@ -1,0 +1,362 @@
+//! How Rust functions and objects become Lua's.
+//!
+//! Contract: a function that raises does so with the position of the script's
+//! line, like Lua's own libraries; where a script catches the error, it gets a
+//! string (`prelude.lua` wraps `pcall` and its like). A function that may have to
+//! wait returns a mark and an operation to a wrapper, which yields it. Whatever a script calls
+//! takes only as many arguments as it has parameters (see [`super::arguments`]).
+//!
+//! # Failure
+//! [`Raise`] of the wrapped function. Making functions fails only when Lua's
+//! memory is exhausted.
+
+use std::sync::Arc;
+
+use mlua::{
+    AnyUserData, BString, Either, FromLuaMulti, Function, IntoLua, IntoLuaMulti, LightUserData,
+    Lua, MultiValue, Table, UserDataRef, UserDataRegistry, Value, Variadic,
+};
+use qrelay_shared::deadline::Deadline;
+
+use crate::lua::binding::arguments::{self, Arguments, Name};
+use crate::lua::binding::convert;
+use crate::lua::binding::error::{self, Raise};
+use crate::lua::engine::operation::{Operation, Pending};
+use crate::lua::engine::watch::Watch;
+
+/// Its address is the mark; a script can't make light userdata.
+static WAIT: u8 = b'W';
+
+fn mark() -> LightUserData {
+    LightUserData(std::ptr::from_ref(&WAIT).cast_mut().cast())
+}
+
+/// The object before the dot or colon: usually of the class's type, checked by the method itself.
+pub type This<T> = Either<UserDataRef<T>, Value>;
+
+/// The wrappers of `prelude.lua`, kept as application data of the Lua state.
+struct Prelude {
+    awaiting: Function,
+    class: Function,
+    list: Function,
+}
+
+fn prelude(lua: &Lua) -> mlua::Result<mlua::AppDataRef<'_, Prelude>> {
+    lua.app_data_ref::<Prelude>()
+        .ok_or_else(|| mlua::Error::RuntimeError("the prelude is not installed".into()))
+}
+
+/// What a function that may have to wait does.
+pub enum Call<R> {
+    /// It needn't.
+    Now(R),
+    /// The operation's results are the function's.
+    Later(Box<dyn Operation>),
+}
+
+impl<R: IntoLuaMulti> IntoLuaMulti for Call<R> {
+    fn into_lua_multi(self, lua: &Lua) -> mlua::Result<MultiValue> {
+        match self {
+            Self::Now(values) => values.into_lua_multi(lua),
+            Self::Later(operation) => {
+                let pending = lua.create_any_userdata(Pending::new(operation))?;
+                (mark(), pending).into_lua_multi(lua)
+            }
+        }
+    }
+}
+
+/// A function that never waits; one whose name has a colon is called on its library.
+///
+/// # Errors
+/// Lua is out of memory.
+pub fn function<A, R>(
+    lua: &Lua,
+    name: &'static str,
+    f: impl Fn(&Lua, A) -> Result<R, Raise> + Send + 'static,
+) -> mlua::Result<Function>
+where
+    A: Arguments,
+    R: IntoLuaMulti + 'static,
+{
+    counted(lua, Name::Function(name), f)
+}
+
+/// A function that Lua calls, or `prelude.lua`, and no script: a metamethod or an iterator. What
+/// else it gets is Lua's business.
+///
+/// # Errors
+/// Lua is out of memory.
+pub fn internal<A, R>(
+    lua: &Lua,
+    f: impl Fn(&Lua, A) -> Result<R, Raise> + Send + 'static,
+) -> mlua::Result<Function>
+where
+    A: FromLuaMulti + 'static,
+    R: IntoLuaMulti + 'static,
+{
+    boxed(lua, Box::new(f))
+}
+
+/// A function behind a pointer, so that all of the same signature share the binding's code around
+/// them: that is more than their own, and a mail's way leads through many of them.
+fn boxed<A, R>(lua: &Lua, f: Boxed<A, R>) -> mlua::Result<Function>
+where
+    A: FromLuaMulti + 'static,
+    R: IntoLuaMulti + 'static,
+{
+    lua.create_function(move |lua, arguments| f(lua, arguments).map_err(mlua::Error::from))
+}
+
+/// A function of this signature.
+type Boxed<A, R> = Box<dyn Fn(&Lua, A) -> Result<R, Raise> + Send>;
+
+/// A function that raises if it gets too many arguments.
+fn counted<A, R>(
+    lua: &Lua,
+    name: Name,
+    f: impl Fn(&Lua, A) -> Result<R, Raise> + Send + 'static,
+) -> mlua::Result<Function>
+where
+    A: Arguments,
+    R: IntoLuaMulti + 'static,
+{
+    internal(lua, move |lua, raw: A::Raw| f(lua, arguments::checked(name, raw)?))
+}
+
+/// A function that may have to wait; the wait yields to whoever runs the handler.
+///
+/// # Errors
+/// Lua is out of memory.
+pub fn blocking_function<A, R>(
+    lua: &Lua,
+    name: &'static str,
+    f: impl Fn(&Lua, A) -> Result<Call<R>, Raise> + Send + 'static,
+) -> mlua::Result<Function>
+where
+    A: Arguments,
+    R: IntoLuaMulti + 'static,
+{
+    waiting(lua, Name::Function(name), f)
+}
+
+fn waiting<A, R>(
+    lua: &Lua,
+    name: Name,
+    f: impl Fn(&Lua, A) -> Result<Call<R>, Raise> + Send + 'static,
+) -> mlua::Result<Function>
+where
+    A: Arguments,
+    R: IntoLuaMulti + 'static,
+{
+    let raw = counted(lua, name, f)?;
+    let awaiting = prelude(lua)?.awaiting.clone();
+    awaiting.call(raw)
+}
+
+/// The methods and attributes of a kind of object, while they are collected.
+pub struct Class<'a> {
+    lua: &'a Lua,
+    name: &'static str,
+    methods: Table,
+    getters: Table,
+    setters: Table,
+    readable: Vec<&'static str>,
+    writable: Vec<&'static str>,
+}
+
+impl<'a> Class<'a> {
+    /// A kind of object that `tostring` and error messages call by this name.
+    ///
+    /// # Errors
+    /// Lua is out of memory.
+    pub fn new(lua: &'a Lua, name: &'static str) -> mlua::Result<Self> {
+        Ok(Self {
+            lua,
+            name,
+            methods: lua.create_table()?,
+            getters: lua.create_table()?,
+            setters: lua.create_table()?,
+            readable: Vec::new(),
+            writable: Vec::new(),
+        })
+    }
+
+    /// Adds a method that never waits; its first argument is the object.
+    ///
+    /// # Errors
+    /// Lua is out of memory.
+    pub fn method<A, R>(
+        &mut self,
+        name: &'static str,
+        f: impl Fn(&Lua, A) -> Result<R, Raise> + Send + 'static,
+    ) -> mlua::Result<()>
+    where
+        A: Arguments,
+        R: IntoLuaMulti + 'static,
+    {
+        self.readable.push(name);
+        self.methods.raw_set(name, counted(self.lua, Name::Method(name), f)?)
+    }
+
+    /// Adds a method that may have to wait.
+    ///
+    /// # Errors
+    /// Lua is out of memory.
+    pub fn blocking_method<A, R>(
+        &mut self,
+        name: &'static str,
+        f: impl Fn(&Lua, A) -> Result<Call<R>, Raise> + Send + 'static,
+    ) -> mlua::Result<()>
+    where
+        A: Arguments,
+        R: IntoLuaMulti + 'static,
+    {
+        self.readable.push(name);
+        self.methods.raw_set(name, waiting(self.lua, Name::Method(name), f)?)
+    }
+
+    /// Adds a method that is written in Lua.
+    ///
+    /// # Errors
+    /// Lua is out of memory.
+    pub fn lua_method(&mut self, name: &'static str, method: Function) -> mlua::Result<()> {
+        self.readable.push(name);
+        self.methods.raw_set(name, method)
+    }
+
+    /// Adds a readable attribute.
+    ///
+    /// # Errors
+    /// Lua is out of memory.
+    pub fn getter<T: 'static, R: IntoLua>(
+        &mut self,
+        name: &'static str,
+        f: impl Fn(&Lua, &T) -> Result<R, Raise> + Send + 'static,
+    ) -> mlua::Result<()> {
+        self.readable.push(name);
+        let get = internal(self.lua, move |lua, this: UserDataRef<T>| -> Result<Value, Raise> {
+            Ok(f(lua, &this)?.into_lua(lua)?)
+        })?;
+        self.getters.raw_set(name, get)
+    }
+
+    /// Adds a readable attribute that is a new list of strings each time. They pass through Lua's
+    /// stack, so some thousands at most.
+    ///
+    /// # Errors
+    /// Lua is out of memory.
+    pub fn list_getter<T: 'static>(
+        &mut self,
+        name: &'static str,
+        f: impl Fn(&T) -> Result<Variadic<BString>, Raise> + Send + 'static,
+    ) -> mlua::Result<()> {
+        self.readable.push(name);
+        let items = internal(self.lua, move |_, this: UserDataRef<T>| f(&this))?;
+        let list = prelude(self.lua)?.list.clone();
+        self.getters.raw_set(name, list.call::<Function>(items)?)
+    }
+
+    /// Makes an attribute writable.
+    ///
+    /// # Errors
+    /// Lua is out of memory.
+    pub fn setter<T: 'static>(
+        &mut self,
+        name: &'static str,
+        f: impl Fn(&Lua, &T, Value) -> Result<(), Raise> + Send + 'static,
+    ) -> mlua::Result<()> {
+        self.writable.push(name);
+        let set = internal(self.lua, move |lua, (this, value): (UserDataRef<T>, Value)| {
+            f(lua, &this, value)
+        })?;
+        self.setters.raw_set(name, set)
+    }
+
+    /// Makes it the class of all userdata of type `T`; `more` may add metamethods.
+    ///
+    /// # Errors
+    /// Lua is out of memory.
+    pub fn register<T: 'static>(
+        self,
+        more: impl FnOnce(&mut UserDataRegistry<T>),
+    ) -> mlua::Result<()> {
+        use mlua::UserDataFields as _;
+        let Self { lua, name, methods, getters, setters, readable, writable } = self;
+        let unknown =
+            internal(lua, move |_, (key, writing): (Value, bool)| -> Result<(), Raise> {
+                let known = if writing { &writable } else { &readable };
+                let what = if writing { "writable attribute" } else { "attribute or method" };
+                Err(convert::unknown_name(name, what, &key, known).into())
+            })?;
+        let class = prelude(lua)?.class.clone();
+        let (index, newindex): (Function, Function) =
+            class.call((methods, getters, setters, unknown))?;
+        lua.register_userdata_type::<T>(move |registry| {
+            registry.add_meta_field("__name", name);
+            registry.add_meta_field("__index", index);
+            registry.add_meta_field("__newindex", newindex);
+            more(registry);
+        })
+    }
+}
+
+/// Carries out an operation where nobody can be yielded to: while the script loads, or below a C
+/// function. In a handler this holds up Lua, so it counts as running and ends with the budget.
+fn block(watch: &Watch, pending: &Pending) {
+    if let Some(operation) = pending.take() {
+        let limit = watch.remaining().min(FOREVER);
+        pending.finish(operation.run(Deadline::after(limit)));
+    }
+}
+
+/// No configuration loads longer; the supervisor's `--boot-timeout` ends it before.
+const FOREVER: std::time::Duration = std::time::Duration::from_secs(86_400);
+
+/// Runs `prelude.lua`: wraps coroutines and `pcall`, and keeps the wrappers for [`blocking_function`] and
+/// [`Class`].
+///
+/// # Errors
+/// Lua is out of memory.
+pub fn install(lua: &Lua, watch: &Arc<Watch>) -> mlua::Result<()> {
+    lua.register_userdata_type::<Pending>(|registry| {
+        use mlua::UserDataFields as _;
+        registry.add_meta_field("__name", "operation");
+    })?;
+    let exports: Table = lua
+        .load(include_str!("../engine/prelude.lua"))
+        .set_name(format!("={}", error::CHUNK))
+        .call((mark(), natives(lua, watch)?))?;
+    lua.set_app_data(Prelude {
+        awaiting: exports.get("awaiting")?,
+        class: exports.get("class")?,
+        list: exports.get("list")?,
+    });
+    Ok(())
+}
+
+/// What `prelude.lua` needs of Rust.
+fn natives(lua: &Lua, watch: &Arc<Watch>) -> mlua::Result<Table> {
+    let native = lua.create_table()?;
+    let clock = Arc::clone(watch);
+    let block = lua.create_function(move |_, pending: UserDataRef<Pending>| {
+        block(&clock, &pending);
+        Ok(())
+    })?;
+    native.raw_set("block", block)?;
+    let results = internal(lua, |lua, pending: AnyUserData| {
+        // The borrow must end before the results are made, which may run Lua code.
+        let results = pending.borrow::<Pending>()?.results()?;
+        results(lua)
+    })?;
+    native.raw_set("results", results)?;
+    let message = lua.create_function(|lua, reason: Value| match reason {
+        Value::Error(error) => lua.create_string(error::describe(&error).0).map(Value::String),
+        other => Ok(other),
+    })?;
+    native.raw_set("message", message)?;
+    let clock = Arc::clone(watch);
+    native.raw_set("stop", lua.create_function(move |lua, ()| clock.stop(lua))?)?;
+    native.raw_set("flags", watch.flags(lua)?)?;
+    Ok(native)
+}

@@ -1,0 +1,113 @@
+//! Operations: what a handler waits for while somebody else has Lua.
+//!
+//! Contract: a library function that would block returns an [`Operation`]. It
+//! travels out of the handler's coroutine to a thread that may wait
+//! (see [`super::monitor`]), which carries it out, or waits for what is under way already, with Lua
+//! unlocked and puts the [`Outcome`] into the same object, from where the waiting function takes
+//! it. An operation holds no Lua values: dropping one would wait for Lua.
+//!
+//! # Failure
+//! An operation that can't be done in time says [`Outcome::Expired`]; that ends
+//! the handler. Other failures are values (`nil, message`) or raise in the
+//! script, as the operation decides.
+
+use std::time::Duration;
+
+use mlua::{IntoLuaMulti, Lua, MultiValue};
+use parking_lot::Mutex;
+use qrelay_shared::deadline::Deadline;
+
+use crate::lua::binding::error::Raise;
+
+/// Blocking work, done without Lua.
+pub trait Operation: Send {
+    /// Does it, on the calling thread, by the deadline.
+    fn run(self: Box<Self>, deadline: Deadline) -> Outcome;
+}
+
+/// Makes an operation's results into Lua values, once Lua is held again.
+pub type Results = Box<dyn FnOnce(&Lua) -> Result<MultiValue, Raise> + Send>;
+
+/// How an operation ended.
+pub enum Outcome {
+    /// The function returns, or raises, this.
+    Done(Results),
+    /// The deadline passed.
+    Expired,
+}
+
+impl Outcome {
+    /// The function returns these values.
+    pub fn values<R: IntoLuaMulti + Send + 'static>(values: R) -> Self {
+        Self::Done(Box::new(move |lua| Ok(values.into_lua_multi(lua)?)))
+    }
+
+    /// The function returns `nil, message`.
+    pub fn failure(message: String) -> Self {
+        Self::values((mlua::Value::Nil, message))
+    }
+
+    /// The function raises this.
+    pub fn raise(message: String) -> Self {
+        Self::Done(Box::new(move |_| Err(Raise::Text(message))))
+    }
+}
+
+/// An operation as Lua sees it: a userdata without methods.
+pub struct Pending(Mutex<Stage>);
+
+enum Stage {
+    Ready(Box<dyn Operation>),
+    Running,
+    Done(Outcome),
+}
+
+impl Pending {
+    /// Not yet begun.
+    pub fn new(operation: Box<dyn Operation>) -> Self {
+        Self(Mutex::new(Stage::Ready(operation)))
+    }
+
+    /// The work, for whoever does it; nobody else gets it.
+    pub fn take(&self) -> Option<Box<dyn Operation>> {
+        let mut stage = self.0.lock();
+        match std::mem::replace(&mut *stage, Stage::Running) {
+            Stage::Ready(operation) => Some(operation),
+            other => {
+                *stage = other;
+                None
+            }
+        }
+    }
+
+    /// It is done.
+    pub fn finish(&self, outcome: Outcome) {
+        *self.0.lock() = Stage::Done(outcome);
+    }
+
+    /// Its results, once.
+    ///
+    /// # Errors
+    /// It isn't done, or was given up.
+    pub fn results(&self) -> Result<Results, Raise> {
+        match std::mem::replace(&mut *self.0.lock(), Stage::Running) {
+            Stage::Done(Outcome::Done(results)) => Ok(results),
+            Stage::Done(Outcome::Expired) => Err("the time for this mail is over".into()),
+            Stage::Ready(_) | Stage::Running => {
+                Err("the operation was interrupted: its coroutine was resumed by the script".into())
+            }
+        }
+    }
+}
+
+/// `sleep(seconds)`.
+#[derive(Debug)]
+pub struct Sleep(pub Duration);
+
+impl Operation for Sleep {
+    fn run(self: Box<Self>, deadline: Deadline) -> Outcome {
+        let remaining = deadline.remaining();
+        std::thread::sleep(self.0.min(remaining));
+        if self.0 > remaining { Outcome::Expired } else { Outcome::values(()) }
+    }
+}

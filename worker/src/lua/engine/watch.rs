@@ -1,0 +1,220 @@
+//! How long Lua runs: the clock that stops a runaway handler from inside, and
+//! what the control thread may know without taking a lock.
+//!
+//! Contract: between [`Watch::begin`] and the end of the [`Turn`], the thread
+//! that holds Lua runs it for one job. A count hook looks at the clock every
+//! `COUNT` instructions. Once the turn's limit has passed it raises an error
+//! at every instruction, since a `pcall` swallows a single one, until the turn
+//! is over. A Lua thread has a hook of its own, and one that resumes others
+//! would get to its next count late, so `coroutine.resume` and `wrap` look at
+//! the flag `expired` and call [`Watch::stop`], too. Threads that a handler
+//! leaves behind with the hook of every instruction get the normal one back the
+//! next time it fires.
+//!
+//! # Failure
+//! A loop inside a C function or in an `xpcall` message handler is not reached
+//! by the hook; it shows in [`Watch::held`], and the supervisor ends the worker.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
+
+use mlua::{HookTriggers, Lua, Table, VmState};
+use parking_lot::Mutex;
+
+use crate::lua::engine::scope::{Ending, Scope};
+use crate::lua::library::mail::Slot;
+
+/// Instructions between two looks at the clock: some 100 µs.
+const COUNT: u32 = 10_000;
+
+/// No limit on the running turn.
+const NEVER: u64 = u64::MAX;
+
+/// Since when Lua is held, and for whom.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Held {
+    /// Zero when Lua is free.
+    pub duration: Duration,
+    /// The job that holds it, 0 when it is free or held by none.
+    pub job: u64,
+}
+
+/// The clock of one Lua state.
+#[derive(Debug)]
+pub struct Watch {
+    epoch: Instant,
+    /// Nanoseconds after the epoch, 0 when Lua is free.
+    since: AtomicU64,
+    job: AtomicU64,
+    /// Nanoseconds after the epoch.
+    limit: AtomicU64,
+    /// The limit of the running turn passed.
+    expired: AtomicBool,
+    /// Some thread may have the hook of every instruction.
+    tightened: AtomicBool,
+    /// For `prelude.lua`: whether the limit of the running turn passed.
+    flags: OnceLock<Table>,
+    /// The mail whose handler runs.
+    mail: Mutex<Option<Arc<Slot>>>,
+    /// What ends with the run.
+    scope: Mutex<Option<Arc<Scope>>>,
+}
+
+impl Watch {
+    /// A clock that stands still.
+    pub fn new() -> Arc<Self> {
+        Arc::new(Self {
+            epoch: Instant::now(),
+            since: AtomicU64::new(0),
+            job: AtomicU64::new(0),
+            limit: AtomicU64::new(NEVER),
+            expired: AtomicBool::new(false),
+            tightened: AtomicBool::new(false),
+            flags: OnceLock::new(),
+            mail: Mutex::new(None),
+            scope: Mutex::new(None),
+        })
+    }
+
+    /// Nanoseconds since the epoch; never 0.
+    fn now(&self) -> u64 {
+        u64::try_from(self.epoch.elapsed().as_nanos()).unwrap_or(NEVER - 1).max(1)
+    }
+
+    /// Starts a turn of at most `budget`; only the holder of Lua may.
+    pub fn begin<'a>(
+        &'a self,
+        job: u64,
+        mail: Option<Arc<Slot>>,
+        scope: &'a Ending,
+        budget: Duration,
+    ) -> Turn<'a> {
+        let now = self.now();
+        let budget = u64::try_from(budget.as_nanos()).unwrap_or(NEVER);
+        self.expired.store(false, Ordering::Relaxed);
+        self.limit.store(now.saturating_add(budget), Ordering::Relaxed);
+        self.job.store(job, Ordering::Relaxed);
+        *self.mail.lock() = mail;
+        *self.scope.lock() = scope.0.get().cloned();
+        self.since.store(now, Ordering::Release);
+        Turn { watch: self, scope, began: now }
+    }
+
+    /// How long the running turn has lasted, and whose it is.
+    pub fn held(&self) -> Held {
+        let since = self.since.load(Ordering::Acquire);
+        if since == 0 {
+            return Held::default();
+        }
+        let duration = Duration::from_nanos(self.now().saturating_sub(since));
+        Held { duration, job: self.job.load(Ordering::Relaxed) }
+    }
+
+    /// Whether Lua, asking this, runs outside of any turn: the script loads.
+    pub fn is_loading(&self) -> bool {
+        self.since.load(Ordering::Relaxed) == 0
+    }
+
+    /// The mail whose handler runs.
+    pub fn mail(&self) -> Option<Arc<Slot>> {
+        self.mail.lock().clone()
+    }
+
+    /// What ends with the running run; while the script loads there is none.
+    pub fn scope(&self) -> Option<Arc<Scope>> {
+        let running = !self.is_loading();
+        running.then(|| Arc::clone(self.scope.lock().get_or_insert_default()))
+    }
+
+    /// What is left of the running turn.
+    pub fn remaining(&self) -> Duration {
+        let limit = self.limit.load(Ordering::Relaxed);
+        Duration::from_nanos(limit.saturating_sub(self.now()))
+    }
+
+    /// The table in whose field `expired` the script's wrappers see that the limit passed.
+    ///
+    /// # Errors
+    /// Lua is out of memory.
+    pub fn flags(&self, lua: &Lua) -> mlua::Result<Table> {
+        let flags = lua.create_table_from([("expired", false)])?;
+        Ok(self.flags.get_or_init(|| flags).clone())
+    }
+
+    /// Gives all threads the count hook that asks this clock.
+    ///
+    /// # Errors
+    /// None is known; the binding's type has one.
+    pub fn install(self: &Arc<Self>, lua: &Lua) -> mlua::Result<()> {
+        self.flag(false)?;
+        self.set_hook(lua, COUNT)
+    }
+
+    fn flag(&self, expired: bool) -> mlua::Result<()> {
+        // The key exists, so this takes no memory.
+        self.flags.get().map_or(Ok(()), |flags| flags.raw_set("expired", expired))
+    }
+
+    /// Called by a thread that finds `expired` set: the same that the hook does.
+    ///
+    /// # Errors
+    /// Always the one that ends the thread, if the limit has passed.
+    pub fn stop(self: &Arc<Self>, lua: &Lua) -> mlua::Result<()> {
+        self.check(lua).map(|_| ())
+    }
+
+    fn set_hook(self: &Arc<Self>, lua: &Lua, count: u32) -> mlua::Result<()> {
+        let watch = Arc::clone(self);
+        lua.set_global_hook(HookTriggers::new().every_nth_instruction(count), move |lua, _| {
+            watch.check(lua)
+        })
+    }
+
+    /// Runs in the hook, for the thread it fired in.
+    fn check(self: &Arc<Self>, lua: &Lua) -> mlua::Result<VmState> {
+        if self.now() < self.limit.load(Ordering::Relaxed) {
+            if self.tightened.load(Ordering::Relaxed) {
+                self.set_hook(lua, COUNT)?;
+            }
+            return Ok(VmState::Continue);
+        }
+        self.expired.store(true, Ordering::Relaxed);
+        self.tightened.store(true, Ordering::Relaxed);
+        self.flag(true)?;
+        self.set_hook(lua, 1)?;
+        Err(mlua::Error::RuntimeError(
+            "stopped: the handler ran longer than handler_timeout".into(),
+        ))
+    }
+}
+
+/// Lua runs for a job until this is dropped.
+#[derive(Debug)]
+pub struct Turn<'a> {
+    watch: &'a Watch,
+    scope: &'a Ending,
+    began: u64,
+}
+
+impl Turn<'_> {
+    /// Ends the turn: how long it lasted, and whether its limit passed. If it did, the caller
+    /// installs the hook again before anything else runs.
+    pub fn end(self) -> (Duration, bool) {
+        let lasted = self.watch.now().saturating_sub(self.began);
+        (Duration::from_nanos(lasted), self.watch.expired.load(Ordering::Relaxed))
+    }
+}
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        self.watch.since.store(0, Ordering::Release);
+        self.watch.job.store(0, Ordering::Relaxed);
+        self.watch.limit.store(NEVER, Ordering::Relaxed);
+        *self.watch.mail.lock() = None;
+        if let Some(scope) = self.watch.scope.lock().take() {
+            // If it is there already, it is the same.
+            let _ = self.scope.0.set(scope);
+        }
+    }
+}

@@ -1,0 +1,168 @@
+//! The methods of a mail object that decide about it, and the objects they return.
+//!
+//! Contract: an action object is immutable and belongs to no mail; a script may
+//! keep it and return it for others.
+//!
+//! # Failure
+//! Wrong arguments raise; nothing is connected or executed here.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use mlua::{AnyUserData, IntoLua, Lua, UserDataMethods as _, Value};
+use parking_lot::Mutex;
+use qrelay_shared::address::printable;
+use qrelay_shared::endpoint::QMQP_PORT;
+
+use crate::delivery::action::{Action, Connect, NextHop};
+use crate::lua::binding::convert::{Argument, MAX_TIMEOUT, Options};
+use crate::lua::binding::error::Raise;
+use crate::lua::binding::function::Class;
+use crate::lua::library::address;
+use crate::lua::library::exec;
+use crate::lua::library::mail::{self, This};
+
+/// Most addresses whose action objects are kept.
+const MAX_KEPT: usize = 256;
+
+/// The userdata.
+pub struct ActionObject(Action);
+
+impl ActionObject {
+    /// This decision.
+    pub fn new(action: Action) -> Self {
+        Self(action)
+    }
+
+    /// What was decided.
+    pub fn action(&self) -> &Action {
+        &self.0
+    }
+}
+
+impl IntoLua for ActionObject {
+    fn into_lua(self, lua: &Lua) -> mlua::Result<Value> {
+        lua.create_any_userdata(self).map(Value::UserData)
+    }
+}
+
+/// Makes the class of action objects.
+///
+/// # Errors
+/// Lua is out of memory.
+pub fn register(lua: &Lua) -> mlua::Result<()> {
+    let class = Class::new(lua, "action")?;
+    class.register::<ActionObject>(|registry| {
+        registry.add_meta_method("__tostring", |_, this, ()| Ok(this.0.name()));
+    })
+}
+
+/// Adds them to the class of mail objects.
+///
+/// # Errors
+/// Lua is out of memory.
+pub fn methods(class: &mut Class<'_>) -> mlua::Result<()> {
+    let kept = Mutex::new(HashMap::new());
+    class.method("connect", move |lua, (this, to, options): (This, Value, Value)| {
+        mail::alive(&this)?;
+        if options.is_nil() {
+            connect_plainly(lua, &to, &kept)
+        } else {
+            connect(lua, &to, &options)
+        }
+    })?;
+    reply(class, "discard", Action::Discard)?;
+    reply(class, "reject", Action::Reject)?;
+    reply(class, "defer", Action::Defer)?;
+    exec::methods(class)
+}
+
+/// An action that is an answer at once.
+fn reply(
+    class: &mut Class<'_>,
+    name: &'static str,
+    action: fn(Option<Arc<str>>) -> Action,
+) -> mlua::Result<()> {
+    class.method(name, move |_, (this, text): (This, Value)| {
+        mail::alive(&this)?;
+        let text = match text {
+            Value::Nil => None,
+            text => {
+                let bytes = Argument::new(name, 1, "text").text(&text)?;
+                Some(Arc::from(&*printable(&bytes)))
+            }
+        };
+        Ok(ActionObject(action(text)))
+    })
+}
+
+/// Texts of addresses, and the action objects that connect there.
+type Kept = Mutex<HashMap<Vec<u8>, AnyUserData>>;
+
+/// `connect(to)`: most handlers do so with few addresses, so their action objects are kept.
+fn connect_plainly(lua: &Lua, to: &Value, kept: &Kept) -> Result<AnyUserData, Raise> {
+    if let Value::String(text) = to {
+        if let Some(action) = kept.lock().get(&*text.as_bytes()) {
+            return Ok(action.clone());
+        }
+        let action = connect(lua, to, &Value::Nil)?;
+        let mut kept = kept.lock();
+        if kept.len() >= MAX_KEPT {
+            kept.clear();
+        }
+        kept.insert(text.as_bytes().to_vec(), action.clone());
+        return Ok(action);
+    }
+    let Some(address) = address::object(to) else { return connect(lua, to, &Value::Nil) };
+    if let Some(action) = address.connect.get() {
+        return Ok(action.clone());
+    }
+    let action = connect(lua, to, &Value::Nil)?;
+    Ok(address.connect.get_or_init(|| action).clone())
+}
+
+fn connect(lua: &Lua, to: &Value, options: &Value) -> Result<AnyUserData, Raise> {
+    let connect = Arc::new(connect_to(to, options)?);
+    Ok(lua.create_any_userdata(ActionObject(Action::Connect(connect)))?)
+}
+
+fn connect_to(to: &Value, options: &Value) -> Result<Connect, Raise> {
+    let argument = Argument::new("connect", 1, "address");
+    let mut connect =
+        Connect { addresses: Vec::new(), random: false, timeout: None, connect_timeout: None };
+    match to {
+        Value::Table(_) => {
+            for one in argument.list(to)? {
+                add_addresses(&argument, &one, &mut connect.addresses)?;
+            }
+        }
+        one => add_addresses(&argument, one, &mut connect.addresses)?,
+    }
+    if connect.addresses.is_empty() {
+        return Err(argument.invalid("expected at least one address, got an empty list"));
+    }
+    let options = Options::new("connect", 2, options, &["timeout", "connect_timeout", "order"])?;
+    if let Some((key, value)) = options.get("timeout")? {
+        connect.timeout = Some(key.duration(&value, MAX_TIMEOUT)?);
+    }
+    if let Some((key, value)) = options.get("connect_timeout")? {
+        connect.connect_timeout = Some(key.duration(&value, MAX_TIMEOUT)?);
+    }
+    if let Some((key, value)) = options.get("order")? {
+        match &*key.text(&value)? {
+            b"random" => connect.random = true,
+            _ => return Err(key.wrong("'random'", &value)),
+        }
+    }
+    Ok(connect)
+}
+
+fn add_addresses(
+    argument: &Argument<'_>,
+    value: &Value,
+    to: &mut Vec<NextHop>,
+) -> Result<(), Raise> {
+    let endpoints = address::endpoints(argument, value, QMQP_PORT, "qmqp_resolve")?;
+    to.extend(endpoints.into_iter().map(NextHop::from));
+    Ok(())
+}

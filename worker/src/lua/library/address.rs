@@ -1,0 +1,194 @@
+//! Addresses of sockets in Lua: `qmqp_resolve`, `log_resolve`, `control_resolve`.
+//!
+//! Contract: an address object is immutable, holds at least one endpoint, shows
+//! them with `tostring` and compares by them. A host name is looked up on a
+//! thread of its own, which is abandoned at the deadline, since the system's
+//! resolver has no time limit; while the script loads, on the calling thread,
+//! since the zygote must stay single-threaded.
+//!
+//! # Failure
+//! A text that is no address, or a look-up that fails, raises.
+
+use std::net::{SocketAddr, ToSocketAddrs as _};
+use std::sync::OnceLock;
+use std::thread;
+
+use mlua::{AnyUserData, IntoLua, Lua, UserDataMethods as _, Value};
+use qrelay_shared::deadline::Deadline;
+use qrelay_shared::endpoint::{self, CONTROL_PORT, Endpoint, POND_PORT, Parsed, QMQP_PORT};
+
+use crate::lua::binding::convert::{self, Argument};
+use crate::lua::binding::error::Raise;
+use crate::lua::binding::function::{self, Call, Class};
+use crate::lua::engine::operation::{Operation, Outcome};
+use crate::lua::engine::watch::Watch;
+
+/// The userdata.
+#[derive(Debug)]
+pub struct AddressObject {
+    endpoints: Vec<Endpoint>,
+    /// The action object that connects here, made at the first use.
+    pub(super) connect: OnceLock<AnyUserData>,
+}
+
+impl AddressObject {
+    /// These endpoints; at least one.
+    fn new(endpoints: Vec<Endpoint>) -> Self {
+        Self { endpoints, connect: OnceLock::new() }
+    }
+
+    /// The endpoints, in the order in which they are tried; at least one.
+    pub fn endpoints(&self) -> &[Endpoint] {
+        &self.endpoints
+    }
+}
+
+impl IntoLua for AddressObject {
+    fn into_lua(self, lua: &Lua) -> mlua::Result<Value> {
+        lua.create_any_userdata(self).map(Value::UserData)
+    }
+}
+
+impl std::fmt::Display for AddressObject {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        for (index, endpoint) in self.endpoints.iter().enumerate() {
+            let comma = if index == 0 { "" } else { ", " };
+            write!(f, "{comma}{endpoint}")?;
+        }
+        Ok(())
+    }
+}
+
+/// The address object behind a value, if it is one.
+pub fn object(value: &Value) -> Option<mlua::UserDataRef<AddressObject>> {
+    value.as_userdata().and_then(|object| object.borrow().ok())
+}
+
+/// The endpoints that an address object or a string without a host name stands for; `resolver` is
+/// the function that looks up names.
+///
+/// # Errors
+/// It is neither.
+pub fn endpoints(
+    argument: &Argument<'_>,
+    value: &Value,
+    port: u16,
+    resolver: &str,
+) -> Result<Vec<Endpoint>, Raise> {
+    if let Some(object) = object(value) {
+        return Ok(object.endpoints.clone());
+    }
+    let Some(text) = convert::text(value)? else {
+        return Err(argument.wrong("a string or an address object", value));
+    };
+    match endpoint::parse(&text, port) {
+        Ok(Parsed::Endpoint(endpoint)) => Ok(vec![endpoint]),
+        Ok(Parsed::Host { .. }) => {
+            let text = convert::quoted(&text);
+            Err(argument.invalid(&format!(
+                "expected a numeric address, a path or an @name, got {text}; \
+                 {resolver}({text}) makes an address object of a host name"
+            )))
+        }
+        Err(error) => Err(argument.invalid(&format!("{}: {error}", convert::quoted(&text)))),
+    }
+}
+
+/// Makes the class of address objects and the three functions.
+///
+/// # Errors
+/// Lua is out of memory.
+pub fn register(lua: &Lua, watch: &std::sync::Arc<Watch>) -> mlua::Result<()> {
+    let class = Class::new(lua, "address")?;
+    class.register::<AddressObject>(|registry| {
+        registry.add_meta_method("__tostring", |_, this, ()| Ok(this.to_string()));
+        registry.add_meta_function("__eq", |_, (a, b): (Value, Value)| {
+            Ok(matches!((object(&a), object(&b)), (Some(a), Some(b)) if a.endpoints == b.endpoints))
+        });
+    })?;
+    let resolvers = [
+        ("qmqp_resolve", QMQP_PORT),
+        ("log_resolve", POND_PORT),
+        ("control_resolve", CONTROL_PORT),
+    ];
+    for (name, port) in resolvers {
+        let watch = std::sync::Arc::clone(watch);
+        let resolve = function::blocking_function(lua, name, move |_, address: Value| {
+            resolve(name, &address, port, watch.is_loading())
+        })?;
+        lua.globals().set(name, resolve)?;
+    }
+    Ok(())
+}
+
+fn resolve(
+    function: &'static str,
+    address: &Value,
+    port: u16,
+    here: bool,
+) -> Result<Call<AddressObject>, Raise> {
+    let argument = Argument::new(function, 1, "address");
+    let text = argument.text(address)?;
+    match endpoint::parse(&text, port) {
+        Ok(Parsed::Endpoint(endpoint)) => Ok(Call::Now(AddressObject::new(vec![endpoint]))),
+        Ok(Parsed::Host { host, port }) => Ok(Call::Later(Box::new(Lookup { host, port, here }))),
+        Err(error) => Err(argument.invalid(&format!("{}: {error}", convert::quoted(&text)))),
+    }
+}
+
+/// Asks the system's resolver.
+struct Lookup {
+    host: String,
+    port: u16,
+    /// On the calling thread.
+    here: bool,
+}
+
+impl Lookup {
+    fn ask(&self) -> Result<Vec<SocketAddr>, String> {
+        let failed = |cause: &str| format!("cannot resolve '{}': {cause}", self.host);
+        let found = (self.host.as_str(), self.port).to_socket_addrs();
+        let found: Vec<_> = found.map_err(|e| failed(&reason(&e)))?.collect();
+        if found.is_empty() { Err(failed("it has no address")) } else { Ok(found) }
+    }
+}
+
+/// The resolver's own words, without what Rust puts before them.
+fn reason(error: &std::io::Error) -> String {
+    let text = error.to_string();
+    let prefix = "failed to lookup address information: ";
+    text.strip_prefix(prefix).unwrap_or(&text).to_owned()
+}
+
+fn outcome(found: Result<Vec<SocketAddr>, String>) -> Outcome {
+    match found {
+        Ok(found) => {
+            Outcome::values(AddressObject::new(found.into_iter().map(Endpoint::Inet).collect()))
+        }
+        Err(message) => Outcome::raise(message),
+    }
+}
+
+impl Operation for Lookup {
+    fn run(self: Box<Self>, deadline: Deadline) -> Outcome {
+        if self.here {
+            return outcome(self.ask());
+        }
+        let (answer, answered) = crossbeam_channel::bounded(1);
+        let name = self.host.clone();
+        let thread = thread::Builder::new().name("resolve".into()).spawn(move || {
+            // Nobody listens any more when the deadline has passed.
+            let _ = answer.send(self.ask());
+        });
+        if let Err(error) = thread {
+            return Outcome::raise(format!("cannot resolve '{name}': no thread: {error}"));
+        }
+        match answered.recv_deadline(deadline.instant()) {
+            Ok(found) => outcome(found),
+            Err(crossbeam_channel::RecvTimeoutError::Timeout) => Outcome::Expired,
+            Err(crossbeam_channel::RecvTimeoutError::Disconnected) => {
+                Outcome::raise(format!("cannot resolve '{name}': the look-up failed"))
+            }
+        }
+    }
+}

@@ -1,0 +1,283 @@
+//! This process's way to the shared dictionaries, which live in the supervisor.
+//!
+//! Contract: a question has a channel of its own until its answer is there; then the channel is
+//! idle, and serves the next one. [`try_ask`] never waits, so it may be used while Lua is held:
+//! by the time somebody waits for the answer it usually has come. What a zygote opened while its
+//! script loaded must be closed ([`hang_up`]) before it forks: two processes with one channel
+//! would read each other's answers.
+//!
+//! # Failure
+//! [`AskError`]. A channel that failed, or whose answer nobody waited for, is closed.
+
+use std::cell::RefCell;
+use std::os::fd::{AsFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::sys::socket::{setsockopt, sockopt};
+use parking_lot::Mutex;
+use qrelay_shared::dictionary::{Answer, FromDictionary, Operation, Request, ToDictionary};
+use qrelay_shared::ipc::channel::{Channel, RecvBuffer, RecvError, SendError};
+
+use qrelay_shared::deadline::Deadline;
+use qrelay_shared::sys::wait::socket_timeout;
+
+/// The supervisor answers at once, or something is wrong.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Why there is no answer.
+#[derive(Debug, thiserror::Error)]
+pub enum AskError {
+    /// The mail's time is over.
+    #[error("the time for this mail is over")]
+    Expired,
+    /// It can't be reached.
+    #[error("the shared dictionaries can't be reached: {0}")]
+    Unreachable(String),
+}
+
+impl AskError {
+    fn because(cause: impl ToString) -> Self {
+        Self::Unreachable(cause.to_string())
+    }
+}
+
+/// Hands the supervisor its end of a new channel.
+pub type Opener = Box<dyn Fn(OwnedFd) -> Result<(), SendError> + Send + Sync>;
+
+/// A channel.
+struct Line {
+    channel: Channel<ToDictionary, FromDictionary>,
+    /// Its receive timeout is [`PATIENCE`], not less.
+    patient: bool,
+}
+
+/// Channels that nobody uses just now.
+static IDLE: Mutex<Idle<Line>> = Mutex::new(Idle(Vec::new()));
+
+/// The same, decided apart from them; the last used one is at the end.
+struct Idle<T>(Vec<(T, Instant)>);
+
+/// As many stay open.
+const MAX_IDLE: usize = 64;
+
+/// Those that haven't been needed for so long are closed when another one becomes idle.
+const MAX_IDLE_TIME: Duration = Duration::from_secs(30);
+
+impl<T> Idle<T> {
+    /// One to be used.
+    fn take(&mut self) -> Option<T> {
+        self.0.pop().map(|(line, _)| line)
+    }
+
+    /// This one is idle now; those that are to be closed.
+    #[must_use]
+    fn rest(&mut self, line: T, now: Instant) -> Vec<(T, Instant)> {
+        let disused = |(_, since): &&(T, Instant)| now.duration_since(*since) > MAX_IDLE_TIME;
+        let disused = self.0.iter().take_while(disused).count();
+        let surplus = (self.0.len() + 1).saturating_sub(MAX_IDLE);
+        let closed = self.0.drain(..disused.max(surplus)).collect();
+        self.0.push((line, now));
+        closed
+    }
+}
+
+thread_local! {
+    /// For answers without values or keys.
+    static SMALL: RefCell<Option<RecvBuffer>> = const { RefCell::new(None) };
+    /// For the others.
+    static LARGE: RefCell<Option<RecvBuffer>> = const { RefCell::new(None) };
+}
+
+/// Closes the channels that nobody uses.
+pub fn hang_up() {
+    IDLE.lock().0.clear();
+}
+
+/// A question that has been asked.
+pub struct Asked {
+    line: Line,
+    /// The answer may be long.
+    large: bool,
+}
+
+/// Asks if that can be done at once.
+pub fn try_ask(request: &Request<'_>) -> Option<Asked> {
+    let line = IDLE.lock().take()?;
+    match line.channel.try_send(request, &[]) {
+        Ok(()) => return Some(Asked::new(line, request)),
+        Err(SendError::Closed) => {}
+        // That isn't the channel's fault.
+        Err(_) => line.rest(),
+    }
+    None
+}
+
+/// Asks.
+///
+/// # Errors
+/// See [`AskError`].
+pub fn ask(opener: &Opener, request: &Request<'_>) -> Result<Asked, AskError> {
+    if let Some(asked) = try_ask(request) {
+        return Ok(asked);
+    }
+    let line = Line::open(opener)?;
+    line.channel.send(request, &[]).map_err(AskError::because)?;
+    Ok(Asked::new(line, request))
+}
+
+impl Asked {
+    fn new(line: Line, request: &Request<'_>) -> Self {
+        let large = matches!(request.operation, Operation::Get | Operation::Keys { .. });
+        Self { line, large }
+    }
+
+    /// Gives the answer to `take` as soon as it is there.
+    ///
+    /// # Errors
+    /// See [`AskError`].
+    pub fn answer<R>(
+        self,
+        deadline: Deadline,
+        take: impl FnOnce(Answer<'_>) -> R,
+    ) -> Result<R, AskError> {
+        let Self { mut line, large } = self;
+        line.limit(deadline)?;
+        let (buffers, new): (_, fn() -> RecvBuffer) =
+            if large { (&LARGE, RecvBuffer::new) } else { (&SMALL, RecvBuffer::small) };
+        let mut buffer = buffers.take().unwrap_or_else(new);
+        let result = match line.channel.recv(&mut buffer) {
+            Ok(received) => Ok(take(received.message)),
+            Err(RecvError::Empty) if deadline.expired() => Err(AskError::Expired),
+            Err(RecvError::Empty) => Err(AskError::because("no answer")),
+            Err(error) => Err(AskError::because(error)),
+        };
+        buffers.set(Some(buffer));
+        if result.is_ok() {
+            line.rest();
+        }
+        result
+    }
+}
+
+impl Line {
+    fn open(opener: &Opener) -> Result<Self, AskError> {
+        let (channel, theirs) = Channel::pair().map_err(AskError::because)?;
+        opener(theirs.into()).map_err(AskError::because)?;
+        Ok(Self { channel, patient: false })
+    }
+
+    /// It is idle now.
+    fn rest(self) {
+        let closed = IDLE.lock().rest(self, Instant::now());
+        drop(closed);
+    }
+
+    /// Receiving ends at the deadline, or when patience does.
+    fn limit(&mut self, deadline: Deadline) -> Result<(), AskError> {
+        let brief = deadline.remaining() < PATIENCE;
+        if self.patient && !brief {
+            return Ok(());
+        }
+        let timeout = socket_timeout(deadline.at_most(PATIENCE)).ok_or(AskError::Expired)?;
+        setsockopt(&self.channel.as_fd(), sockopt::ReceiveTimeout, &timeout)
+            .map_err(|error: Errno| AskError::because(error))?;
+        self.patient = !brief;
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Arc;
+
+    type Theirs = Channel<FromDictionary, ToDictionary>;
+
+    fn question(key: &[u8]) -> Request<'_> {
+        Request { dictionary: "d", key, operation: Operation::Delete }
+    }
+
+    /// The key of the next question, which is answered.
+    fn answer(line: &Theirs) -> Vec<u8> {
+        let mut buffer = RecvBuffer::new();
+        let key = line.recv(&mut buffer).expect("a question").message.key.to_vec();
+        line.send(&Answer::Changed(true), &[]).expect("answered");
+        key
+    }
+
+    fn changed(asked: Asked) -> bool {
+        let deadline = Deadline::after(Duration::from_secs(60));
+        asked.answer(deadline, |answer| matches!(answer, Answer::Changed(true))).expect("an answer")
+    }
+
+    fn expired(asked: Asked) -> bool {
+        let answer = asked.answer(Deadline::after(Duration::from_millis(1)), |_| ());
+        matches!(answer, Err(AskError::Expired))
+    }
+
+    fn closed(line: &Theirs) -> bool {
+        let mut buffer = RecvBuffer::new();
+        while line.try_recv(&mut buffer).is_ok() {}
+        matches!(line.try_recv(&mut buffer), Err(RecvError::Closed))
+    }
+
+    #[test]
+    fn few_channels_stay_open() {
+        let start = Instant::now();
+        let after = |seconds| start + Duration::from_secs(seconds);
+        let numbers = |closed: Vec<(u32, Instant)>| -> Vec<u32> {
+            closed.into_iter().map(|(line, _)| line).collect()
+        };
+        let mut idle = Idle(Vec::new());
+        for (number, seconds) in [(1, 0), (2, 10), (3, 20)] {
+            assert!(idle.rest(number, after(seconds)).is_empty());
+        }
+        assert_eq!(idle.take(), Some(3), "the last used one");
+        assert_eq!(numbers(idle.rest(3, after(41))), [1, 2]);
+        for number in 4..4 + 63 {
+            assert!(idle.rest(number, after(41)).is_empty());
+        }
+        assert_eq!(numbers(idle.rest(99, after(41))), [3]);
+    }
+
+    // One test, since all of them would share the idle channels.
+    #[test]
+    fn one_channel_for_each_question_at_a_time() {
+        let opened = Arc::new(Mutex::new(Vec::<Theirs>::new()));
+        let keep = Arc::clone(&opened);
+        let opener: Opener = Box::new(move |fd| {
+            keep.lock().push(Theirs::from_fd(fd));
+            Ok(())
+        });
+        let asks = |key| ask(&opener, &question(key)).expect("asked");
+        assert!(try_ask(&question(b"0")).is_none(), "it would have to open a channel");
+        let (first, second) = (asks(b"1"), asks(b"2"));
+        assert_eq!(opened.lock().len(), 2);
+        // The answers come in another order.
+        assert_eq!(answer(&opened.lock()[1]), b"2");
+        assert!(changed(second));
+        let third = try_ask(&question(b"3")).expect("one is idle");
+        assert_eq!(answer(&opened.lock()[1]), b"3");
+        assert_eq!(answer(&opened.lock()[0]), b"1");
+        assert!(changed(third) && changed(first));
+
+        // Answers that nobody waits for any more aren't taken for those of the next questions.
+        drop(try_ask(&question(b"4")).expect("one is idle"));
+        assert!(expired(asks(b"5")));
+        assert!(opened.lock().iter().all(closed));
+        let next = asks(b"6");
+        assert_eq!(answer(&opened.lock()[2]), b"6");
+        assert!(changed(next));
+
+        // One that the supervisor has closed costs no question.
+        opened.lock().clear();
+        assert!(try_ask(&question(b"7")).is_none());
+        let next = asks(b"8");
+        assert_eq!(answer(&opened.lock()[0]), b"8");
+        assert!(changed(next));
+
+        hang_up();
+        assert!(opened.lock().iter().all(closed));
+    }
+}

@@ -1,0 +1,92 @@
+//! `every(seconds, fn)`: functions that every worker runs again and again.
+//!
+//! Contract: each has a thread of its own, which begins with the worker and ends
+//! with it; the zygote and `qrelay check` have none. A run begins one period after
+//! the one before began, or when that has ended if it took longer: it never
+//! overlaps itself, and what was missed is left out. A run may use as much Lua as
+//! a handler, and wait as long as a mail.
+//!
+//! # Failure
+//! A run that fails is logged with its traceback, and the next one comes in its
+//! time. A thread that can't be had is logged.
+
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use mlua::{Function, Lua, Value};
+
+use crate::lua::binding::convert::Argument;
+use crate::lua::binding::error::Raise;
+use crate::lua::binding::function::function;
+use crate::lua::engine::background::Background;
+use crate::lua::engine::watch::Watch;
+use crate::threads::pool::{STACK_SIZE, block_signals};
+
+/// Shortest period in seconds; a shorter one would keep Lua from the mails.
+const MIN_PERIOD: f64 = 0.01;
+/// Longest period: a day.
+const MAX_PERIOD: f64 = 86_400.0;
+/// Most functions, since each has a thread.
+const MAX_TIMERS: usize = 64;
+
+/// What a script has asked for, as application data of the Lua state.
+#[derive(Default)]
+struct Timers(Vec<Timer>);
+
+struct Timer {
+    period: Duration,
+    function: Function,
+}
+
+/// Makes the global `every`.
+///
+/// # Errors
+/// Lua is out of memory.
+pub fn register(lua: &Lua, watch: &Arc<Watch>) -> mlua::Result<()> {
+    lua.set_app_data(Timers::default());
+    let watch = Arc::clone(watch);
+    let every = function(lua, "every", move |lua, (seconds, function): (Value, Value)| {
+        if !watch.is_loading() {
+            return Err("every can only be called while the script is loaded".into());
+        }
+        add(lua, &seconds, &function)
+    })?;
+    lua.globals().set("every", every)
+}
+
+fn add(lua: &Lua, seconds: &Value, function: &Value) -> Result<(), Raise> {
+    let seconds = Argument::new("every", 1, "seconds").number(seconds, MIN_PERIOD, MAX_PERIOD)?;
+    let Value::Function(function) = function else {
+        return Err(Argument::new("every", 2, "fn").wrong("a function", function));
+    };
+    let Some(mut timers) = lua.app_data_mut::<Timers>() else { return Ok(()) };
+    if timers.0.len() >= MAX_TIMERS {
+        return Err(format!("every: at most {MAX_TIMERS} functions").into());
+    }
+    let period = Duration::from_secs_f64(seconds);
+    timers.0.push(Timer { period, function: function.clone() });
+    Ok(())
+}
+
+/// To be called in a worker: starts the threads.
+pub fn start(lua: &Lua, background: &Arc<Background>) {
+    let timers = lua.remove_app_data::<Timers>().unwrap_or_default();
+    for timer in timers.0 {
+        let own = Arc::clone(background);
+        let thread = thread::Builder::new().name("every".into()).stack_size(STACK_SIZE);
+        if let Err(error) = thread.spawn(move || run(&timer, &own)) {
+            slog::error!(background.logger(), "every: no thread"; "error" => %error);
+        }
+    }
+}
+
+fn run(timer: &Timer, background: &Background) {
+    block_signals();
+    let mut next = Instant::now();
+    loop {
+        next = (next + timer.period).max(Instant::now());
+        thread::sleep(next.saturating_duration_since(Instant::now()));
+        background.call("every", &timer.function, |_| Ok(Value::Nil));
+    }
+}

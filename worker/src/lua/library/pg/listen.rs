@@ -1,0 +1,171 @@
+//! `db:listen`: notifications, in each worker.
+//!
+//! Contract: the channels of one connection have a thread that follows it, and each of them has a
+//! thread that runs its callback, so that callbacks of one channel never overlap and those of
+//! different channels don't wait for each other. A callback runs once after every LISTEN, without
+//! a payload, since notifications before it were missed; and once more when more than
+//! [`QUEUE_MAX`] notifications wait for it.
+//!
+//! # Failure
+//! A connection that breaks is logged and made again, after a pause that doubles from
+//! [`PAUSE_MIN`] to [`PAUSE_MAX`]; so is one that can't be made.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use crossbeam_channel::{Receiver, Sender, bounded};
+use mlua::{Function, Value};
+use postgres::fallible_iterator::FallibleIterator as _;
+use slog::{info, warn};
+
+use crate::lua::engine::background::Background;
+use crate::lua::library::pg::connection;
+use crate::lua::library::pg::statement::quote_identifier;
+use crate::lua::library::pg::target::{Target, describe};
+use crate::threads::pool::{STACK_SIZE, block_signals};
+
+/// Pauses before a connection is made again: at most half of the two seconds within which a server
+/// that came back should be noticed.
+const PAUSE_MIN: Duration = Duration::from_millis(50);
+const PAUSE_MAX: Duration = Duration::from_secs(1);
+
+/// Notifications that wait for a callback; when it is full, the callback runs once without a
+/// payload instead.
+const QUEUE_MAX: usize = 1000;
+
+/// A channel and its callback.
+pub struct Channel {
+    /// The channel's name.
+    pub name: String,
+    /// The script's function.
+    pub callback: Function,
+}
+
+/// Starts to listen over one connection.
+pub fn start(target: Arc<Target>, channels: Vec<Channel>, background: &Arc<Background>) {
+    let logger = background.logger();
+    let mut listeners = Vec::with_capacity(channels.len());
+    for channel in channels {
+        match Listener::start(channel, Arc::clone(background)) {
+            Ok(listener) => listeners.push(listener),
+            Err(error) => slog::error!(logger, "no thread for a callback"; "error" => %error),
+        }
+    }
+    let follower = Follower { target, listeners, background: Arc::clone(background) };
+    let thread = thread::Builder::new().name("pg-listen".into());
+    let thread = thread.stack_size(connection::STACK_SIZE).spawn(move || follower.run());
+    if let Err(error) = thread {
+        slog::error!(logger, "no thread for notifications"; "error" => %error);
+    }
+}
+
+/// The way to a callback's thread.
+struct Listener {
+    name: String,
+    calls: Sender<Option<String>>,
+    missed: Arc<AtomicBool>,
+}
+
+impl Listener {
+    fn start(channel: Channel, background: Arc<Background>) -> std::io::Result<Self> {
+        let (calls, waiting) = bounded(QUEUE_MAX);
+        let missed = Arc::new(AtomicBool::new(false));
+        let listener = Self { name: channel.name.clone(), calls, missed: Arc::clone(&missed) };
+        let thread = thread::Builder::new().name("pg-callback".into());
+        thread
+            .stack_size(STACK_SIZE)
+            .spawn(move || run_callbacks(&channel, &background, &waiting, &missed))?;
+        Ok(listener)
+    }
+
+    /// Never waits.
+    fn deliver(&self, payload: Option<String>) {
+        if self.calls.try_send(payload).is_err() {
+            self.missed.store(true, Ordering::Release);
+        }
+    }
+}
+
+fn run_callbacks(
+    channel: &Channel,
+    background: &Background,
+    waiting: &Receiver<Option<String>>,
+    missed: &AtomicBool,
+) {
+    block_signals();
+    let what = format!("listen '{}'", channel.name);
+    let call = |payload: Option<String>| {
+        background.call(&what, &channel.callback, |lua| match payload {
+            Some(payload) => lua.create_string(payload).map(Value::String),
+            None => Ok(Value::Nil),
+        });
+    };
+    while let Ok(payload) = waiting.recv() {
+        call(payload);
+        if waiting.is_empty() && missed.swap(false, Ordering::Acquire) {
+            warn!(background.logger(), "notifications were missed"; "channel" => &channel.name);
+            call(None);
+        }
+    }
+}
+
+/// Follows a connection.
+struct Follower {
+    target: Arc<Target>,
+    listeners: Vec<Listener>,
+    background: Arc<Background>,
+}
+
+impl Follower {
+    fn run(&self) {
+        block_signals();
+        let logger = self.background.logger();
+        let (mut pause, mut broken) = (PAUSE_MIN, false);
+        loop {
+            let reason = match self.target.connect() {
+                Ok((client, _)) => self.follow(client, &mut broken, &mut pause),
+                Err(reason) => reason,
+            };
+            if !std::mem::replace(&mut broken, true) {
+                warn!(logger, "no notifications for now"; "error" => reason);
+            }
+            thread::sleep(pause);
+            pause = (pause * 2).min(PAUSE_MAX);
+        }
+    }
+
+    /// Until the connection breaks; says why.
+    fn follow(
+        &self,
+        mut client: postgres::Client,
+        broken: &mut bool,
+        pause: &mut Duration,
+    ) -> String {
+        let name = |listener: &Listener| format!("LISTEN {};", quote_identifier(&listener.name));
+        let listen: String = self.listeners.iter().map(name).collect();
+        if let Err(error) = client.batch_execute(&listen) {
+            return describe(&error);
+        }
+        if std::mem::take(broken) {
+            info!(self.background.logger(), "notifications are back");
+        }
+        *pause = PAUSE_MIN;
+        self.listeners.iter().for_each(|listener| listener.deliver(None));
+        let mut notifications = client.notifications();
+        let mut notifications = notifications.blocking_iter();
+        loop {
+            match notifications.next() {
+                Ok(Some(notification)) => {
+                    let of = |listener: &&Listener| listener.name == notification.channel();
+                    if let Some(listener) = self.listeners.iter().find(of) {
+                        listener.deliver(Some(notification.payload().to_owned()));
+                    }
+                }
+                Ok(None) => return "the server closed the connection".into(),
+                Err(error) => return describe(&error),
+            }
+        }
+    }
+}

@@ -1,0 +1,307 @@
+//! The connections of one `pg:new`: at most so many, made when they are needed, used again.
+//!
+//! Contract: tasks wait in one queue, from which the connections' threads take them: a connection
+//! that is done with one goes on with the next without sleeping in between. A [`Lease`] keeps a
+//! connection over several requests. Connections that were abandoned count as well: a server that
+//! doesn't answer costs at most twice as many threads as there may be connections.
+//!
+//! # Failure
+//! [`Refusal`]. A mail that gives up waiting is told nothing of the database, so the log is.
+
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use crossbeam_channel::{Receiver, RecvTimeoutError, SendTimeoutError, Sender, bounded, unbounded};
+use parking_lot::{Condvar, Mutex};
+use qrelay_shared::deadline::Deadline;
+use slog::Logger;
+
+use crate::lua::library::pg::connection::{self, Abandoned, Finish, Stage, Task};
+use crate::lua::library::pg::session::{Answer, Request, Rows};
+use crate::lua::library::pg::target::Target;
+
+/// How long the end of loading waits for connections that the script has opened.
+pub const CLOSE_TIME: Duration = Duration::from_secs(5);
+
+/// What a mail waits for until a thread has begun with its task.
+const FREE: &str = "a free connection";
+
+/// Why there is no result.
+#[derive(Debug)]
+pub enum Refusal {
+    /// The deadline passed.
+    Expired,
+    /// The server's, or the system's, reason.
+    Failed(String),
+}
+
+/// The connections.
+pub struct Pool {
+    shared: Arc<Shared>,
+    queue: Mutex<Queue>,
+}
+
+/// Its threads end when nobody can put anything in any more.
+struct Queue {
+    tasks: Sender<Task>,
+    taken: Receiver<Task>,
+}
+
+impl Queue {
+    fn new() -> Self {
+        let (tasks, taken) = unbounded();
+        Self { tasks, taken }
+    }
+}
+
+/// What the threads know of their pool.
+pub struct Shared {
+    target: Arc<Target>,
+    max: usize,
+    logger: Logger,
+    state: Mutex<State>,
+    /// A thread has ended.
+    ended: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    /// Threads that take tasks.
+    threads: usize,
+    /// Tasks in the queue or in work, but for abandoned work.
+    outstanding: usize,
+    /// Threads with work that nobody waits for any more.
+    abandoned: usize,
+}
+
+impl Shared {
+    /// Where the connections lead.
+    pub fn target(&self) -> &Arc<Target> {
+        &self.target
+    }
+
+    /// Says in the log what a mail waited for when its time was over.
+    fn given_up(&self, waiting_for: &str) {
+        slog::warn!(self.logger, "pg: a mail's time is over"; "waited_for" => waiting_for,
+            "server" => self.target.name());
+    }
+
+    /// Starts a thread if there is work for it and there may be one more.
+    fn grow(self: &Arc<Self>, state: &mut State, taken: &Receiver<Task>) -> io::Result<()> {
+        let needed = state.outstanding > state.threads;
+        if !needed || state.threads >= self.max || state.abandoned >= self.max {
+            return Ok(());
+        }
+        connection::start(Arc::clone(self), taken.clone())?;
+        state.threads += 1;
+        Ok(())
+    }
+}
+
+/// A thread's place in its pool; it is given up when this is dropped.
+pub struct Seat {
+    shared: Arc<Shared>,
+    taken: Receiver<Task>,
+    /// Of the task in work.
+    stage: Option<Arc<Stage>>,
+    abandoned: bool,
+}
+
+impl Seat {
+    /// For a thread that [`Shared::grow`] has started.
+    pub fn new(shared: Arc<Shared>, taken: Receiver<Task>) -> Self {
+        Self { shared, taken, stage: None, abandoned: false }
+    }
+
+    /// Where connections lead.
+    pub fn target(&self) -> &Target {
+        &self.shared.target
+    }
+
+    /// The next task; none if there can be no more.
+    pub fn next(&mut self) -> Option<Task> {
+        let task = self.taken.recv().ok()?;
+        self.stage = Some(Arc::clone(&task.stage));
+        Some(task)
+    }
+
+    /// The task is over; false if nobody waits for it, and the thread isn't counted any more.
+    pub fn finish(&mut self) -> bool {
+        let Some(stage) = self.stage.take() else { return true };
+        match stage.finish() {
+            Finish::Answer | Finish::Skipped => {
+                self.shared.state.lock().outstanding -= 1;
+                true
+            }
+            Finish::Abandoned => {
+                self.abandoned = true;
+                false
+            }
+        }
+    }
+}
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        self.finish();
+        let mut state = self.shared.state.lock();
+        if self.abandoned {
+            state.abandoned -= 1;
+        } else {
+            state.threads -= 1;
+        }
+        // If there can be none, those who wait do so until their deadlines.
+        let _ = self.shared.grow(&mut state, &self.taken);
+        drop(state);
+        self.shared.ended.notify_all();
+    }
+}
+
+impl Pool {
+    /// No connections yet.
+    pub fn new(target: Arc<Target>, max: usize, logger: &Logger) -> Arc<Self> {
+        let (logger, state, ended) = (logger.clone(), Mutex::default(), Condvar::new());
+        let shared = Arc::new(Shared { target, max, logger, state, ended });
+        Arc::new(Self { shared, queue: Mutex::new(Queue::new()) })
+    }
+
+    /// Where the connections lead.
+    pub fn target(&self) -> &Arc<Target> {
+        self.shared.target()
+    }
+
+    /// Has a request answered.
+    ///
+    /// # Errors
+    /// See [`Refusal`].
+    pub fn ask(&self, request: Request, deadline: Deadline) -> Result<Rows, Refusal> {
+        let (answers, answered) = bounded(0);
+        let stage = Arc::new(Stage::default());
+        let task = Task { request, more: None, answers, stage: Arc::clone(&stage) };
+        self.enqueue(task, deadline)?;
+        self.caller(stage, answered).wait(deadline)
+    }
+
+    /// Begins a transaction.
+    ///
+    /// # Errors
+    /// See [`Refusal`].
+    pub fn begin(&self, deadline: Deadline) -> Result<Lease, Refusal> {
+        let ((answers, answered), (requests, more)) = (bounded(0), bounded(0));
+        let stage = Arc::new(Stage::default());
+        let more = Some(more);
+        let task = Task { request: Request::Begin, more, answers, stage: Arc::clone(&stage) };
+        self.enqueue(task, deadline)?;
+        let caller = self.caller(stage, answered);
+        caller.wait(deadline)?;
+        Ok(Lease { requests, caller })
+    }
+
+    /// Ends every thread as soon as it has nothing to do, and waits for that.
+    pub fn close(&self, deadline: Deadline) {
+        *self.queue.lock() = Queue::new();
+        let mut state = self.shared.state.lock();
+        while state.threads + state.abandoned > 0 {
+            if self.shared.ended.wait_until(&mut state, deadline.instant()).timed_out() {
+                break;
+            }
+        }
+    }
+
+    /// Puts a task into the queue, if there are threads for it or may be; else waits for one of
+    /// those that were abandoned.
+    fn enqueue(&self, task: Task, deadline: Deadline) -> Result<(), Refusal> {
+        let shared = &self.shared;
+        let mut state = shared.state.lock();
+        while state.threads == 0 && state.abandoned >= shared.max {
+            if shared.ended.wait_until(&mut state, deadline.instant()).timed_out() {
+                shared.given_up(FREE);
+                return Err(Refusal::Expired);
+            }
+        }
+        let queue = self.queue.lock();
+        state.outstanding += 1;
+        if let Err(error) = shared.grow(&mut state, &queue.taken)
+            && state.threads == 0
+        {
+            state.outstanding -= 1;
+            return Err(Refusal::Failed(format!("no thread for a connection: {error}")));
+        }
+        drop(state);
+        // The queue has a receiver of its own.
+        let _ = queue.tasks.send(task);
+        Ok(())
+    }
+
+    fn caller(&self, stage: Arc<Stage>, answers: Receiver<Answer>) -> Caller {
+        let shared = Arc::clone(&self.shared);
+        Caller { shared, taken: self.queue.lock().taken.clone(), stage, answers }
+    }
+}
+
+/// Waits for the answers to a task.
+struct Caller {
+    shared: Arc<Shared>,
+    taken: Receiver<Task>,
+    stage: Arc<Stage>,
+    answers: Receiver<Answer>,
+}
+
+impl Caller {
+    fn wait(&self, deadline: Deadline) -> Result<Rows, Refusal> {
+        match self.answers.recv_deadline(deadline.instant()) {
+            Ok(Answer::Done(rows)) => Ok(rows),
+            Ok(Answer::Failed(message) | Answer::Lost { message, .. }) => {
+                Err(Refusal::Failed(message))
+            }
+            Err(RecvTimeoutError::Disconnected) => {
+                Err(Refusal::Failed("the connection's thread has ended".into()))
+            }
+            Err(RecvTimeoutError::Timeout) => {
+                self.abandon();
+                Err(Refusal::Expired)
+            }
+        }
+    }
+
+    fn abandon(&self) {
+        // The state is locked first: the thread's end is counted after this.
+        let mut state = self.shared.state.lock();
+        let Abandoned::Working(cancel) = self.stage.abandon() else {
+            return self.shared.given_up(FREE);
+        };
+        self.shared.given_up(if cancel.is_some() { "an answer" } else { "a new connection" });
+        state.threads -= 1;
+        state.outstanding -= 1;
+        state.abandoned += 1;
+        // If there can be none, those who wait do so until their deadlines.
+        let _ = self.shared.grow(&mut state, &self.taken);
+        drop(state);
+        if let Some(token) = cancel {
+            connection::cancel(token);
+        }
+    }
+}
+
+/// A connection that somebody has for himself.
+pub struct Lease {
+    requests: Sender<Request>,
+    caller: Caller,
+}
+
+impl Lease {
+    /// Has a request of a transaction answered.
+    ///
+    /// # Errors
+    /// See [`Refusal`].
+    pub fn ask(&self, request: Request, deadline: Deadline) -> Result<Rows, Refusal> {
+        match self.requests.send_deadline(request, deadline.instant()) {
+            Ok(()) => self.caller.wait(deadline),
+            Err(SendTimeoutError::Timeout(_)) => Err(Refusal::Expired),
+            Err(SendTimeoutError::Disconnected(_)) => {
+                Err(Refusal::Failed("the connection is gone".into()))
+            }
+        }
+    }
+}

@@ -1,0 +1,364 @@
+//! What happens on a connection: statements in, results out, all blocking.
+//!
+//! Contract: every value of a result is PostgreSQL's text, so statements go by the simple query
+//! protocol. One with parameters is prepared first, by a `PREPARE` through the extended protocol,
+//! which refuses several statements in one text; it stays prepared, so the next time it costs one
+//! round trip. What can't be prepared has a way of its own ([`extended`]). Outside of a transaction
+//! of its own a session never stays in one.
+//!
+//! # Failure
+//! [`Answer::Failed`] with the server's message while the connection can go on, [`Answer::Lost`]
+//! when it can't.
+
+use std::collections::HashMap;
+use std::hash::{BuildHasher as _, Hasher as _, RandomState};
+use std::time::{Duration, Instant};
+
+use postgres::error::{Severity, SqlState};
+use postgres::{Client, Error, SimpleQueryMessage, SimpleQueryRow};
+
+use crate::lua::library::pg::extended;
+use crate::lua::library::pg::statement::{self, Parameter};
+use crate::lua::library::pg::target::describe;
+
+/// Statements that stay prepared per connection; beyond, the one that wasn't used for the longest
+/// time goes.
+const PREPARED_MAX: usize = 128;
+
+/// After so long without a use a connection is tried before a statement is entrusted to it: the
+/// server, or a router, may have forgotten it. With less traffic than that nobody misses the time
+/// of another round trip; and no server restarts in less (85 ms were seen).
+const TRUSTED: Duration = Duration::from_millis(20);
+
+/// How long that trial may take.
+const TRIAL: Duration = Duration::from_secs(5);
+
+/// What a session is asked for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Request {
+    /// Statements without parameters.
+    Query(String),
+    /// One statement with parameters.
+    Execute {
+        /// The statement.
+        sql: String,
+        /// For `$1`, `$2` … in it.
+        parameters: Vec<Parameter>,
+    },
+    /// Begins a transaction, which lasts over several requests.
+    Begin,
+    /// Ends it: everything counts.
+    Commit,
+    /// Ends it: nothing counts.
+    Rollback,
+}
+
+/// A row of a result.
+#[derive(Debug)]
+pub enum Line {
+    /// As it came.
+    Text(SimpleQueryRow),
+    /// Names of columns and their texts.
+    Values(Vec<(String, Parameter)>),
+}
+
+/// The last result of a request.
+#[derive(Debug, Default)]
+pub struct Rows {
+    /// Each knows its columns' names.
+    pub rows: Vec<Line>,
+    /// Rows that were affected or returned.
+    pub affected: u64,
+}
+
+/// How a request ended.
+#[derive(Debug)]
+pub enum Answer {
+    /// It was done.
+    Done(Rows),
+    /// The server refused.
+    Failed(String),
+    /// The connection is gone.
+    Lost {
+        /// Why.
+        message: String,
+        /// The request never left, so it may be sent again.
+        unsent: bool,
+    },
+}
+
+/// A connection with its prepared statements.
+pub struct Session {
+    client: Client,
+    /// By text: the number in the name, and when it was last used.
+    prepared: HashMap<String, (u64, u64)>,
+    /// First part of names. Behind a pooler that changes connections between statements, equal
+    /// names of different clients would stand for each other's statements.
+    prefix: String,
+    counter: u64,
+    in_transaction: bool,
+    last_used: Instant,
+}
+
+impl Session {
+    /// A fresh connection's session.
+    pub fn new(client: Client) -> Self {
+        let unique = RandomState::new().build_hasher().finish();
+        Self {
+            client,
+            prepared: HashMap::new(),
+            prefix: format!("qrelay_{unique:x}"),
+            counter: 0,
+            in_transaction: false,
+            last_used: Instant::now(),
+        }
+    }
+
+    /// Whether a transaction was begun and not ended.
+    pub fn is_in_transaction(&self) -> bool {
+        self.in_transaction
+    }
+
+    /// Does what is asked.
+    pub fn answer(&mut self, request: &Request) -> Answer {
+        if !self.in_transaction
+            && self.last_used.elapsed() > TRUSTED
+            && let Err(error) = self.client.is_valid(TRIAL)
+        {
+            return Answer::Lost { message: describe(&error), unsent: true };
+        }
+        let result = match request {
+            Request::Query(sql) => self.query(sql),
+            Request::Execute { sql, parameters } => self.execute(sql, parameters),
+            Request::Begin => self.begin(),
+            Request::Commit => self.commit(),
+            Request::Rollback => self.rollback(),
+        };
+        self.last_used = Instant::now();
+        result.unwrap_or_else(|error| failure(&error, self.client.is_closed()))
+    }
+
+    fn query(&mut self, sql: &str) -> Result<Answer, Error> {
+        let result = self.client.simple_query(sql);
+        self.finish(sql, result.map(|messages| Ok(last_result(messages))))
+    }
+
+    /// The answer to a statement that was done, unless it wants to copy or has left a transaction
+    /// open. (One that can be prepared does neither.)
+    fn finish(
+        &mut self,
+        sql: &str,
+        result: Result<Result<Rows, String>, Error>,
+    ) -> Result<Answer, Error> {
+        if let Err(error) = &result
+            && error.as_db_error().is_none()
+            && !self.client.is_closed()
+        {
+            // An answer that the client library doesn't know: the server wants to copy. It may wait
+            // for data until something else comes, and the connection's end for the server.
+            let _ = self.client.prepare("");
+            return Ok(Answer::Lost { message: NO_COPY.into(), unsent: false });
+        }
+        if !self.in_transaction && mentions_transaction(sql) && !self.client.is_closed() {
+            let left_open = self.is_inside_transaction()?;
+            if left_open {
+                self.client.batch_execute("ROLLBACK")?;
+            }
+            if left_open && result.is_ok() {
+                return Ok(Answer::Failed(HINT.into()));
+            }
+        }
+        Ok(result?.map_or_else(Answer::Failed, Answer::Done))
+    }
+
+    /// Whether a transaction that an earlier statement began still goes on. Outside of one, a
+    /// statement is a transaction of its own, which began when the statement came.
+    fn is_inside_transaction(&mut self) -> Result<bool, Error> {
+        let question = "SELECT pg_catalog.now() OPERATOR(pg_catalog.<>) \
+                        pg_catalog.statement_timestamp()";
+        match self.client.simple_query(question) {
+            Ok(messages) => Ok(messages.iter().any(|message| {
+                matches!(message, SimpleQueryMessage::Row(row) if row.try_get(0).ok().flatten() == Some("t"))
+            })),
+            Err(error) if error.code() == Some(&SqlState::IN_FAILED_SQL_TRANSACTION) => Ok(true),
+            Err(error) => {
+                // Such as a cancellation: there may be a transaction.
+                if is_refusal(&error) {
+                    self.client.batch_execute("ROLLBACK")?;
+                }
+                Err(error)
+            }
+        }
+    }
+
+    fn execute(&mut self, sql: &str, parameters: &[Parameter]) -> Result<Answer, Error> {
+        if !extended::is_preparable(sql) {
+            let result = extended::run(&mut self.client, sql, parameters);
+            return self.finish(sql, result);
+        }
+        let parameters = &statement::literals(parameters);
+        let known = self.prepared.contains_key(sql);
+        let result = self.execute_prepared(sql, parameters);
+        let messages = match result {
+            // It has been deallocated, or a table has changed: nothing was done yet.
+            Err(error) if known && is_outdated(&error) => {
+                self.forget(sql)?;
+                if self.in_transaction {
+                    return Err(error);
+                }
+                self.execute_prepared(sql, parameters)?
+            }
+            other => other?,
+        };
+        Ok(Answer::Done(last_result(messages)))
+    }
+
+    fn execute_prepared(
+        &mut self,
+        sql: &str,
+        parameters: &str,
+    ) -> Result<Vec<SimpleQueryMessage>, Error> {
+        self.counter += 1;
+        let number = match self.prepared.get_mut(sql) {
+            Some((number, used)) => {
+                *used = self.counter;
+                *number
+            }
+            None => self.prepare(sql)?,
+        };
+        self.client.simple_query(&format!("EXECUTE {}_{number}{parameters}", self.prefix))
+    }
+
+    fn prepare(&mut self, sql: &str) -> Result<u64, Error> {
+        if self.prepared.len() >= PREPARED_MAX && !self.in_transaction {
+            let oldest = self.prepared.iter().min_by_key(|(_, (_, used))| *used);
+            if let Some(oldest) = oldest.map(|(sql, _)| sql.clone()) {
+                self.forget(&oldest)?;
+            }
+        }
+        let number = self.counter;
+        // The line's end is for a statement that ends in a comment.
+        let prepare = format!("PREPARE {}_{number} AS {sql}\n", self.prefix);
+        self.client.execute_typed(&prepare, &[])?;
+        self.prepared.insert(sql.to_owned(), (number, self.counter));
+        Ok(number)
+    }
+
+    /// Drops a prepared statement, here and on the server.
+    fn forget(&mut self, sql: &str) -> Result<(), Error> {
+        let Some((number, _)) = self.prepared.remove(sql) else { return Ok(()) };
+        if self.in_transaction {
+            // It may have failed, and then takes no orders.
+            return Ok(());
+        }
+        match self.client.batch_execute(&format!("DEALLOCATE {}_{number}", self.prefix)) {
+            Err(error) if error.code() != Some(&SqlState::INVALID_SQL_STATEMENT_NAME) => Err(error),
+            _ => Ok(()),
+        }
+    }
+
+    fn begin(&mut self) -> Result<Answer, Error> {
+        self.client.batch_execute("BEGIN")?;
+        self.in_transaction = true;
+        Ok(Answer::Done(Rows::default()))
+    }
+
+    /// A failed transaction would answer COMMIT with ROLLBACK, and no error; but it refuses
+    /// everything else. Whatever is refused here, COMMIT may not have been reached.
+    fn commit(&mut self) -> Result<Answer, Error> {
+        let result = self.client.batch_execute("SELECT; COMMIT");
+        if let Err(error) = &result
+            && is_refusal(error)
+        {
+            self.client.batch_execute("ROLLBACK")?;
+        }
+        self.in_transaction = false;
+        result.map(|()| Answer::Done(Rows::default()))
+    }
+
+    fn rollback(&mut self) -> Result<Answer, Error> {
+        self.client.batch_execute("ROLLBACK")?;
+        self.in_transaction = false;
+        Ok(Answer::Done(Rows::default()))
+    }
+}
+
+/// What a script is told that leaves a transaction open.
+const HINT: &str = "a transaction can't be left open, it was rolled back; \
+                    use db:transaction(function(tx) … end)";
+
+const NO_COPY: &str = "COPY from or to the client isn't possible";
+
+fn is_outdated(error: &Error) -> bool {
+    let code = error.code();
+    code == Some(&SqlState::INVALID_SQL_STATEMENT_NAME)
+        || code == Some(&SqlState::FEATURE_NOT_SUPPORTED)
+}
+
+/// Whether the text may begin a transaction. All that do have one of these words.
+fn mentions_transaction(sql: &str) -> bool {
+    sql.split(|c: char| !c.is_ascii_alphanumeric() && c != '_')
+        .any(|word| word.eq_ignore_ascii_case("begin") || word.eq_ignore_ascii_case("transaction"))
+}
+
+fn failure(error: &Error, closed: bool) -> Answer {
+    let message = describe(error);
+    match error.as_db_error() {
+        Some(_) if !closed && is_refusal(error) => Answer::Failed(message),
+        Some(_) => Answer::Lost { message, unsent: false },
+        None => Answer::Lost { message, unsent: is_unsent(error) },
+    }
+}
+
+/// Whether it is the server's, and the connection can go on.
+fn is_refusal(error: &Error) -> bool {
+    error
+        .as_db_error()
+        .is_some_and(|db| !matches!(db.parsed_severity(), Some(Severity::Fatal | Severity::Panic)))
+}
+
+/// A socket that is already shut down takes nothing.
+fn is_unsent(error: &Error) -> bool {
+    std::error::Error::source(error)
+        .and_then(|cause| cause.downcast_ref::<std::io::Error>())
+        .is_some_and(|cause| cause.kind() == std::io::ErrorKind::BrokenPipe)
+}
+
+/// Of several results the last.
+fn last_result(messages: Vec<SimpleQueryMessage>) -> Rows {
+    let mut result = Rows::default();
+    let mut complete = false;
+    for message in messages {
+        match message {
+            SimpleQueryMessage::Row(row) => {
+                if std::mem::take(&mut complete) {
+                    result.rows.clear();
+                }
+                result.rows.push(Line::Text(row));
+            }
+            SimpleQueryMessage::CommandComplete(affected) => {
+                if std::mem::replace(&mut complete, true) {
+                    result.rows.clear();
+                }
+                result.affected = affected;
+            }
+            _ => {}
+        }
+    }
+    result
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn words_that_begin_transactions() {
+        for sql in ["BEGIN", "select 1; begin", "START TRANSACTION", "/**/Begin/**/;"] {
+            assert!(mentions_transaction(sql), "{sql}");
+        }
+        for sql in ["SELECT begin_at, \"start\" FROM beginnings", "SELECT transaction_id"] {
+            assert!(!mentions_transaction(sql), "{sql}");
+        }
+    }
+}

@@ -1,0 +1,164 @@
+//! `settings{…}`: the table's keys into [`Settings`].
+//!
+//! Contract: each key has one row in `KEYS`, with its limits.
+//!
+//! # Failure
+//! An unknown key, a wrong type or a value out of range raises, and names the
+//! key. What only makes sense together is checked by [`consistent`].
+
+use std::time::Duration;
+
+use mlua::{Table, Value};
+use qrelay_shared::settings::{ListenerDecl, Settings};
+
+use crate::lua::binding::convert::{self, Argument};
+use crate::lua::binding::error::Raise;
+
+/// Longest duration of a setting: a day, in seconds.
+const MAX_DURATION: f64 = 86_400.0;
+/// Integers up to here are the same in Lua's integers and floats.
+const MAX_INTEGER: u64 = 1 << 53;
+/// Smallest memory for Lua: its libraries and a small script need some 0.3 MiB.
+const MIN_LUA_MEMORY: u64 = 1 << 20;
+/// Largest memory limits: 1 TiB, beyond any machine's use for mail.
+const MAX_MEMORY: u64 = 1 << 40;
+/// Bytes of a request beside its message (see the limits of QMQP in the documentation).
+const ENVELOPE: usize = 300_000;
+
+/// How a key's value is read, and where it is.
+enum Kind {
+    Duration(fn(&mut Settings) -> &mut Duration),
+    Small(u64, u64, fn(&mut Settings) -> &mut u32),
+    Count(u64, fn(&mut Settings) -> &mut u64),
+    Bytes(u64, fn(&mut Settings) -> &mut usize),
+    Share(fn(&mut Settings) -> &mut f64),
+}
+
+/// All settings, in the order of the documentation.
+const KEYS: &[(&str, Kind)] = &[
+    ("workers", Kind::Small(1, 256, |s| &mut s.workers)),
+    ("worker_connections", Kind::Small(1, 4096, |s| &mut s.worker_connections)),
+    ("client_timeout", Kind::Duration(|s| &mut s.client_timeout)),
+    ("request_timeout", Kind::Duration(|s| &mut s.request_timeout)),
+    ("relay_timeout", Kind::Duration(|s| &mut s.relay_timeout)),
+    ("handler_timeout", Kind::Duration(|s| &mut s.handler_timeout)),
+    ("connect_timeout", Kind::Duration(|s| &mut s.connect_timeout)),
+    ("hang_timeout", Kind::Duration(|s| &mut s.hang_timeout)),
+    ("drain_timeout", Kind::Duration(|s| &mut s.drain_timeout)),
+    ("worker_max_mails", Kind::Count(MAX_INTEGER, |s| &mut s.worker_max_mails)),
+    ("lua_memory_limit", Kind::Bytes(MIN_LUA_MEMORY, |s| &mut s.lua_memory_limit)),
+    ("mail_memory", Kind::Bytes(1 << 20, |s| &mut s.mail_memory)),
+    ("shared_memory", Kind::Bytes(1 << 16, |s| &mut s.shared_memory)),
+    ("max_connections_per_uid", Kind::Small(0, 1 << 20, |s| &mut s.max_connections_per_uid)),
+    ("client_share", Kind::Share(|s| &mut s.client_share)),
+    ("max_hops", Kind::Small(1, 1000, |s| &mut s.max_hops)),
+];
+
+/// Takes over the keys of the table that a script passes to `settings`; `settings` is of no use after
+/// an error.
+///
+/// # Errors
+/// See the module.
+pub fn apply(table: &Table, settings: &mut Settings) -> Result<(), Raise> {
+    for pair in table.pairs::<Value, Value>() {
+        let (key, value) = pair?;
+        let name = key.as_string().map(mlua::LuaString::to_string_lossy).unwrap_or_default();
+        let Some((name, kind)) = KEYS.iter().find(|(known, _)| *known == name) else {
+            let known: Vec<&str> = KEYS.iter().map(|(name, _)| *name).collect();
+            return Err(convert::unknown_name("settings", "key", &key, &known).into());
+        };
+        set(&Argument::Option { function: "settings", key: name }, kind, &value, settings)?;
+    }
+    Ok(())
+}
+
+fn set(
+    argument: &Argument<'_>,
+    kind: &Kind,
+    value: &Value,
+    settings: &mut Settings,
+) -> Result<(), Raise> {
+    match kind {
+        Kind::Duration(field) => *field(settings) = argument.duration(value, MAX_DURATION)?,
+        Kind::Small(min, max, field) => {
+            *field(settings) = argument.integer(value, *min, *max)? as u32;
+        }
+        Kind::Count(max, field) => *field(settings) = argument.integer(value, 0, *max)?,
+        Kind::Bytes(min, field) => {
+            *field(settings) = argument.integer(value, *min, MAX_MEMORY)? as usize;
+        }
+        Kind::Share(field) => {
+            let share = argument.number(value, 0.0, 1.0)?;
+            if share == 0.0 {
+                return Err(argument.wrong("a number above 0, at most 1", value));
+            }
+            *field(settings) = share;
+        }
+    }
+    Ok(())
+}
+
+/// Whether the table that a script passes to `settings` has the key `mail_memory`.
+///
+/// # Errors
+/// Lua is out of memory.
+pub fn has_mail_memory(table: &Table) -> Result<bool, Raise> {
+    Ok(!table.raw_get::<Value>("mail_memory")?.is_nil())
+}
+
+/// Raises `mail_memory`, which the script has left alone, to what its listeners need.
+pub fn fit_mail_memory(settings: &mut Settings, listeners: &[ListenerDecl]) {
+    let largest = listeners.iter().map(|listener| listener.max_size).max().unwrap_or_default();
+    settings.mail_memory = settings.mail_memory.max(largest + ENVELOPE);
+}
+
+/// Checks the final values against each other and against the listeners.
+///
+/// # Errors
+/// A text that names the settings.
+pub fn consistent(settings: &Settings, listeners: &[ListenerDecl]) -> Result<(), String> {
+    let Settings { handler_timeout, hang_timeout, mail_memory, .. } = settings;
+    if hang_timeout <= handler_timeout {
+        return Err(format!(
+            "settings: hang_timeout ({} s) must be longer than handler_timeout ({} s), or every \
+             handler that is too slow costs its worker",
+            hang_timeout.as_secs_f64(),
+            handler_timeout.as_secs_f64()
+        ));
+    }
+    let largest = listeners.iter().map(|listener| listener.max_size).max().unwrap_or_default();
+    if *mail_memory < largest + ENVELOPE {
+        return Err(format!(
+            "settings: mail_memory ({mail_memory} bytes) must be at least max_size + {ENVELOPE} \
+             ({} bytes), or the largest mails never fit",
+            largest + ENVELOPE
+        ));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_default_memory_for_mails_follows_the_largest_mail() {
+        let listener = |max_size| ListenerDecl {
+            address: qrelay_shared::settings::ListenAddress::Abstract(b"x".to_vec()),
+            mode: 0,
+            owner: None,
+            group: None,
+            backlog: 1,
+            max_size,
+            allow: None,
+        };
+        let mut settings = Settings::default();
+        fit_mail_memory(&mut settings, &[listener(1 << 20)]);
+        assert_eq!(settings, Settings::default());
+        let large = [listener(1 << 30)];
+        fit_mail_memory(&mut settings, &large);
+        assert!(consistent(&settings, &large).is_ok());
+        settings.mail_memory -= 1;
+        assert!(consistent(&settings, &large).is_err());
+    }
+}

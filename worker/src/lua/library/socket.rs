@@ -1,0 +1,227 @@
+//! The library `socket`: sending to stream, datagram and packet sockets.
+//!
+//! Contract: each operation yields and takes at most ten seconds. A socket that
+//! is made while the script loads is connected in each worker at its first use;
+//! what was connected while loading is closed by [`release`] before any fork.
+//!
+//! # Failure
+//! Misuse raises. What fails at run time is `nil, message`, see
+//! [`ConnectionError`].
+
+use std::ops::Range;
+use std::sync::{Arc, Weak};
+use std::time::Duration;
+
+use mlua::{AnyUserData, Lua, Value};
+use nix::sys::socket::SockType;
+use qrelay_shared::deadline::Deadline;
+use qrelay_shared::endpoint::Endpoint;
+
+use crate::lua::binding::convert::{self, Argument, Options};
+use crate::lua::binding::error::Raise;
+use crate::lua::binding::function::{Call, Class, blocking_function};
+use crate::lua::engine::operation::{Operation, Outcome};
+use crate::lua::engine::watch::Watch;
+use crate::lua::library::address;
+use crate::lua::library::socket_connection::{Connection, ConnectionError};
+
+/// Longest time of one operation: a part of the minute that a client waits.
+const LIMIT: Duration = Duration::from_secs(10);
+
+/// The kinds of sockets by their names in options.
+const KINDS: [(&str, SockType); 3] = [
+    ("stream", SockType::Stream),
+    ("dgram", SockType::Datagram),
+    ("seqpacket", SockType::SeqPacket),
+];
+
+/// The connections that were declared while the script loads, as application data of the Lua
+/// state.
+#[derive(Default)]
+struct Declared(Vec<Weak<Connection>>);
+
+/// The userdata.
+struct SocketObject(Arc<Connection>);
+
+/// A connection that is made later, and closed before a fork.
+pub(super) fn declare(lua: &Lua, endpoints: Vec<Endpoint>, kind: SockType) -> Arc<Connection> {
+    let connection = Arc::new(Connection::new(endpoints, kind, true));
+    if let Some(mut declared) = lua.app_data_mut::<Declared>() {
+        declared.0.push(Arc::downgrade(&connection));
+    }
+    connection
+}
+
+/// To be called when the script has loaded: closes what it has connected.
+pub fn release(lua: &Lua) {
+    let declared = lua.remove_app_data::<Declared>().unwrap_or_default();
+    declared.0.iter().filter_map(Weak::upgrade).for_each(|connection| connection.release());
+}
+
+/// Makes the global `socket` and the class of its objects.
+///
+/// # Errors
+/// Lua is out of memory.
+pub fn register(lua: &Lua, watch: &Arc<Watch>) -> mlua::Result<()> {
+    lua.set_app_data(Declared::default());
+    let mut class = Class::new(lua, "socket")?;
+    class.blocking_method(
+        "send",
+        |_, (this, data, first, last): (Value, Value, Value, Value)| {
+            let connection = connection(&this)?;
+            let text = Argument::new("send", 1, "data").text(&data)?;
+            let range = part(text.len(), &first, &last)?;
+            Ok(Call::<()>::Later(Box::new(Send { connection, bytes: text[range].to_vec() })))
+        },
+    )?;
+    class.blocking_method("close", |_, this: Value| {
+        Ok(Call::<()>::Later(Box::new(Close(connection(&this)?))))
+    })?;
+    class.register::<SocketObject>(|_| ())?;
+    let watch = Arc::clone(watch);
+    let library = lua.create_table()?;
+    let connect = blocking_function(lua, "socket:connect", move |lua, arguments| {
+        connect(lua, arguments, watch.is_loading())
+    })?;
+    library.raw_set("connect", connect)?;
+    lua.globals().set("socket", library)
+}
+
+fn connection(value: &Value) -> Result<Arc<Connection>, Raise> {
+    if let Value::UserData(object) = value
+        && let Ok(object) = object.borrow::<SocketObject>()
+    {
+        return Ok(Arc::clone(&object.0));
+    }
+    let got = convert::describe(value);
+    Err(format!("expected a socket, got {got}; call its methods with a colon, as in s:send(…)")
+        .into())
+}
+
+fn connect(
+    lua: &Lua,
+    (_, address, options): (Value, Value, Value),
+    loading: bool,
+) -> Result<Call<AnyUserData>, Raise> {
+    let argument = Argument::new("socket:connect", 1, "address");
+    // There is no port that would be usual.
+    let endpoints = address::endpoints(&argument, &address, 0, "qmqp_resolve")?;
+    let kind = kind(&options)?;
+    if loading {
+        let connection = declare(lua, endpoints, kind);
+        return Ok(Call::Now(lua.create_any_userdata(SocketObject(connection))?));
+    }
+    Ok(Call::Later(Box::new(Connect(Connection::new(endpoints, kind, false)))))
+}
+
+fn kind(options: &Value) -> Result<SockType, Raise> {
+    let options = Options::new("socket:connect", 2, options, &["type"])?;
+    let Some((argument, value)) = options.get("type")? else { return Ok(SockType::Stream) };
+    let name = argument.text(&value)?;
+    let known = KINDS.iter().find(|(known, _)| *known.as_bytes() == *name);
+    known
+        .map(|(_, kind)| *kind)
+        .ok_or_else(|| argument.wrong("'stream', 'dgram' or 'seqpacket'", &value))
+}
+
+/// The part of a text of that length from place `first` to `last`, as in `string.sub`.
+fn part(length: usize, first: &Value, last: &Value) -> Result<Range<usize>, Raise> {
+    let place = |position, name, value: &Value, default: f64| {
+        let argument = Argument::new("send", position, name);
+        let place = if value.is_nil() {
+            default
+        } else {
+            argument.number(value, f64::NEG_INFINITY, f64::INFINITY)?
+        };
+        if place.fract() != 0.0 {
+            return Err(argument.wrong("an integer", value));
+        }
+        let from_start = if place < 0.0 { length as f64 + 1.0 + place } else { place };
+        // Clamped to what the text has; a cast of a float saturates.
+        Ok::<usize, Raise>((from_start as usize).min(length + 1))
+    };
+    let start = place(2, "i", first, 1.0)?.max(1) - 1;
+    let end = place(3, "j", last, -1.0)?.min(length);
+    Ok(start..end.max(start))
+}
+
+/// Makes an operation's failure its result: at the mail's own deadline the handler ends.
+pub(super) fn failure(error: &ConnectionError, deadline: Deadline) -> Outcome {
+    if matches!(error, ConnectionError::TimedOut) && deadline.expired() {
+        return Outcome::Expired;
+    }
+    Outcome::failure(error.to_string())
+}
+
+/// `socket:connect(…)` at run time.
+struct Connect(Connection);
+
+impl Operation for Connect {
+    fn run(self: Box<Self>, deadline: Deadline) -> Outcome {
+        let Self(connection) = *self;
+        if let Err(error) = connection.open(deadline.at_most(LIMIT)) {
+            return failure(&error, deadline);
+        }
+        Outcome::Done(Box::new(move |lua| {
+            let object = lua.create_any_userdata(SocketObject(Arc::new(connection)))?;
+            Ok(mlua::IntoLuaMulti::into_lua_multi(object, lua)?)
+        }))
+    }
+}
+
+/// `s:send(…)`; its result is the number of bytes.
+pub(super) struct Send {
+    /// Over which.
+    pub(super) connection: Arc<Connection>,
+    /// What is sent.
+    pub(super) bytes: Vec<u8>,
+}
+
+impl Operation for Send {
+    fn run(self: Box<Self>, deadline: Deadline) -> Outcome {
+        match self.connection.send(&self.bytes, deadline.at_most(LIMIT)) {
+            Ok(()) => Outcome::values(self.bytes.len()),
+            Err(error) => failure(&error, deadline),
+        }
+    }
+}
+
+/// `s:close()`.
+struct Close(Arc<Connection>);
+
+impl Operation for Close {
+    fn run(self: Box<Self>, deadline: Deadline) -> Outcome {
+        match self.0.close(deadline.at_most(LIMIT)) {
+            Ok(()) => Outcome::values(true),
+            Err(error) => failure(&error, deadline),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parts_are_those_of_string_sub() {
+        let table = [
+            (Value::Nil, Value::Nil, "hello"),
+            (Value::Integer(2), Value::Nil, "ello"),
+            (Value::Integer(2), Value::Integer(3), "el"),
+            (Value::Integer(-2), Value::Nil, "lo"),
+            (Value::Integer(0), Value::Integer(-2), "hell"),
+            (Value::Integer(-100), Value::Number(100.0), "hello"),
+            (Value::Integer(4), Value::Integer(2), ""),
+            (Value::Integer(6), Value::Nil, ""),
+            (Value::Integer(1), Value::Integer(0), ""),
+            (Value::Integer(1), Value::Integer(-100), ""),
+            (Value::Integer(i64::MIN), Value::Integer(i64::MAX), "hello"),
+        ];
+        for (first, last, expected) in table {
+            let range = part(5, &first, &last).unwrap_or_else(|error| panic!("{error:?}"));
+            assert_eq!(&"hello"[range], expected, "{first:?} {last:?}");
+        }
+        assert!(part(5, &Value::Number(1.5), &Value::Nil).is_err());
+        assert!(part(0, &Value::Nil, &Value::Nil).is_ok_and(|range| range.is_empty()));
+    }
+}

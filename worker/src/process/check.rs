@@ -1,0 +1,132 @@
+//! `qrelay check`: loads config.lua as a zygote would, and shows what it declares.
+//!
+//! Contract: nothing is bound, forked or sent; but the script's own side effects happen.
+//!
+//! # Failure
+//! The script's error, with file and line.
+
+use std::fmt::Write;
+use std::path::Path;
+use std::time::Duration;
+
+use qrelay_shared::settings::{Declaration, ListenAddress, ListenerDecl, Settings};
+use slog::Logger;
+
+use crate::lua::engine::state::{ConfigError, LoadOptions, State};
+use crate::lua::library::dictionary_client::Opener;
+
+/// Loads the script at an absolute path and describes it, one line per item. The names that
+/// `systemd['…']` may have are those of `LISTEN_FDNAMES`, as for the daemon; `dictionaries` is
+/// the way to shared dictionaries, which only this check sees.
+///
+/// # Errors
+/// See [`ConfigError`].
+pub fn check(config: &Path, logger: Logger, dictionaries: Opener) -> Result<String, ConfigError> {
+    let names = std::env::var("LISTEN_FDNAMES").unwrap_or_default();
+    let (_state, declaration) = State::load(LoadOptions {
+        config: config.to_owned(),
+        reload: false,
+        systemd: names.split(':').filter(|name| !name.is_empty()).map(str::to_owned).collect(),
+        logger,
+        dictionaries,
+    })?;
+    Ok(describe(&declaration))
+}
+
+fn describe(declaration: &Declaration) -> String {
+    let mut text = String::new();
+    for listener in &declaration.listeners {
+        text.push_str(&listener_line(listener));
+    }
+    if let Some(server) = &declaration.log_server {
+        push(&mut text, "log_server", &server.to_string());
+    }
+    push_settings(&mut text, &declaration.settings);
+    text
+}
+
+/// Writing to a string can't fail.
+fn push(text: &mut String, name: &str, value: &str) {
+    let _ = writeln!(text, "{name} = {value}");
+}
+
+fn listener_line(listener: &ListenerDecl) -> String {
+    let mut line = format!("listener {}", listener.address);
+    if matches!(listener.address, ListenAddress::Path(_)) {
+        let _ = write!(line, " mode={:04o}", listener.mode);
+    }
+    for (name, id) in [("owner", listener.owner), ("group", listener.group)] {
+        if let Some(id) = id {
+            let _ = write!(line, " {name}={id}");
+        }
+    }
+    if let Some(allow) = &listener.allow {
+        let networks: Vec<String> = allow.iter().map(ToString::to_string).collect();
+        let _ = write!(line, " allow={}", networks.join(","));
+    }
+    let _ = writeln!(line, " backlog={} max_size={}", listener.backlog, listener.max_size);
+    line
+}
+
+fn push_settings(text: &mut String, settings: &Settings) {
+    let seconds = |duration: Duration| duration.as_secs_f64().to_string();
+    let values = [
+        ("workers", settings.workers.to_string()),
+        ("worker_connections", settings.worker_connections.to_string()),
+        ("client_timeout", seconds(settings.client_timeout)),
+        ("request_timeout", seconds(settings.request_timeout)),
+        ("relay_timeout", seconds(settings.relay_timeout)),
+        ("handler_timeout", seconds(settings.handler_timeout)),
+        ("connect_timeout", seconds(settings.connect_timeout)),
+        ("hang_timeout", seconds(settings.hang_timeout)),
+        ("drain_timeout", seconds(settings.drain_timeout)),
+        ("worker_max_mails", settings.worker_max_mails.to_string()),
+        ("lua_memory_limit", settings.lua_memory_limit.to_string()),
+        ("mail_memory", settings.mail_memory.to_string()),
+        ("shared_memory", settings.shared_memory.to_string()),
+        ("max_connections_per_uid", settings.max_connections_per_uid.to_string()),
+        ("client_share", settings.client_share.to_string()),
+        ("max_hops", settings.max_hops.to_string()),
+    ];
+    for (name, value) in values {
+        push(text, name, &value);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shows_listeners_and_settings() {
+        let path = ListenerDecl {
+            address: ListenAddress::Path("/run/in".into()),
+            mode: 0o640,
+            owner: Some(7),
+            group: None,
+            backlog: 9,
+            max_size: 1024,
+            allow: None,
+        };
+        let inet = ListenerDecl {
+            address: ListenAddress::Inet(([127, 0, 0, 1], 628).into()),
+            allow: Some(vec!["10.0.0.0/8".parse().expect("network")]),
+            owner: None,
+            ..path
+        };
+        let settings =
+            Settings { client_timeout: Duration::from_millis(2500), ..Settings::default() };
+        let declaration = Declaration { listeners: vec![path, inet], settings, log_server: None };
+        let text = describe(&declaration);
+        assert!(
+            text.starts_with(
+                "listener /run/in mode=0640 owner=7 backlog=9 max_size=1024\n\
+                 listener 127.0.0.1:628 allow=10.0.0.0/8 backlog=9 max_size=1024\n\
+                 workers = "
+            ),
+            "{text}"
+        );
+        assert!(text.contains("\nclient_timeout = 2.5\n"), "{text}");
+        assert!(text.ends_with("max_hops = 50\n"), "{text}");
+    }
+}

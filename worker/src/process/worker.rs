@@ -1,0 +1,126 @@
+//! A worker process from its fork to its end.
+//!
+//! Contract: `Ready` is reported once jobs can be taken. The process ends when its last job is
+//! done after the end of the job socket; if the supervisor is gone, at the drain time at the
+//! latest.
+//!
+//! # Failure
+//! A worker that can't have a single thread ends with a status other than 0. What only makes
+//! a worker a better neighbour (its name, its place before the OOM killer, no core dumps) is
+//! tried, and failing at it is only noted.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+
+use nix::errno::Errno;
+use nix::sys::prctl;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use qrelay_shared::exit::Exit;
+use qrelay_shared::ipc::channel::{Channel, SendError};
+use qrelay_shared::ipc::message::{Report, ToJobs, ToReports, WorkerId};
+use qrelay_shared::settings::Declaration;
+use qrelay_shared::sys::process::{exit_now, flush_stdio};
+use slog::{Logger, debug, error, warn};
+
+use crate::job_channel::Reports;
+use crate::lua::engine::state::State;
+use crate::lua::library::dictionary_client::Opener;
+use crate::process::control;
+use crate::session::script::Script;
+use crate::threads::pool::Worker;
+use crate::threads::queue::IDLE;
+
+/// Added to oom_score_adj, whose scale ends at 1000: among our processes of like size the
+/// kernel's choice is a worker, never the supervisor.
+const OOM_PENALTY: i32 = 200;
+
+/// Exit status when mails were still unfinished at the drain time.
+const UNFINISHED: i32 = 1;
+
+/// What a worker is born with.
+#[derive(Debug)]
+pub struct Birth {
+    /// Its name.
+    pub worker: WorkerId,
+    /// Its end of the job socket.
+    pub jobs: OwnedFd,
+    /// Its end of the control socket.
+    pub control: OwnedFd,
+}
+
+/// Lives as a worker. Returns only a failure to begin.
+pub fn run(
+    birth: Birth,
+    state: State,
+    declaration: &Declaration,
+    instance: String,
+    logger: Logger,
+) -> Exit {
+    let Birth { worker: id, jobs, control } = birth;
+    settle(&logger);
+    state.after_fork(id, opener(&jobs));
+    let script: Arc<dyn Script> = Arc::new(state);
+    let worker = Reports::new(Channel::from_fd(jobs), IDLE).map_err(std::io::Error::from).and_then(
+        |reports| {
+            let end = || end(0);
+            let script = Arc::clone(&script);
+            let worker = Worker::new(declaration, instance, script, reports, logger.clone(), end);
+            worker.run().map(|()| worker)
+        },
+    );
+    let worker = match worker {
+        Ok(worker) => worker,
+        Err(error) => {
+            error!(logger, "worker can't start"; "error" => %error);
+            return Exit::System;
+        }
+    };
+    worker.reports.ready();
+    control::run(&Channel::from_fd(control), &*script);
+    warn!(logger, "the supervisor is gone; finishing what is here");
+    std::thread::sleep(declaration.settings.drain_timeout);
+    // Nobody is left to do it after us.
+    worker.children.kill_all();
+    end(UNFINISHED)
+}
+
+/// Asks the supervisor for the shared dictionaries over the job socket.
+fn opener(jobs: &OwnedFd) -> Opener {
+    let channel = jobs.try_clone().map(Channel::<ToReports, ToJobs>::from_fd);
+    Box::new(move |theirs| match &channel {
+        Ok(channel) => channel.send(&Report::Dictionary, &[theirs.as_fd()]),
+        Err(_) => Err(SendError::Closed),
+    })
+}
+
+/// Ends the process without waiting for threads, or for anything they have registered.
+fn end(status: i32) -> ! {
+    flush_stdio();
+    exit_now(status)
+}
+
+/// Makes the process a good neighbour.
+fn settle(logger: &Logger) {
+    if let Err(errno) = prctl::set_name(c"qrelay-worker") {
+        debug!(logger, "no process name"; "error" => errno.desc());
+    }
+    if let Err(error) = volunteer_for_oom() {
+        debug!(logger, "oom_score_adj is unchanged"; "error" => %error);
+    }
+    if let Err(errno) = forbid_core_dumps() {
+        debug!(logger, "core dumps are possible"; "error" => errno.desc());
+    }
+}
+
+fn volunteer_for_oom() -> std::io::Result<()> {
+    const PATH: &str = "/proc/self/oom_score_adj";
+    let now: i32 = std::fs::read_to_string(PATH)?.trim().parse().map_err(std::io::Error::other)?;
+    std::fs::write(PATH, (now + OOM_PENALTY).min(1000).to_string())
+}
+
+/// A core dump would contain mail. The limit is 1, not 0, because to a program that takes
+/// dumps through a pipe only 1 means none (core(5), fs/coredump.c).
+fn forbid_core_dumps() -> Result<(), Errno> {
+    let (_, hard) = getrlimit(Resource::RLIMIT_CORE)?;
+    setrlimit(Resource::RLIMIT_CORE, hard.min(1), hard)
+}

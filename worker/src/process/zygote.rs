@@ -1,0 +1,250 @@
+//! The process `qrelay zygote`: evaluates config.lua once, and forks workers and one standby of
+//! itself. Its orders come over a socket that is its standard input.
+//!
+//! Contract: single-threaded to its end, because it forks. Whatever it forks becomes a child
+//! of the supervisor and keeps nothing of the zygote's but the script. It takes no orders from
+//! signals, and ends with the supervisor.
+//!
+//! # Failure
+//! A script that can't be used, a panic included, is reported, and so is a fork that fails.
+//! The end of the channel is the end of the process.
+
+use std::ops::ControlFlow;
+use std::os::fd::AsFd;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::time::Duration;
+
+use nix::errno::Errno;
+use nix::poll::PollFlags;
+use nix::sys::prctl;
+use nix::sys::signal::Signal;
+use nix::unistd::{Pid, getppid};
+use qrelay_shared::deadline::Deadline;
+use qrelay_shared::exit::Exit;
+use qrelay_shared::ipc::channel::{Channel, Received, RecvBuffer, RecvError, SendError};
+use qrelay_shared::ipc::message::{FromZygote, ToZygote, WorkerId, ZygoteOrder, ZygoteReport};
+use qrelay_shared::settings::Declaration;
+use qrelay_shared::sys::process::{Forked, fork_orphan, take_stdin, tame_malloc};
+use qrelay_shared::sys::wait::wait;
+use slog::{Level, Logger, error};
+
+use crate::lua::engine::state::{LoadOptions, State};
+use crate::lua::library::dictionary_client::Opener;
+use crate::process::logging::Current;
+use crate::process::worker::{self, Birth};
+
+/// How long a standby waits for the supervisor to become its parent, and how often it looks.
+const ADOPTION_TIME: Duration = Duration::from_secs(1);
+const ADOPTION_POLL: Duration = Duration::from_micros(100);
+
+type ZygoteChannel = Channel<FromZygote, ToZygote>;
+
+/// A script that has been evaluated.
+struct Loaded {
+    state: State,
+    declaration: Declaration,
+    instance: String,
+}
+
+/// What this process turned out to be when a fork was ordered.
+enum Life {
+    /// Still the zygote, and the channel has ended.
+    Ended,
+    /// A worker.
+    Worker(Birth),
+    /// A standby with a channel of its own.
+    Standby(ZygoteChannel),
+}
+
+/// Runs the zygote, and every process forked from it, to the end.
+pub fn main(level: Level) -> Exit {
+    let supervisor = getppid();
+    let logger = Current::new(qrelay_shared::log::init(level, "qrelay-zygote"));
+    match prepare(supervisor) {
+        Ok(true) => {}
+        Ok(false) => return Exit::Success,
+        Err(errno) => {
+            error!(logger.logger(), "zygote can't start"; "error" => errno.desc());
+            return Exit::System;
+        }
+    }
+    log_panics(logger.logger());
+    match take_stdin() {
+        Ok(stdin) => live(Channel::from_fd(stdin), supervisor, level, &logger),
+        Err(errno) => {
+            error!(logger.logger(), "no channel on standard input"; "error" => errno.desc());
+            Exit::System
+        }
+    }
+}
+
+/// Makes this process a zygote; false when the supervisor is gone already.
+fn prepare(supervisor: Pid) -> Result<bool, Errno> {
+    prctl::set_name(c"qrelay-zygote")?;
+    tame_malloc();
+    // Not SIG_IGN, which a program that a worker executes would inherit.
+    let nobody_looks = Arc::new(AtomicBool::new(false));
+    for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGQUIT] {
+        signal_hook::flag::register(signal as i32, Arc::clone(&nobody_looks))
+            .map_err(|error| Errno::from_raw(error.raw_os_error().unwrap_or(0)))?;
+    }
+    end_with(supervisor)
+}
+
+/// Has this process end with its parent; false when that isn't the supervisor.
+fn end_with(supervisor: Pid) -> Result<bool, Errno> {
+    prctl::set_pdeathsig(Signal::SIGKILL)?;
+    Ok(getppid() == supervisor)
+}
+
+/// A panic's message belongs in the log, not raw on standard error.
+fn log_panics(logger: Logger) {
+    std::panic::set_hook(Box::new(move |panic| {
+        error!(logger, "panic"; "cause" => %panic);
+    }));
+}
+
+fn live(mut channel: ZygoteChannel, supervisor: Pid, level: Level, logger: &Current) -> Exit {
+    let mut loaded = None;
+    loop {
+        match obey(&channel, &mut loaded, logger) {
+            Life::Ended => return Exit::Success,
+            Life::Worker(birth) => {
+                drop(channel);
+                let Some(Loaded { state, declaration, instance }) = loaded else {
+                    return Exit::System;
+                };
+                logger.replace(qrelay_shared::log::init(level, "qrelay-worker"));
+                return worker::run(birth, state, &declaration, instance, logger.logger());
+            }
+            Life::Standby(own) => {
+                channel = own;
+                logger.replace(qrelay_shared::log::init(level, "qrelay-zygote"));
+                if !adopted(&channel, supervisor) || end_with(supervisor) != Ok(true) {
+                    return Exit::Success;
+                }
+            }
+        }
+    }
+}
+
+/// Waits until the supervisor is this process's parent: the death of the intermediate process
+/// must not count as its. False if it is gone.
+fn adopted(channel: &ZygoteChannel, supervisor: Pid) -> bool {
+    let deadline = Deadline::after(ADOPTION_TIME);
+    while getppid() != supervisor {
+        let pause = Deadline::after(ADOPTION_POLL);
+        let quiet = wait(channel.as_fd(), PollFlags::empty(), pause).is_ok_and(|e| e.is_empty());
+        if !quiet || deadline.expired() {
+            return false;
+        }
+    }
+    true
+}
+
+/// Does what the supervisor says until this process becomes something else.
+fn obey(channel: &ZygoteChannel, loaded: &mut Option<Loaded>, logger: &Current) -> Life {
+    let mut buffer = RecvBuffer::new();
+    loop {
+        match channel.recv(&mut buffer) {
+            Ok(received) => match execute(channel, received, loaded, logger) {
+                ControlFlow::Continue(report) => send(channel, &report),
+                ControlFlow::Break(life) => return life,
+            },
+            Err(RecvError::Empty) => {}
+            Err(RecvError::Closed) => return Life::Ended,
+            Err(error) => {
+                error!(logger.logger(), "order can't be received"; "error" => %error);
+                return Life::Ended;
+            }
+        }
+    }
+}
+
+/// Sends a report. If the supervisor is gone, the next receive says so.
+fn send(channel: &ZygoteChannel, report: &ZygoteReport) {
+    if let Err(SendError::TooLarge) = channel.send(report, &[]) {
+        let message = "the listeners don't fit in a message: too many, or too long".into();
+        let _ = channel.send(&ZygoteReport::Failed { message }, &[]);
+    }
+}
+
+/// Carries out one order; breaks off in a process that it has forked.
+fn execute(
+    channel: &ZygoteChannel,
+    received: Received<ZygoteOrder>,
+    loaded: &mut Option<Loaded>,
+    logger: &Current,
+) -> ControlFlow<Life, ZygoteReport> {
+    let Received { message, mut fds } = received;
+    match message {
+        ZygoteOrder::Load { config, reload, systemd, instance } => {
+            let logger = logger.logger();
+            let dictionaries = opener(channel);
+            let options = LoadOptions { config, reload, systemd, logger, dictionaries };
+            ControlFlow::Continue(load(options, instance, loaded))
+        }
+        ZygoteOrder::Fork { worker } => {
+            let birth = match (fds.take(), fds.take()) {
+                (Some(jobs), Some(control)) => Birth { worker, jobs, control },
+                _ => return failed(worker, "its sockets did not arrive".into()),
+            };
+            if loaded.is_none() {
+                return failed(worker, "no script has been loaded".into());
+            }
+            match fork_orphan() {
+                Ok(Forked::Child) => ControlFlow::Break(Life::Worker(birth)),
+                Ok(Forked::Parent(pid)) => {
+                    ControlFlow::Continue(ZygoteReport::Forked { worker, pid: pid.as_raw() })
+                }
+                Err(error) => failed(worker, error.to_string()),
+            }
+        }
+        ZygoteOrder::Standby => {
+            let Some(own) = fds.take() else {
+                return no_standby("its channel did not arrive".into());
+            };
+            match fork_orphan() {
+                Ok(Forked::Child) => ControlFlow::Break(Life::Standby(Channel::from_fd(own))),
+                Ok(Forked::Parent(pid)) => {
+                    ControlFlow::Continue(ZygoteReport::StandbyForked { pid: pid.as_raw() })
+                }
+                Err(error) => no_standby(error.to_string()),
+            }
+        }
+    }
+}
+
+/// Asks the supervisor for the shared dictionaries over this channel.
+fn opener(channel: &ZygoteChannel) -> Opener {
+    let channel = channel.as_fd().try_clone_to_owned().map(ZygoteChannel::from_fd);
+    Box::new(move |theirs| match &channel {
+        Ok(channel) => channel.send(&ZygoteReport::Dictionary, &[theirs.as_fd()]),
+        Err(_) => Err(SendError::Closed),
+    })
+}
+
+fn failed(worker: WorkerId, message: String) -> ControlFlow<Life, ZygoteReport> {
+    ControlFlow::Continue(ZygoteReport::ForkFailed { worker, message })
+}
+
+fn no_standby(message: String) -> ControlFlow<Life, ZygoteReport> {
+    ControlFlow::Continue(ZygoteReport::StandbyFailed { message })
+}
+
+/// Runs the script. A process runs one script in its life.
+fn load(options: LoadOptions, instance: String, loaded: &mut Option<Loaded>) -> ZygoteReport {
+    if loaded.is_some() {
+        return ZygoteReport::Failed { message: "a script has been loaded already".into() };
+    }
+    match catch_unwind(AssertUnwindSafe(|| State::load(options))) {
+        Ok(Ok((state, declaration))) => {
+            *loaded = Some(Loaded { state, declaration: declaration.clone(), instance });
+            ZygoteReport::Declared(Box::new(declaration))
+        }
+        Ok(Err(error)) => ZygoteReport::Failed { message: error.to_string() },
+        Err(_) => ZygoteReport::Failed { message: "internal error while loading".into() },
+    }
+}

@@ -1,0 +1,137 @@
+//! Answering a client, so that it can read the answer.
+//!
+//! Contract: reply and end of stream are sent one right after the other. Closing a socket with
+//! unread data in it resets the connection, and a reset makes the client lose the reply; hence
+//! [`linger`] where something may be unread.
+//!
+//! # Failure
+//! A client that is gone, or doesn't read, gets no answer; nothing else follows from that.
+
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::time::Duration;
+
+use nix::errno::Errno;
+use nix::poll::PollFlags;
+use nix::sys::socket::{MsgFlags, Shutdown, recv, send, shutdown};
+use qrelay_shared::qmqp::Reply;
+
+use qrelay_shared::deadline::Deadline;
+use qrelay_shared::sys::wait::wait;
+
+/// How long a reply (262 bytes) may wait for a client that doesn't read.
+const SEND_TIMEOUT: Duration = Duration::from_secs(3);
+
+/// How long the rest of a request is read and dropped.
+const LINGER: Duration = Duration::from_secs(2);
+
+/// Sends the reply and ends the stream.
+pub fn answer(client: &OwnedFd, reply: &Reply) {
+    // Who doesn't get the whole reply sees the stream end early, which is temporary.
+    let _ = send_all(client.as_fd(), &reply.encode(), SEND_TIMEOUT);
+    let _ = shutdown(client.as_raw_fd(), Shutdown::Write);
+}
+
+fn send_all(client: BorrowedFd<'_>, mut bytes: &[u8], timeout: Duration) -> Result<(), Errno> {
+    let flags = MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT;
+    let mut deadline = None;
+    while !bytes.is_empty() {
+        match send(client.as_raw_fd(), bytes, flags) {
+            Ok(sent) => bytes = bytes.get(sent..).unwrap_or_default(),
+            Err(Errno::EINTR) => {}
+            Err(Errno::EAGAIN) => {
+                let deadline = *deadline.get_or_insert_with(|| Deadline::after(timeout));
+                if wait(client, PollFlags::POLLOUT, deadline)?.is_empty() {
+                    return Err(Errno::ETIMEDOUT);
+                }
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+/// Drops what the client sent after its request, if there is any; costs one call if not.
+pub fn drop_surplus(client: &OwnedFd) {
+    let surplus = recv(client.as_raw_fd(), &mut [0], MsgFlags::MSG_DONTWAIT);
+    if surplus.is_ok_and(|bytes| bytes > 0) {
+        linger(client);
+    }
+}
+
+/// Reads and drops until the client has closed its side, for a while.
+pub fn linger(client: &OwnedFd) {
+    let mut scratch = [0; 16 * 1024];
+    let deadline = Deadline::after(LINGER);
+    while !deadline.expired() {
+        match recv(client.as_raw_fd(), &mut scratch, MsgFlags::MSG_DONTWAIT) {
+            Ok(0) => return,
+            Ok(_) | Err(Errno::EINTR) => {}
+            Err(Errno::EAGAIN) => match wait(client.as_fd(), PollFlags::POLLIN, deadline) {
+                Ok(ready) if !ready.is_empty() => {}
+                _ => return,
+            },
+            Err(_) => return,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{ErrorKind, Read, Write};
+    use std::os::unix::net::UnixStream;
+
+    fn pair() -> (UnixStream, OwnedFd) {
+        let (client, server) = UnixStream::pair().expect("pair");
+        (client, server.into())
+    }
+
+    #[test]
+    fn the_reply_survives_unread_input() {
+        let (mut client, server) = pair();
+        client.write_all(&[b'x'; 100_000]).expect("write");
+        answer(&server, &Reply::permanent("malformed input"));
+        std::thread::scope(|scope| {
+            scope.spawn(move || {
+                linger(&server);
+                drop(server);
+            });
+            let mut reply = String::new();
+            client.read_to_string(&mut reply).expect("no reset");
+            assert_eq!(reply, "16:Dmalformed input,");
+            client.shutdown(std::net::Shutdown::Write).expect("shutdown");
+        });
+    }
+
+    #[test]
+    fn surplus_is_dropped() {
+        let (mut client, server) = pair();
+        answer(&server, &Reply::accepted("ok"));
+        drop_surplus(&server);
+        client.write_all(b"surplus").expect("write");
+        client.shutdown(std::net::Shutdown::Write).expect("shutdown");
+        drop_surplus(&server);
+        drop(server);
+        let mut reply = String::new();
+        client.read_to_string(&mut reply).expect("no reset");
+        assert_eq!(reply, "3:Kok,");
+    }
+
+    #[test]
+    fn a_client_that_does_not_read_is_given_up() {
+        let soon = Duration::from_millis(5);
+        let (client, server) = pair();
+        let server = UnixStream::from(server);
+        server.set_nonblocking(true).expect("nonblocking");
+        loop {
+            match (&server).write(&[0; 4096]) {
+                Ok(_) => {}
+                Err(error) if error.kind() == ErrorKind::WouldBlock => break,
+                Err(error) => panic!("{error}"),
+            }
+        }
+        assert_eq!(send_all(server.as_fd(), b"3:Kok,", soon), Err(Errno::ETIMEDOUT));
+        drop(client);
+        assert_eq!(send_all(server.as_fd(), b"3:Kok,", soon), Err(Errno::EPIPE));
+    }
+}

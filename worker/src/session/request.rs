@@ -1,0 +1,341 @@
+//! Reading one request from a client.
+//!
+//! Contract: memory is taken as bytes arrive, never for a length that was only announced; a
+//! request beyond what every mail has is counted against the worker's [`Budget`].
+//!
+//! # Failure
+//! What can't become a request is refused as early as the bytes show it; a client that leaves
+//! before its last comma gets no answer.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::time::Duration;
+
+use nix::errno::Errno;
+use nix::poll::PollFlags;
+use nix::sys::socket::MsgFlags;
+use parking_lot::Mutex;
+use qrelay_shared::deadline::Deadline;
+use qrelay_shared::qmqp::{Limits, Progress, Reply, RequestError, progress};
+use qrelay_shared::settings::Settings;
+use qrelay_shared::sys::net::recv_append;
+use qrelay_shared::sys::wait::wait;
+
+use crate::mail::memory::{Budget, Share};
+
+/// Bytes that a buffer has at first: most mails fit.
+pub const BUFFER_SIZE: usize = 64 * 1024;
+
+/// Bytes of a buffer that is kept for the next mail.
+const KEPT_BUFFER_SIZE: usize = 256 * 1024;
+
+/// How many of them.
+const KEPT_BUFFERS: usize = 16;
+
+/// Which requests are accepted, and what they may cost.
+#[derive(Debug)]
+pub struct Terms<'w> {
+    /// Limits of the listener.
+    pub limits: Limits,
+    /// Longest silence of the client.
+    pub client_timeout: Duration,
+    /// Longest time for the whole request.
+    pub request_timeout: Duration,
+    /// Longest time to wait for memory.
+    pub memory_timeout: Duration,
+    /// Where memory for large requests comes from.
+    pub budget: &'w Budget,
+}
+
+/// What came of reading.
+#[derive(Debug)]
+pub enum Incoming {
+    /// The first `total` bytes of the buffer are the request's netstring.
+    Complete {
+        /// Length of the request; more bytes may have been received.
+        total: usize,
+        /// Nobody had to wait for any of it: its last byte may have come long ago, while the
+        /// connection waited for a worker.
+        at_once: bool,
+    },
+    /// To be answered thus, while the client may still be sending.
+    Refused(Reply),
+    /// The client left; no answer is due.
+    Gone,
+}
+
+impl Incoming {
+    fn refused(error: RequestError) -> Self {
+        Self::Refused(Reply::permanent(error.reply_text()))
+    }
+}
+
+impl<'w> Terms<'w> {
+    /// The terms of a listener that accepts messages within `limits`.
+    pub fn new(limits: Limits, settings: &Settings, budget: &'w Budget) -> Self {
+        Self {
+            limits,
+            client_timeout: settings.client_timeout,
+            request_timeout: settings.request_timeout,
+            memory_timeout: settings.relay_timeout,
+            budget,
+        }
+    }
+
+    /// Reads what is there; nothing if more has to be waited for. `buffer` is empty at first.
+    pub fn try_read(&self, client: &OwnedFd, buffer: &mut Vec<u8>) -> Option<Incoming> {
+        make_room(buffer);
+        match receive(client, buffer) {
+            Ok(0) => return Some(Incoming::Gone),
+            Ok(_) => {}
+            Err(Errno::EAGAIN) => return None,
+            Err(_) => return Some(Incoming::Gone),
+        }
+        match progress(buffer, &self.limits) {
+            Ok(Progress::Complete { total }) => Some(Incoming::Complete { total, at_once: true }),
+            Ok(Progress::NeedMore { .. }) => None,
+            Err(error) => Some(Incoming::refused(error)),
+        }
+    }
+
+    /// Reads until the request is complete or can't be any more; `buffer` has what
+    /// [`Self::try_read`] got, if that was tried. The share of memory is to be kept as long as the
+    /// buffer.
+    pub fn read(&self, client: &OwnedFd, buffer: &mut Vec<u8>) -> (Incoming, Option<Share<'w>>) {
+        make_room(buffer);
+        let mut memory = None;
+        let incoming = self.read_with(client, buffer, &mut memory);
+        (incoming, memory)
+    }
+
+    fn read_with(
+        &self,
+        client: &OwnedFd,
+        buffer: &mut Vec<u8>,
+        memory: &mut Option<Share<'w>>,
+    ) -> Incoming {
+        let deadline = Deadline::after(self.request_timeout);
+        let mut at_once = true;
+        loop {
+            let total = match progress(buffer, &self.limits) {
+                Ok(Progress::Complete { total }) => return Incoming::Complete { total, at_once },
+                Ok(Progress::NeedMore { total }) => total,
+                Err(error) => return Incoming::refused(error),
+            };
+            if deadline.expired() {
+                return Incoming::Refused(Reply::temporary("request timed out"));
+            }
+            if buffer.len() == buffer.capacity() && !self.grow(buffer, total, memory, deadline) {
+                return Incoming::Refused(Reply::temporary("try again later"));
+            }
+            match receive(client, buffer) {
+                Ok(0) => return Incoming::Gone,
+                Ok(_) => {}
+                Err(Errno::EAGAIN) => match self.wait(client, deadline) {
+                    Ok(true) => at_once = false,
+                    Ok(false) => return Incoming::Refused(Reply::temporary("request timed out")),
+                    Err(_) => return Incoming::Gone,
+                },
+                Err(_) => return Incoming::Gone,
+            }
+        }
+    }
+
+    /// Waits for bytes; false when the client took too long.
+    fn wait(&self, client: &OwnedFd, deadline: Deadline) -> Result<bool, Errno> {
+        let until = deadline.at_most(self.client_timeout);
+        Ok(!wait(client.as_fd(), PollFlags::POLLIN, until)?.is_empty())
+    }
+
+    /// Makes room for more; false if the budget has none.
+    fn grow(
+        &self,
+        buffer: &mut Vec<u8>,
+        total: Option<usize>,
+        memory: &mut Option<Share<'w>>,
+        deadline: Deadline,
+    ) -> bool {
+        // A full buffer without a length can't be: `progress` refuses that many digits.
+        let Some(total) = total else { return false };
+        if memory.is_none() {
+            *memory = self.budget.take(total, deadline.at_most(self.memory_timeout));
+            if memory.is_none() {
+                return false;
+            }
+        }
+        let missing = total.saturating_sub(buffer.len()).max(1);
+        buffer.try_reserve_exact(missing.min(buffer.len())).is_ok()
+    }
+}
+
+/// There is room for what most requests need.
+fn make_room(buffer: &mut Vec<u8>) {
+    buffer.reserve(BUFFER_SIZE.saturating_sub(buffer.len()));
+}
+
+/// Receives what is there.
+fn receive(client: &OwnedFd, buffer: &mut Vec<u8>) -> Result<usize, Errno> {
+    loop {
+        match recv_append(client.as_fd(), buffer, MsgFlags::MSG_DONTWAIT) {
+            Err(Errno::EINTR) => {}
+            result => return result,
+        }
+    }
+}
+
+/// Buffers that are ready for the next requests: empty, and not larger than what is worth keeping.
+#[derive(Debug, Default)]
+pub struct Buffers(Mutex<Vec<Vec<u8>>>);
+
+impl Buffers {
+    /// A buffer: the one that was used last, since its memory is in the processor's caches.
+    pub fn take(&self) -> Vec<u8> {
+        self.0.lock().pop().unwrap_or_default()
+    }
+
+    /// Takes back what isn't needed any more.
+    pub fn give(&self, mut buffer: Vec<u8>) {
+        if buffer.capacity() <= KEPT_BUFFER_SIZE {
+            buffer.clear();
+            let mut kept = self.0.lock();
+            if kept.len() < KEPT_BUFFERS {
+                kept.push(buffer);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use qrelay_shared::qmqp::encode_request;
+    use std::io::Write;
+    use std::os::unix::net::UnixStream;
+
+    fn read(budget: &Budget, write: impl FnOnce(UnixStream) + Send) -> (Vec<u8>, String) {
+        let (client, server) = UnixStream::pair().expect("pair");
+        let terms = Terms {
+            limits: Limits { max_size: 1_000_000 },
+            client_timeout: Duration::from_millis(300),
+            request_timeout: Duration::from_millis(600),
+            memory_timeout: Duration::from_millis(5),
+            budget,
+        };
+        let mut buffer = Vec::new();
+        let shown = std::thread::scope(|scope| {
+            scope.spawn(|| write(client));
+            let server = server.into();
+            let (incoming, memory) = match terms.try_read(&server, &mut buffer) {
+                Some(incoming) => (incoming, None),
+                None => terms.read(&server, &mut buffer),
+            };
+            match incoming {
+                Incoming::Complete { total, .. } => {
+                    buffer.truncate(total);
+                    format!("complete {}", memory.is_some())
+                }
+                Incoming::Refused(reply) => String::from_utf8_lossy(&reply.encode()).into_owned(),
+                Incoming::Gone => "gone".into(),
+            }
+        });
+        (buffer, shown)
+    }
+
+    fn request(size: usize) -> Vec<u8> {
+        encode_request(&vec![b'x'; size], b"s@x", ["r@x"])
+    }
+
+    #[test]
+    fn reads_whole_requests() {
+        let budget = Budget::new(1_000_000);
+        for size in [0, 1000, 60_000, 65_536, 300_000, 1_000_000] {
+            let bytes = request(size);
+            let (got, shown) = read(&budget, |mut client| {
+                client.write_all(&bytes).expect("write");
+                // What follows is no part of it.
+                let _ = client.write_all(b"surplus");
+            });
+            assert_eq!(shown, format!("complete {}", bytes.len() > BUFFER_SIZE), "{size}");
+            assert!(got == bytes, "{size}");
+        }
+        assert!(budget.take(1_000_000, Deadline::after(Duration::ZERO)).is_some());
+    }
+
+    #[test]
+    fn reads_byte_by_byte() {
+        let bytes = request(30);
+        let (got, shown) = read(&Budget::new(0), |mut client| {
+            for byte in &bytes {
+                client.write_all(&[*byte]).expect("write");
+                std::thread::yield_now();
+            }
+        });
+        assert_eq!((got, &*shown), (bytes, "complete false"));
+    }
+
+    #[test]
+    fn refuses() {
+        let budget = Budget::new(1_000_000);
+        let table: [(&[u8], &str); 4] = [
+            (b"GET / HTTP/1.0\r\n", "16:Dmalformed input,"),
+            (b"9999999:", "18:Dmessage too large,"),
+            (b"20:1:", "18:Zrequest timed out,"),
+            (b"", "18:Zrequest timed out,"),
+        ];
+        for (bytes, expected) in table {
+            let mut kept = None;
+            let (_, shown) = read(&budget, |mut client| {
+                client.write_all(bytes).expect("write");
+                kept = Some(client);
+            });
+            assert_eq!(shown, expected);
+        }
+    }
+
+    #[test]
+    fn a_truncated_request_gets_no_answer() {
+        let bytes = request(100_000);
+        for length in [0, 1, 10, 70_000, bytes.len() - 1] {
+            let (_, shown) = read(&Budget::new(1_000_000), |mut client| {
+                client.write_all(&bytes[..length]).expect("write");
+            });
+            assert_eq!(shown, "gone", "{length}");
+        }
+    }
+
+    #[test]
+    fn a_drip_is_stopped() {
+        let (_, shown) = read(&Budget::new(0), |mut client| {
+            let _ = client.write_all(b"9000:8000:");
+            while client.write_all(b"x").is_ok() {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+        });
+        assert_eq!(shown, "18:Zrequest timed out,");
+    }
+
+    #[test]
+    fn without_memory_there_is_no_mail() {
+        let budget = Budget::new(1000);
+        let held = budget.take(1, Deadline::after(Duration::ZERO));
+        let bytes = request(100_000);
+        let (_, shown) = read(&budget, |mut client| {
+            let _ = client.write_all(&bytes);
+        });
+        assert_eq!(shown, "16:Ztry again later,");
+        drop(held);
+    }
+
+    #[test]
+    fn large_buffers_are_not_kept() {
+        let buffers = Buffers::default();
+        buffers.give(vec![0; KEPT_BUFFER_SIZE + 1]);
+        assert_eq!(buffers.take().capacity(), 0);
+        buffers.give(vec![0; KEPT_BUFFER_SIZE]);
+        let buffer = buffers.take();
+        assert!(buffer.is_empty() && buffer.capacity() == KEPT_BUFFER_SIZE);
+        for _ in 0..=KEPT_BUFFERS {
+            buffers.give(vec![0]);
+        }
+        assert_eq!(buffers.0.lock().len(), KEPT_BUFFERS);
+    }
+}
