@@ -5,6 +5,9 @@
 //! [`ipc`] is how the processes talk. [`sys`] is the operating system, and the
 //! only place with unsafe code in the whole project.
 
+// The macro in `ids` names this crate as the others do.
+extern crate self as qrelay_shared;
+
 pub mod address;
 pub mod beng_control;
 pub mod deadline;
@@ -12,6 +15,7 @@ pub mod dictionary;
 pub mod endpoint;
 pub mod exit;
 pub mod header;
+pub mod ids;
 pub mod ipc;
 pub mod log;
 pub mod netstring;

@@ -6,6 +6,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use nix::errno::Errno;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use qrelay_shared::ids::{JobId, ListenerId};
 use qrelay_shared::ipc::channel::{Batch, Channel, MAX_FDS, RecvBuffer};
 use qrelay_shared::ipc::message::{Job, Peer, ToJobs, ToReports};
 
@@ -25,9 +26,9 @@ fn free() -> usize {
 
 fn job(job: u64) -> Job {
     Job {
-        job,
+        job: JobId(job),
         listener: 0,
-        listening: 0,
+        listening: ListenerId(0),
         peer: Peer::Local { pid: Some(1), uid: 2, gid: 3 },
         accepted: 0,
         spoke: 0,

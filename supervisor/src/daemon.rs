@@ -21,7 +21,6 @@ use nix::unistd::Pid;
 use qrelay_shared::endpoint::Endpoint;
 use qrelay_shared::exit::Exit;
 use qrelay_shared::ipc::channel::RecvBuffer;
-use qrelay_shared::ipc::message::{JobId, WorkerId};
 use qrelay_shared::qmqp::Reply;
 use qrelay_shared::sys::process::{ended_child, reap};
 use slog::{Level, Logger, debug, error, info, warn};
@@ -29,10 +28,11 @@ use slog::{Level, Logger, debug, error, info, warn};
 use crate::accept::connections::Connections;
 use crate::accept::listeners::Listeners;
 use crate::accept::throttle::Throttle;
-use crate::event::{Source, Watcher, ZygoteId};
-use crate::generations::reload::{GenerationId, Generations};
+use crate::event::{Source, Watcher};
+use crate::generations::reload::Generations;
 use crate::generations::rollout::{Ending, Generation};
 use crate::generations::zygote::Zygote;
+use crate::ids::{GenerationId, JobId, WorkerId, ZygoteId};
 use crate::services::dictionary_server::DictionaryServer;
 use crate::services::pond::PondSender;
 use crate::services::systemd::Systemd;
@@ -163,7 +163,7 @@ impl Daemon {
             workers: BTreeMap::new(),
             loaded: BTreeMap::new(),
             zygotes: BTreeMap::new(),
-            last_zygote: 0,
+            last_zygote: ZygoteId::default(),
             strangers: HashMap::new(),
             orphans: Orphans::default(),
         };

@@ -1,19 +1,12 @@
 //! The epoll loop's view of descriptors: what is watched, and under which name
 //! it comes back.
 
+use crate::ids::{ChannelId, JobId, ListenerId, WorkerId, ZygoteId};
 use std::os::fd::AsFd;
 use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
-use qrelay_shared::ipc::message::{JobId, WorkerId};
-
-/// Names a listening socket while the supervisor lives.
-pub type ListenerId = u64;
-/// Names a zygote or standby while the supervisor lives.
-pub type ZygoteId = u64;
-/// Names a channel to the shared dictionaries while the supervisor lives.
-pub type LineId = u64;
 
 /// What became ready.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -31,7 +24,7 @@ pub enum Source {
     /// Reports of a zygote.
     Zygote(ZygoteId),
     /// Questions to the shared dictionaries.
-    Dictionary(LineId),
+    Dictionary(ChannelId),
 }
 
 const SHIFT: u32 = 56;
@@ -40,12 +33,12 @@ impl Source {
     fn pack(self) -> u64 {
         let (kind, id) = match self {
             Self::Signals => (0, 0),
-            Self::Listener(id) => (1, id),
-            Self::Connection(id) => (2, id),
-            Self::Jobs(id) => (3, id),
-            Self::Control(id) => (4, id),
-            Self::Zygote(id) => (5, id),
-            Self::Dictionary(id) => (6, id),
+            Self::Listener(id) => (1, id.0),
+            Self::Connection(id) => (2, id.0),
+            Self::Jobs(id) => (3, id.0),
+            Self::Control(id) => (4, id.0),
+            Self::Zygote(id) => (5, id.0),
+            Self::Dictionary(id) => (6, id.0),
         };
         kind << SHIFT | id
     }
@@ -53,12 +46,12 @@ impl Source {
     fn unpack(data: u64) -> Self {
         let id = data & ((1 << SHIFT) - 1);
         match data >> SHIFT {
-            1 => Self::Listener(id),
-            2 => Self::Connection(id),
-            3 => Self::Jobs(id),
-            4 => Self::Control(id),
-            5 => Self::Zygote(id),
-            6 => Self::Dictionary(id),
+            1 => Self::Listener(ListenerId(id)),
+            2 => Self::Connection(JobId(id)),
+            3 => Self::Jobs(WorkerId(id)),
+            4 => Self::Control(WorkerId(id)),
+            5 => Self::Zygote(ZygoteId(id)),
+            6 => Self::Dictionary(ChannelId(id)),
             _ => Self::Signals,
         }
     }
@@ -123,12 +116,12 @@ mod tests {
     fn sources_survive_packing() {
         for source in [
             Source::Signals,
-            Source::Listener(3),
-            Source::Connection(1 << 40),
-            Source::Jobs(7),
-            Source::Control(7),
-            Source::Zygote(1),
-            Source::Dictionary(2),
+            Source::Listener(ListenerId(3)),
+            Source::Connection(JobId(1 << 40)),
+            Source::Jobs(WorkerId(7)),
+            Source::Control(WorkerId(7)),
+            Source::Zygote(ZygoteId(1)),
+            Source::Dictionary(ChannelId(2)),
         ] {
             assert_eq!(Source::unpack(source.pack()), source);
         }

@@ -10,6 +10,7 @@ pub mod accept;
 pub mod daemon;
 pub mod event;
 pub mod generations;
+pub mod ids;
 pub mod services;
 pub mod signals;
 pub mod workers;

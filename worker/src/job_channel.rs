@@ -19,8 +19,9 @@ use nix::sys::socket::{setsockopt, sockopt};
 use nix::sys::time::{TimeVal, TimeValLike};
 use nix::unistd::Pid;
 use parking_lot::Mutex;
+use qrelay_shared::ids::JobId;
 use qrelay_shared::ipc::channel::{Batch, Channel, Messages, RecvBuffer, RecvError, SendError};
-use qrelay_shared::ipc::message::{JobId, MailRecord, Report, ToJobs, ToReports};
+use qrelay_shared::ipc::message::{MailRecord, Report, ToJobs, ToReports};
 
 /// How long to wait when the kernel has no memory for a report just now.
 const PAUSE: Duration = Duration::from_millis(10);

@@ -7,6 +7,7 @@ pub mod received;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
+use qrelay_shared::ids::{JobId, ListenerId};
 use qrelay_shared::ipc::message::{MailId, Peer};
 use qrelay_shared::qmqp::Request;
 
@@ -18,7 +19,7 @@ pub struct Mail {
     /// Unique, in every log line about this mail.
     pub id: MailId,
     /// The supervisor's number of the job.
-    pub job: u64,
+    pub job: JobId,
     /// The whole request as received; the ranges of `request` point into it.
     pub buffer: Vec<u8>,
     /// Where message, sender and recipients are in `buffer`.
@@ -38,7 +39,7 @@ pub struct Mail {
     /// The client's socket, for SO_PEERPIDFD.
     pub socket: Arc<OwnedFd>,
     /// The supervisor's number of the socket that the client connected to.
-    pub listening: u64,
+    pub listening: ListenerId,
     /// When the connection was accepted: nanoseconds of CLOCK_BOOTTIME.
     pub accepted: u64,
     /// The client's process, once it has been asked for. Kept as long as the mail, for others of
@@ -98,8 +99,8 @@ pub(crate) mod test {
         let request = parse(&buffer, &Limits { max_size: 1 << 30 }).expect("valid");
         let (socket, _) = std::os::unix::net::UnixStream::pair().expect("pair");
         Mail {
-            id: mail_id("test", 1),
-            job: 1,
+            id: mail_id("test", JobId(1)),
+            job: JobId(1),
             buffer,
             request,
             sender: None,
@@ -109,7 +110,7 @@ pub(crate) mod test {
             removed: Vec::new(),
             peer: Peer::Local { pid: Some(1), uid: 2, gid: 3 },
             socket: Arc::new(socket.into()),
-            listening: 0,
+            listening: ListenerId(0),
             accepted: 0,
             client: None,
             listener: "/test".into(),

@@ -9,6 +9,7 @@ use std::os::unix::net::{UnixDatagram, UnixListener};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
+use qrelay_shared::ids::WorkerId;
 use qrelay_shared::ipc::channel::SendError;
 use qrelay_worker::delivery::action::Action;
 use qrelay_worker::lua::binding::error::HandlerError;
@@ -35,7 +36,7 @@ fn says(script: &Script) -> String {
 
 /// What a worker does after its fork.
 fn become_worker(script: &Script) {
-    script.state.after_fork(1, Box::new(|_| Err(SendError::Closed)));
+    script.state.after_fork(WorkerId(1), Box::new(|_| Err(SendError::Closed)));
 }
 
 /// A directory for a test's sockets.

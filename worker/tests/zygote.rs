@@ -13,10 +13,11 @@ use nix::sys::signal::{Signal, kill};
 use nix::sys::socket::{Shutdown, shutdown};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
+use qrelay_shared::ids::{JobId, ListenerId, WorkerId};
 use qrelay_shared::ipc::channel::{Channel, RecvBuffer};
 use qrelay_shared::ipc::message::{
     Control, FromControl, FromZygote, Job, Peer, Pong, Report, ToControl, ToJobs, ToReports,
-    ToZygote, WorkerId, ZygoteOrder, ZygoteReport,
+    ToZygote, ZygoteOrder, ZygoteReport,
 };
 use qrelay_shared::qmqp::encode_request;
 use qrelay_shared::settings::Declaration;
@@ -143,7 +144,14 @@ impl Worker {
         let (mut client, server) = UnixStream::pair().expect("pair");
         client.write_all(&encode_request(b"A: b\n", b"", ["r@x"])).expect("write");
         let peer = Peer::Local { pid: Some(1), uid: 2, gid: 3 };
-        let job = Job { job, listener: 0, listening: 0, peer, accepted: 0, spoke: u64::MAX };
+        let job = Job {
+            job: JobId(job),
+            listener: 0,
+            listening: ListenerId(0),
+            peer,
+            accepted: 0,
+            spoke: u64::MAX,
+        };
         self.jobs.send(&job, &[server.as_fd()]).expect("send");
         client
     }
@@ -201,8 +209,8 @@ fn broken_script() {
         ZygoteReport::Failed { message } => assert!(message.contains("config.lua:"), "{message}"),
         other => panic!("{other:?}"),
     }
-    let report = zygote.order(&ZygoteOrder::Fork { worker: 1 }, &[]);
-    assert!(matches!(report, ZygoteReport::ForkFailed { worker: 1, .. }), "{report:?}");
+    let report = zygote.order(&ZygoteOrder::Fork { worker: WorkerId(1) }, &[]);
+    assert!(matches!(report, ZygoteReport::ForkFailed { worker: WorkerId(1), .. }), "{report:?}");
     let report = zygote.order(&ZygoteOrder::Standby, &[]);
     assert!(matches!(report, ZygoteReport::StandbyFailed { .. }), "{report:?}");
     zygote.end();
@@ -217,7 +225,7 @@ fn whole_life() {
     assert_eq!(declared.listeners.len(), 1);
     assert_eq!(comm(zygote.pid), "qrelay-zygote");
     let start = Instant::now();
-    let worker = zygote.fork(7);
+    let worker = zygote.fork(WorkerId(7));
     worker.ready();
     println!("fork to ready: {:?}", start.elapsed());
     assert_eq!(comm(worker.pid), "qrelay-worker");
@@ -231,7 +239,7 @@ fn whole_life() {
 
 fn signals() {
     let zygote = Zygote::loaded(DISCARD);
-    let worker = zygote.fork(1);
+    let worker = zygote.fork(WorkerId(1));
     worker.ready();
     for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGQUIT] {
         for pid in [zygote.pid, worker.pid] {
@@ -242,7 +250,7 @@ fn signals() {
     assert_eq!(reply(worker.dispatch(1)), "10:Kdiscarded,");
     worker.done();
     worker.retire();
-    let other = zygote.fork(2);
+    let other = zygote.fork(WorkerId(2));
     other.ready();
     other.retire();
     zygote.end();
@@ -253,7 +261,7 @@ fn standby() {
     let standby = zygote.standby();
     kill(zygote.pid, Signal::SIGKILL).expect("kill");
     reap(zygote.pid);
-    let worker = standby.fork(1);
+    let worker = standby.fork(WorkerId(1));
     worker.ready();
     assert_eq!(comm(standby.pid), "qrelay-zygote");
     let next = standby.standby();
@@ -262,7 +270,7 @@ fn standby() {
     assert_eq!(reply(worker.dispatch(1)), "10:Kdiscarded,");
     worker.done();
     worker.retire();
-    let worker = next.fork(2);
+    let worker = next.fork(WorkerId(2));
     worker.ready();
     worker.retire();
     next.end();
@@ -270,7 +278,7 @@ fn standby() {
 
 fn no_descriptors_kept() {
     let zygote = Zygote::loaded(DISCARD);
-    let workers: Vec<Worker> = (0..20).map(|n| zygote.fork(n)).collect();
+    let workers: Vec<Worker> = (0..20).map(|n| zygote.fork(WorkerId(n))).collect();
     let standby = zygote.standby();
     let first = descriptors(workers[0].pid);
     for worker in workers {
@@ -279,7 +287,7 @@ fn no_descriptors_kept() {
         worker.retire();
     }
     let after = descriptors(zygote.pid);
-    zygote.fork(21).retire();
+    zygote.fork(WorkerId(21)).retire();
     assert_eq!(descriptors(zygote.pid), after);
     assert!(after < 12, "{after}");
     standby.end();
@@ -291,9 +299,9 @@ fn doomed_supervisor() {
     prctl::set_child_subreaper(true).expect("subreaper");
     let zygote = Zygote::loaded(SLOW);
     let standby = zygote.standby();
-    let idle = zygote.fork(1);
+    let idle = zygote.fork(WorkerId(1));
     idle.ready();
-    let busy = zygote.fork(2);
+    let busy = zygote.fork(WorkerId(2));
     busy.ready();
     println!("{} {} {} {}", zygote.pid, standby.pid, idle.pid, busy.pid);
     let client = busy.dispatch(1);
@@ -325,7 +333,7 @@ fn orphans() {
 
 fn last_mail() {
     let zygote = Zygote::loaded(SLOW);
-    let worker = zygote.fork(1);
+    let worker = zygote.fork(WorkerId(1));
     worker.ready();
     let client = worker.dispatch(1);
     let Worker { jobs, control, pid } = worker;

@@ -17,6 +17,7 @@ use std::path::PathBuf;
 use arrayvec::ArrayString;
 use serde::{Deserialize, Serialize};
 
+use crate::ids::{JobId, ListenerId, WorkerId};
 use crate::qmqp::Status;
 use crate::settings::Declaration;
 
@@ -25,9 +26,6 @@ pub trait Direction {
     /// The message as read from or written to a datagram.
     type Message<'a>: Serialize + Deserialize<'a>;
 }
-
-/// Names a connection, from its dispatch to its `Done`; unique while the supervisor lives.
-pub type JobId = u64;
 
 /// The name of a mail in every log.
 pub type MailId = ArrayString<{ INSTANCE_MAX + 1 + 16 }>;
@@ -41,16 +39,13 @@ pub fn mail_id(instance: &str, job: JobId) -> MailId {
     // What doesn't fit is no name that a supervisor gives itself.
     let _ = id.try_push_str(instance);
     let _ = id.try_push('-');
-    let digits = (JobId::BITS - job.leading_zeros()).div_ceil(4).max(1);
+    let digits = (u64::BITS - job.0.leading_zeros()).div_ceil(4).max(1);
     for place in (0..digits).rev() {
-        let digit = job >> (4 * place) & 0xf;
+        let digit = job.0 >> (4 * place) & 0xf;
         let _ = id.try_push(char::from(b"0123456789abcdef"[digit as usize]));
     }
     id
 }
-
-/// Names a worker; unique while the supervisor lives.
-pub type WorkerId = u64;
 
 /// Who is at the other end of a client's connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -78,13 +73,12 @@ impl Direction for ToJobs {
 /// An accepted connection for a worker; carries the client's socket.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Job {
-    /// For every later message about it. Of two connections at the same socket, the one that the
-    /// kernel had first has the lower number.
+    /// Names the connection in every later message.
     pub job: JobId,
     /// Index into [`Declaration::listeners`] of the worker's generation.
     pub listener: u32,
     /// The supervisor's number of the listening socket; a listener may have several.
-    pub listening: u64,
+    pub listening: ListenerId,
     /// The client.
     pub peer: Peer,
     /// When it was accepted: nanoseconds of CLOCK_BOOTTIME, comparable with
@@ -303,11 +297,12 @@ mod tests {
 
     #[test]
     fn a_mails_id_is_hexadecimal() {
-        for job in [0, 1, 0xf, 0x10, 0xabc, JobId::MAX] {
-            assert_eq!(&*mail_id("5f-2a", job), format!("5f-2a-{job:x}"));
+        for job in [0, 1, 0xf, 0x10, 0xabc, u64::MAX] {
+            assert_eq!(&*mail_id("5f-2a", JobId(job)), format!("5f-2a-{job:x}"));
         }
+        let last = JobId(u64::MAX);
         let longest = "f".repeat(INSTANCE_MAX);
-        assert_eq!(&*mail_id(&longest, JobId::MAX), format!("{longest}-{:x}", JobId::MAX));
-        assert!(mail_id(&"f".repeat(100), JobId::MAX).starts_with('-'));
+        assert_eq!(&*mail_id(&longest, last), format!("{longest}-{:x}", last.0));
+        assert!(mail_id(&"f".repeat(100), last).starts_with('-'));
     }
 }

@@ -8,6 +8,7 @@
 //! # Failure
 //! The errno of the call that failed; nothing is left behind.
 
+use crate::ids::JobId;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
@@ -16,8 +17,6 @@ use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::unistd::Pid;
-
-use crate::ipc::message::JobId;
 
 /// How the kernel shows the name of a file in memory, up to our own part of it.
 const LINK: &str = "/memfd:qrelay-mail-";
@@ -81,7 +80,7 @@ mod tests {
 
     #[test]
     fn holds_everything_and_never_changes() {
-        let mut file = sealed(7, &[b"hello ", b"", b"world"]).expect("sealed");
+        let mut file = sealed(JobId(7), &[b"hello ", b"", b"world"]).expect("sealed");
         let mut text = String::new();
         file.read_to_string(&mut text).expect("read");
         assert_eq!(text, "hello world");
@@ -91,8 +90,8 @@ mod tests {
 
     #[test]
     fn says_whose_it_is() {
-        let _file = sealed(123_456_789, &[b"x"]).expect("sealed");
-        assert!(mails_of(Pid::this()).contains(&123_456_789));
+        let _file = sealed(JobId(123_456_789), &[b"x"]).expect("sealed");
+        assert!(mails_of(Pid::this()).contains(&JobId(123_456_789)));
         for other in ["/memfd:qrelay-mail-1", "/memfd:qrelay-mail-x (deleted)", "/dev/null"] {
             assert_eq!(named(Path::new(other)), None, "{other}");
         }

@@ -19,14 +19,14 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{MsgFlags, Shutdown, getsockopt, recv, send, shutdown, sockopt};
-use qrelay_shared::ipc::message::{JobId, Peer, WorkerId};
+use qrelay_shared::ipc::message::Peer;
 use qrelay_shared::qmqp::Reply;
 use rustc_hash::FxHashMap;
 
 use crate::accept::fairness::Client;
 use crate::accept::listeners::{Listener, Socket, canonical};
-use crate::event::{ListenerId, Source, Watcher};
-use crate::generations::reload::GenerationId;
+use crate::event::{Source, Watcher};
+use crate::ids::{GenerationId, JobId, ListenerId, WorkerId};
 
 /// Connections that are not with a worker; beyond, the kernel's backlog has to hold them.
 pub const MAX_HELD: usize = 4096;
@@ -137,10 +137,10 @@ impl Connections {
                     _ => continue,
                 },
             };
-            self.last += 1;
+            let job = self.last.advance();
             *self.clients.entry(peer.into()).or_default() += 1;
             self.table.insert(
-                self.last,
+                job,
                 Connection {
                     fd,
                     peer,
@@ -154,7 +154,7 @@ impl Connections {
                     watched: false,
                 },
             );
-            new.push(self.last);
+            new.push(job);
         }
         Accepted::More
     }

@@ -9,7 +9,8 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::IpAddr;
 
-use qrelay_shared::ipc::message::{JobId, Peer};
+use crate::ids::JobId;
+use qrelay_shared::ipc::message::Peer;
 
 /// Whom credits are counted for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -138,15 +139,15 @@ mod tests {
     const A: Client = Client::Uid(1);
     const B: Client = Client::Uid(2);
 
-    fn drain(fairness: &mut Fairness, cap: usize) -> Vec<JobId> {
-        std::iter::from_fn(|| fairness.next(cap)).map(|(_, job)| job).collect()
+    fn drain(fairness: &mut Fairness, cap: usize) -> Vec<u64> {
+        std::iter::from_fn(|| fairness.next(cap)).map(|(_, job)| job.0).collect()
     }
 
     #[test]
     fn fewest_jobs_first_then_round_robin() {
         let mut fairness = Fairness::default();
-        (1..=3).for_each(|job| fairness.wait(A, job));
-        (11..=13).for_each(|job| fairness.wait(B, job));
+        (1..=3).for_each(|job| fairness.wait(A, JobId(job)));
+        (11..=13).for_each(|job| fairness.wait(B, JobId(job)));
         fairness.started(A);
         assert_eq!(drain(&mut fairness, 9), [11, 1, 12, 2, 13, 3]);
         assert_eq!(fairness.waiting(), 0);
@@ -155,9 +156,9 @@ mod tests {
     #[test]
     fn the_cap_leaves_credits_for_others() {
         let mut fairness = Fairness::default();
-        (1..=5).for_each(|job| fairness.wait(A, job));
+        (1..=5).for_each(|job| fairness.wait(A, JobId(job)));
         assert_eq!(drain(&mut fairness, 2), [1, 2]);
-        fairness.wait(B, 11);
+        fairness.wait(B, JobId(11));
         assert_eq!(drain(&mut fairness, 2), [11]);
         fairness.finished(A);
         assert_eq!(drain(&mut fairness, 2), [3]);
@@ -166,12 +167,12 @@ mod tests {
     #[test]
     fn forgetting_and_returning() {
         let mut fairness = Fairness::default();
-        (1..=3).for_each(|job| fairness.wait(A, job));
-        fairness.forget(A, 2);
-        fairness.forget(A, 99);
-        assert_eq!(fairness.next(9), Some((A, 1)));
+        (1..=3).for_each(|job| fairness.wait(A, JobId(job)));
+        fairness.forget(A, JobId(2));
+        fairness.forget(A, JobId(99));
+        assert_eq!(fairness.next(9), Some((A, JobId(1))));
         fairness.finished(A);
-        fairness.wait_first(A, 1);
+        fairness.wait_first(A, JobId(1));
         assert_eq!(drain(&mut fairness, 9), [1, 3]);
         fairness.finished(A);
         fairness.finished(A);

@@ -20,8 +20,7 @@ use nix::sys::socket::{
 use qrelay_shared::settings::{Declaration, ListenAddress, ListenerDecl};
 
 use crate::accept::bind::{BindError, SocketFile, backlog, bind_abstract, bind_inet, bind_path};
-use crate::event::ListenerId;
-use crate::generations::reload::GenerationId;
+use crate::ids::{GenerationId, ListenerId};
 
 /// A socket that connections are accepted from.
 #[derive(Debug)]
@@ -124,8 +123,7 @@ impl Listeners {
     }
 
     fn insert(&mut self, listener: Listener) {
-        self.last += 1;
-        self.table.insert(self.last, listener);
+        self.table.insert(self.last.advance(), listener);
     }
 
     /// Finds or binds everything that the generation declares.

@@ -8,10 +8,8 @@
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
+use crate::ids::GenerationId;
 use crate::workers::backoff::Backoff;
-
-/// Names a generation; counts up from 1.
-pub type GenerationId = u64;
 
 /// Generations that may drain at once; a reload waits for one of them to end.
 pub const MAX_DRAINING: usize = 4;
@@ -74,7 +72,7 @@ impl Generations {
     pub fn new(boot_timeout: Duration) -> Self {
         Self {
             boot_timeout,
-            last: 0,
+            last: GenerationId::default(),
             current: None,
             attempt: None,
             draining: BTreeSet::new(),
@@ -109,13 +107,13 @@ impl Generations {
     }
 
     fn load(&mut self, cause: Cause, now: Instant) -> Vec<Command> {
-        self.last += 1;
+        let generation = self.last.advance();
         self.attempt = Some(Attempt {
-            generation: self.last,
+            generation,
             cause,
             step: Step::Loading { deadline: now + self.boot_timeout },
         });
-        vec![Command::Load(self.last, cause)]
+        vec![Command::Load(generation, cause)]
     }
 
     /// Starts what waits, if it can start now.

@@ -13,7 +13,7 @@ use nix::sys::wait::WaitStatus;
 use nix::unistd::Pid;
 use qrelay_shared::exit::Exit;
 use qrelay_shared::ipc::channel::{Channel, RecvError};
-use qrelay_shared::ipc::message::{WorkerId, ZygoteOrder, ZygoteReport};
+use qrelay_shared::ipc::message::{ZygoteOrder, ZygoteReport};
 use qrelay_shared::settings::{Declaration, ListenAddress};
 use slog::{debug, error, info, warn};
 
@@ -21,9 +21,10 @@ use crate::accept::connections::State;
 use crate::accept::fairness::Client;
 use crate::accept::listeners::Socket;
 use crate::daemon::{Daemon, Phase};
-use crate::event::{ListenerId, Source, ZygoteId};
-use crate::generations::reload::{Cause, Command, GenerationId};
+use crate::event::Source;
+use crate::generations::reload::{Cause, Command};
 use crate::generations::zygote::{Zygote, ZygoteChannel};
+use crate::ids::{GenerationId, ListenerId, WorkerId, ZygoteId};
 use crate::workers::processes::{Worker, describe};
 
 /// How long until a standby that died is forked again.
@@ -105,12 +106,12 @@ impl Daemon {
     }
 
     fn add_zygote(&mut self, zygote: Zygote) -> ZygoteId {
-        self.last_zygote += 1;
-        if let Err(error) = self.watcher.add(&zygote.channel, Source::Zygote(self.last_zygote)) {
+        let id = self.last_zygote.advance();
+        if let Err(error) = self.watcher.add(&zygote.channel, Source::Zygote(id)) {
             error!(self.log, "epoll_ctl: {error}");
         }
-        self.zygotes.insert(self.last_zygote, zygote);
-        self.last_zygote
+        self.zygotes.insert(id, zygote);
+        id
     }
 
     /// A zygote has something to say.
@@ -391,7 +392,7 @@ impl Daemon {
 
     /// One line for `systemctl status`.
     fn status_line(&self) -> String {
-        let current = self.generations.current().unwrap_or(0);
+        let current = self.generations.current().unwrap_or_default();
         format!("Generation {current} serves with {} workers", self.settings_workers(current))
     }
 

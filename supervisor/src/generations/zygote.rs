@@ -9,12 +9,11 @@ use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
+use crate::ids::GenerationId;
 use nix::unistd::Pid;
 use qrelay_shared::ipc::channel::Channel;
 use qrelay_shared::ipc::message::{FromZygote, ToZygote};
 use slog::Level;
-
-use crate::generations::reload::GenerationId;
 
 /// The supervisor's end.
 pub type ZygoteChannel = Channel<ToZygote, FromZygote>;

@@ -14,7 +14,8 @@ use qrelay_shared::settings::Settings;
 use rustc_hash::FxHashMap;
 
 use crate::daemon::Daemon;
-use crate::event::{LineId, Source, Watcher};
+use crate::event::{Source, Watcher};
+use crate::ids::ChannelId;
 use crate::services::dictionaries::Dictionaries;
 
 type Line = Channel<FromDictionary, ToDictionary>;
@@ -23,22 +24,22 @@ type Line = Channel<FromDictionary, ToDictionary>;
 #[derive(Debug, Default)]
 pub(crate) struct DictionaryServer {
     dictionaries: Dictionaries,
-    lines: FxHashMap<LineId, Line>,
-    last: LineId,
+    lines: FxHashMap<ChannelId, Line>,
+    last: ChannelId,
 }
 
 impl DictionaryServer {
     /// A worker has opened a channel. One that can't be watched is closed, which its owner sees.
     pub(crate) fn add_line(&mut self, fd: OwnedFd, watcher: &Watcher) {
-        self.last += 1;
+        let id = self.last.advance();
         let line = Line::from_fd(fd);
-        if watcher.add(&line, Source::Dictionary(self.last)).is_ok() {
-            self.lines.insert(self.last, line);
+        if watcher.add(&line, Source::Dictionary(id)).is_ok() {
+            self.lines.insert(id, line);
         }
     }
 
     /// Answers what a channel asks; false when it is to be closed.
-    fn serve(&mut self, id: LineId, limit: usize, buffer: &mut RecvBuffer) -> bool {
+    fn serve(&mut self, id: ChannelId, limit: usize, buffer: &mut RecvBuffer) -> bool {
         let Some(line) = self.lines.get(&id) else { return false };
         // There is no second question before the answer.
         let request = match line.try_recv(buffer) {
@@ -66,7 +67,7 @@ pub fn serve_alone(fd: OwnedFd) {
 
 impl Daemon {
     /// A question has come.
-    pub(crate) fn on_dictionary(&mut self, line: LineId) {
+    pub(crate) fn on_dictionary(&mut self, line: ChannelId) {
         let limit = self
             .current_settings()
             .map_or_else(|| Settings::default().shared_memory, |settings| settings.shared_memory);

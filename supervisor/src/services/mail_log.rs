@@ -2,11 +2,12 @@
 
 use std::time::Instant;
 
-use qrelay_shared::ipc::message::{JobId, MailId, MailRecord, Peer, WorkerId, mail_id};
+use qrelay_shared::ipc::message::{MailId, MailRecord, Peer, mail_id};
 use qrelay_shared::qmqp::Status;
 use slog::{info, warn};
 
 use crate::daemon::Daemon;
+use crate::ids::{JobId, WorkerId};
 use crate::workers::dispatch::TRY_AGAIN;
 
 /// Bytes that a usual mail's sender and time fit in.

@@ -12,7 +12,7 @@ use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 use qrelay_shared::ipc::channel::{Batch, MAX_FDS, SendError};
-use qrelay_shared::ipc::message::{Job, JobId, Peer, ToJobs, WorkerId};
+use qrelay_shared::ipc::message::{Job, Peer, ToJobs};
 use qrelay_shared::qmqp::Reply;
 use qrelay_shared::settings::Settings;
 use slog::{info, warn};
@@ -20,7 +20,8 @@ use slog::{info, warn};
 use crate::accept::connections::{ACCEPT_BATCH, Accepted, MAX_HELD, State};
 use crate::accept::fairness::Client;
 use crate::daemon::{Daemon, Phase};
-use crate::event::{ListenerId, Source};
+use crate::event::Source;
+use crate::ids::{JobId, ListenerId, WorkerId};
 
 /// How long listeners stay unwatched, unless a job is done before.
 const DISARM: Duration = Duration::from_millis(100);

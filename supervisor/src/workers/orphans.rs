@@ -14,10 +14,10 @@
 use std::collections::{HashMap, HashSet};
 use std::time::{Duration, Instant};
 
+use crate::ids::JobId;
 use nix::errno::Errno;
 use nix::sys::signal::{Signal, kill, killpg};
 use nix::unistd::{Pid, getpgrp};
-use qrelay_shared::ipc::message::JobId;
 use qrelay_shared::sys::input;
 use qrelay_shared::sys::proc_stat::{Process, processes};
 use qrelay_shared::sys::process::ended_child;
@@ -312,13 +312,13 @@ mod tests {
     fn reported_programs_are_told_to_end() {
         let now = Instant::now();
         let mut orphans = Orphans::default();
-        let mut child = program(71_001);
-        let reported = [(71_001, pid(&child))];
-        assert_eq!(orphans.adopt(&reported, now), [71_001]);
-        assert_eq!(orphans.adopt_unreported(&[71_001], now), [], "it is known already");
+        let mut child = program(JobId(71_001));
+        let reported = [(JobId(71_001), pid(&child))];
+        assert_eq!(orphans.adopt(&reported, now), [JobId(71_001)]);
+        assert_eq!(orphans.adopt_unreported(&[JobId(71_001)], now), [], "it is known already");
         assert_eq!(orphans.next_deadline(), Some(now + GRACE));
         assert_eq!(end_of(&mut orphans, &mut child, now), Some(Signal::SIGTERM as i32));
-        assert_eq!(orphans.over(now), [71_001]);
+        assert_eq!(orphans.over(now), [JobId(71_001)]);
         assert!(orphans.is_empty());
     }
 
@@ -326,11 +326,11 @@ mod tests {
     fn unreported_programs_are_found_by_their_input() {
         let now = Instant::now();
         let mut orphans = Orphans::default();
-        let (mut mine, mut other) = (program(71_002), program(71_003));
-        assert_eq!(orphans.adopt_unreported(&[71_002, 71_004], now), [71_002]);
+        let (mut mine, mut other) = (program(JobId(71_002)), program(JobId(71_003)));
+        assert_eq!(orphans.adopt_unreported(&[JobId(71_002), JobId(71_004)], now), [JobId(71_002)]);
         assert_eq!(end_of(&mut orphans, &mut mine, now), Some(Signal::SIGTERM as i32));
         assert!(!orphans.ended(pid(&other), now));
-        assert_eq!(orphans.over(now), [71_002]);
+        assert_eq!(orphans.over(now), [JobId(71_002)]);
         assert!(other.try_wait().expect("wait").is_none(), "another worker's goes on");
         other.kill().expect("kill");
         other.wait().expect("wait");
@@ -354,7 +354,7 @@ mod tests {
     fn it_is_over_when_its_group_is() {
         let now = Instant::now();
         let mut orphans = Orphans::default();
-        let (mut leader, mut other) = leader_and_other(&mut orphans, 71_007, now);
+        let (mut leader, mut other) = leader_and_other(&mut orphans, JobId(71_007), now);
         assert_eq!(orphans.to_reap(now), [], "the other has its time");
         let look = orphans.next_deadline().expect("there is something to do");
         assert!(look >= now + GLANCE && look < now + GRACE, "{:?}", look - now);
@@ -366,28 +366,28 @@ mod tests {
         leader.wait().expect("wait");
         assert_eq!(orphans.over(now), [], "the other isn't reaped");
         other.wait().expect("wait");
-        assert_eq!(orphans.over(now), [71_007]);
+        assert_eq!(orphans.over(now), [JobId(71_007)]);
     }
 
     #[test]
     fn who_outlives_the_leader_is_killed_in_its_time() {
         let now = Instant::now();
         let mut orphans = Orphans::default();
-        let (mut leader, mut other) = leader_and_other(&mut orphans, 71_008, now);
+        let (mut leader, mut other) = leader_and_other(&mut orphans, JobId(71_008), now);
         let late = now + GRACE;
         assert_eq!(orphans.to_reap(late - GLANCE), []);
         assert_eq!(orphans.kill_overdue(late), []);
         assert_eq!(orphans.to_reap(late), [pid(&leader)]);
         assert_eq!(other.wait().expect("wait").signal(), Some(Signal::SIGKILL as i32));
         leader.wait().expect("wait");
-        assert_eq!(orphans.over(late), [71_008]);
+        assert_eq!(orphans.over(late), [JobId(71_008)]);
     }
 
     #[test]
     fn what_those_held_hide_is_looked_for_once_and_not_too_often() {
         let now = Instant::now();
         let mut orphans = Orphans::default();
-        let (mut leader, mut other) = leader_and_other(&mut orphans, 71_009, now);
+        let (mut leader, mut other) = leader_and_other(&mut orphans, JobId(71_009), now);
         orphans.to_reap(now);
         assert_eq!(orphans.ended_besides(now), [], "too early after that look");
         assert!(!orphans.hides(now));
@@ -414,12 +414,12 @@ mod tests {
     fn a_copy_of_the_worker_never_becomes_the_program() {
         let now = Instant::now();
         let mut orphans = Orphans::default();
-        let input = input::sealed(71_006, &[b"mail"]).expect("input");
+        let input = input::sealed(JobId(71_006), &[b"mail"]).expect("input");
         // The file is open, but isn't standard input yet.
         let mut command = Command::new("/bin/sleep");
         command.arg("60").stdin(Stdio::null()).stdout(Stdio::from(input));
         let mut child = command.spawn().expect("spawn");
-        assert_eq!(orphans.adopt_unreported(&[71_006], now), [71_006]);
+        assert_eq!(orphans.adopt_unreported(&[JobId(71_006)], now), [JobId(71_006)]);
         assert_eq!(child.wait().expect("wait").signal(), Some(Signal::SIGKILL as i32));
     }
 
@@ -427,13 +427,13 @@ mod tests {
     fn who_does_not_obey_is_killed() {
         let now = Instant::now();
         let mut orphans = Orphans::default();
-        let mut child = program(71_005);
-        orphans.adopt(&[(71_005, pid(&child))], now);
+        let mut child = program(JobId(71_005));
+        orphans.adopt(&[(JobId(71_005), pid(&child))], now);
         assert_eq!(orphans.kill_overdue(now + GRACE), []);
         child.wait().expect("wait");
         assert_eq!(orphans.next_deadline(), Some(now + 2 * GRACE));
         // Had it not ended even so.
         assert_eq!(orphans.kill_overdue(now + 2 * GRACE), [pid(&child)]);
-        assert_eq!(orphans.over(now + 2 * GRACE), [71_005]);
+        assert_eq!(orphans.over(now + 2 * GRACE), [JobId(71_005)]);
     }
 }

@@ -6,15 +6,13 @@
 //! worker is dead, and every group of a generation that isn't retiring has its
 //! full number of workers, or a time at which the next one is tried.
 
+use qrelay_shared::settings::Settings;
+use rustc_hash::FxHashMap;
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use qrelay_shared::ipc::message::{JobId, WorkerId};
-use qrelay_shared::settings::Settings;
-use rustc_hash::FxHashMap;
-
 use crate::accept::fairness::{Client, Fairness};
-use crate::generations::reload::GenerationId;
+use crate::ids::{GenerationId, JobId, WorkerId};
 use crate::workers::backoff::Backoff;
 
 /// Time between two pings of a worker (architecture: "Too long").
@@ -163,9 +161,9 @@ impl Pool {
     }
 
     fn spawn(&mut self, generation: GenerationId, now: Instant) -> Command {
-        self.last_worker += 1;
+        let id = self.last_worker.advance();
         self.workers.insert(
-            self.last_worker,
+            id,
             Worker {
                 generation,
                 state: State::Starting { until: now + START_TIMEOUT },
@@ -178,7 +176,7 @@ impl Pool {
                 explicit_until: None,
             },
         );
-        Command::Spawn(generation, self.last_worker)
+        Command::Spawn(generation, id)
     }
 
     /// The worker takes jobs from now on.

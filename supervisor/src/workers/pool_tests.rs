@@ -5,7 +5,7 @@ use std::net::{IpAddr, Ipv4Addr};
 use super::*;
 
 const A: Client = Client::Uid(1);
-const GENERATION: GenerationId = 1;
+const GENERATION: GenerationId = GenerationId(1);
 
 fn settings(workers: u32, credit: u32) -> Settings {
     Settings { workers, worker_connections: credit, ..Settings::default() }
@@ -39,46 +39,58 @@ fn dispatch_all(pool: &mut Pool) -> Vec<(JobId, WorkerId)> {
 #[test]
 fn the_worker_with_the_fewest_jobs_gets_the_next() {
     let (mut pool, workers) = serving(&settings(2, 8), Instant::now());
-    (1..=4).for_each(|job| pool.wait(A, job));
+    (1..=4).for_each(|job| pool.wait(A, JobId(job)));
     let dispatched = dispatch_all(&mut pool);
-    assert_eq!(dispatched, [(1, workers[0]), (2, workers[1]), (3, workers[0]), (4, workers[1])]);
-    assert!(pool.done(3, workers[0]) && pool.done(1, workers[0]));
-    pool.wait(A, 5);
-    assert_eq!(dispatch_all(&mut pool), [(5, workers[0])]);
+    assert_eq!(
+        dispatched,
+        [
+            (JobId(1), workers[0]),
+            (JobId(2), workers[1]),
+            (JobId(3), workers[0]),
+            (JobId(4), workers[1])
+        ]
+    );
+    assert!(pool.done(JobId(3), workers[0]) && pool.done(JobId(1), workers[0]));
+    pool.wait(A, JobId(5));
+    assert_eq!(dispatch_all(&mut pool), [(JobId(5), workers[0])]);
 }
 
 #[test]
 fn credit_and_share_are_limits() {
     let (mut pool, workers) = serving(&settings(2, 4), Instant::now());
-    (1..=20).for_each(|job| pool.wait(A, job));
+    (1..=20).for_each(|job| pool.wait(A, JobId(job)));
     assert_eq!(dispatch_all(&mut pool).len(), 6, "three quarters of eight");
     let other = Client::Ip(IpAddr::V4(Ipv4Addr::LOCALHOST));
-    (31..=39).for_each(|job| pool.wait(other, job));
+    (31..=39).for_each(|job| pool.wait(other, JobId(job)));
     assert_eq!(dispatch_all(&mut pool).len(), 2, "what is left");
     assert_eq!(pool.in_flight(), 8);
-    assert!(pool.done(31, workers[0]) || pool.done(31, workers[1]));
-    assert_eq!(dispatch_all(&mut pool).first().map(|d| d.0), Some(33), "the one with fewer jobs");
+    assert!(pool.done(JobId(31), workers[0]) || pool.done(JobId(31), workers[1]));
+    assert_eq!(
+        dispatch_all(&mut pool).first().map(|d| d.0),
+        Some(JobId(33)),
+        "the one with fewer jobs"
+    );
 }
 
 #[test]
 fn a_worker_cannot_finish_what_it_does_not_have() {
     let (mut pool, workers) = serving(&settings(2, 4), Instant::now());
-    pool.wait(A, 1);
+    pool.wait(A, JobId(1));
     let (_, owner) = pool.next_dispatch().expect("a credit is free");
     let other = workers.iter().find(|&&worker| worker != owner).expect("two workers");
-    assert!(!pool.done(1, *other) && !pool.done(99, owner));
-    assert!(pool.done(1, owner) && !pool.done(1, owner));
+    assert!(!pool.done(JobId(1), *other) && !pool.done(JobId(99), owner));
+    assert!(pool.done(JobId(1), owner) && !pool.done(JobId(1), owner));
 }
 
 #[test]
 fn a_bounced_job_goes_first_again() {
     let (mut pool, _) = serving(&settings(1, 4), Instant::now());
-    pool.wait(A, 1);
-    pool.wait(A, 2);
-    assert_eq!(pool.next_dispatch().map(|d| d.0), Some(1));
-    pool.bounced(1);
+    pool.wait(A, JobId(1));
+    pool.wait(A, JobId(2));
+    assert_eq!(pool.next_dispatch().map(|d| d.0), Some(JobId(1)));
+    pool.bounced(JobId(1));
     assert_eq!(pool.in_flight(), 0);
-    assert_eq!(dispatch_all(&mut pool).iter().map(|d| d.0).collect::<Vec<_>>(), [1, 2]);
+    assert_eq!(dispatch_all(&mut pool).iter().map(|d| d.0.0).collect::<Vec<_>>(), [1, 2]);
 }
 
 #[test]
@@ -86,21 +98,21 @@ fn a_worker_whose_lua_is_held_gets_nothing_new() {
     let now = Instant::now();
     let (mut pool, workers) = serving(&settings(2, 8), now);
     assert_eq!(pool.pong(workers[0], Duration::from_millis(251), false, now), None);
-    (1..=3).for_each(|job| pool.wait(A, job));
+    (1..=3).for_each(|job| pool.wait(A, JobId(job)));
     assert!(dispatch_all(&mut pool).iter().all(|&(_, worker)| worker == workers[1]));
     pool.pong(workers[0], Duration::ZERO, false, now);
-    pool.wait(A, 4);
-    assert_eq!(dispatch_all(&mut pool), [(4, workers[0])]);
+    pool.wait(A, JobId(4));
+    assert_eq!(dispatch_all(&mut pool), [(JobId(4), workers[0])]);
 }
 
 #[test]
 fn replaced_at_once_if_it_had_served_else_with_backoff() {
     let now = Instant::now();
     let (mut pool, workers) = serving(&settings(2, 8), now);
-    pool.wait(A, 1);
+    pool.wait(A, JobId(1));
     let (_, served) = pool.next_dispatch().expect("a credit is free");
     let death = pool.died(served, false, now).expect("known");
-    assert_eq!((death.jobs.as_slice(), death.unexpected), ([1].as_slice(), true));
+    assert_eq!((death.jobs.as_slice(), death.unexpected), ([JobId(1)].as_slice(), true));
     assert_eq!(spawned(&pool.tick(now).0).len(), 1);
 
     let idle = *workers.iter().find(|&&worker| worker != served).expect("two workers");
@@ -113,11 +125,11 @@ fn replaced_at_once_if_it_had_served_else_with_backoff() {
 fn a_retired_generation_shuts_drains_and_is_killed_in_the_end() {
     let now = Instant::now();
     let (mut pool, workers) = serving(&settings(1, 8), now);
-    pool.wait(A, 1);
+    pool.wait(A, JobId(1));
     dispatch_all(&mut pool);
     assert_eq!(pool.retire(GENERATION, now), [Command::Shut(workers[0])]);
     assert!(pool.retire(GENERATION, now).is_empty(), "once");
-    pool.wait(A, 2);
+    pool.wait(A, JobId(2));
     assert_eq!(pool.next_dispatch(), None);
     let drain = Settings::default().drain_timeout;
     assert!(pool.tick(now + drain / 2).1.is_empty());
@@ -125,8 +137,8 @@ fn a_retired_generation_shuts_drains_and_is_killed_in_the_end() {
     assert!(commands.contains(&Command::Kill(workers[0])));
     assert_eq!(hangs, [(workers[0], Hang::DrainOver)]);
     let death = pool.died(workers[0], false, now).expect("known");
-    assert!(!pool.is_empty(7) || pool.is_empty(GENERATION));
-    assert_eq!(death.jobs, [1]);
+    assert!(!pool.is_empty(GenerationId(7)) || pool.is_empty(GENERATION));
+    assert_eq!(death.jobs, [JobId(1)]);
     assert!(spawned(&pool.tick(now + drain * 2).0).is_empty(), "nobody replaces it");
 }
 
@@ -180,9 +192,9 @@ fn a_worn_worker_is_replaced_before_it_is_retired() {
     let wanted = Settings { worker_max_mails: 2, ..settings(1, 8) };
     let (mut pool, workers) = serving(&wanted, now);
     for job in 1..=2 {
-        pool.wait(A, job);
+        pool.wait(A, JobId(job));
         dispatch_all(&mut pool);
-        pool.done(job, workers[0]);
+        pool.done(JobId(job), workers[0]);
     }
     let replacement = spawned(&pool.tick(now).0);
     assert_eq!(replacement.len(), 1);

@@ -12,14 +12,13 @@ use nix::sys::socket::{Shutdown, shutdown};
 use nix::sys::wait::WaitStatus;
 use nix::unistd::Pid;
 use qrelay_shared::ipc::channel::{Channel, RecvBuffer, RecvError};
-use qrelay_shared::ipc::message::{
-    Control, FromControl, JobId, Report, ToControl, ToJobs, ToReports, WorkerId,
-};
+use qrelay_shared::ipc::message::{Control, FromControl, Report, ToControl, ToJobs, ToReports};
 use qrelay_shared::qmqp::Reply;
 use slog::{debug, error, warn};
 
 use crate::daemon::Daemon;
 use crate::event::Source;
+use crate::ids::{JobId, WorkerId};
 use crate::workers::dispatch::TRY_AGAIN;
 use crate::workers::pool::{Command, Hang};
 
@@ -309,7 +308,10 @@ impl Daemon {
     }
 
     fn log_hang(&self, worker: WorkerId, hang: Hang, job: Option<JobId>) {
-        let mail = job.filter(|&job| job != 0).map(|job| self.mail_id(job)).unwrap_or_default();
+        let mail = job
+            .filter(|&job| job != JobId::default())
+            .map(|job| self.mail_id(job))
+            .unwrap_or_default();
         match hang {
             Hang::Held(held) => error!(self.log, "worker hangs in Lua: killing it";
                 "worker" => worker, "held_seconds" => held.as_secs_f64(), "id" => &*mail),

@@ -14,11 +14,11 @@ use std::sync::{Arc, LazyLock, Weak};
 
 use nix::unistd::Pid;
 use parking_lot::Mutex;
-use qrelay_shared::ipc::message::JobId;
 use rustc_hash::FxHashMap;
 
 use crate::client::process::{Client, IdentityError};
 use crate::mail::Mail;
+use qrelay_shared::ids::{JobId, ListenerId};
 
 /// As many are remembered before those that are gone are forgotten for the first time.
 const MANY: usize = 1024;
@@ -34,7 +34,7 @@ pub fn clients() -> &'static Clients {
 pub struct Clients(Mutex<Register>);
 
 /// The listening socket's number, and the process'.
-type Key = (u64, Pid);
+type Key = (ListenerId, Pid);
 
 /// Whose mails are under way, and some who are gone.
 #[derive(Debug)]
@@ -112,7 +112,7 @@ mod tests {
     use super::*;
     use crate::mail::test::mail;
 
-    fn mail_of(job: JobId, listening: u64) -> Mail {
+    fn mail_of(job: JobId, listening: ListenerId) -> Mail {
         Mail { job, listening, ..mail(b"x", b"", &[b"a@b"]) }
     }
 
@@ -123,38 +123,39 @@ mod tests {
             let found = clients.of(&mail_of(job, listening), Pid::this());
             found.expect("it is us").0
         };
-        let first = of(10, 1);
-        let later = of(11, 1);
+        let first = of(JobId(10), ListenerId(1));
+        let later = of(JobId(11), ListenerId(1));
         assert!(Arc::ptr_eq(&first, &later));
-        assert!(Arc::ptr_eq(&first, &of(10, 1)), "asked again");
-        assert!(!Arc::ptr_eq(&first, &of(12, 2)), "connected to another socket");
-        let earlier = of(9, 1);
+        assert!(Arc::ptr_eq(&first, &of(JobId(10), ListenerId(1))), "asked again");
+        assert!(!Arc::ptr_eq(&first, &of(JobId(12), ListenerId(2))), "connected to another socket");
+        let earlier = of(JobId(9), ListenerId(1));
         assert!(!Arc::ptr_eq(&first, &earlier), "connected earlier");
-        assert!(Arc::ptr_eq(&earlier, &of(11, 1)), "of most use");
-        let other = clients.of(&mail_of(13, 1), Pid::parent());
+        assert!(Arc::ptr_eq(&earlier, &of(JobId(11), ListenerId(1))), "of most use");
+        let other = clients.of(&mail_of(JobId(13), ListenerId(1)), Pid::parent());
         assert_eq!(other.err(), Some(IdentityError::Exited), "not the process that connected");
     }
 
     #[test]
     fn one_that_is_gone_makes_room() {
         let clients = Clients::default();
-        let of = |job| clients.of(&mail_of(job, 1), Pid::this()).expect("it is us").0;
+        let of = |job| clients.of(&mail_of(job, ListenerId(1)), Pid::this()).expect("it is us").0;
         // As if it had the number no more.
-        let socket = mail_of(1, 1).socket;
+        let socket = mail_of(JobId(1), ListenerId(1)).socket;
         let gone = Client::of(socket.as_fd(), Pid::parent(), u64::MAX).expect("a process");
         let gone = Arc::new(gone);
-        clients.remember((1, Pid::this()), 1, &gone);
-        let next = of(2);
+        clients.remember((ListenerId(1), Pid::this()), JobId(1), &gone);
+        let next = of(JobId(2));
         assert!(!Arc::ptr_eq(&gone, &next));
-        assert!(Arc::ptr_eq(&next, &of(3)));
+        assert!(Arc::ptr_eq(&next, &of(JobId(3))));
     }
 
     #[test]
     fn looks_for_those_that_are_gone_seldom_enough() {
         let clients = Clients::default();
-        let (one, _) = clients.of(&mail_of(1, 0), Pid::this()).expect("it is us");
+        let (one, _) =
+            clients.of(&mail_of(JobId(1), ListenerId(0)), Pid::this()).expect("it is us");
         for socket in 1..=MANY as u64 {
-            clients.remember((socket, Pid::this()), 1, &one);
+            clients.remember((ListenerId(socket), Pid::this()), JobId(1), &one);
         }
         let register = clients.0.lock();
         assert_eq!((register.known.len(), register.many), (MANY + 1, 2 * MANY));
@@ -164,8 +165,8 @@ mod tests {
     fn kept_no_longer_than_its_mails() {
         let clients = Clients::default();
         for socket in 0..10 * MANY as u64 {
-            clients.of(&mail_of(1, socket), Pid::this()).expect("it is us");
-            assert!(clients.earlier((socket, Pid::this()), 1).is_none());
+            clients.of(&mail_of(JobId(1), ListenerId(socket)), Pid::this()).expect("it is us");
+            assert!(clients.earlier((ListenerId(socket), Pid::this()), JobId(1)).is_none());
             assert!(clients.0.lock().known.len() <= MANY);
         }
     }

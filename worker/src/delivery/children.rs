@@ -21,7 +21,7 @@ use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use nix::unistd::Pid;
 use parking_lot::Mutex;
 use qrelay_shared::deadline::Deadline;
-use qrelay_shared::ipc::message::JobId;
+use qrelay_shared::ids::JobId;
 use qrelay_shared::sys::proc_stat;
 use qrelay_shared::sys::process::reap;
 use qrelay_shared::sys::spawn::{Program, spawn};

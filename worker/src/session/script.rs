@@ -1,6 +1,7 @@
 //! What the threads of a worker need of the script: the seam between I/O and Lua.
 
 use qrelay_shared::deadline::Deadline;
+use qrelay_shared::ids::JobId;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -37,7 +38,7 @@ pub trait Script: Send + Sync {
 
     /// For how long the running call has held the script, and for which job; zero when none
     /// does. Takes no lock.
-    fn held(&self) -> (Duration, u64);
+    fn held(&self) -> (Duration, JobId);
 
     /// The script's memory limit was hit although everything dead had been collected.
     fn exhausted(&self) -> bool;
@@ -48,7 +49,7 @@ impl Script for State {
         State::start(self, listener, mail, deadline)
     }
 
-    fn held(&self) -> (Duration, u64) {
+    fn held(&self) -> (Duration, JobId) {
         let held = State::held(self);
         (held.duration, held.job)
     }

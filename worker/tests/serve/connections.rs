@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use qrelay_shared::endpoint::Endpoint;
+use qrelay_shared::ids::{JobId, ListenerId};
 use qrelay_shared::ipc::channel::{RecvBuffer, RecvError};
 use qrelay_shared::ipc::message::{Job, Peer, Report};
 use qrelay_shared::qmqp::{Status, encode_request};
@@ -145,7 +146,7 @@ fn a_client_that_half_closes_gets_its_reply() {
 #[test]
 fn a_panic_costs_one_mail() {
     let mut harness = Harness::new(|mail| match mail.job {
-        1 => panic!("on purpose"),
+        JobId(1) => panic!("on purpose"),
         _ => Ok(Action::Discard(None)),
     });
     assert_eq!(harness.submit(&request()), "22:Zinternal server error,");
@@ -199,7 +200,7 @@ fn relays_and_announces_long_timeouts() {
     assert_eq!(read_reply(&mut client), "7:Kpassed,");
     let mut buffer = RecvBuffer::new();
     let announced = harness.jobs.recv(&mut buffer).expect("report");
-    assert!(matches!(announced.message, Report::Timeout { job: 1, milliseconds: 61_000 }));
+    assert!(matches!(announced.message, Report::Timeout { job: JobId(1), milliseconds: 61_000 }));
     harness.finished();
     harness.end();
 }
@@ -208,9 +209,9 @@ fn relays_and_announces_long_timeouts() {
 fn a_lost_descriptor_is_handed_back() {
     let mut harness = Harness::new(discard);
     let job = Job {
-        job: 42,
+        job: JobId(42),
         listener: 0,
-        listening: 0,
+        listening: ListenerId(0),
         peer: Peer::Remote([192, 0, 2, 1].into()),
         accepted: 0,
         spoke: u64::MAX,
@@ -218,7 +219,7 @@ fn a_lost_descriptor_is_handed_back() {
     harness.jobs.send(&job, &[]).expect("send");
     let mut buffer = RecvBuffer::new();
     let report = harness.jobs.recv(&mut buffer).expect("report");
-    assert!(matches!(report.message, Report::Lost { job: 42 }));
+    assert!(matches!(report.message, Report::Lost { job: JobId(42) }));
     assert_eq!(harness.submit(&request()), "10:Kdiscarded,");
     harness.finished();
     assert!(matches!(harness.jobs.try_recv(&mut buffer), Err(RecvError::Empty)));

@@ -11,6 +11,7 @@ use std::time::Duration;
 use nix::sys::socket::{setsockopt, sockopt};
 use nix::sys::time::{TimeVal, TimeValLike};
 use qrelay_shared::deadline::Deadline;
+use qrelay_shared::ids::{JobId, ListenerId};
 use qrelay_shared::ipc::channel::{Batch, Channel, RecvBuffer};
 use qrelay_shared::ipc::message::{Job, MailRecord, Peer, Report, ToJobs, ToReports};
 use qrelay_shared::qmqp::{Status, encode_request};
@@ -35,8 +36,8 @@ impl Script for FakeScript {
         }))
     }
 
-    fn held(&self) -> (Duration, u64) {
-        (Duration::ZERO, 0)
+    fn held(&self) -> (Duration, JobId) {
+        (Duration::ZERO, JobId::default())
     }
 
     fn exhausted(&self) -> bool {
@@ -119,8 +120,14 @@ impl Harness {
 
     fn job(&mut self, listener: u32) -> Job {
         let peer = Peer::Local { pid: Some(1), uid: 2, gid: 3 };
-        let job =
-            Job { job: self.next, listener, listening: 0, peer, accepted: 0, spoke: u64::MAX };
+        let job = Job {
+            job: JobId(self.next),
+            listener,
+            listening: ListenerId(0),
+            peer,
+            accepted: 0,
+            spoke: u64::MAX,
+        };
         self.next += 1;
         job
     }
@@ -164,7 +171,7 @@ impl Harness {
             for report in self.jobs.recv_batch(&mut buffer).expect("reports") {
                 match report.expect("a report") {
                     Report::Done { job, record } => {
-                        self.finished.push_back(Finished { job, record: record.map(shown) });
+                        self.finished.push_back(Finished { job: job.0, record: record.map(shown) });
                     }
                     other => panic!("{other:?}"),
                 }

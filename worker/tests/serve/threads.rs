@@ -7,6 +7,7 @@ use std::sync::{Arc, Barrier};
 use std::time::{Duration, Instant};
 
 use qrelay_shared::deadline::Deadline;
+use qrelay_shared::ids::JobId;
 use qrelay_shared::ipc::channel::RecvBuffer;
 use qrelay_shared::ipc::message::Report;
 use qrelay_shared::settings::Settings;
@@ -69,8 +70,8 @@ fn who_comes_without_a_socket_is_handed_back_alone() {
     while lost.len() + done.len() < 3 {
         for report in harness.jobs.recv_batch(&mut buffer).expect("reports") {
             match report.expect("a report") {
-                Report::Lost { job } => lost.push(job),
-                Report::Done { job, .. } => done.push(job),
+                Report::Lost { job } => lost.push(job.0),
+                Report::Done { job, .. } => done.push(job.0),
                 other => panic!("{other:?}"),
             }
         }
@@ -121,14 +122,14 @@ struct SlowAtFirst(crossbeam_channel::Receiver<()>);
 impl Script for SlowAtFirst {
     fn start(self: Arc<Self>, _: usize, mail: Box<Mail>, _: Deadline) -> Handling {
         match mail.job {
-            1 => std::thread::sleep(Duration::from_millis(50)),
+            JobId(1) => std::thread::sleep(Duration::from_millis(50)),
             _ => drop(self.0.recv_timeout(Duration::from_secs(20))),
         }
         Handling::Decided((mail, Ok(Action::Discard(None))))
     }
 
-    fn held(&self) -> (Duration, u64) {
-        (Duration::ZERO, 0)
+    fn held(&self) -> (Duration, JobId) {
+        (Duration::ZERO, JobId(0))
     }
 
     fn exhausted(&self) -> bool {

@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use qrelay_shared::deadline::Deadline;
+use qrelay_shared::ids::{JobId, ListenerId};
 use qrelay_shared::ipc::channel::SendError;
 use qrelay_shared::ipc::message::{Peer, mail_id};
 use qrelay_shared::qmqp;
@@ -155,8 +156,8 @@ pub fn mail_from(peer: Peer, message: &str) -> Mail {
     };
     let (socket, _) = UnixStream::pair().expect("a pair of sockets");
     Mail {
-        id: mail_id("id", 1),
-        job: 7,
+        id: mail_id("id", JobId(1)),
+        job: JobId(7),
         buffer,
         request,
         sender: None,
@@ -166,7 +167,7 @@ pub fn mail_from(peer: Peer, message: &str) -> Mail {
         removed: Vec::new(),
         peer,
         socket: Arc::new(OwnedFd::from(socket)),
-        listening: 0,
+        listening: ListenerId(0),
         accepted: 0,
         client: None,
         listener: "/a".into(),

@@ -12,7 +12,8 @@ use std::sync::Arc;
 
 use mlua::{Function, Lua, Value};
 use qrelay_shared::deadline::Deadline;
-use qrelay_shared::ipc::message::WorkerId;
+use qrelay_shared::ids::JobId;
+use qrelay_shared::ids::WorkerId;
 use qrelay_shared::settings::Settings;
 use slog::Logger;
 
@@ -54,7 +55,7 @@ impl Background {
     ) {
         let deadline = Deadline::after(self.settings.relay_timeout);
         let budget = self.settings.handler_timeout;
-        let job = Job { number: 0, mail: None, deadline, budget };
+        let job = Job { number: JobId::default(), mail: None, deadline, budget };
         let run = || match self.monitor.start(&job, function, argument, drop)? {
             Progress::Finished(()) => Ok(()),
             Progress::Waits(suspended) => self.monitor.finish(&job, suspended, drop),

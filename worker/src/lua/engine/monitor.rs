@@ -18,6 +18,7 @@ use std::time::Duration;
 use mlua::{AnyUserData, Function, IntoLuaMulti, Lua, MultiValue, Thread, Value};
 use parking_lot::{Mutex, MutexGuard};
 use qrelay_shared::deadline::Deadline;
+use qrelay_shared::ids::JobId;
 
 use crate::lua::binding::error;
 use crate::lua::engine::operation::{Operation, Outcome, Pending};
@@ -45,7 +46,7 @@ pub enum Stop {
 /// For whom a function is run, and for how long.
 pub struct Job {
     /// The supervisor's number of the job, 0 if there is none.
-    pub number: u64,
+    pub number: JobId,
     /// The mail, if it is for one.
     pub mail: Option<Arc<Slot>>,
     /// Ends waiting.

@@ -18,8 +18,8 @@ use mlua::state::{GcIncParams, GcMode};
 use mlua::{Function, Lua, Table, Value};
 use parking_lot::RwLock;
 use qrelay_shared::deadline::Deadline;
+use qrelay_shared::ids::WorkerId;
 use qrelay_shared::ipc::channel::SendError;
-use qrelay_shared::ipc::message::WorkerId;
 use qrelay_shared::settings::{Declaration, Settings};
 use slog::Logger;
 
@@ -168,7 +168,7 @@ impl State {
     /// own to the shared dictionaries, and the threads of `every` and of `db:listen`.
     pub fn after_fork(&self, worker: WorkerId, dictionaries: Opener) {
         *self.dictionaries.write() = dictionaries;
-        self.worker.store(worker, Ordering::Relaxed);
+        self.worker.store(worker.0, Ordering::Relaxed);
         let mut seed = [0; 4];
         let random = std::fs::File::open("/dev/urandom").and_then(|mut f| f.read_exact(&mut seed));
         if let Err(error) = random {

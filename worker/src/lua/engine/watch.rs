@@ -22,6 +22,8 @@ use std::time::{Duration, Instant};
 use mlua::{HookTriggers, Lua, Table, VmState};
 use parking_lot::Mutex;
 
+use qrelay_shared::ids::JobId;
+
 use crate::lua::engine::scope::{Ending, Scope};
 use crate::lua::library::mail::Slot;
 
@@ -37,7 +39,7 @@ pub struct Held {
     /// Zero when Lua is free.
     pub duration: Duration,
     /// The job that holds it, 0 when it is free or held by none.
-    pub job: u64,
+    pub job: JobId,
 }
 
 /// The clock of one Lua state.
@@ -85,7 +87,7 @@ impl Watch {
     /// Starts a turn of at most `budget`; only the holder of Lua may.
     pub fn begin<'a>(
         &'a self,
-        job: u64,
+        job: JobId,
         mail: Option<Arc<Slot>>,
         scope: &'a Ending,
         budget: Duration,
@@ -94,7 +96,7 @@ impl Watch {
         let budget = u64::try_from(budget.as_nanos()).unwrap_or(NEVER);
         self.expired.store(false, Ordering::Relaxed);
         self.limit.store(now.saturating_add(budget), Ordering::Relaxed);
-        self.job.store(job, Ordering::Relaxed);
+        self.job.store(job.0, Ordering::Relaxed);
         *self.mail.lock() = mail;
         *self.scope.lock() = scope.0.get().cloned();
         self.since.store(now, Ordering::Release);
@@ -108,7 +110,7 @@ impl Watch {
             return Held::default();
         }
         let duration = Duration::from_nanos(self.now().saturating_sub(since));
-        Held { duration, job: self.job.load(Ordering::Relaxed) }
+        Held { duration, job: JobId(self.job.load(Ordering::Relaxed)) }
     }
 
     /// Whether Lua, asking this, runs outside of any turn: the script loads.
