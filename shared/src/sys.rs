@@ -10,5 +10,6 @@ pub mod pidfd;
 pub mod proc_stat;
 pub mod process;
 pub mod spawn;
+pub mod thread;
 pub mod wait;
 pub mod xattr;

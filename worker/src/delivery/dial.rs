@@ -14,10 +14,9 @@ use nix::sys::socket::{
     AddressFamily, SockFlag, SockType, SockaddrLike, SockaddrStorage, UnixAddr, connect,
     setsockopt, socket, sockopt,
 };
+use qrelay_shared::deadline::Deadline;
 use qrelay_shared::endpoint::Endpoint;
 use qrelay_shared::sys::net::delay_acks;
-
-use qrelay_shared::deadline::Deadline;
 use qrelay_shared::sys::wait::socket_timeout;
 
 /// Connects a stream to one address.

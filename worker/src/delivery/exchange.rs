@@ -15,12 +15,11 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use nix::errno::Errno;
 use nix::poll::PollFlags;
 use nix::sys::socket::{MsgFlags, sendmsg, setsockopt, sockopt};
+use qrelay_shared::deadline::Deadline;
 use qrelay_shared::qmqp::{Reply, ReplyProgress, Status, parse_reply};
 use qrelay_shared::sys::net::recv_append;
-use thiserror::Error;
-
-use qrelay_shared::deadline::Deadline;
 use qrelay_shared::sys::wait::{socket_timeout, wait};
+use thiserror::Error;
 
 /// Most pieces that one sendmsg(2) takes (UIO_MAXIOV of Linux).
 const MAX_PIECES: usize = 1024;

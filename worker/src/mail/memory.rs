@@ -11,7 +11,6 @@
 use std::collections::VecDeque;
 
 use parking_lot::{Condvar, Mutex};
-
 use qrelay_shared::deadline::Deadline;
 
 /// What a worker has for messages.

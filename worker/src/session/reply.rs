@@ -13,9 +13,8 @@ use std::time::Duration;
 use nix::errno::Errno;
 use nix::poll::PollFlags;
 use nix::sys::socket::{MsgFlags, Shutdown, recv, send, shutdown};
-use qrelay_shared::qmqp::Reply;
-
 use qrelay_shared::deadline::Deadline;
+use qrelay_shared::qmqp::Reply;
 use qrelay_shared::sys::wait::wait;
 
 /// How long a reply (262 bytes) may wait for a client that doesn't read.

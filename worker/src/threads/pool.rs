@@ -15,10 +15,10 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::Duration;
 
-use nix::sys::signal::{SigSet, Signal};
 use qrelay_shared::ipc::channel::RecvBuffer;
 use qrelay_shared::ipc::message::Job;
 use qrelay_shared::settings::{Declaration, Settings};
+use qrelay_shared::sys::thread::{LUA_STACK, spawn};
 use slog::{Logger, error, warn};
 
 use crate::delivery::children::Children;
@@ -29,12 +29,8 @@ use crate::session::script::Script;
 use crate::session::{Session, Stage};
 use crate::threads::queue::{Next, Queue, Task};
 
-/// Virtual memory per thread. Lua's C recursion crashes on 1 MiB, and reports a clean error
-/// on 2 (measured with a `gsub` callback that recurses).
-pub(crate) const STACK_SIZE: usize = 4 << 20;
-
-/// Virtual memory of the thread that starts others.
-const WATCH_STACK_SIZE: usize = 128 << 10;
+/// Virtual memory of the thread that starts others, in bytes.
+const WATCH_STACK: usize = 128 << 10;
 
 /// How long to wait for a thread that couldn't be had.
 const PAUSE: Duration = Duration::from_millis(100);
@@ -115,14 +111,13 @@ impl Worker {
     /// The system has no thread for us.
     pub fn run(self: &Arc<Self>) -> io::Result<()> {
         let worker = Arc::clone(self);
-        std::thread::Builder::new().stack_size(WATCH_STACK_SIZE).spawn(move || worker.watch())?;
+        spawn("watch", WATCH_STACK, move || worker.watch())?;
         self.start()
     }
 
     fn start(self: &Arc<Self>) -> io::Result<()> {
         let worker = Arc::clone(self);
-        std::thread::Builder::new().stack_size(STACK_SIZE).spawn(move || worker.thread())?;
-        Ok(())
+        spawn("mail", LUA_STACK, move || worker.thread())
     }
 
     /// Starts a thread that has been counted already. False: there is none for us.
@@ -147,7 +142,6 @@ impl Worker {
     }
 
     fn thread(self: Arc<Self>) {
-        block_signals();
         let mut message = RecvBuffer::small();
         let mut served = false;
         loop {
@@ -197,16 +191,4 @@ impl Worker {
         let cause = cause.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("unknown");
         error!(self.logger, "internal error"; "job" => job.job, "panic" => cause);
     }
-}
-
-/// Threads other than the main one take no signals: they would only interrupt system calls.
-pub(crate) fn block_signals() {
-    let mut blocked = SigSet::empty();
-    for signal in
-        [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGQUIT, Signal::SIGCHLD]
-    {
-        blocked.add(signal);
-    }
-    // It fails only for an invalid argument.
-    let _ = blocked.thread_block();
 }

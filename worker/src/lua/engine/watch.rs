@@ -21,7 +21,6 @@ use std::time::{Duration, Instant};
 
 use mlua::{HookTriggers, Lua, Table, VmState};
 use parking_lot::Mutex;
-
 use qrelay_shared::ids::JobId;
 
 use crate::lua::engine::scope::{Ending, Scope};

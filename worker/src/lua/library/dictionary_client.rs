@@ -16,10 +16,9 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::sys::socket::{setsockopt, sockopt};
 use parking_lot::Mutex;
+use qrelay_shared::deadline::Deadline;
 use qrelay_shared::dictionary::{Answer, FromDictionary, Operation, Request, ToDictionary};
 use qrelay_shared::ipc::channel::{Channel, RecvBuffer, RecvError, SendError};
-
-use qrelay_shared::deadline::Deadline;
 use qrelay_shared::sys::wait::socket_timeout;
 
 /// The supervisor answers at once, or something is wrong.

@@ -15,13 +15,13 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use mlua::{Function, Lua, Value};
+use qrelay_shared::sys::thread::{LUA_STACK, spawn};
 
 use crate::lua::binding::convert::Argument;
 use crate::lua::binding::error::Raise;
 use crate::lua::binding::function::function;
 use crate::lua::engine::background::Background;
 use crate::lua::engine::watch::Watch;
-use crate::threads::pool::{STACK_SIZE, block_signals};
 
 /// Shortest period in seconds; a shorter one would keep Lua from the mails.
 const MIN_PERIOD: f64 = 0.01;
@@ -74,15 +74,13 @@ pub fn start(lua: &Lua, background: &Arc<Background>) {
     let timers = lua.remove_app_data::<Timers>().unwrap_or_default();
     for timer in timers.0 {
         let own = Arc::clone(background);
-        let thread = thread::Builder::new().name("every".into()).stack_size(STACK_SIZE);
-        if let Err(error) = thread.spawn(move || run(&timer, &own)) {
+        if let Err(error) = spawn("every", LUA_STACK, move || run(&timer, &own)) {
             slog::error!(background.logger(), "every: no thread"; "error" => %error);
         }
     }
 }
 
 fn run(timer: &Timer, background: &Background) {
-    block_signals();
     let mut next = Instant::now();
     loop {
         next = (next + timer.period).max(Instant::now());

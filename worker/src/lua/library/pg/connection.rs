@@ -10,15 +10,14 @@
 //! What goes wrong is the answer. A panic ends the thread, and with it the task's channel.
 
 use std::sync::Arc;
-use std::thread;
 
 use crossbeam_channel::{Receiver, Sender};
 use parking_lot::Mutex;
+use qrelay_shared::sys::thread::spawn;
 
 use crate::lua::library::pg::pool::{Seat, Shared};
 use crate::lua::library::pg::session::{Answer, Request, Session};
 use crate::lua::library::pg::target::Cancel;
-use crate::threads::pool::block_signals;
 
 /// Virtual memory of a connection's thread: a TLS handshake of an unoptimised build takes less
 /// than half of it (measured), everything else a fraction.
@@ -107,9 +106,8 @@ impl Stage {
 
 /// Has the server cancel what an abandoned connection is doing.
 pub fn cancel(cancel: Arc<Cancel>) {
-    let thread = thread::Builder::new().name("pg-cancel".into()).stack_size(STACK_SIZE);
     // Without a thread the statement goes on until its end.
-    let _ = thread.spawn(move || cancel.run());
+    let _ = spawn("pg-cancel", STACK_SIZE, move || cancel.run());
 }
 
 /// Starts a thread that works on tasks until there can be no more.
@@ -117,9 +115,8 @@ pub fn cancel(cancel: Arc<Cancel>) {
 /// # Errors
 /// There is no thread to be had.
 pub fn start(shared: Arc<Shared>, tasks: Receiver<Task>) -> std::io::Result<()> {
-    let thread = thread::Builder::new().name("pg".into()).stack_size(STACK_SIZE);
-    let work = move || Worker { seat: Seat::new(shared, tasks), connection: None }.run();
-    thread.spawn(work).map(drop)
+    let worker = Worker { seat: Seat::new(shared, tasks), connection: None };
+    spawn("pg", STACK_SIZE, move || worker.run())
 }
 
 struct Worker {
@@ -130,7 +127,6 @@ struct Worker {
 
 impl Worker {
     fn run(mut self) {
-        block_signals();
         while let Some(task) = self.seat.next() {
             let wanted = task.stage.run(self.connection.as_ref().map(|(_, cancel)| cancel));
             let answer = if wanted { self.work(&task) } else { None };

@@ -18,13 +18,13 @@ use std::time::Duration;
 use crossbeam_channel::{Receiver, Sender, bounded};
 use mlua::{Function, Value};
 use postgres::fallible_iterator::FallibleIterator as _;
+use qrelay_shared::sys::thread::{LUA_STACK, spawn};
 use slog::{info, warn};
 
 use crate::lua::engine::background::Background;
 use crate::lua::library::pg::connection;
 use crate::lua::library::pg::statement::quote_identifier;
 use crate::lua::library::pg::target::{Target, describe};
-use crate::threads::pool::{STACK_SIZE, block_signals};
 
 /// Pauses before a connection is made again: at most half of the two seconds within which a server
 /// that came back should be noticed.
@@ -54,9 +54,7 @@ pub fn start(target: Arc<Target>, channels: Vec<Channel>, background: &Arc<Backg
         }
     }
     let follower = Follower { target, listeners, background: Arc::clone(background) };
-    let thread = thread::Builder::new().name("pg-listen".into());
-    let thread = thread.stack_size(connection::STACK_SIZE).spawn(move || follower.run());
-    if let Err(error) = thread {
+    if let Err(error) = spawn("pg-listen", connection::STACK_SIZE, move || follower.run()) {
         slog::error!(logger, "no thread for notifications"; "error" => %error);
     }
 }
@@ -73,10 +71,8 @@ impl Listener {
         let (calls, waiting) = bounded(QUEUE_MAX);
         let missed = Arc::new(AtomicBool::new(false));
         let listener = Self { name: channel.name.clone(), calls, missed: Arc::clone(&missed) };
-        let thread = thread::Builder::new().name("pg-callback".into());
-        thread
-            .stack_size(STACK_SIZE)
-            .spawn(move || run_callbacks(&channel, &background, &waiting, &missed))?;
+        let run = move || run_callbacks(&channel, &background, &waiting, &missed);
+        spawn("pg-callback", LUA_STACK, run)?;
         Ok(listener)
     }
 
@@ -94,7 +90,6 @@ fn run_callbacks(
     waiting: &Receiver<Option<String>>,
     missed: &AtomicBool,
 ) {
-    block_signals();
     let what = format!("listen '{}'", channel.name);
     let call = |payload: Option<String>| {
         background.call(&what, &channel.callback, |lua| match payload {
@@ -120,7 +115,6 @@ struct Follower {
 
 impl Follower {
     fn run(&self) {
-        block_signals();
         let logger = self.background.logger();
         let (mut pause, mut broken) = (PAUSE_MIN, false);
         loop {
