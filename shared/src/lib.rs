@@ -24,3 +24,4 @@ pub mod pond;
 pub mod qmqp;
 pub mod settings;
 pub mod sys;
+pub mod texts;

@@ -23,6 +23,7 @@ use qrelay_shared::exit::Exit;
 use qrelay_shared::ipc::channel::RecvBuffer;
 use qrelay_shared::qmqp::Reply;
 use qrelay_shared::sys::process::{ended_child, reap};
+use qrelay_shared::texts;
 use slog::{Level, Logger, debug, error, info, warn};
 
 use crate::accept::connections::Connections;
@@ -37,7 +38,7 @@ use crate::services::dictionary_server::DictionaryServer;
 use crate::services::pond::PondSender;
 use crate::services::systemd::Systemd;
 use crate::signals::Signals;
-use crate::workers::dispatch::{Dispatches, TRY_AGAIN};
+use crate::workers::dispatch::Dispatches;
 use crate::workers::orphans::Orphans;
 use crate::workers::pool::Pool;
 use crate::workers::processes::Worker;
@@ -322,7 +323,7 @@ impl Daemon {
             self.connections.unserved().map(|(job, connection)| (job, connection.peer)).collect();
         for (job, peer) in unserved {
             self.pool.forget(peer.into(), job);
-            self.connections.answer(job, &Reply::temporary(TRY_AGAIN), &self.watcher);
+            self.connections.answer(job, &Reply::temporary(texts::TRY_AGAIN), &self.watcher);
         }
         self.ending.clear();
         self.retire_finished(now);
@@ -431,7 +432,7 @@ impl Daemon {
     /// Programs of mails whose worker died are over: their clients may try again.
     fn answer_orphans(&mut self, now: Instant) {
         for job in self.orphans.over(now) {
-            self.connections.answer(job, &Reply::temporary(TRY_AGAIN), &self.watcher);
+            self.connections.answer(job, &Reply::temporary(texts::TRY_AGAIN), &self.watcher);
         }
     }
 

@@ -23,6 +23,7 @@ use qrelay_shared::deadline::Deadline;
 use qrelay_shared::header::received_count;
 use qrelay_shared::ipc::message::{Job, MailRecord, mail_id};
 use qrelay_shared::qmqp::{Limits, Reply, Request, RequestError, parse};
+use qrelay_shared::texts;
 
 use crate::delivery::action::Action;
 use crate::delivery::connect;
@@ -75,7 +76,7 @@ impl Stage {
 
     /// Something is wrong with this program.
     pub fn failed() -> Self {
-        Self::Refused(Reply::temporary("internal server error"), Unread::Some)
+        Self::Refused(Reply::temporary(texts::INTERNAL_ERROR), Unread::Some)
     }
 }
 
@@ -127,9 +128,11 @@ impl<'w> Session<'w> {
                 let (mail, decision) = handling.finish();
                 let outcome = match decision {
                     Ok(action) => self.carry_out(&mail, &action, deadline),
-                    Err(HandlerError::Script) => Outcome::failed(Reply::temporary("script failed")),
+                    Err(HandlerError::Script) => {
+                        Outcome::failed(Reply::temporary(texts::SCRIPT_FAILED))
+                    }
                     Err(HandlerError::Deadline) => {
-                        Outcome::failed(Reply::temporary("relay failed"))
+                        Outcome::failed(Reply::temporary(texts::RELAY_FAILED))
                     }
                 };
                 self.conclude(mail, &outcome, unread);
@@ -207,7 +210,7 @@ impl<'w> Session<'w> {
     fn handle(&self, mail: Box<Mail>, deadline: Deadline, unread: Unread) -> Stage {
         let hops = received_count(&mail.buffer[mail.request.message.clone()]);
         if hops > self.worker.settings.max_hops as usize {
-            return Stage::Settled(mail, Reply::permanent("too many hops"), unread);
+            return Stage::Settled(mail, Reply::permanent(texts::TOO_MANY_HOPS), unread);
         }
         let listener = self.job.listener as usize;
         let script = Arc::clone(&self.worker.script);
@@ -232,9 +235,11 @@ impl<'w> Session<'w> {
         let text =
             |own: &Option<Arc<str>>, default: &str| own.as_deref().unwrap_or(default).to_owned();
         match action {
-            Action::Discard(own) => Outcome::own(name, Reply::accepted(text(own, "discarded"))),
-            Action::Reject(own) => Outcome::own(name, Reply::permanent(text(own, "rejected"))),
-            Action::Defer(own) => Outcome::own(name, Reply::temporary(text(own, "deferred"))),
+            Action::Discard(own) => {
+                Outcome::own(name, Reply::accepted(text(own, texts::DISCARDED)))
+            }
+            Action::Reject(own) => Outcome::own(name, Reply::permanent(text(own, texts::REJECTED))),
+            Action::Defer(own) => Outcome::own(name, Reply::temporary(text(own, texts::DEFERRED))),
             Action::Connect(target) => {
                 let limit = self.worker.settings.connect_timeout;
                 let (delivery, spent) =

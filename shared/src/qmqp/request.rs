@@ -17,6 +17,7 @@ use thiserror::Error;
 use crate::address;
 use crate::netstring::{Head, NetstringError, parse_head};
 use crate::qmqp::{ENVELOPE_ALLOWANCE, MAX_RECIPIENTS};
+use crate::texts;
 
 /// What a listener accepts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -36,16 +37,16 @@ impl Limits {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
 pub enum RequestError {
     /// Not a QMQP request, or one without a recipient.
-    #[error("malformed input")]
+    #[error("{}", texts::MALFORMED_INPUT)]
     Malformed,
     /// The message exceeds `max_size`, or the request exceeds that plus [`ENVELOPE_ALLOWANCE`].
-    #[error("message too large")]
+    #[error("{}", texts::MESSAGE_TOO_LARGE)]
     MessageTooLarge,
     /// More than [`MAX_RECIPIENTS`].
-    #[error("too many recipients")]
+    #[error("{}", texts::TOO_MANY_RECIPIENTS)]
     TooManyRecipients,
     /// The sender or a recipient is no valid address.
-    #[error("bad address")]
+    #[error("{}", texts::BAD_ADDRESS)]
     BadAddress,
 }
 
@@ -53,10 +54,10 @@ impl RequestError {
     /// The text for the client, to be sent with [`Status::Permanent`](super::Status::Permanent).
     pub fn reply_text(&self) -> &'static str {
         match self {
-            Self::Malformed => "malformed input",
-            Self::MessageTooLarge => "message too large",
-            Self::TooManyRecipients => "too many recipients",
-            Self::BadAddress => "bad address",
+            Self::Malformed => texts::MALFORMED_INPUT,
+            Self::MessageTooLarge => texts::MESSAGE_TOO_LARGE,
+            Self::TooManyRecipients => texts::TOO_MANY_RECIPIENTS,
+            Self::BadAddress => texts::BAD_ADDRESS,
         }
     }
 }

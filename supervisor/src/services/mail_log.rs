@@ -4,11 +4,11 @@ use std::time::Instant;
 
 use qrelay_shared::ipc::message::{MailId, MailRecord, Peer, mail_id};
 use qrelay_shared::qmqp::Status;
+use qrelay_shared::texts;
 use slog::{info, warn};
 
 use crate::daemon::Daemon;
 use crate::ids::{JobId, WorkerId};
-use crate::workers::dispatch::TRY_AGAIN;
 
 /// Bytes that a usual mail's sender and time fit in.
 const ROOM: usize = 128;
@@ -86,7 +86,7 @@ impl Daemon {
             action: "-",
             next_hop: None,
             status: told.then_some(Status::Temporary),
-            text: if told { TRY_AGAIN } else { "lost" }.into(),
+            text: if told { texts::TRY_AGAIN } else { "lost" }.into(),
             size: 0,
             received: 0,
             sent: 0,

@@ -15,6 +15,7 @@ use qrelay_shared::ipc::channel::{Batch, MAX_FDS, SendError};
 use qrelay_shared::ipc::message::{Job, Peer, ToJobs};
 use qrelay_shared::qmqp::Reply;
 use qrelay_shared::settings::Settings;
+use qrelay_shared::texts;
 use slog::{info, warn};
 
 use crate::accept::connections::{ACCEPT_BATCH, Accepted, MAX_HELD, State};
@@ -25,9 +26,6 @@ use crate::ids::{JobId, ListenerId, WorkerId};
 
 /// How long listeners stay unwatched, unless a job is done before.
 const DISARM: Duration = Duration::from_millis(100);
-
-/// What a client is told when no worker could finish its mail.
-pub(crate) const TRY_AGAIN: &str = "try again later";
 
 /// What is about to be passed to workers.
 #[derive(Debug, Default)]
@@ -86,7 +84,7 @@ impl Daemon {
     /// Whether a batch of connections can be held, if need be instead of silent ones of the client
     /// that has the most: one client must not shut out the others.
     fn make_room(&mut self) -> bool {
-        let reply = Reply::temporary(TRY_AGAIN);
+        let reply = Reply::temporary(texts::TRY_AGAIN);
         while self.connections.held() + ACCEPT_BATCH > MAX_HELD {
             let Some(client) = self.connections.evict(&reply, &self.watcher) else { return false };
             if let Some(suppressed) = self.exhausted.pass(Instant::now()) {
@@ -134,21 +132,21 @@ impl Daemon {
         let Some(connection) = self.connections.get(job) else { return };
         let (peer, listener) = (connection.peer, connection.listener);
         let Some(settings) = self.current_settings() else {
-            return self.refuse(job, Reply::temporary(TRY_AGAIN));
+            return self.refuse(job, Reply::temporary(texts::TRY_AGAIN));
         };
         let (limit, client_timeout) = (settings.max_connections_per_uid, settings.client_timeout);
         if let Peer::Remote(address) = peer
             && !self.listeners.get(listener).is_some_and(|listener| listener.allows(address))
         {
             info!(self.log, "connection refused: address not allowed"; "peer" => %address);
-            return self.refuse(job, Reply::temporary("access denied"));
+            return self.refuse(job, Reply::temporary(texts::ACCESS_DENIED));
         }
         if let Peer::Local { uid, .. } = peer
             && limit > 0
             && self.connections.of_client(peer) > limit
         {
             info!(self.log, "connection refused: max_connections_per_uid"; "uid" => uid, "limit" => limit);
-            return self.refuse(job, Reply::temporary(TRY_AGAIN));
+            return self.refuse(job, Reply::temporary(texts::TRY_AGAIN));
         }
         match spoken {
             None => self.connections.close(job, &self.watcher),
@@ -157,7 +155,7 @@ impl Daemon {
                 let until = Instant::now() + client_timeout;
                 if let Err(error) = self.connections.pend(job, until, &self.watcher) {
                     self.disarm(&format!("epoll_ctl: {error}"));
-                    self.refuse(job, Reply::temporary(TRY_AGAIN));
+                    self.refuse(job, Reply::temporary(texts::TRY_AGAIN));
                 }
             }
         }
@@ -201,7 +199,7 @@ impl Daemon {
                 self.pool.abort(job);
                 self.dispatches.late.push(job);
             }
-            None => self.refuse(job, Reply::temporary(TRY_AGAIN)),
+            None => self.refuse(job, Reply::temporary(texts::TRY_AGAIN)),
         }
     }
 
@@ -221,7 +219,7 @@ impl Daemon {
             });
             let Some(number) = number else {
                 self.pool.abort(job);
-                self.refuse(job, Reply::temporary(TRY_AGAIN));
+                self.refuse(job, Reply::temporary(texts::TRY_AGAIN));
                 continue;
             };
             if let Some(full) = self.dispatches.add(job, worker, number)
@@ -310,11 +308,11 @@ impl Daemon {
             let Some(connection) = self.connections.get(job) else { return };
             let client = Client::from(connection.peer);
             match connection.state {
-                State::Pending => self.refuse(job, Reply::temporary("request timed out")),
+                State::Pending => self.refuse(job, Reply::temporary(texts::REQUEST_TIMED_OUT)),
                 State::Waiting => {
                     warn!(self.log, "no worker was free in time"; "client" => ?client);
                     self.pool.forget(client, job);
-                    self.refuse(job, Reply::temporary(TRY_AGAIN));
+                    self.refuse(job, Reply::temporary(texts::TRY_AGAIN));
                 }
                 State::Lingering | State::Dispatched(_) => {
                     self.connections.close(job, &self.watcher);

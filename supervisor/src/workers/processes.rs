@@ -14,12 +14,12 @@ use nix::unistd::Pid;
 use qrelay_shared::ipc::channel::{Channel, RecvBuffer, RecvError};
 use qrelay_shared::ipc::message::{Control, FromControl, Report, ToControl, ToJobs, ToReports};
 use qrelay_shared::qmqp::Reply;
+use qrelay_shared::texts;
 use slog::{debug, error, warn};
 
 use crate::daemon::Daemon;
 use crate::event::Source;
 use crate::ids::{JobId, WorkerId};
-use crate::workers::dispatch::TRY_AGAIN;
 use crate::workers::pool::{Command, Hang};
 
 /// The supervisor's side of a worker.
@@ -185,7 +185,7 @@ impl Daemon {
                     return Some(format!("it lost job {job}, which it doesn't have"));
                 }
                 warn!(self.log, "worker out of descriptors"; "worker" => worker);
-                self.connections.answer(job, &Reply::temporary(TRY_AGAIN), &self.watcher);
+                self.connections.answer(job, &Reply::temporary(texts::TRY_AGAIN), &self.watcher);
             }
             Report::Child { job, pid } => {
                 if pid <= 1 || !self.pool.has(job, worker) {
@@ -264,7 +264,7 @@ impl Daemon {
             busy.extend(self.orphans.adopt_unreported(&death.jobs, now));
         }
         for &job in &death.jobs {
-            let reply = Reply::temporary(TRY_AGAIN);
+            let reply = Reply::temporary(texts::TRY_AGAIN);
             // Whose program still runs is answered when it has ended.
             let client = self.connections.get(job).map(|c| (c.peer, c.accepted));
             let runs = busy.contains(&job) || self.orphans.concerns(job);

@@ -15,6 +15,7 @@ use std::time::Duration;
 
 use qrelay_shared::deadline::Deadline;
 use qrelay_shared::qmqp::Reply;
+use qrelay_shared::texts;
 use slog::{Logger, warn};
 
 use crate::delivery::Delivery;
@@ -41,7 +42,7 @@ pub fn relay(
         id: &mail.id,
         deadline: action.timeout.map_or(deadline, Deadline::after),
         connect_timeout: action.connect_timeout.unwrap_or(connect_timeout),
-        late: if action.timeout.is_some() { "timeout" } else { "relay failed" },
+        late: if action.timeout.is_some() { texts::TIMEOUT } else { texts::RELAY_FAILED },
     };
     let mut last = None;
     let hops: &mut dyn Iterator<Item = &NextHop> = match action.random {
@@ -60,7 +61,7 @@ pub fn relay(
             Err(Undialed::Late) => return (unsent(attempt.late, Some(hop)), None),
         }
     }
-    (unsent("connect failed", last), None)
+    (unsent(texts::CONNECT_FAILED, last), None)
 }
 
 fn unsent(text: &str, hop: Option<&NextHop>) -> Delivery {
@@ -104,9 +105,9 @@ impl Attempt<'_> {
                 "next_hop" => next_hop, "error" => %error);
             Reply::temporary(match error {
                 ExchangeError::TimedOut => self.late,
-                ExchangeError::Malformed => "malformed relay response",
+                ExchangeError::Malformed => texts::MALFORMED_RESPONSE,
                 ExchangeError::Os(_) | ExchangeError::Closed | ExchangeError::Early => {
-                    "relay failed"
+                    texts::RELAY_FAILED
                 }
             })
         })

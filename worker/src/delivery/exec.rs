@@ -9,6 +9,7 @@
 //! the action has one, or `internal server error` for a bad end.
 
 use qrelay_shared::qmqp::{Reply, ReplyProgress, Status, parse_reply};
+use qrelay_shared::texts;
 
 use crate::delivery::Delivery;
 use crate::delivery::action::Exec;
@@ -34,10 +35,10 @@ fn verdict(exit: Exit, output: &[u8]) -> Reply {
     match exit {
         Exit::Status(0) => match parse_reply(output) {
             ReplyProgress::Complete(reply) => reply,
-            ReplyProgress::NeedMore => Reply::temporary("relay failed"),
-            ReplyProgress::Malformed => Reply::temporary("malformed relay response"),
+            ReplyProgress::NeedMore => Reply::temporary(texts::RELAY_FAILED),
+            ReplyProgress::Malformed => Reply::temporary(texts::MALFORMED_RESPONSE),
         },
-        exit => Reply { status: status(exit), text: b"internal server error".to_vec() },
+        exit => Reply { status: status(exit), text: texts::INTERNAL_ERROR.into() },
     }
 }
 

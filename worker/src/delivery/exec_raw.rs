@@ -9,6 +9,7 @@
 //! without a text or by a signal.
 
 use qrelay_shared::qmqp::{MAX_REPLY_TEXT, Reply, Status};
+use qrelay_shared::texts;
 
 use crate::delivery::Delivery;
 use crate::delivery::action::Exec;
@@ -37,7 +38,7 @@ fn verdict(exit: Exit, output: &[u8]) -> Reply {
         Exit::Signal(_) | Exit::Unknown => String::new(),
     };
     if text.is_empty() && status != Status::Accepted {
-        text = "internal server error".into();
+        text = texts::INTERNAL_ERROR.into();
     }
     text.truncate(boundary(&text, MAX_REPLY_TEXT));
     Reply { status, text: text.into() }

@@ -28,6 +28,7 @@ use qrelay_shared::address::printable;
 use qrelay_shared::deadline::Deadline;
 use qrelay_shared::qmqp::{MAX_REPLY, Reply, Status};
 use qrelay_shared::sys::{input, pidfd, spawn};
+use qrelay_shared::texts;
 use slog::{Logger, error, warn};
 
 use crate::delivery::Delivery;
@@ -81,7 +82,7 @@ enum End {
 
 /// Runs a program for a mail. Whatever happens, the result has a reply.
 pub fn deliver(host: &Host<'_>, mail: &Mail, action: &Exec, kind: &Kind<'_>) -> Delivery {
-    let late = if action.timeout.is_some() { "timeout" } else { "relay failed" };
+    let late = if action.timeout.is_some() { texts::TIMEOUT } else { texts::RELAY_FAILED };
     let deadline = action.timeout.map_or(host.deadline, Deadline::after);
     let program = action.arguments.first().map(|path| printable(path.as_bytes()).into());
     let delivery = |reply, attempted, canceled| Delivery {
@@ -98,7 +99,7 @@ pub fn deliver(host: &Host<'_>, mail: &Mail, action: &Exec, kind: &Kind<'_>) -> 
         Err(error) => {
             error!(host.logger, "program can't be started"; "id" => &*mail.id,
                 "program" => program.as_deref(), "error" => error.desc());
-            return delivery(Reply::temporary("internal server error"), false, false);
+            return delivery(Reply::temporary(texts::INTERNAL_ERROR), false, false);
         }
     };
     let end = run.finish(kind.enough);

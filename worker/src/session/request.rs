@@ -19,6 +19,7 @@ use qrelay_shared::qmqp::{Limits, Progress, Reply, RequestError, progress};
 use qrelay_shared::settings::Settings;
 use qrelay_shared::sys::net::recv_append;
 use qrelay_shared::sys::wait::wait;
+use qrelay_shared::texts;
 
 use crate::mail::memory::{Budget, Share};
 
@@ -122,17 +123,19 @@ impl<'w> Terms<'w> {
                 Err(error) => return Incoming::refused(error),
             };
             if deadline.expired() {
-                return Incoming::Refused(Reply::temporary("request timed out"));
+                return Incoming::Refused(Reply::temporary(texts::REQUEST_TIMED_OUT));
             }
             if buffer.len() == buffer.capacity() && !self.grow(buffer, total, memory, deadline) {
-                return Incoming::Refused(Reply::temporary("try again later"));
+                return Incoming::Refused(Reply::temporary(texts::TRY_AGAIN));
             }
             match receive(client, buffer) {
                 Ok(0) => return Incoming::Gone,
                 Ok(_) => {}
                 Err(Errno::EAGAIN) => match self.wait(client, deadline) {
                     Ok(true) => at_once = false,
-                    Ok(false) => return Incoming::Refused(Reply::temporary("request timed out")),
+                    Ok(false) => {
+                        return Incoming::Refused(Reply::temporary(texts::REQUEST_TIMED_OUT));
+                    }
                     Err(_) => return Incoming::Gone,
                 },
                 Err(_) => return Incoming::Gone,
