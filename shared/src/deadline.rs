@@ -15,6 +15,11 @@ impl Deadline {
         Self(Instant::now() + timeout)
     }
 
+    /// At this instant.
+    pub fn at(instant: Instant) -> Self {
+        Self(instant)
+    }
+
     /// The earlier of this and `timeout` from now.
     pub fn at_most(self, timeout: Duration) -> Self {
         self.min(Self::after(timeout))

@@ -9,6 +9,7 @@ pub mod net;
 pub mod pidfd;
 pub mod proc_stat;
 pub mod process;
+pub mod process_group;
 pub mod spawn;
 pub mod thread;
 pub mod wait;

@@ -13,57 +13,46 @@
 use std::collections::HashSet;
 use std::fmt;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use nix::errno::Errno;
-use nix::sys::signal::{Signal, killpg};
+use nix::sys::signal::Signal;
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use nix::unistd::Pid;
 use parking_lot::Mutex;
 use qrelay_shared::deadline::Deadline;
 use qrelay_shared::ids::JobId;
-use qrelay_shared::sys::proc_stat;
 use qrelay_shared::sys::process::reap;
+use qrelay_shared::sys::process_group::{self, FIRST_PAUSE, Group, Others, VANISH, next_pause};
 use qrelay_shared::sys::spawn::{Program, spawn};
 
 use crate::job_channel::Reports;
-
-/// How long the rest of a process group may take to vanish after SIGKILL. What takes longer hangs
-/// in the kernel, and doesn't come back to do anything.
-const VANISH: Duration = Duration::from_secs(1);
-/// How often it is looked at: it is usually gone at once.
-const GLANCE: Duration = Duration::from_millis(1);
 
 /// All programs of a worker.
 #[derive(Debug)]
 pub struct Children {
     reports: Arc<Reports>,
-    running: Mutex<Vec<Pid>>,
-    look: Mutex<Look>,
+    running: Mutex<Vec<Group>>,
+    scan: Mutex<Scan>,
 }
 
-/// A look at the system's processes. It serves all threads, so that the time it takes (15 µs per
-/// process) isn't spent by each of them.
+/// A scan of the system's processes. One scan serves all threads, because it takes about 15 µs per
+/// process.
 #[derive(Debug)]
-struct Look {
+struct Scan {
     began: Instant,
-    /// No further one before that.
-    rested: Instant,
-    /// Process groups that had a living member; nothing if it can't be known.
+    /// The earliest start of the next scan.
+    next: Instant,
+    /// Process groups that had a living member; `None` if the scan failed.
     living: Option<HashSet<Pid>>,
 }
 
-/// So many times what a look took passes before the next one.
-const REST: u32 = 10;
-
-impl Look {
+impl Scan {
     fn now() -> Self {
         let began = Instant::now();
-        let living = proc_stat::processes().ok().map(|all| {
-            all.into_iter().filter(|process| process.alive).map(|process| process.group).collect()
-        });
+        let living = process_group::living().ok();
         let ended = Instant::now();
-        Self { began, rested: ended + (ended - began) * REST, living }
+        Self { began, next: ended + process_group::pause_after_scan(ended - began), living }
     }
 }
 
@@ -92,18 +81,21 @@ impl Children {
     /// None so far.
     pub fn new(reports: Arc<Reports>) -> Arc<Self> {
         let now = Instant::now();
-        let look = Mutex::new(Look { began: now, rested: now, living: None });
-        Arc::new(Self { reports, running: Mutex::default(), look })
+        let scan = Mutex::new(Scan { began: now, next: now, living: None });
+        Arc::new(Self { reports, running: Mutex::default(), scan })
     }
 
-    /// Whether a process group may have a living member. The answer can be late, but "no" is
-    /// never older than `since`.
-    fn may_live(&self, group: Pid, since: Instant) -> bool {
-        let mut look = self.look.lock();
-        if look.rested <= Instant::now() {
-            *look = Look::now();
+    /// Whether members of a process group may be left. The answer can be late, but "gone" is never
+    /// older than `since`.
+    fn others(&self, group: Group, since: Instant) -> Others {
+        let mut scan = self.scan.lock();
+        if scan.next <= Instant::now() {
+            *scan = Scan::now();
         }
-        look.began < since || look.living.as_ref().is_none_or(|living| living.contains(&group))
+        match &scan.living {
+            Some(living) if scan.began >= since && !living.contains(&group.id()) => Others::Gone,
+            _ => Others::MayLive,
+        }
     }
 
     /// Starts a program for a mail. Its standard input names the mail, by which the supervisor
@@ -113,17 +105,19 @@ impl Children {
     /// See [`spawn`].
     pub fn start(self: &Arc<Self>, job: JobId, program: &Program<'_>) -> Result<Child, Errno> {
         let pid = spawn(program)?;
-        self.running.lock().push(pid);
+        // A new process has a number above 1 that isn't our group's, so this doesn't fail.
+        let group = Group::led_by(pid).ok_or(Errno::ESRCH)?;
+        self.running.lock().push(group);
         self.reports.child(job, pid);
-        Ok(Child { children: Arc::clone(self), job, pid, reaped: false })
+        Ok(Child { children: Arc::clone(self), job, group, reaped: false })
     }
 
     /// Kills all programs with everything in their process groups, for a process that ends right
     /// after that: none of them can be reaped, and no other one reported, from now on.
     pub fn kill_all(&self) {
         let running = self.running.lock();
-        for &pid in &*running {
-            let _ = killpg(pid, Signal::SIGKILL);
+        for group in &*running {
+            let _ = group.signal(Signal::SIGKILL);
         }
         std::mem::forget(running);
     }
@@ -134,26 +128,26 @@ impl Children {
 pub struct Child {
     children: Arc<Children>,
     job: JobId,
-    pid: Pid,
+    group: Group,
     reaped: bool,
 }
 
 impl Child {
-    /// Its process id, and that of its group.
+    /// Returns the number of the program's process and of its group.
     pub fn pid(&self) -> Pid {
-        self.pid
+        self.group.id()
     }
 
-    /// Sends a signal to its process group. That it isn't allowed to (a program may have become
-    /// another user's) is no error: the program then ends when it wants to.
+    /// Sends a signal to the program's process group. A signal that isn't permitted, because the
+    /// program has become another user's, is no error: the program then ends when it wants to.
     pub fn signal_group(&self, signal: Signal) {
-        let _ = killpg(self.pid, signal);
+        let _ = self.group.signal(signal);
     }
 
-    /// Whether a member of its process group may not have ended, itself or another. The answer can
-    /// be late, but "no" is never older than `since`.
-    pub fn group_may_live(&self, since: Instant) -> bool {
-        self.children.may_live(self.pid, since)
+    /// Whether members of the program's group may be left, itself or others. The answer can be late,
+    /// but "gone" is never older than `since`.
+    pub fn others(&self, since: Instant) -> Others {
+        self.children.others(self.group, since)
     }
 
     /// Waits for its end.
@@ -161,16 +155,16 @@ impl Child {
         self.finish()
     }
 
-    /// After its end: ends the rest of its group, which can be named as long as its leader isn't
-    /// reaped, and waits until nothing is left.
+    /// Ends, after the program's end, the rest of its group, and waits until nothing is left. The
+    /// leader is reaped after SIGKILL, because only an unreaped leader keeps the group's number.
     pub fn reap_group(self) {
-        let group = self.pid;
+        let group = self.group;
         self.signal_group(Signal::SIGKILL);
         self.reap();
-        let limit = Deadline::after(VANISH);
-        // A signal of 0 does nothing, should the number be another group's by now.
-        while killpg(group, None) != Err(Errno::ESRCH) && !limit.expired() {
-            std::thread::sleep(GLANCE);
+        let (limit, mut pause) = (Deadline::after(VANISH), FIRST_PAUSE);
+        while !group.is_empty() && !limit.expired() {
+            std::thread::sleep(pause);
+            pause = next_pause(pause);
         }
     }
 
@@ -184,10 +178,10 @@ impl Child {
     fn finish(&mut self) -> Exit {
         self.reaped = true;
         let ended = WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT;
-        while waitid(Id::Pid(self.pid), ended) == Err(Errno::EINTR) {}
-        self.children.running.lock().retain(|&pid| pid != self.pid);
+        while waitid(Id::Pid(self.pid()), ended) == Err(Errno::EINTR) {}
+        self.children.running.lock().retain(|&group| group != self.group);
         self.children.reports.child_gone(self.job);
-        match reap(self.pid) {
+        match reap(self.pid()) {
             Ok(WaitStatus::Exited(_, status)) => Exit::Status(status),
             Ok(WaitStatus::Signaled(_, signal, _)) => Exit::Signal(signal),
             // Nobody else reaps our children, so this doesn't happen.

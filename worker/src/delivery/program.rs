@@ -4,13 +4,12 @@
 //! so that it never waits for us; what goes beyond [`MAX_REPLY`] bytes is dropped. The program
 //! is over when its own process has ended: what it left running in the background may go on,
 //! and what that writes counts only for [`LINGER`]. When the time is over or the client has gone,
-//! the program's process group gets SIGTERM, and what is left of it after [`GRACE`] SIGKILL, whether
-//! or not the program itself has ended by then: it isn't reaped before, so that its number still
-//! names the group. The mail is over as soon as nothing is left.
+//! the program's process group is ended as [`process_group`] says, with all that is left of it,
+//! whether or not the program itself has ended by then. The mail is over as soon as nothing is left.
 //!
 //! # Failure
 //! A program that doesn't start is an errno. One that not even SIGKILL ends (it waits for a
-//! dead file server, or is another user's) is left to itself after another [`GRACE`].
+//! dead file server, or is another user's) is left to itself.
 
 use std::fs::File;
 use std::io::Read;
@@ -27,6 +26,7 @@ use nix::unistd::pipe2;
 use qrelay_shared::address::printable;
 use qrelay_shared::deadline::Deadline;
 use qrelay_shared::qmqp::{MAX_REPLY, Reply, Status};
+use qrelay_shared::sys::process_group::{self, Ending, Others, Step};
 use qrelay_shared::sys::{input, pidfd, spawn};
 use qrelay_shared::texts;
 use slog::{Logger, error, warn};
@@ -36,14 +36,8 @@ use crate::delivery::action::Exec;
 use crate::delivery::children::{Child, Children, Exit};
 use crate::mail::Mail;
 
-/// From SIGTERM to SIGKILL.
-const GRACE: Duration = Duration::from_secs(10);
 /// How long output is awaited from what a program left behind, such as `| logger`.
 const LINGER: Duration = Duration::from_millis(100);
-/// How often it is looked whether a group has ended whose leader has: its other members are nobody's
-/// children here. At first it is soon, since most end at once.
-const FIRST_LOOK: Duration = Duration::from_millis(1);
-const LAST_LOOK: Duration = Duration::from_millis(50);
 /// How long to wait after a failure of poll(2), which is short of memory.
 const PAUSE: Duration = Duration::from_millis(10);
 
@@ -229,33 +223,41 @@ impl<'a> Run<'a> {
         let Some(child) = self.child.take() else { return };
         self.client = None;
         child.signal_group(Signal::SIGTERM);
-        let grace = Deadline::after(GRACE);
-        let mut ended = self.wait(grace) == Event::Ended;
-        if ended {
-            self.wait_for_group(&child, grace);
-        } else {
-            child.signal_group(Signal::SIGKILL);
-            ended = self.wait(Deadline::after(GRACE)) == Event::Ended;
-        }
-        if ended {
-            child.reap_group();
-        } else {
-            error!(self.logger, "program can't be killed"; "id" => self.id,
-                "pid" => child.pid().as_raw());
-            child.abandon();
+        let mut ending = Ending::asked(Instant::now());
+        let mut others = Others::MayLive;
+        loop {
+            match ending.next(others, Instant::now()) {
+                Step::Wait if ending.leader_runs() => {
+                    if self.wait(Deadline::at(ending.due())) == Event::Ended {
+                        ending.leader_ended();
+                    }
+                }
+                Step::Wait => others = self.wait_for_group(&child, Deadline::at(ending.due())),
+                Step::Kill => child.signal_group(Signal::SIGKILL),
+                Step::KillAndReap => return child.reap_group(),
+                Step::GiveUp | Step::Over => {
+                    error!(self.logger, "program can't be killed"; "id" => self.id,
+                        "pid" => child.pid().as_raw());
+                    return child.abandon();
+                }
+            }
         }
     }
 
-    /// The program has ended: waits for the rest of its group, which may want to write, too.
-    fn wait_for_group(&mut self, child: &Child, grace: Deadline) {
-        let (ended, mut pause) = (Instant::now(), FIRST_LOOK);
-        while child.group_may_live(ended) && !grace.expired() {
+    /// Waits, after the end of the program, for the rest of its group, and reads what they write.
+    fn wait_for_group(&mut self, child: &Child, grace: Deadline) -> Others {
+        let (ended, mut pause) = (Instant::now(), process_group::FIRST_PAUSE);
+        while child.others(ended) == Others::MayLive {
+            if grace.expired() {
+                return Others::MayLive;
+            }
             let next = grace.at_most(pause);
             while !next.expired() {
                 self.read_ready(next);
             }
-            pause = LAST_LOOK.min(pause * 2);
+            pause = process_group::next_pause(pause);
         }
+        Others::Gone
     }
 
     /// Reads output until something happens.
