@@ -1,5 +1,4 @@
-//! The command line: what can be said, and its translation into the options of
-//! each command.
+//! The command line: its grammar, and its translation into the options of each command.
 //!
 //! # Failure
 //! A command line that can't be understood ends with clap's explanation and
@@ -18,15 +17,15 @@ use slog::Level;
 use crate::client::send::SendOptions;
 use crate::client::sink::SinkOptions;
 
-/// Where the original looks for its configuration too.
+/// Default path of the configuration, the same as the original program's.
 const DEFAULT_CONFIG: &str = "/etc/cm4all/qrelay/config.lua";
 
 const EXAMPLES: &str = "\
 Examples:
   qrelay                                  run with /etc/cm4all/qrelay/config.lua
   qrelay --config ./config.lua            run with another configuration
-  qrelay check --config ./config.lua      say what it declares, or what is wrong with it
-  qrelay sink --listen /tmp/next.sock     be a next hop that shows what it gets
+  qrelay check --config ./config.lua      show what it declares, or what is wrong with it
+  qrelay sink --listen /tmp/next.sock     run a next hop that shows the mails it gets
   qrelay send --to /run/qrelay.sock --sender a@example.com b@example.org < mail
 
 Exit status: 0 success, 64 usage, 71 system error, 78 configuration error;
@@ -38,7 +37,7 @@ Exit status: 0 success, 64 usage, 71 system error, 78 configuration error;
 struct Cli {
     #[command(flatten)]
     common: Common,
-    /// How long the script may run before it has declared its listeners, in seconds.
+    /// How long the script may take to load, in seconds.
     #[arg(long, value_name = "SECONDS", default_value = "30", value_parser = seconds)]
     boot_timeout: Duration,
     #[command(subcommand)]
@@ -47,10 +46,10 @@ struct Cli {
 
 #[derive(Debug, clap::Args)]
 struct Common {
-    /// The Lua script that configures everything.
+    /// The Lua script that is the configuration.
     #[arg(long, global = true, value_name = "PATH", default_value = DEFAULT_CONFIG)]
     config: PathBuf,
-    /// What is logged: records of this level and above.
+    /// Log records of this level and above.
     #[arg(long, global = true, value_name = "LEVEL", default_value = "info", ignore_case = true)]
     log_level: LogLevel,
 }
@@ -81,36 +80,36 @@ impl From<LogLevel> for Level {
 
 #[derive(Debug, Subcommand)]
 enum Verb {
-    /// Load the script and print its listeners and settings, or its error.
+    /// Run the script, and print its listeners and settings, or its error; bind no socket.
     Check,
-    /// Submit one mail, read from standard input.
+    /// Submit the mail that is read from standard input, and print the text of the answer.
     #[command(after_help = "Example:
   qrelay send --to /run/qrelay.sock --sender a@example.com b@example.org < mail")]
     Send {
         /// Where the server listens: path, @abstract, or IP address with or without port.
         #[arg(long, value_name = "SOCKET", value_parser = socket)]
         to: Endpoint,
-        /// Envelope sender; '' for a bounce.
+        /// Envelope sender ('' for a bounce).
         #[arg(long)]
         sender: String,
-        /// Longest wait for the answer, in seconds.
+        /// Longest time from connecting to the answer, in seconds.
         #[arg(long, value_name = "SECONDS", default_value = "60", value_parser = seconds)]
         timeout: Duration,
         /// Envelope recipients.
         #[arg(required = true, value_name = "RECIPIENT")]
         recipients: Vec<String>,
     },
-    /// Be a QMQP server that shows or stores what it gets.
+    /// Run a QMQP server that shows or stores the mails it gets.
     #[command(after_help = "Example:
   qrelay sink --listen 127.0.0.1:6280 --output /tmp/mails/")]
     Sink {
         /// Where to listen: path, @abstract, or IP address with or without port.
         #[arg(long, value_name = "SOCKET", value_parser = socket)]
         listen: Endpoint,
-        /// What every mail is answered.
+        /// Answer to every mail: K accepted, Z not now, D never.
         #[arg(long, default_value = "K", ignore_case = true)]
         answer: Answer,
-        /// A file to append to, or a directory that gets a file per mail; else standard output.
+        /// File to append mails to, or directory for one file per mail [default: standard output].
         #[arg(long, value_name = "FILE|DIR")]
         output: Option<PathBuf>,
     },
@@ -126,28 +125,28 @@ enum Answer {
     D,
 }
 
-/// One command with its options.
+/// A command with its options.
 #[derive(Debug)]
 pub enum Command {
-    /// The daemon.
+    /// Run the daemon.
     Run(Options),
-    /// Load the script at this absolute path and tell what it declares.
+    /// Load the script at this absolute path, and print what it declares.
     Check(PathBuf, Level),
-    /// A client.
+    /// Submit a mail.
     Send(SendOptions),
-    /// A server.
+    /// Run a server that shows or stores mails.
     Sink(SinkOptions),
-    /// A zygote.
+    /// Run a zygote.
     Zygote(Level),
 }
 
 /// Reads the process's command line.
 ///
 /// # Errors
-/// The exit status, once clap has printed its explanation, help or version.
+/// The exit status. clap has printed its explanation, the help or the version.
 pub fn parse() -> Result<Command, Exit> {
     let cli = Cli::try_parse().map_err(|error| {
-        // Nobody to tell if even this can't be printed.
+        // If this can't be printed, nothing else can.
         let _ = error.print();
         if error.use_stderr() { Exit::Usage } else { Exit::Success }
     })?;
@@ -171,7 +170,7 @@ pub fn parse() -> Result<Command, Exit> {
     })
 }
 
-/// The daemon changes its working directory, so a relative path must not stay one.
+/// Makes a path absolute, because the zygote changes its working directory.
 fn absolute(path: PathBuf) -> Result<PathBuf, Exit> {
     std::path::absolute(&path).map_err(|error| {
         eprintln!("qrelay: {}: {error}", path.display());
