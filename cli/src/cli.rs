@@ -1,8 +1,8 @@
 //! The command line: its grammar, and its translation into the options of each command.
 //!
 //! # Failure
-//! A command line that can't be understood ends with clap's explanation and
-//! exit status 64 (EX_USAGE).
+//! A command line that can't be understood ends with clap's explanation and exit status 64
+//! (EX_USAGE).
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -143,10 +143,11 @@ pub enum Command {
 /// Reads the process's command line.
 ///
 /// # Errors
-/// The exit status. clap has printed its explanation, the help or the version.
+/// Returns the exit status of the process when there is no command to run. clap has already printed
+/// its explanation, the help or the version.
 pub fn parse() -> Result<Command, Exit> {
     let cli = Cli::try_parse().map_err(|error| {
-        // If this can't be printed, nothing else can.
+        // A failure to print can't be reported anywhere.
         let _ = error.print();
         if error.use_stderr() { Exit::Usage } else { Exit::Success }
     })?;

@@ -1,14 +1,14 @@
 //! The client commands: `qrelay send` and `qrelay sink`.
 //!
-//! Both are tools for trying things out and for tests; neither needs a daemon. [`send`] submits
-//! one mail over QMQP, [`sink`] is a QMQP server that shows or stores what it gets.
+//! Both are tools for trying things out and for tests, and need no daemon. [`send`] submits one
+//! mail over QMQP. [`sink`] is a QMQP server that shows or stores the mails it receives.
 //!
 //! Contract: each command is one function that takes an options struct and returns the exit status
-//! of the process; reading the command line is somebody else's.
+//! of the process. The module [`cli`](crate::cli) reads the command line.
 //!
 //! # Failure
-//! A message on stderr with the cause, and an [`Exit`](qrelay_shared::exit::Exit) that tells a
-//! script what to do next.
+//! The cause is printed on stderr. The [`Exit`](qrelay_shared::exit::Exit) tells a calling script
+//! what to do next.
 
 pub mod send;
 pub mod sink;

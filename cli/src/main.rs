@@ -1,5 +1,11 @@
-//! The `qrelay` command: one binary for the supervisor, its zygotes and the
-//! tools around them. What each command does is in the crates; this only chooses.
+//! The `qrelay` command: one binary for the supervisor, its zygotes and the tools around them.
+//!
+//! Contract: `main` reads the command line and calls the function of the command, nothing else. The
+//! supervisor and the worker (with the zygote and the check) are crates of their own; the client
+//! commands are the module `client`.
+//!
+//! # Failure
+//! Every command returns an [`Exit`], which becomes the exit status of the process.
 
 #![forbid(unsafe_code)]
 
@@ -29,7 +35,8 @@ fn main() -> ExitCode {
 
 fn check(config: &std::path::Path, level: slog::Level) -> Exit {
     let logger = qrelay_shared::log::init(level, "qrelay");
-    // No supervisor here, so no process to ask: a thread answers.
+    // `check` has no supervisor that could hold the shared dictionaries, so a thread answers
+    // instead.
     let dictionaries = Box::new(|line| {
         std::thread::spawn(move || dictionary_server::serve_alone(line));
         Ok(())

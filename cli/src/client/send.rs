@@ -1,12 +1,14 @@
 //! `qrelay send`: submits one mail over QMQP.
 //!
-//! Contract: the message comes from stdin as it is, the reply's text goes to stdout, made
-//! printable. As everywhere in QMQP, `K` counts only once the whole request is written, an earlier
-//! `Z` or `D` stands, and a broken connection is no answer but doesn't hide one that came before.
+//! Contract: the message is read from stdin and sent unchanged; the text of the reply is printed on
+//! stdout with control characters replaced. A `K` counts only if the whole request has been
+//! written. A `Z` or `D` that comes earlier counts as well. A reply that came before the connection
+//! broke still counts.
 //!
 //! # Failure
-//! The exit code says what to do next: 64 the arguments are wrong, 69 refused for good, 75 try
-//! again. No answer, whatever the reason, is 75 with the cause on stderr.
+//! The exit status says what to do next: 64 the arguments are wrong, 69 the mail is refused for
+//! good, 75 try again. Without an answer, whatever the reason, the exit status is 75 and the cause
+//! is printed on stderr.
 
 use std::io::{self, Read, Write};
 use std::time::{Duration, Instant};
@@ -19,71 +21,65 @@ use thiserror::Error;
 
 use crate::client::stream::Stream;
 
-/// What `qrelay send` is asked to do.
+/// Options of `qrelay send`.
 #[derive(Debug, Clone)]
 pub struct SendOptions {
-    /// The QMQP server.
+    /// Address of the QMQP server.
     pub to: Endpoint,
     /// Envelope sender; empty for a bounce.
     pub sender: String,
     /// Envelope recipients, at least one.
     pub recipients: Vec<String>,
-    /// For everything from connecting to the answer.
+    /// Time limit for the whole exchange, from connecting to the complete answer.
     pub timeout: Duration,
 }
 
 /// Why there is no answer.
 #[derive(Debug, Error)]
 pub enum SendError {
-    /// The sender can't be used.
+    /// The envelope sender is not a valid mail address.
     #[error("the sender {0:?} is not a mail address")]
     Sender(String),
-    /// A recipient can't be used.
+    /// An envelope recipient is not a valid mail address.
     #[error("the recipient {0:?} is not a mail address")]
     Recipient(String),
-    /// Nobody to send to.
+    /// The list of recipients is empty.
     #[error("no recipient")]
     NoRecipient,
-    /// The message can't be read.
+    /// Reading the message from stdin failed.
     #[error("can't read the message from stdin: {0}")]
     Input(#[source] io::Error),
-    /// The server isn't there.
+    /// The connection to the server could not be made.
     #[error("can't connect to {to}: {cause}")]
     Connect {
-        /// The server.
         to: Endpoint,
-        /// The system's reason.
         #[source]
         cause: io::Error,
     },
     /// The connection broke while the request was written.
     #[error("{to} stopped reading: {cause}")]
     Write {
-        /// The server.
         to: Endpoint,
-        /// The system's reason.
         #[source]
         cause: io::Error,
     },
     /// The connection broke before the reply was complete.
     #[error("no answer from {to}: {cause}")]
     Read {
-        /// The server.
         to: Endpoint,
-        /// The system's reason.
         #[source]
         cause: io::Error,
     },
-    /// The server hung up.
+    /// The server closed the connection without a reply.
     #[error("{0} closed the connection without an answer")]
     Silence(Endpoint),
-    /// The server doesn't speak QMQP.
+    /// The server sent bytes that are no QMQP reply.
     #[error("{0} answered something that isn't QMQP")]
     Malformed(Endpoint),
 }
 
 impl SendError {
-    /// The exit status of the process.
+    /// Returns the exit status for this error.
     pub fn exit(&self) -> Exit {
         match self {
             Self::Sender(_) | Self::Recipient(_) | Self::NoRecipient => Exit::Usage,
@@ -92,11 +88,12 @@ impl SendError {
     }
 }
 
-/// Runs the command with the process' own stdin, stdout and stderr.
+/// Runs the command on the stdin, stdout and stderr of this process.
 pub fn run(options: &SendOptions) -> Exit {
     match submit(options, &mut io::stdin().lock()) {
         Ok(reply) => {
-            // Whoever closed stdout doesn't want the text; the exit code says it all.
+            // Writing fails only if nobody reads stdout; the exit status carries the result in any
+            // case.
             let _ = writeln!(io::stdout(), "{}", printable(&reply.text));
             exit_status(reply.status)
         }
@@ -115,10 +112,10 @@ fn exit_status(status: Status) -> Exit {
     }
 }
 
-/// Submits the mail whose message `input` holds.
+/// Submits one mail whose message is read from `input` to its end.
 ///
 /// # Errors
-/// [`SendError`] when there is no answer.
+/// Returns a [`SendError`] if the arguments are wrong or if there is no answer.
 pub fn submit(options: &SendOptions, input: &mut dyn Read) -> Result<Reply, SendError> {
     check_envelope(options)?;
     let mut message = Vec::new();
@@ -152,7 +149,7 @@ fn check_envelope(options: &SendOptions) -> Result<(), SendError> {
     }
 }
 
-/// Sets what remains until `deadline` as the limit of the next operation.
+/// Limits the next operation to the time that remains until `deadline`.
 fn limit(stream: &Stream, deadline: Instant) -> io::Result<()> {
     stream.set_timeout(deadline.saturating_duration_since(Instant::now()))
 }
@@ -191,7 +188,7 @@ fn read_reply(stream: &mut Stream, deadline: Instant, to: &Endpoint) -> Result<R
     }
 }
 
-/// The kernel calls an exceeded socket timeout "resource temporarily unavailable".
+/// Rewords an exceeded socket timeout, which the kernel calls "resource temporarily unavailable".
 fn readable(error: io::Error) -> io::Error {
     match error.kind() {
         io::ErrorKind::WouldBlock => io::Error::new(io::ErrorKind::TimedOut, "timed out"),

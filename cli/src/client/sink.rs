@@ -1,12 +1,13 @@
 //! `qrelay sink`: a QMQP server that shows or stores the mails it gets.
 //!
-//! Contract: the embedded next hop for trying things out. One thread per connection; `K` is sent
-//! only after the mail is stored. With `--answer Z` or `D` every mail is refused and none is
-//! stored. Each mail is also one line on stderr.
+//! Contract: a next hop for trying things out, with one thread per connection. `K` is sent only
+//! after the mail is stored. With `--answer Z` or `D` every mail is refused and none is stored.
+//! Each mail is also reported by one line on stderr.
 //!
 //! # Failure
-//! A mail that can't be stored is answered `Z`, with the cause on stderr. A client that breaks the
-//! protocol is answered as by the daemon. Failing to listen ends the command with 71.
+//! A mail that can't be stored is answered with `Z`, and the cause is printed on stderr. A client
+//! that breaks the protocol gets the same answer as from the daemon. If listening fails, the
+//! command ends with exit status 71.
 
 use std::fmt;
 use std::io::{self, Read, Write};
@@ -25,53 +26,52 @@ use thiserror::Error;
 use crate::client::store::{Mail, Store};
 use crate::client::stream::{Listener, Stream};
 
-/// Largest message in bytes: what `max_size` can be at most, and room for inserted header lines.
+/// Largest message in bytes: the highest `max_size` of a daemon, and room for the header lines that
+/// the daemon inserts.
 const LIMITS: Limits = Limits { max_size: (1 << 30) + (1 << 16) };
-/// Longest silence of a client.
+/// Longest wait for the next bytes of a client.
 const CLIENT_TIMEOUT: Duration = Duration::from_secs(60);
-/// How long a client may go on sending after an early reply (as the daemon does).
+/// Longest time that a client may go on sending after an early reply; the daemon allows the same.
 const LINGER: Duration = Duration::from_secs(2);
-/// Pause after a failed accept, which would otherwise fail again at once (out of descriptors).
+/// Pause after a failed accept. Without a pause the next accept would fail again at once, because
+/// the usual cause is a lack of descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-/// What `qrelay sink` is asked to do.
+/// Options of `qrelay sink`.
 #[derive(Debug, Clone)]
 pub struct SinkOptions {
-    /// Where to listen.
+    /// Address to listen on.
     pub listen: Endpoint,
-    /// What every mail gets.
+    /// Status of the answer to every mail.
     pub answer: Status,
-    /// A directory (one file per mail) or a file (appended to); stdout if absent.
+    /// A directory (one file per mail) or a file (appended to); `None` means stdout.
     pub output: Option<PathBuf>,
 }
 
 /// Why the sink can't run.
 #[derive(Debug, Error)]
 pub enum SinkError {
-    /// The socket can't be had.
+    /// Binding the socket failed.
     #[error("can't listen on {at}: {cause}")]
     Listen {
-        /// The address.
         at: Endpoint,
-        /// The system's reason.
         #[source]
         cause: io::Error,
     },
-    /// The output can't be had.
+    /// Opening the output failed.
     #[error("can't open {path}: {cause}")]
     Output {
-        /// As given.
+        /// The path as given on the command line, or `stdout`.
         path: PathBuf,
-        /// The system's reason.
         #[source]
         cause: io::Error,
     },
-    /// Signals or threads can't be had.
+    /// The signal handler or its thread could not be set up.
     #[error("{0}")]
     System(#[source] io::Error),
 }
 
-/// Runs the command until SIGINT or SIGTERM, with the process' own stdout and stderr.
+/// Runs the command on the stdout and stderr of this process until SIGINT or SIGTERM.
 pub fn run(options: &SinkOptions) -> Exit {
     match serve(options) {
         Ok(never) => match never {},
@@ -82,7 +82,7 @@ pub fn run(options: &SinkOptions) -> Exit {
     }
 }
 
-/// What every connection needs.
+/// State shared by the threads of all connections.
 struct Sink {
     store: Store,
     answer: Status,
@@ -104,13 +104,14 @@ fn serve(options: &SinkOptions) -> Result<std::convert::Infallible, SinkError> {
     }
 }
 
-/// One line on stderr; nobody reading it is no reason to stop.
+/// Prints one line on stderr. A failure is ignored, because the sink also works if nobody reads
+/// stderr.
 fn say(text: fmt::Arguments<'_>) {
     let _ = writeln!(io::stderr(), "qrelay sink: {text}");
 }
 
-/// On SIGINT and SIGTERM a thread removes the socket file and ends the process: mails in work have
-/// no answer yet, so nothing is lost.
+/// Starts a thread that removes the socket file and ends the process on SIGINT or SIGTERM. Mails in
+/// work are not lost by that, because they have no answer yet.
 fn end_on_signal(listen: &Endpoint) -> io::Result<()> {
     let mut signals = Signals::new([SIGINT, SIGTERM])?;
     let path = match listen {
@@ -129,7 +130,8 @@ fn end_on_signal(listen: &Endpoint) -> io::Result<()> {
 fn accept(listener: &Listener, sink: &Arc<Sink>) {
     let result = listener.accept().and_then(|stream| {
         let sink = sink.clone();
-        // If no thread can be had, the connection closes unanswered, and its client tries again.
+        // If no thread can be started, the connection closes unanswered, and its client tries
+        // again.
         std::thread::Builder::new().name("client".into()).spawn(move || sink.connection(stream))
     });
     if let Err(error) = result {
@@ -138,13 +140,13 @@ fn accept(listener: &Listener, sink: &Arc<Sink>) {
     }
 }
 
-/// What a connection brought.
+/// Result of reading from a connection.
 enum Received {
-    /// All of a request.
+    /// A complete request.
     Request(Vec<u8>),
-    /// Something that can't become one.
+    /// Bytes that can't become a request, and the reply to them.
     Refused(Reply),
-    /// The client left or fell silent.
+    /// The client closed the connection or was silent for too long.
     Nothing,
 }
 
@@ -223,7 +225,8 @@ fn receive(stream: &mut Stream) -> Received {
     }
 }
 
-/// Reads and drops what still comes: closing with unread data would take the reply away.
+/// Reads and drops what the client still sends, because closing a socket with unread data would
+/// reset the connection and take the reply away.
 fn linger(stream: &mut Stream) {
     let deadline = Instant::now() + LINGER;
     let mut chunk = [0; 65_536];

@@ -1,12 +1,12 @@
-//! Where `qrelay sink` puts a mail: the terminal, one file, or a directory.
+//! The places where `qrelay sink` puts a mail: the terminal, one file, or a directory.
 //!
-//! Contract: [`Store::put`] returns only when the mail is where it belongs, on disk (synced) where
-//! there is one: only then may `K` be sent. A file in a directory appears complete or not at all.
-//! A file that is appended to keeps whole mails only: what a failed write left is cut off. The
-//! terminal gets no control characters but line ends and tabs.
+//! Contract: [`Store::put`] returns only when the mail is stored; in a file or directory it is also
+//! synced to disk. Only then may `K` be sent. A file in a directory appears complete or not at all.
+//! A file that is appended to holds whole mails only: the partial mail of a failed write is cut
+//! off. Control characters other than line ends and tabs are not printed on the terminal.
 //!
 //! # Failure
-//! `io::Error`; nothing of the mail is left behind.
+//! Every error is an `io::Error`, and nothing of the mail is left behind.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
@@ -17,7 +17,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use qrelay_shared::address::{escape_for_log, printable};
 
-/// A mail as received.
+/// A received mail.
 #[derive(Debug, Clone, Copy)]
 pub struct Mail<'a> {
     /// Header, empty line, body.
@@ -28,24 +28,25 @@ pub struct Mail<'a> {
     pub recipients: &'a [&'a [u8]],
 }
 
-/// The place for mails.
+/// The place where mails are put.
 #[derive(Debug)]
 pub enum Store {
-    /// Shown on stdout.
+    /// Stdout: mails are printed.
     Terminal,
-    /// Appended to one file, in mbox format (RFC 4155, with `>From ` quoting that can be undone).
+    /// A file in mbox format (RFC 4155): mails are appended, with `>From ` quoting that can be
+    /// undone.
     File(Mutex<File>),
-    /// One file per mail.
+    /// A directory: each mail becomes a file of its own.
     Directory {
-        /// The directory.
         path: PathBuf,
-        /// Tells mails of one second apart.
+        /// Number of the next mail, which makes the file names of one second different.
         serial: AtomicU64,
     },
 }
 
 impl Store {
-    /// Opens what `output` names: an existing directory, or else a file, which is made if needed.
+    /// Opens the place that `output` names: an existing directory, or else a file, which is created
+    /// if it doesn't exist. `None` means stdout.
     pub fn open(output: Option<&Path>) -> io::Result<Self> {
         let Some(path) = output else { return Ok(Self::Terminal) };
         if path.is_dir() {
@@ -55,7 +56,7 @@ impl Store {
         Ok(Self::File(Mutex::new(file)))
     }
 
-    /// Stores or shows a mail.
+    /// Stores or prints a mail.
     pub fn put(&self, mail: &Mail<'_>) -> io::Result<()> {
         match self {
             Self::Terminal => io::stdout().lock().write_all(shown(mail).as_bytes()),
@@ -74,7 +75,7 @@ fn seconds() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }
 
-/// Sorts by time, and is unique among processes that share a directory.
+/// Returns a file name that sorts by time and is unique among processes that share a directory.
 fn file_name(serial: u64) -> String {
     format!("{}.{}-{serial}.eml", seconds(), std::process::id())
 }
@@ -83,7 +84,7 @@ fn append(file: &mut File, text: &[u8]) -> io::Result<()> {
     let before = file.metadata()?.len();
     let result = file.write_all(text).and_then(|()| file.sync_data());
     if result.is_err() {
-        // A pipe or a terminal can't be cut, and has no partial mail to keep clean of.
+        // A pipe or a terminal can't be cut, but has no content that a partial mail could spoil.
         let _ = file.set_len(before);
     }
     result
@@ -106,7 +107,8 @@ fn write_synced(path: &Path, text: &[u8]) -> io::Result<()> {
     file.sync_all()
 }
 
-/// The envelope as the header lines that a final delivery adds (RFC 5321 4.4), then the message.
+/// Returns the message preceded by its envelope, as the header lines that a final delivery adds
+/// (RFC 5321 4.4).
 fn with_envelope(mail: &Mail<'_>) -> Vec<u8> {
     let mut text = [b"Return-Path: <", mail.sender, b">\n"].concat();
     for recipient in mail.recipients {
@@ -151,7 +153,8 @@ fn shown(mail: &Mail<'_>) -> String {
     text
 }
 
-/// A time in UTC as ctime(3) writes it, which mbox readers expect in the `From ` line.
+/// Formats seconds since 1970 in UTC as ctime(3) does, which mbox readers expect in the `From `
+/// line.
 fn ctime(seconds: u64) -> String {
     const DAYS: [&str; 7] = ["Thu", "Fri", "Sat", "Sun", "Mon", "Tue", "Wed"];
     const MONTHS: [&str; 12] =
@@ -169,7 +172,7 @@ fn ctime(seconds: u64) -> String {
     )
 }
 
-/// Year, month (from 0) and day (from 1) of a number of days since 1970-01-01.
+/// Returns year, month (from 0) and day (from 1) of a number of days since 1970-01-01.
 fn civil(mut days: u64) -> (u64, usize, u64) {
     let leap = |year: u64| {
         year.is_multiple_of(4) && (!year.is_multiple_of(100) || year.is_multiple_of(400))

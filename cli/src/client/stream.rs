@@ -1,10 +1,11 @@
-//! Connections and listeners of either family, behind one type each.
+//! Connections and listeners for local sockets and TCP, behind one type each.
 //!
-//! Contract: blocking I/O with time limits. Connecting never takes longer than it is told, not
-//! even to a local socket with a full backlog.
+//! Contract: blocking I/O with time limits. Connecting never exceeds its time limit, not even to a
+//! local socket with a full backlog.
 //!
 //! # Failure
-//! `io::Error` with the operation's own kind; an exceeded limit is `TimedOut` or `WouldBlock`.
+//! Every error is an `io::Error` with the kind of the failed operation; an exceeded limit is
+//! `TimedOut` or `WouldBlock`.
 
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
@@ -20,20 +21,20 @@ use nix::sys::socket::{SockProtocol, sockopt::SendTimeout};
 use nix::sys::time::TimeVal;
 use qrelay_shared::endpoint::Endpoint;
 
-/// Shortest limit that is asked of the kernel, where zero means none at all.
+/// Shortest time limit, because the kernel takes a limit of zero as none at all.
 const SHORTEST: Duration = Duration::from_millis(1);
 
-/// A connection.
+/// A connection to a peer.
 #[derive(Debug)]
 pub enum Stream {
-    /// Local.
+    /// A local socket: a path or an abstract name.
     Unix(UnixStream),
-    /// TCP.
+    /// A TCP socket.
     Tcp(TcpStream),
 }
 
 impl Stream {
-    /// Connects within `timeout`.
+    /// Connects to a server within `timeout`.
     pub fn connect(to: &Endpoint, timeout: Duration) -> io::Result<Self> {
         let timeout = timeout.max(SHORTEST);
         match to {
@@ -43,7 +44,7 @@ impl Stream {
         }
     }
 
-    /// Limits every single read and write from now on.
+    /// Sets the time limit of each following read and each following write.
     pub fn set_timeout(&self, timeout: Duration) -> io::Result<()> {
         let timeout = Some(timeout.max(SHORTEST));
         match self {
@@ -58,7 +59,7 @@ impl Stream {
         }
     }
 
-    /// Tells the peer that nothing more will come.
+    /// Shuts down the sending side, so that the peer sees the end of the data.
     pub fn finish(&self) -> io::Result<()> {
         match self {
             Self::Unix(stream) => stream.shutdown(Shutdown::Write),
@@ -67,8 +68,8 @@ impl Stream {
     }
 }
 
-/// The standard library connects a local socket without a limit, and waits for ever while the
-/// listener's backlog is full.
+/// Connects to a local socket within `timeout`. The standard library has no such limit and waits
+/// for ever while the backlog of the listener is full.
 fn connect_local(address: &UnixAddr, timeout: Duration) -> io::Result<Stream> {
     let kind = (AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC);
     let fd = socket(kind.0, kind.1, kind.2, None::<SockProtocol>)?;
@@ -103,14 +104,14 @@ impl Write for Stream {
 /// A listening socket.
 #[derive(Debug)]
 pub enum Listener {
-    /// Local.
+    /// A local socket: a path or an abstract name.
     Unix(UnixListener),
-    /// TCP.
+    /// A TCP socket.
     Tcp(TcpListener),
 }
 
 impl Listener {
-    /// Listens; a socket file that nobody listens on is replaced.
+    /// Listens on `at`. A socket file on which nobody listens is replaced.
     pub fn bind(at: &Endpoint) -> io::Result<Self> {
         match at {
             Endpoint::Inet(address) => TcpListener::bind(address).map(Self::Tcp),
@@ -125,7 +126,7 @@ impl Listener {
         }
     }
 
-    /// Waits for the next connection.
+    /// Waits without limit for the next connection.
     pub fn accept(&self) -> io::Result<Stream> {
         match self {
             Self::Unix(listener) => listener.accept().map(|(stream, _)| Stream::Unix(stream)),
@@ -134,7 +135,8 @@ impl Listener {
     }
 }
 
-/// Removes a socket file that refuses connections; anything else is left for `bind` to refuse.
+/// Removes the socket file at `path` if it refuses connections. Any other file is left alone, so
+/// that `bind` reports it.
 fn remove_stale(path: &Path) -> io::Result<()> {
     match path.symlink_metadata() {
         Ok(found) if found.file_type().is_socket() => {}
