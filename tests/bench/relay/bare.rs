@@ -1,11 +1,11 @@
-//! The bare relay: the floor that qrelay is measured against. QMQP in on a local socket, out over TCP; no
-//! Lua, no processes, no log, no checks.
+//! The bare relay: the floor that qrelay is measured against. The bare relay takes QMQP on a local
+//! socket and sends it on over TCP, without Lua, processes, log or checks.
 //!
-//! Contract: `THREADS` threads, and per mail exactly accept4, read, socket, connect, write, read, write and
-//! two closes, as long as request and reply fit one read each.
+//! Contract: `THREADS` threads serve the socket. Each mail costs exactly accept4, read, socket,
+//! connect, write, read, write and two closes, as long as request and reply fit one read each.
 //!
 //! # Failure
-//! A mail that fails is hung up on: its client sees silence and the benchmark fails.
+//! The client of a failed mail is hung up on without an answer, and the benchmark fails.
 
 use std::{
     io,
@@ -22,10 +22,10 @@ use nix::unistd::{read, write};
 
 use crate::netstring::{Extent, extent};
 
-/// Threads of the bare relay; each carries one mail at a time.
+/// Number of threads of the bare relay; each carries one mail at a time.
 pub const THREADS: usize = 32;
 
-/// Bytes that one request may have.
+/// Largest request in bytes.
 const BUFFER: usize = 2 << 20;
 
 /// Relays from the socket `path` to 127.0.0.1:`port` until the process is ended.
@@ -43,7 +43,7 @@ fn serve(listener: &UnixListener, port: u16) {
     let mut buffer = vec![0; BUFFER];
     loop {
         if let Ok((client, _)) = listener.accept() {
-            // The client sees an error as silence, and counts it.
+            // The load generator counts the missing answer, so the error needs no report here.
             let _ = relay(client, port, &mut buffer);
         }
     }
@@ -59,9 +59,9 @@ fn relay(client: UnixStream, port: u16, buffer: &mut [u8]) -> io::Result<()> {
     write_all(&client, &reply[..received])
 }
 
-/// Reads until the request is complete; returns its size.
+/// Reads until the request is complete, and returns its size in bytes.
 ///
-/// `read` and `write` are called directly, because std uses recv and send on sockets.
+/// The bare relay calls `read` and `write` directly, because std uses recv and send on sockets.
 fn read_request(client: &UnixStream, buffer: &mut [u8]) -> io::Result<usize> {
     let mut filled = 0;
     loop {

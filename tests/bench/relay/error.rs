@@ -1,6 +1,7 @@
-//! Why a benchmark run ends without a result.
+//! The reasons why a benchmark run ends without a result.
 //!
-//! Contract: one enum for the whole benchmark; `main` prints it and exits with status 1.
+//! Contract: the whole benchmark has one error enum; `main` prints the error and exits with status
+//! 1.
 //!
 //! # Failure
 //! Each variant says what the person who started the benchmark can do about it.
@@ -13,7 +14,7 @@ pub enum BenchError {
     /// The operating system refused something that the benchmark needs.
     #[error("{what}: {source}")]
     System { what: String, source: io::Error },
-    /// A measured program ended on its own.
+    /// A measured program ended before it had answered a mail.
     #[error("{name} ended with {status} before it answered a mail (its messages: --log FILE)")]
     Ended { name: String, status: ExitStatus },
     /// A measured program runs, but its first mail got no `K` in time.
@@ -22,24 +23,24 @@ pub enum BenchError {
     /// The C relay can't be compiled.
     #[error("gcc can't compile {source_file}: {status}", source_file = source_file.display())]
     Compiler { source_file: PathBuf, status: ExitStatus },
-    /// The load generator or the sink said something unexpected.
+    /// The load generator or the sink printed an unexpected line.
     #[error("{role} reported {line:?}")]
     Report { role: &'static str, line: String },
-    /// Mails were answered with something other than `K`, so that no number means anything.
+    /// Mails were answered with something other than `K`, which makes every number meaningless.
     #[error("{0} answers were not K")]
     NotAccepted(u64),
     /// Mails got no answer at all.
     #[error("of {mails} mails only {answered} were answered")]
     Unanswered { mails: u64, answered: u64 },
-    /// The worker whose growth was to be seen is not there any more.
+    /// The measured worker ended and another took its place, which would hide growth.
     #[error("the worker ended and was replaced (its reason: --log FILE)")]
     Replaced,
-    /// A process holds more than it should.
+    /// A process holds more than its limit.
     #[error("the {name} has grown: {before} {what} after the first step, {after} at the end")]
     Grew { name: &'static str, what: &'static str, before: u64, after: u64 },
 }
 
-/// Adds what was being done to an I/O error.
+/// Adds the attempted action to an I/O error.
 pub fn system<E: Into<io::Error>>(what: impl Into<String>) -> impl FnOnce(E) -> BenchError {
     let what = what.into();
     move |source| BenchError::System { what, source: source.into() }

@@ -1,13 +1,15 @@
-//! Whether qrelay grows: many mails of every kind through one worker, and what its processes hold meanwhile.
+//! The growth test: many mails of every kind through one worker, and what qrelay's processes hold
+//! meanwhile.
 //!
-//! Contract: the mails come in ten steps; after each, when all is quiet again, memory, descriptors and threads
-//! of worker and supervisor are printed. Both must hold the same at the end as after the first step: as many
-//! descriptors at most, and memory within `SHARE` and `ALLOWANCE`. The worker may have no more threads than
-//! it starts as jobs come, so that their stacks are all there after the first step.
+//! Contract: the mails come in ten steps. After each step, when all is quiet again, the report
+//! shows memory, descriptors and threads of worker and supervisor. At the end, neither process may
+//! have more descriptors than after the first step, nor more memory than `SHARE` and `ALLOWANCE`
+//! permit. The script limits the worker to as many threads as it starts while jobs come, so that
+//! all their stacks exist after the first step.
 //!
 //! # Failure
-//! Growth, a mail without an answer, and a worker that was replaced (which would hide growth) end the run with
-//! an error.
+//! The run ends with an error on growth, on a mail without an answer, and when the worker was
+//! replaced, which would hide growth.
 
 use std::{
     path::Path,
@@ -24,17 +26,16 @@ use crate::{
     usage,
 };
 
-/// What kind of mails.
+/// A kind of load for the growth test.
 #[derive(Debug)]
 pub struct Kind {
-    /// Its name among the scenarios.
+    /// Name on the command line, among the scenarios.
     pub name: &'static str,
-    /// One line for `--list`.
+    /// Description in one line, for `--list` and the report.
     pub about: &'static str,
     script: &'static str,
 }
 
-/// All kinds.
 pub const KINDS: [Kind; 2] = [
     Kind {
         name: "growth",
@@ -43,35 +44,39 @@ pub const KINDS: [Kind; 2] = [
     },
     Kind {
         name: "growth-plain",
-        about: "the same with a handler that leaves hardly anything but finalizers to Lua's collector",
+        about: "like growth, but the handler leaves Lua's collector hardly anything but finalizers",
         script: PLAIN,
     },
 ];
 
-/// Steps of a run.
+/// Number of steps of a run.
 const STEPS: u64 = 10;
 
-/// How much larger a process may be at the end than after the first step.
+/// Highest memory at the end, as a multiple of the memory after the first step.
 const SHARE: f64 = 1.1;
 
-/// KiB that it may be larger in any case: how long ago Lua's garbage collector ran.
+/// Memory in KiB that a process may gain in addition to `SHARE`, because it depends on when Lua's
+/// garbage collector last ran.
 const ALLOWANCE: f64 = 1024.0;
 
-/// For a step that makes no progress.
+/// Time limit of one step, for a run that makes no progress.
 const STEP_LIMIT: Duration = Duration::from_secs(3600);
 
-/// How long descriptors must have been the same, and how long that is waited for.
+/// Time without a change in the number of descriptors after which a process counts as quiet.
 const QUIET: Duration = Duration::from_millis(500);
+
+/// Longest wait for the processes to become quiet.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// Of a thousand mails 400 are relayed, 9 go to a program, one makes the script fail, and the rest is answered
-/// by qrelay itself.
+/// Script of `growth`. Of a thousand mails, 400 are relayed, 9 go to a program, one makes the
+/// script fail, and qrelay itself answers the others.
 const MIXED: &str = "
 settings{workers=1, worker_connections=5, client_share=1}
 local mails, kept = shared:new('mails'), {}
 local function inspect(m, number)
   m.account = 'account-' .. number % 100
-  m:insert_header('X-Client', string.format('%s %s %s %s %s', m.pid, m.uid, m.gid, m.peer, m.listener))
+  m:insert_header('X-Client',
+    string.format('%s %s %s %s %s', m.pid, m.uid, m.gid, m.peer, m.listener))
   m:insert_header('X-Mail', string.format('%s %s %d %d', m.id, m.sender, m.size, #m.recipients))
   m:insert_header('X-Subject', m:header('Subject'))
   m:remove_header('Subject')
@@ -93,8 +98,9 @@ qmqp_listen(socket, function(m)
 end)
 ";
 
-/// All garbage is objects of qrelay, which the collector frees only in the cycle after their end; and
-/// some 300 KiB are kept, so that it is much at a time.
+/// Script of `growth-plain`. All garbage consists of qrelay's objects, which the collector frees
+/// only in the cycle after their finalizers. The script also keeps some 300 KiB, so that a cycle
+/// leaves much garbage at a time.
 const PLAIN: &str = "
 settings{workers=1, worker_connections=5, client_share=1}
 local kept = {}
@@ -102,24 +108,24 @@ for i = 1, 300 do kept[i] = table.pack(string.byte(('x'):rep(60), 1, -1)) end
 qmqp_listen(socket, function(m) return #kept > 0 and m:discard() end)
 ";
 
-/// What a process holds.
+/// The resources that one process holds.
 #[derive(Clone, Copy, Debug)]
 struct Holding {
     pid: u32,
-    /// Resident set, KiB.
+    /// Resident set in KiB.
     resident: u64,
     descriptors: usize,
     threads: usize,
 }
 
-/// Worker and supervisor at one moment.
+/// The resources of worker and supervisor at one moment.
 #[derive(Clone, Copy, Debug)]
 struct Look {
     worker: Holding,
     supervisor: Holding,
 }
 
-/// Sends so many mails, prints, and judges.
+/// Sends `mails` mails, prints what the processes hold after each step, and checks their growth.
 pub fn run(kind: &Kind, mails: u64, extent: &Extent, log: Option<&Path>) -> Result<(), BenchError> {
     println!("scenario {}: {}", kind.name, kind.about);
     println!("{mails} mails of {} bytes from {} clients\n", extent.size, extent.clients);
@@ -150,7 +156,7 @@ pub fn run(kind: &Kind, mails: u64, extent: &Extent, log: Option<&Path>) -> Resu
     Ok(())
 }
 
-/// Sends so many mails, every one of which must be answered; mails per second.
+/// Sends `mails` mails, each of which must be answered, and returns their number per second.
 fn send(mails: u64, qrelay: &Subject, extent: &Extent) -> Result<f64, BenchError> {
     let outcome = generate(&load::Plan {
         socket: &qrelay.socket,
@@ -169,7 +175,8 @@ fn send(mails: u64, qrelay: &Subject, extent: &Extent) -> Result<f64, BenchError
 }
 
 impl Look {
-    /// What they hold once their descriptors have been the same for a while.
+    /// Returns what the processes hold once their descriptors have been the same for `QUIET`, or
+    /// after `PATIENCE` at the latest.
     fn when_quiet(qrelay: &Subject) -> Result<Self, BenchError> {
         let begin = Instant::now();
         let mut look = Self::now(qrelay)?;
@@ -204,7 +211,7 @@ impl Look {
 }
 
 impl Holding {
-    /// Whether it is more than what it was.
+    /// Returns an error if the process holds more than it may after holding `before`.
     fn compare(&self, name: &'static str, before: &Self) -> Result<(), BenchError> {
         let limit = before.resident as f64 * SHARE + ALLOWANCE;
         if self.resident as f64 > limit {

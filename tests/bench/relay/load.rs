@@ -1,13 +1,14 @@
-//! The load generator: a fixed number of QMQP clients, each of which sends a mail, waits for the answer and
-//! sends the next.
+//! The load generator: a fixed number of QMQP clients. Each client sends a mail, waits for the
+//! answer and sends the next one.
 //!
-//! Contract: the request is built once; per mail it costs socket, connect, send, an epoll registration, recv
-//! and close, and a share of an `epoll_wait`. When the time is up no new mail starts, and every one under
-//! way is waited for, at most `GRACE`. The outcome is one line on stdout (`Outcome`).
+//! Contract: the request is built once. Each mail costs socket, connect, send, an epoll
+//! registration, recv and close, and a share of an `epoll_wait`. When the time is up, no new mail
+//! starts, and the answers of all mails under way are awaited for `GRACE` at most. The outcome is
+//! one line on stdout (`Outcome`).
 //!
 //! # Failure
-//! A client whose connection fails, or that is hung up on without a complete answer, counts as silent. One
-//! that can't even connect sends no more in this run.
+//! A client whose connection fails, or ends without a complete answer, counts as silent. A client
+//! that can't connect sends no more mails in this run.
 
 use std::{
     io::{self, Read, Write},
@@ -33,30 +34,30 @@ use crate::{
     outcome::{Answers, Outcome},
 };
 
-/// How long after the end an answer is waited for: more than qrelay's `relay_timeout` isn't needed to tell
-/// a slow relay from a silent one.
+/// Longest wait for the next answer. The limit has to tell a slow relay from a silent one, so it
+/// need not exceed qrelay's `relay_timeout`.
 const GRACE: Duration = Duration::from_secs(20);
 
-/// Longest answer: the text is cut to 255 bytes, so that this is ample.
+/// Largest answer in bytes, with room to spare: qrelay cuts the text to 255 bytes.
 const ANSWER: usize = 512;
 
-/// What to send, where to and for how long.
+/// The load of one slot.
 pub struct Plan<'a> {
-    /// The measured relay's socket.
+    /// Socket of the measured relay.
     pub socket: &'a Path,
-    /// Clients that send at the same time.
+    /// Number of clients that send at the same time.
     pub clients: usize,
-    /// Threads over which the clients are spread.
+    /// Number of threads over which the clients are spread.
     pub threads: usize,
-    /// Bytes of the message.
+    /// Size of each message in bytes.
     pub size: usize,
-    /// For how long mails are started.
+    /// Time during which mails are started.
     pub duration: Duration,
-    /// How many are started at most.
+    /// Highest number of mails to start.
     pub mails: u64,
 }
 
-/// Sends mails as planned, and returns what came of it.
+/// Sends mails as planned, and sums up their answers and times.
 pub fn run(plan: &Plan<'_>) -> io::Result<Outcome> {
     let request = request(plan.size);
     let start = Instant::now();
@@ -103,7 +104,7 @@ fn own_cpu() -> io::Result<Duration> {
     Ok(Duration::from_micros(micros.unsigned_abs()))
 }
 
-/// What one thread saw.
+/// The answers that one thread received, with their times.
 #[derive(Default)]
 struct Tally {
     answers: Answers,
@@ -118,13 +119,13 @@ struct Mail {
     filled: usize,
 }
 
-/// One thread's clients.
+/// The clients of one thread.
 struct Generator<'a> {
     epoll: Epoll,
     socket: &'a Path,
     request: &'a [u8],
     until: Instant,
-    /// Mails to be started yet.
+    /// Number of mails that this thread may still start.
     left: u64,
     mails: Vec<Option<Mail>>,
     under_way: usize,
@@ -132,7 +133,7 @@ struct Generator<'a> {
 }
 
 impl<'a> Generator<'a> {
-    /// With a share of the clients and of the mails.
+    /// Creates a generator with a thread's share of the clients and of the mails.
     fn new(
         plan: &Plan<'a>,
         request: &'a [u8],
@@ -173,7 +174,7 @@ impl<'a> Generator<'a> {
         Ok(self.tally)
     }
 
-    /// Starts a client's next mail, if there is one; a client that can't connect stays idle.
+    /// Starts a client's next mail if any is left to send. A client that can't connect stays idle.
     fn start(&mut self, client: usize, now: Instant) {
         let Some(left) = self.left.checked_sub(1) else { return };
         self.left = left;
@@ -211,7 +212,8 @@ impl<'a> Generator<'a> {
 }
 
 impl Mail {
-    /// Reads what is there: the answer's first byte once it is complete, 0 for silence, None for "not yet".
+    /// Reads the bytes that have arrived. Returns the first byte of the complete answer, 0 for
+    /// silence, and `None` while the answer is incomplete.
     fn receive(&mut self) -> Option<u8> {
         let free = &mut self.answer[self.filled..];
         match recv(self.stream.as_raw_fd(), free, MsgFlags::MSG_DONTWAIT) {

@@ -1,12 +1,13 @@
 //! `cargo bench`: qrelay beside a bare relay, with the same load generator and the same sink.
 //!
-//! Contract: `cargo bench -- [SCENARIO…] [OPTIONS]` measures and prints; docs/benchmark.md says how to read
-//! it. The load generator, the sink and the bare relay are this executable too, started again with
-//! `process::ROLE`.
+//! Contract: `cargo bench -- [SCENARIO…] [OPTIONS]` measures and prints; docs/benchmark.md says how
+//! to read the report. The load generator, the sink and the bare relay are this executable too,
+//! started again with `process::ROLE`.
 //!
 //! # Failure
-//! Exit status 1 if anything can't be measured, any answer wasn't `K` or qrelay grew, 2 for a wrong command
-//! line. A missed target is printed and doesn't change the status: it depends on the machine.
+//! The exit status is 1 if a measurement failed, an answer wasn't `K` or qrelay grew, and 2 for a
+//! wrong command line. A missed target is printed and doesn't change the exit status, because
+//! meeting it depends on the machine.
 
 #![forbid(unsafe_code)]
 
@@ -120,7 +121,8 @@ fn main() -> ExitCode {
     }
 }
 
-/// Runs as load generator, sink or bare relay; ends with the process that measures.
+/// Runs this process as load generator, sink or bare relay. The kernel kills it when the measuring
+/// process ends.
 fn run_role(role: &str, arguments: &[String]) -> Result<(), BenchError> {
     set_pdeathsig(Signal::SIGKILL).map_err(system("prctl"))?;
     let number = |index: usize| -> Result<u64, BenchError> {
@@ -176,7 +178,7 @@ fn run_all(options: &Options) -> Result<(), BenchError> {
     Ok(())
 }
 
-/// The relays of a scenario in the order of their slots: each stands beside the baseline.
+/// Returns the relays of a scenario in the order of their slots, each next to the baseline.
 fn line_up(
     scenario: &Scenario,
     options: &Options,
@@ -249,8 +251,8 @@ fn compare(scenario: &Scenario, subjects: &[Subject], series: &measure::Series) 
     }
 }
 
-/// Waits until the processes below a relay have been the same ones for a while (at most 5 s), so that the
-/// idle memory is that of all workers.
+/// Waits until the processes of a relay have stayed the same for 300 ms, but at most 5 s, so that
+/// the memory shown as idle includes all workers.
 fn wait_until_settled(subject: &Subject) {
     let pids = || subject.memory().iter().map(|process| process.pid).collect::<Vec<_>>();
     let begin = Instant::now();

@@ -1,12 +1,14 @@
 //! The measurement: rounds of slots, one slot per relay and round.
 //!
-//! Contract: all relays of a comparison run all the time, and one at a time gets load. In every round each
-//! gets one slot; every other round runs backwards, so that a drift of the machine favours nobody. What is
-//! compared are the slots of one round; of these ratios the median counts. One short slot each goes before,
-//! and is thrown away except for its answers.
+//! Contract: all relays of a comparison run all the time, but only one at a time gets load. Every
+//! relay gets one slot per round. The order is reversed in every other round, so that a drift of
+//! the machine favours no relay. A ratio compares two slots of one round, and the median of the
+//! ratios counts. A short slot per relay warms up before the first round; only its answers are
+//! used.
 //!
 //! # Failure
-//! Answers that aren't `K` don't end the run: they are counted, and the report fails.
+//! Answers that aren't `K` don't end the run: they are counted, and `main` reports them at the end
+//! as an error.
 
 use std::time::Duration;
 
@@ -17,44 +19,44 @@ use crate::{
     process::{Sink, Subject, generate},
 };
 
-/// The extent of a run.
+/// The size of a run.
 #[derive(Clone, Copy, Debug)]
 pub struct Extent {
-    /// Rounds, and so pairs per comparison.
+    /// Number of rounds, and so of pairs per comparison.
     pub rounds: usize,
-    /// Length of one slot.
+    /// Duration of one slot.
     pub slot: Duration,
-    /// Clients at the same time.
+    /// Number of clients that send at the same time.
     pub clients: usize,
-    /// Threads of load generator and of sink.
+    /// Number of threads of the load generator, and also of the sink.
     pub threads: usize,
-    /// Bytes per message.
+    /// Size of each message in bytes.
     pub size: usize,
 }
 
-/// What one slot showed.
+/// The measurements of one slot.
 #[derive(Clone, Copy, Debug)]
 pub struct Slot {
-    /// The load generator's findings.
+    /// Result that the load generator reported.
     pub outcome: Outcome,
-    /// CPU time of the relay with all its processes.
+    /// CPU time of the relay, all its processes included.
     pub cpu: Duration,
     /// CPU time of the sink.
     pub sink_cpu: Duration,
 }
 
 impl Slot {
-    /// Accepted mails per second.
+    /// Returns the number of accepted mails per second.
     pub fn rate(&self) -> f64 {
         self.outcome.rate()
     }
 
-    /// CPU time of the relay per accepted mail, in microseconds.
+    /// Returns the relay's CPU time per accepted mail, in microseconds.
     pub fn cpu_per_mail(&self) -> f64 {
         self.per_mail(self.cpu)
     }
 
-    /// `time` per accepted mail, in microseconds.
+    /// Returns `time` per accepted mail, in microseconds.
     pub fn per_mail(&self, time: Duration) -> f64 {
         time.as_secs_f64() * 1e6 / self.outcome.answers.accepted.max(1) as f64
     }
@@ -64,7 +66,7 @@ impl Slot {
 pub struct Series {
     /// For each subject, in the order given, its slot of every round.
     pub slots: Vec<Vec<Slot>>,
-    /// All answers, the warm-up's included.
+    /// All answers, including the warm-up's.
     pub answers: Answers,
 }
 
@@ -105,7 +107,7 @@ fn slot(subject: &Subject, sink: &Sink, extent: &Extent) -> Result<Slot, BenchEr
     Ok(Slot { outcome, cpu, sink_cpu: sink.cpu().saturating_sub(before.1) })
 }
 
-/// Median of some numbers; 0 for none.
+/// Returns the median of `numbers`, or 0 if there are none.
 pub fn median(numbers: impl IntoIterator<Item = f64>) -> f64 {
     let mut numbers: Vec<f64> = numbers.into_iter().collect();
     numbers.sort_by(f64::total_cmp);

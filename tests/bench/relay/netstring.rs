@@ -1,24 +1,24 @@
-//! The little QMQP that the load generator, the sink and the bare relay share: a request to send, and
-//! where a netstring ends.
+//! The small part of QMQP that the load generator, the sink and the bare relay share: building a
+//! request, and finding the end of a netstring.
 //!
-//! Contract: no I/O. It is deliberately not qrelay's own codec, so that a mistake there can't hide by being
-//! made on both sides.
+//! Contract: no I/O. The benchmark deliberately doesn't use qrelay's own codec, because a mistake
+//! made on both sides would stay hidden.
 //!
 //! # Failure
-//! A length that is malformed or absurd is `Extent::Malformed`; the caller hangs up.
+//! A malformed or too long length is `Extent::Malformed`; the caller hangs up.
 
-/// What the first bytes of a connection tell about its netstring.
+/// Extent of a netstring, as far as its first bytes tell.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Extent {
     /// The length isn't complete yet.
     Unknown,
     /// The netstring ends after this many bytes, counted from its first digit to its comma.
     Total(usize),
-    /// This is no netstring.
+    /// The bytes are no netstring.
     Malformed,
 }
 
-/// Digits that a length may have here: 1 GiB, the largest `max_size`, has ten.
+/// Highest number of digits of a length. A length of 1 GiB, the largest `max_size`, has ten.
 const MAX_DIGITS: usize = 10;
 
 /// Reads the length of the netstring that starts with `bytes`.
@@ -34,7 +34,7 @@ pub fn extent(bytes: &[u8]) -> Extent {
     Extent::Unknown
 }
 
-/// `payload` as a netstring.
+/// Returns `payload` as a netstring.
 pub fn encode(payload: &[u8]) -> Vec<u8> {
     let mut out = format!("{}:", payload.len()).into_bytes();
     out.extend_from_slice(payload);
@@ -42,7 +42,8 @@ pub fn encode(payload: &[u8]) -> Vec<u8> {
     out
 }
 
-/// A complete QMQP request whose message has exactly `size` bytes (at least its header's 60).
+/// Returns a complete QMQP request whose message has exactly `size` bytes, but at least the 62 of
+/// its header.
 pub fn request(size: usize) -> Vec<u8> {
     let mut message =
         b"From: <a@example.com>\nTo: <b@example.net>\nSubject: benchmark\n\n".to_vec();

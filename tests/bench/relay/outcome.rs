@@ -1,13 +1,13 @@
-//! What a run of the load generator found, and its form on the line between the two processes.
+//! The result of a run of the load generator, and its form on the line between the two processes.
 //!
-//! Contract: `Display` and `FromStr` are each other's inverse.
+//! Contract: `FromStr` restores what `Display` has written.
 //!
 //! # Failure
-//! A line that isn't an outcome is refused whole.
+//! A line that isn't an outcome is rejected as a whole.
 
 use std::{fmt, ops::AddAssign, str::FromStr, time::Duration};
 
-/// How mails were answered.
+/// Number of mails by the kind of their answer.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Answers {
     /// `K`.
@@ -16,7 +16,7 @@ pub struct Answers {
     pub temporary: u64,
     /// `D`.
     pub permanent: u64,
-    /// No complete answer, or one with another first byte.
+    /// No complete answer, or an answer with another first byte.
     pub silent: u64,
 }
 
@@ -31,7 +31,7 @@ impl Answers {
         }
     }
 
-    /// Mails that were not accepted.
+    /// Returns the number of mails that were not accepted.
     pub fn failed(&self) -> u64 {
         self.temporary + self.permanent + self.silent
     }
@@ -58,18 +58,18 @@ impl fmt::Display for Answers {
 pub struct Outcome {
     /// How the mails were answered.
     pub answers: Answers,
-    /// From the first connect to the last answer, in whole microseconds.
+    /// Time from the first connect to the last answer, in whole microseconds.
     pub elapsed: Duration,
     /// Median time from connect to answer, in whole microseconds.
     pub p50: Duration,
-    /// The same, exceeded by one mail in a hundred.
+    /// Time from connect to answer that one mail in a hundred exceeds, in whole microseconds.
     pub p99: Duration,
-    /// The load generator's own user and system time, in whole microseconds.
+    /// User and system time of the load generator, in whole microseconds.
     pub cpu: Duration,
 }
 
 impl Outcome {
-    /// Sums up a slot; sorts `latencies`.
+    /// Sums up a slot, and sorts `latencies` on the way.
     pub fn new(
         answers: Answers,
         elapsed: Duration,
@@ -83,7 +83,7 @@ impl Outcome {
         Self { answers, elapsed, p50: quantile(50), p99: quantile(99), cpu }
     }
 
-    /// Accepted mails per second.
+    /// Returns the number of accepted mails per second.
     pub fn rate(&self) -> f64 {
         self.answers.accepted as f64 / self.elapsed.as_secs_f64()
     }

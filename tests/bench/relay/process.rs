@@ -1,13 +1,14 @@
-//! The programs of a run: starts them, waits until they answer, ends them.
+//! The programs of a run: starting them, waiting until they answer, ending them.
 //!
-//! Contract: a `Subject` is a relay that has answered a mail with `K`; it and the sink live until they are
-//! dropped. The parts that the benchmark brings along (load generator, sink, bare relay) are its own
-//! executable, run again with `ROLE` as first argument: only as processes of their own can their CPU time be
-//! told apart.
+//! Contract: a `Subject` is a relay that has answered a mail with `K`. A `Subject` and the sink
+//! live until they are dropped. The benchmark's own parts (load generator, sink, bare relay) are
+//! this executable, run again with `ROLE` as first argument, because the kernel counts CPU time per
+//! process.
 //!
 //! # Failure
-//! A program that can't be started, ends early or doesn't answer within `START` is an error that names it.
-//! One that doesn't end within `STOP` of SIGTERM is killed, with a message.
+//! A program that can't be started, ends early or doesn't answer within `START` is an error that
+//! names the program. A program that doesn't end within `STOP` of SIGTERM is killed, with a
+//! message.
 
 use std::{
     env,
@@ -32,16 +33,16 @@ use crate::{
     usage,
 };
 
-/// First argument of the executable when it runs as a part of a benchmark.
+/// First argument of the executable when it runs as a part of the benchmark.
 pub const ROLE: &str = "--role";
 
-/// How long a program may take to its first answer.
+/// Longest time from starting a program to its first answer.
 const START: Duration = Duration::from_secs(30);
 
-/// How long a program may take to end after SIGTERM.
+/// Longest time from SIGTERM to the end of a program.
 const STOP: Duration = Duration::from_secs(20);
 
-/// Between two looks at a condition that no event announces.
+/// Pause between two checks of a condition that no event announces.
 const POLL: Duration = Duration::from_millis(1);
 
 /// A relay that can be measured.
@@ -49,7 +50,7 @@ const POLL: Duration = Duration::from_millis(1);
 pub enum Program {
     /// The bare relay of this benchmark.
     Bare,
-    /// The bare relay in C, compiled already.
+    /// The bare relay in C, already compiled.
     Floor(PathBuf),
     /// qrelay with this script.
     Qrelay { script: &'static str, log: Option<PathBuf> },
@@ -78,7 +79,7 @@ impl Program {
     }
 }
 
-/// A command that runs this executable in a role.
+/// Returns a command that runs this executable in a role.
 fn role(name: &str) -> Result<Command, BenchError> {
     let executable = env::current_exe().map_err(system("own executable"))?;
     let mut command = Command::new(executable);
@@ -96,7 +97,8 @@ fn write_config(dir: &Path, socket: &Path, port: u16, script: &str) -> Result<Pa
     Ok(path)
 }
 
-/// Where qrelay's log goes: one line per mail is written in any case.
+/// Opens the file for qrelay's log. Without a path the log goes to /dev/null, so that qrelay writes
+/// its line per mail in any case.
 fn log_file(path: Option<&Path>) -> Result<File, BenchError> {
     let path = path.unwrap_or(Path::new("/dev/null"));
     let file = File::options().append(true).create(true).open(path);
@@ -130,7 +132,8 @@ impl Process {
 impl Drop for Process {
     fn drop(&mut self) {
         let pid = self.child.id();
-        // A child that isn't waited for yet keeps its pid, so the signal can't hit another process.
+        // The pid of a child stays its own until the child is waited for, so the signal can't hit
+        // another process.
         let _ = kill(Pid::from_raw(pid.cast_signed()), Signal::SIGTERM);
         if !self.ended_within(STOP) {
             eprintln!("process {pid} didn't end within {STOP:?} of SIGTERM: killed");
@@ -146,7 +149,7 @@ pub struct Subject {
     pub name: &'static str,
     /// Time from starting the program to its first answer.
     pub start: Duration,
-    /// Where it listens.
+    /// Path of the socket on which the relay listens.
     pub socket: PathBuf,
     process: Process,
 }
@@ -169,12 +172,12 @@ impl Subject {
         Ok(Self { name, start: begin.elapsed(), socket, process })
     }
 
-    /// CPU time used so far by the program and all its children.
+    /// Returns the CPU time that the program and all its children have used so far.
     pub fn cpu(&self) -> Duration {
         usage::cpu(self.process.child.id())
     }
 
-    /// Memory of each of its processes, the first one's first.
+    /// Returns the memory of each process of the program, the first process first.
     pub fn memory(&self) -> Vec<usage::Memory> {
         usage::memory(self.process.child.id())
     }
@@ -212,13 +215,13 @@ fn is_accepted(text: &[u8]) -> bool {
 
 /// The running next hop.
 pub struct Sink {
-    /// Its port on 127.0.0.1.
+    /// Port on 127.0.0.1.
     pub port: u16,
     process: Process,
 }
 
 impl Sink {
-    /// Starts the sink with that many threads and waits for its port.
+    /// Starts the sink with `threads` threads and waits until it has printed its port.
     pub fn start(threads: usize) -> Result<Self, BenchError> {
         let mut command = role("sink")?;
         command.arg(threads.to_string()).stdout(Stdio::piped());
@@ -232,7 +235,7 @@ impl Sink {
         Ok(Self { port, process })
     }
 
-    /// CPU time used so far.
+    /// Returns the CPU time that the sink has used so far.
     pub fn cpu(&self) -> Duration {
         usage::cpu(self.process.child.id())
     }
@@ -251,7 +254,7 @@ pub fn generate(plan: &load::Plan<'_>) -> Result<Outcome, BenchError> {
     line.parse().map_err(|line| BenchError::Report { role: "load generator", line })
 }
 
-/// Compiles the bare relay in C into `dir`; None if there is no source or no gcc.
+/// Compiles the bare relay in C into `dir`. Returns `None` if there is no source or no gcc.
 pub fn compile_floor(dir: &Path) -> Result<Option<PathBuf>, BenchError> {
     let beside = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../shared/bench/floor.c");
     let source_file = env::var_os("QRELAY_FLOOR_C").map_or(beside, PathBuf::from);

@@ -1,10 +1,10 @@
-//! The report: what `cargo bench` prints.
+//! The report that `cargo bench` prints.
 //!
-//! Contract: only prints; every ratio is the median over the rounds, with the smallest and largest in
-//! brackets.
+//! Contract: every function only prints. Every ratio is the median over the rounds, with the
+//! smallest and the largest ratio in brackets.
 //!
 //! # Failure
-//! None.
+//! Printing fails only by a panic, when stdout is closed.
 
 use crate::{
     measure::{Extent, Series, Slot, median},
@@ -13,7 +13,7 @@ use crate::{
     usage::Memory,
 };
 
-/// Prints what is about to be measured.
+/// Prints the name and the size of the coming measurement.
 pub fn opening(scenario: &Scenario, extent: &Extent) {
     println!("scenario {}: {}", scenario.name, scenario.about);
     println!(
@@ -25,7 +25,7 @@ pub fn opening(scenario: &Scenario, extent: &Extent) {
     );
 }
 
-/// Prints the processes of an idle qrelay.
+/// Prints the processes of a qrelay with their memory; `when` tells at which moment.
 pub fn processes(when: &str, subject: &Subject, processes: &[Memory]) {
     let start = subject.start.as_secs_f64() * 1e3;
     println!("{} {when} (first answer {start:.1} ms after exec):", subject.name);
@@ -43,7 +43,7 @@ fn mib(kib: u64) -> f64 {
     kib as f64 / 1024.0
 }
 
-/// Prints one line per relay.
+/// Prints one line per relay, with the median of each number over its slots.
 pub fn table(subjects: &[Subject], series: &Series) {
     println!(
         "{:<24} {:>8} {:>9} {:>8} {:>8} {:>9} {:>9}",
@@ -65,7 +65,8 @@ pub fn table(subjects: &[Subject], series: &Series) {
     println!("(CPU, load and sink: user and system time per mail)\n");
 }
 
-/// Prints the ratios of two relays' slots; returns the medians of mails/s and CPU per mail.
+/// Prints the ratios of two relays' slots. Returns their medians: of mails per second, and of CPU
+/// time per mail.
 pub fn comparison(what: &str, slots: &[Slot], baseline: &[Slot]) -> (f64, f64) {
     let ratios = |number: fn(&Slot) -> f64| -> Vec<f64> {
         slots.iter().zip(baseline).map(|(a, b)| number(a) / number(b)).collect()
@@ -75,7 +76,7 @@ pub fn comparison(what: &str, slots: &[Slot], baseline: &[Slot]) -> (f64, f64) {
     (median(rate), median(cpu))
 }
 
-/// Prints how much more CPU time per mail a relay takes; returns the median in microseconds.
+/// Prints the additional CPU time per mail of a relay. Returns the median in microseconds.
 pub fn added_cpu(slots: &[Slot], baseline: &[Slot]) -> f64 {
     let more = slots.iter().zip(baseline).map(|(a, b)| a.cpu_per_mail() - b.cpu_per_mail());
     let added = median(more);
@@ -89,7 +90,8 @@ fn spread(ratios: &[f64]) -> String {
     format!("{:.3} [{least:.3} … {most:.3}]", median(ratios.iter().copied()))
 }
 
-/// Prints how busy the load generator and the sink were: near 100 % they would be what is measured.
+/// Prints the load of the load generator and of the sink. Close to 100 %, they and not the relay
+/// would limit the numbers.
 pub fn headroom(series: &Series, extent: &Extent) {
     let busy = |cpu: fn(&Slot) -> f64| {
         let shares = series

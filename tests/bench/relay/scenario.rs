@@ -1,16 +1,17 @@
-//! The table of scenarios: what handler qrelay runs, and what it is compared with.
+//! The table of scenarios: which handler qrelay runs, and what it is compared with.
 //!
-//! Contract: one scenario is one entry of `SCENARIOS`; nothing else has to change for a new one. A script
-//! finds two locals, `socket` (path to listen on) and `next_hop` (the sink's address). What else it needs,
-//! such as a database, it takes from the environment with `os.getenv`, which a scenario's `about` names.
+//! Contract: one scenario is one entry of `SCENARIOS`; a new scenario needs no other change. A
+//! script can use two locals, `socket` (path to listen on) and `next_hop` (address of the sink). A
+//! script that needs more, such as a database, reads the environment with `os.getenv`, and the
+//! scenario's `about` names the variables.
 //!
 //! # Failure
-//! A script that doesn't load ends the benchmark when qrelay ends; `--log` shows why.
+//! A script that doesn't load ends qrelay and so the benchmark; `--log` shows the reason.
 
-/// What a scenario's numbers are divided by.
+/// The relay whose numbers a scenario's numbers are divided by.
 #[derive(Clone, Copy, Debug)]
 pub enum Baseline {
-    /// The bare relay (and floor.c beside it, where it can be had).
+    /// The bare relay, and beside it floor.c if its source and gcc are there.
     Bare,
     /// qrelay with this script.
     Script(&'static str),
@@ -19,30 +20,30 @@ pub enum Baseline {
 /// A claim about the ratio of qrelay's numbers to the baseline's.
 #[derive(Clone, Copy, Debug)]
 pub enum Target {
-    /// Mails per second, at least this share.
+    /// Mails per second are at least this share of the baseline's.
     RateAtLeast(f64),
-    /// CPU time per mail, at most this multiple.
+    /// CPU time per mail is at most this multiple of the baseline's.
     CpuAtMost(f64),
-    /// CPU time per mail, at most so many microseconds more.
+    /// CPU time per mail is at most this many microseconds above the baseline's.
     CpuAddedAtMost(f64),
 }
 
-/// One comparison.
+/// A comparison of qrelay with a baseline.
 #[derive(Debug)]
 pub struct Scenario {
     /// Name on the command line.
     pub name: &'static str,
-    /// One line for `--list`.
+    /// Description in one line, for `--list` and the report.
     pub about: &'static str,
-    /// The script, after `socket` and `next_hop` have been defined.
+    /// Script of qrelay, which runs after the definition of `socket` and `next_hop`.
     pub script: &'static str,
-    /// What it is compared with.
+    /// The relay to compare with.
     pub baseline: Baseline,
-    /// What the median of the pairs should show.
+    /// The claim about the median of the pairs.
     pub target: Target,
 }
 
-/// The plainest handler there is.
+/// Script with the simplest handler that relays.
 const RELAY: &str = "
 qmqp_listen(socket, function(m)
   return m:connect(next_hop)
@@ -103,7 +104,7 @@ end)
     },
     Scenario {
         name: "pg",
-        about: "one indexed SELECT per mail, against no database (PGHOST and so on say where; makes a table)",
+        about: "one indexed SELECT per mail, against no database (server: PGHOST…; makes a table)",
         script: "
 local db = pg:new('', nil, {max_connections=8})
 assert(db:execute([[
@@ -147,7 +148,7 @@ end)
 ];
 
 impl Target {
-    /// The claim in words, for the report.
+    /// Returns the claim in words, for the report.
     pub fn describe(self) -> String {
         match self {
             Self::RateAtLeast(share) => format!("mails/s at least {share:.2} of the baseline"),
@@ -160,7 +161,8 @@ impl Target {
         }
     }
 
-    /// Whether these medians meet the claim: the ratios, and the difference in CPU time per mail.
+    /// Returns whether these medians meet the claim: the two ratios, and the difference in CPU time
+    /// per mail in microseconds.
     pub fn is_met(self, rate: f64, cpu: f64, added: f64) -> bool {
         match self {
             Self::RateAtLeast(share) => rate >= share,

@@ -1,12 +1,13 @@
-//! The sink: the next hop of every measured relay, a QMQP server on TCP loopback that reads a request and
-//! says `K`.
+//! The sink: the next hop of every measured relay. The sink is a QMQP server on TCP loopback that
+//! reads a request and answers `K`.
 //!
-//! Contract: prints its port as the first line on stdout, then serves until the process is ended. A
-//! request that has arrived by the time it is accepted costs accept4, recv, send and close; one that hasn't
-//! costs an epoll registration more. Every thread has its own epoll instance on the shared listener.
+//! Contract: the sink prints its port as the first line on stdout, then serves until the process is
+//! ended. A request that has arrived by the time it is accepted costs accept4, recv, send and
+//! close. A later request costs an epoll registration more. Every thread has its own epoll instance
+//! on the shared listener.
 //!
 //! # Failure
-//! A request that is malformed or cut short is hung up on.
+//! The connection of a malformed or incomplete request is closed without an answer.
 
 use std::{
     collections::HashMap,
@@ -26,19 +27,20 @@ use nix::{
 
 use crate::netstring::{Extent, extent};
 
-/// What every complete request is answered with.
+/// Answer to every complete request.
 const REPLY: &[u8] = b"12:Kok 12345678,";
 
-/// Marks the listener among the events; connections are marked with their descriptor.
+/// Key of the listener among the epoll events; the key of a connection is its descriptor.
 const LISTENER: u64 = u64::MAX;
 
-/// Longest prefix that is kept to find the length: ten digits and the colon.
+/// Number of bytes kept from the start of a request, enough for its length: ten digits and the
+/// colon.
 const PREFIX: usize = 11;
 
 /// Serves on a free port of 127.0.0.1 with `threads` threads.
 pub fn run(threads: usize) -> io::Result<()> {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
-    // std's backlog is 128, less than the clients that one may ask for.
+    // std listens with a backlog of 128, which is less than the highest number of clients.
     listen(&listener, Backlog::new(4096)?)?;
     listener.set_nonblocking(true)?;
     println!("{}", listener.local_addr()?.port());
@@ -90,7 +92,7 @@ fn accept_all(
     Ok(())
 }
 
-/// A request on its way in; its bytes are counted, not kept.
+/// A request of which a part has arrived; its bytes are counted, not kept.
 struct Connection {
     stream: TcpStream,
     prefix: Vec<u8>,
@@ -102,7 +104,8 @@ impl Connection {
         Self { stream, prefix: Vec::new(), received: 0 }
     }
 
-    /// Reads what is there and answers when the request is complete; true when the connection is over.
+    /// Reads the bytes that have arrived, and answers the request once it is complete. Returns true
+    /// when the connection is over.
     fn advance(&mut self, buffer: &mut [u8]) -> bool {
         let fd = self.stream.as_raw_fd();
         let count = match recv(fd, buffer, MsgFlags::MSG_DONTWAIT) {
@@ -116,7 +119,7 @@ impl Connection {
         match extent(&self.prefix) {
             Extent::Total(total) if self.received >= total => {
                 if buffer[count - 1] == b',' {
-                    // A relay that is gone doesn't get its answer; its client counts that.
+                    // If the relay has closed the connection, its client counts the missing answer.
                     let _ = send(fd, REPLY, MsgFlags::MSG_NOSIGNAL);
                 }
                 true

@@ -1,16 +1,17 @@
-//! What a process and everything below it have used, as /proc tells.
+//! CPU time and memory of a process and everything below it, from /proc.
 //!
-//! Contract: reads only. CPU time counts the living processes of the tree and all children that these have
-//! reaped, so that a worker that dies between two readings isn't lost.
+//! Contract: the module only reads. CPU time includes the living processes of the tree and all
+//! children that these have reaped, so that a worker that ends between two readings still counts.
 //!
 //! # Failure
-//! A process that ends while it is read is left out; its parent has its time at the next reading.
+//! A process that ends while it is read is left out; the next reading finds its CPU time at its
+//! parent.
 
 use std::{collections::HashMap, fs, time::Duration};
 
 use nix::unistd::{SysconfVar, sysconf};
 
-/// Numbers of one process from /proc/PID/stat.
+/// The numbers of one process from /proc/PID/stat that are used here.
 struct Stat {
     parent: u32,
     name: String,
@@ -26,18 +27,18 @@ pub struct Memory {
     pub name: String,
     /// Resident set.
     pub resident: u64,
-    /// The part of it that no other process shares (`Private_*` of smaps_rollup).
+    /// Part of the resident set that no other process shares (`Private_*` of smaps_rollup).
     pub private: u64,
 }
 
-/// User and system time of `root` and all processes below it.
+/// Returns the user and system time of `root` and all processes below it.
 pub fn cpu(root: u32) -> Duration {
     let ticks: u64 = tree(root).iter().map(|(_, stat)| stat.ticks).sum();
     let hertz = sysconf(SysconfVar::CLK_TCK).ok().flatten().unwrap_or(100).unsigned_abs();
     Duration::from_micros(ticks * 1_000_000 / hertz)
 }
 
-/// Memory of `root` and of all processes below it, `root` first.
+/// Returns the memory of `root` and of all processes below it, `root` first.
 pub fn memory(root: u32) -> Vec<Memory> {
     tree(root)
         .into_iter()
@@ -53,18 +54,19 @@ pub fn memory(root: u32) -> Vec<Memory> {
         .collect()
 }
 
-/// How many entries a directory of /proc/PID has: `fd` descriptors, `task` threads.
+/// Returns the number of entries in a directory of /proc/PID: `fd` has the descriptors, `task` the
+/// threads.
 pub fn entries(pid: u32, directory: &str) -> usize {
     fs::read_dir(format!("/proc/{pid}/{directory}")).map_or(0, Iterator::count)
 }
 
-/// Sum of the KiB in the lines that start with `prefix`.
+/// Returns the sum of the KiB in the lines that start with `prefix`.
 fn sum_of(rollup: &str, prefix: &str) -> u64 {
     let lines = rollup.lines().filter(|line| line.starts_with(prefix));
     lines.filter_map(|line| line.split_ascii_whitespace().nth(1)?.parse::<u64>().ok()).sum()
 }
 
-/// `root` and the processes below it, each after its parent.
+/// Returns `root` and the processes below it, each after its parent.
 fn tree(root: u32) -> Vec<(u32, Stat)> {
     let mut all = processes();
     let mut found: Vec<(u32, Stat)> = all.remove_entry(&root).into_iter().collect();
@@ -90,8 +92,8 @@ fn stat(pid: u32) -> Option<Stat> {
     let text = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     let (front, back) = text.rsplit_once(')')?;
     let (_, name) = front.split_once('(')?;
-    // proc_pid_stat(5): field 3 (state) comes first here; 4 is ppid, 14 to 17 are utime, stime, cutime and
-    // cstime in clock ticks.
+    // The fields of proc_pid_stat(5) start with number 3 here, the state. Number 4 is ppid; 14 to
+    // 17 are utime, stime, cutime and cstime in clock ticks.
     let fields: Vec<&str> = back.split_ascii_whitespace().collect();
     let ticks = fields.get(11..15)?.iter().filter_map(|ticks| ticks.parse::<u64>().ok()).sum();
     Some(Stat { parent: fields.get(1)?.parse().ok()?, name: name.to_owned(), ticks })
