@@ -1,5 +1,6 @@
-//! Every broken configuration ends the start with one clear message, the right exit status, and
-//! nothing left behind: 78 when config.lua has to be changed, 71 when the system refuses.
+//! Broken configurations. Each one ends the start with one clear message and the right exit status,
+//! and leaves nothing behind. The exit status is 78 when config.lua has to be changed, and 71 when
+//! the system refuses.
 
 use std::os::unix::fs::MetadataExt;
 
@@ -10,7 +11,8 @@ use crate::harness::{Daemon, Mail, Sink, Site, Target, eventually, submit};
 const CONFIG: i32 = 78;
 const SYSTEM: i32 = 71;
 
-/// Starts a daemon that can't; checks its status, that stderr has all `parts`, and what is left.
+/// Starts a daemon whose start must fail. Checks its exit status, that stderr contains all `parts`,
+/// and that nothing is left.
 #[track_caller]
 fn fails(site: Site, code: i32, parts: &[&str]) -> Daemon {
     ended(site.launch().spawn(), code, parts)
@@ -175,7 +177,7 @@ fn a_failing_second_listener_takes_the_first_with_it() {
 }
 
 #[test]
-fn what_is_no_socket_is_left_alone() {
+fn a_file_that_is_no_socket_is_left_alone() {
     for kind in ["file", "directory", "link"] {
         let site = Site::with(&listen("$DIR/in"));
         let at = site.path("in");
@@ -200,7 +202,7 @@ fn stale_socket_is_replaced() {
 }
 
 #[test]
-fn of_many_that_start_at_once_one_wins() {
+fn of_many_daemons_that_start_at_once_one_wins() {
     let home = Site::new();
     let path = home.path("in");
     make_stale(&path);

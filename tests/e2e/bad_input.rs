@@ -1,5 +1,6 @@
-//! Clients that are malformed, oversized, truncated, slow, vanishing, or just unusual: each gets
-//! what the protocol page says, nothing is relayed that wasn't complete, and the daemon serves on.
+//! Clients whose input is malformed, oversized, truncated or slow, and clients that vanish or do
+//! something unusual. Each client gets the answer that the protocol page says. Only complete mails
+//! are relayed, and the daemon serves on.
 
 use std::time::{Duration, Instant};
 
@@ -7,7 +8,8 @@ use crate::harness::mail::netstring;
 use crate::harness::record::within;
 use crate::harness::{Client, Daemon, Mail, PATIENCE, Sink, Target, submit};
 
-/// A relay with one worker, small limits for slow clients, and a next hop that takes everything.
+/// Starts a relay with one worker and short time limits for clients, and a next hop that accepts
+/// everything.
 fn relay() -> (Daemon, Sink) {
     relay_with("client_timeout=1, request_timeout=2", "")
 }
@@ -21,7 +23,8 @@ fn relay_with(settings: &str, options: &str) -> (Daemon, Sink) {
     (daemon, sink)
 }
 
-/// The daemon still does its work, and the next hop has got nothing else.
+/// Checks that the daemon still relays, and that the next hop has received nothing but this check's
+/// mail.
 #[track_caller]
 fn serves_only_this(daemon: &Daemon, sink: &Sink) {
     let mail = Mail::new("after all that");
@@ -79,7 +82,7 @@ fn oversized() {
 
 #[test]
 fn refused_early_but_heard_late() {
-    // The refusal is due after the first bytes; the client sends 8 MiB before it looks.
+    // The refusal is due after the first bytes, but the client sends 8 MiB before it reads.
     let (daemon, sink) = relay();
     for head in [&b"x"[..], b"999999999999:"] {
         let mut request = head.to_vec();
@@ -150,7 +153,7 @@ fn slow_clients_are_told() {
 
 #[test]
 fn a_client_that_thinks_first() {
-    // The time for its answer begins when there is a request, not with the connection.
+    // `relay_timeout` begins with the complete request, not with the connection.
     let (daemon, sink) = relay_with("relay_timeout=0.3, client_timeout=10", "");
     let mut client = Client::connect(daemon.path("in"));
     let nothing = client.outcome_within(Duration::from_millis(700));
@@ -161,7 +164,7 @@ fn a_client_that_thinks_first() {
 
 #[test]
 fn dripping_clients_are_told() {
-    // Never silent for client_timeout, but not done within request_timeout either.
+    // The client is never silent for client_timeout, but isn't done within request_timeout either.
     let (daemon, sink) = relay();
     let mut client = Client::connect(daemon.path("in"));
     let request = Mail::new(&"x".repeat(1000)).request();
@@ -238,7 +241,7 @@ fn clients_that_do_not_read() {
     }
     sink.record().wait_for_count(64);
     assert_eq!(submit(daemon.path("in"), &Mail::new("x")), "Kok");
-    // Their replies were waiting all the time.
+    // The replies have waited in the sockets' buffers.
     for client in &mut deaf {
         assert_eq!(client.outcome(), "Kok");
     }
@@ -246,7 +249,8 @@ fn clients_that_do_not_read() {
 
 #[test]
 fn clients_that_never_stop_sending() {
-    // The reply comes; lingering ends although the client neither reads nor ends.
+    // After its reply the daemon reads on only for a limited time, although the client neither
+    // reads nor ends.
     let (daemon, _sink) = relay();
     let mut client = Client::connect(daemon.path("in"));
     client.send(b"x");
@@ -289,7 +293,7 @@ fn big_mails() {
     assert!(second.message.starts_with(head) && second.message.ends_with(&mail.message));
     assert_eq!(second.message.len(), head.len() + mail.message.len());
     assert_eq!(submit(address, &Mail::of_size((1 << 20) + 1)), "Dmessage too large");
-    // Many at once: more than one socket buffer each, in both directions.
+    // Many mails at once, each larger than the socket buffers in both directions.
     std::thread::scope(|scope| {
         for _ in 0..8 {
             scope.spawn(|| assert_eq!(submit(daemon.path("in"), &mail), "Kok"));

@@ -1,4 +1,4 @@
-//! The client's control group, in a real one with real attributes.
+//! The control group of the client, tested with real groups that have real extended attributes.
 
 use std::fs;
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
@@ -15,14 +15,14 @@ use crate::harness::mail::split;
 use crate::harness::processes::{self, signal};
 use crate::harness::{Client, Daemon, Mail, PATIENCE, Site, Target, eventually, submit};
 
-/// Where cgroup2 is mounted on this machine.
+/// Returns the mount point of cgroup2 on this machine.
 fn mount() -> PathBuf {
     let mounts = fs::read_to_string("/proc/self/mountinfo").expect("mountinfo");
     let line = mounts.lines().find(|line| line.contains(" - cgroup2 "));
     line.expect("cgroup2 is mounted").split(' ').nth(4).expect("mount point").into()
 }
 
-/// A control group, removed at the end.
+/// A control group, which is removed when dropped.
 struct Group {
     directory: PathBuf,
 }
@@ -42,13 +42,13 @@ impl Group {
         Self { directory }
     }
 
-    /// As /proc/PID/cgroup has it, for processes in the same namespace.
+    /// Returns the path as /proc/PID/cgroup shows it to processes in the same cgroup namespace.
     fn path(&self) -> String {
         let relative = self.directory.strip_prefix(mount()).expect("below the mount");
         format!("/{}", relative.display())
     }
 
-    /// Whoever writes 0 into this file is in the group.
+    /// Returns the path of cgroup.procs; a process that writes 0 into that file joins the group.
     fn procs(&self) -> String {
         self.directory.join("cgroup.procs").display().to_string()
     }
@@ -59,14 +59,14 @@ impl Group {
         assert!(command.status().expect("setfattr").success(), "{name}");
     }
 
-    /// A command that runs in this group.
+    /// Returns a command that runs in this group; the caller adds program and arguments.
     fn command(&self) -> Command {
         let mut command = Command::new("/bin/sh");
         command.args(["-c", "echo $$ >\"$0\" && exec \"$@\""]).arg(self.procs());
         command
     }
 
-    /// Submits a mail from within and says what the client printed.
+    /// Submits a mail from within the group, and returns the text of the reply.
     fn submit(&self, to: &Path) -> String {
         let mut command = self.command();
         command.arg(QRELAY).arg("send").arg("--to").arg(to);
@@ -86,8 +86,8 @@ impl Drop for Group {
     }
 }
 
-/// A daemon whose handler runs this with the mail as `m`, and discards the mail with what it
-/// returns.
+/// Starts a daemon whose handler runs `body` with the mail as `m`, and discards the mail with the
+/// returned text.
 fn handler(body: &str) -> Daemon {
     Daemon::start(&format!(
         "settings{{workers=1}}
@@ -164,7 +164,8 @@ fn objects_of_an_answered_mail_are_stale_and_hold_nothing() {
            for _, use in ipairs{
              function() return old.path end, function() return old.parent end,
              function() return old.xattr end, function() return kept.xattr.a end,
-             function() for _ in pairs(kept.xattr) do end end, function() return kept.mail.cgroup end,
+             function() for _ in pairs(kept.xattr) do end end,
+             function() return kept.mail.cgroup end,
            } do
              local ok, message = pcall(use)
              assert(not ok and message:find('Stale object', 1, true), message)
@@ -186,12 +187,14 @@ fn objects_of_an_answered_mail_are_stale_and_hold_nothing() {
         });
         all
     };
-    // The worker lets go of a mail after its client has the answer.
-    eventually("no control group and no process is held", || held().is_empty().then_some(()));
+    // The worker releases a mail only after its client has the answer.
+    eventually("the worker holds no control group and no process", || {
+        held().is_empty().then_some(())
+    });
 }
 
 #[test]
-fn a_client_that_has_exited_has_none() {
+fn a_client_that_has_exited_has_no_cgroup() {
     let group = Group::new();
     let daemon = handler(
         "print('waiting')
@@ -214,7 +217,7 @@ fn a_client_that_has_exited_has_none() {
 }
 
 #[test]
-fn a_client_from_the_network_has_none() {
+fn a_client_from_the_network_has_no_cgroup() {
     let port = Target::free_port();
     let daemon = Daemon::start(&format!(
         "qmqp_listen('{port}', function(m) return m:discard(tostring(m.cgroup)) end)"
@@ -224,8 +227,9 @@ fn a_client_from_the_network_has_none() {
 }
 
 #[test]
-fn the_socket_says_who_it_is_whoever_sends() {
-    // The connection is made in one group, used in another.
+fn the_group_is_that_of_the_process_that_connected() {
+    // This process connects in its own group. Another process in another group must not change the
+    // result.
     let group = Group::new();
     let daemon = handler("return m.cgroup.path");
     let mut command = group.command();
@@ -259,7 +263,7 @@ fn a_group_of_another_namespace_has_a_path_but_no_attributes() {
     daemon.stop();
 }
 
-/// A handler that says what it is told about the client's group.
+/// A handler that answers with what it learns about the client's group.
 const ASK: &str = "
     settings{workers=1}
     qmqp_listen('$DIR/in', function(m)
@@ -268,7 +272,7 @@ const ASK: &str = "
       return m:discard(('%s %s %s %s %s'):format(m.pid, ok, cgroup, seen, site))
     end)";
 
-/// A command in the pid namespace of a process.
+/// Returns a command that runs a shell script in the pid and mount namespaces of a process.
 fn inside(process: i32, script: &str, arguments: &[&str]) -> Command {
     let mut command = Command::new("nsenter");
     command.args(["-t", &process.to_string(), "--pid", "--mount", "sh", "-c", script, "sh"]);
@@ -276,7 +280,7 @@ fn inside(process: i32, script: &str, arguments: &[&str]) -> Command {
     command
 }
 
-/// The words that a command has printed.
+/// Runs a command and returns its output.
 #[track_caller]
 fn output(mut command: Command) -> String {
     let output = command.stderr(Stdio::inherit()).output().expect("runs");
@@ -284,10 +288,10 @@ fn output(mut command: Command) -> String {
     String::from_utf8_lossy(&output.stdout).trim_end().to_owned()
 }
 
-/// A daemon in a pid namespace of its own, where nobody else takes numbers.
+/// A daemon in a pid namespace of its own, in which no other process takes pids.
 struct Numbers {
     daemon: Daemon,
-    /// A process in it.
+    /// Pid of the supervisor, seen from outside of its namespace.
     supervisor: i32,
 }
 
@@ -303,13 +307,14 @@ impl Numbers {
         self.daemon.path(socket).display().to_string()
     }
 
-    /// What a client in a group is told.
+    /// Submits a mail from a client in `group`, and returns the text of the reply.
     fn submit(&self, group: &Group, sender: &str) -> String {
         let send = "echo 0 >\"$1\" && exec \"$2\" send --to \"$3\" --sender \"$4\" b@x.example";
         output(inside(self.supervisor, send, &[&group.procs(), QRELAY, &self.path("in"), sender]))
     }
 
-    /// A client in a group that has connected: its socket, its number, and what waits for it.
+    /// Connects a client in `group` to a socket of the daemon. Returns the connection, the client's
+    /// pid within the namespace, and the process to wait for.
     fn connect(&self, group: &Group, socket: &str) -> (UnixStream, String, Child) {
         let flags = SockFlag::SOCK_CLOEXEC;
         let client = nix::sys::socket::socket(AddressFamily::Unix, SockType::Stream, flags, None)
@@ -331,13 +336,13 @@ time.sleep(1000)' \"$2\"";
         (client, pid, process)
     }
 
-    /// Ends a client; its number is free then.
+    /// Kills a client, so that its pid becomes free.
     fn end(&self, pid: &str, mut process: Child) {
         output(inside(self.supervisor, "kill -9 $1", &[pid]));
         process.wait().expect("wait");
     }
 
-    /// A command in a group, as the process with this number.
+    /// Starts a command in `group` that gets this pid within the namespace.
     fn again(&self, group: &Group, pid: &str, command: &[&str]) -> Child {
         let script = "echo 0 >\"$1\" && echo $(($2 - 1)) >/proc/sys/kernel/ns_last_pid &&
             shift 2 && { \"$@\" & } && echo $! && wait $!";
@@ -346,11 +351,11 @@ time.sleep(1000)' \"$2\"";
         arguments.extend(command);
         let mut again = inside(self.supervisor, script, &arguments);
         let mut process = again.stdout(Stdio::piped()).spawn().expect("nsenter");
-        assert_eq!(line(&mut process), pid, "the kernel gave it another number");
+        assert_eq!(line(&mut process), pid, "the kernel gave the process another pid");
         process
     }
 
-    /// The same with a client that sends a mail.
+    /// Starts a client in `group` that gets this pid and submits a mail.
     fn submit_again(&self, group: &Group, pid: &str, sender: &str) -> Child {
         let to = self.path("in");
         let send = [QRELAY, "send", "--to", &*to, "--sender", sender, "b@x.example"];
@@ -358,7 +363,7 @@ time.sleep(1000)' \"$2\"";
     }
 }
 
-/// The reply to a mail.
+/// Returns the reply to a mail: status letter and text.
 fn reply(mut client: &UnixStream) -> String {
     let mut reply = Vec::new();
     client.read_to_end(&mut reply).expect("reply");
@@ -366,14 +371,14 @@ fn reply(mut client: &UnixStream) -> String {
     String::from_utf8_lossy(reply).into_owned()
 }
 
-/// The client's number goes to another process before its mail is read.
+/// The client ends, and another process gets its pid, before the client's mail is read.
 #[test]
-fn a_number_that_is_used_again_is_somebody_else() {
+fn a_process_with_a_reused_pid_is_not_the_client() {
     let (ours, theirs) = (Group::new(), Group::new());
     theirs.set("user.site", "somebody else's");
     let numbers = Numbers::start(ASK);
 
-    // A client that lives is known, there too.
+    // The daemon knows a living client, also in this pid namespace.
     let told = numbers.submit(&theirs, "a@x.example");
     let (_, rest) = told.split_once(' ').expect("words");
     assert_eq!(rest, format!("true {} true somebody else's", theirs.path()));
@@ -392,8 +397,8 @@ fn a_number_that_is_used_again_is_somebody_else() {
     numbers.end(&pid, other);
 }
 
-/// A handler that says the client's group and the mail's id, and keeps the mail of one sender
-/// under way.
+/// A handler that answers with the client's group and the mail's id. The mail of one sender stays
+/// under way until the file `go` appears.
 const KEEP: &str = "
     settings{workers=1}
     local function handler(m)
@@ -407,9 +412,9 @@ const KEEP: &str = "
     qmqp_listen('$DIR/in', handler)
     qmqp_listen('$DIR/other', handler)";
 
-/// A client whose mail is under way has exited, and the next one has its number.
+/// A client has exited while its mail is under way, and the next client gets the same pid.
 #[test]
-fn the_next_one_with_its_number_is_not_it() {
+fn the_next_client_with_a_reused_pid_has_its_own_group() {
     let (ours, theirs) = (Group::new(), Group::new());
     let numbers = Numbers::start(KEEP);
     let (mut client, pid, process) = numbers.connect(&ours, "in");
@@ -424,10 +429,10 @@ fn the_next_one_with_its_number_is_not_it() {
     assert!(told.starts_with(&format!("K{pid} true {} #", ours.path())), "{told}");
 }
 
-/// A client has connected and exited, and the next one with its number has a mail under way when
-/// the first one's request comes.
+/// A client has connected and exited. The next client with the same pid has a mail under way when
+/// the request of the first client comes.
 #[test]
-fn one_that_came_earlier_is_not_it() {
+fn an_exited_client_does_not_get_the_group_of_a_later_one() {
     let (ours, theirs) = (Group::new(), Group::new());
     let numbers = Numbers::start(KEEP);
     let (mut client, pid, process) = numbers.connect(&ours, "in");
@@ -444,14 +449,14 @@ fn one_that_came_earlier_is_not_it() {
     assert!(job(&told) < job(&others), "the order is another one: {told}, {others}");
 }
 
-/// A client has connected to another socket and exited; its connection is accepted after that of
-/// the next one with its number, whose mail is under way. Before Linux 6.5 nobody could tell them
-/// apart.
+/// A client has connected to another socket and exited. Its connection is accepted after that of
+/// the next client with the same pid, whose mail is under way. Without SO_PEERPIDFD (Linux 6.5) the
+/// two can't be told apart.
 #[test]
-fn one_at_another_socket_is_not_it() {
+fn an_exited_client_of_another_socket_does_not_get_the_group_of_a_later_one() {
     let (ours, theirs) = (Group::new(), Group::new());
     let numbers = Numbers::start(KEEP);
-    // The first socket that has something is the first that is looked at.
+    // The supervisor looks first at the socket that was the first to have a connection.
     signal(numbers.supervisor, Signal::SIGSTOP);
     let first = UnixStream::connect(numbers.daemon.path("in")).expect("connect");
     let (mut client, pid, process) = numbers.connect(&ours, "other");
@@ -481,13 +486,13 @@ print(client.recv(1000).decode())";
     drop(first);
 }
 
-/// The job's number in what a handler of [`KEEP`] says: the end of the mail's id.
+/// Returns the number of the job in an answer of [`KEEP`]: the end of the mail's id.
 fn job(told: &str) -> u64 {
     let digits = told.rsplit('-').next().expect("an id").trim_end_matches(['\n', ',']);
     u64::from_str_radix(digits, 16).expect("a number")
 }
 
-/// A line that a process prints. What follows is left to others.
+/// Returns the next line that a process prints. The bytes after the line stay unread.
 fn line(process: &mut Child) -> String {
     let stdout = process.stdout.as_mut().expect("a pipe");
     let mut text = String::new();
@@ -499,7 +504,7 @@ fn line(process: &mut Child) -> String {
     text.trim_end().to_owned()
 }
 
-/// What a process has printed when it has ended.
+/// Waits until a process has ended, and returns the rest of what it printed.
 fn read_all(process: &mut Child) -> String {
     let mut text = String::new();
     process.stdout.take().expect("a pipe").read_to_string(&mut text).expect("text");
@@ -507,8 +512,9 @@ fn read_all(process: &mut Child) -> String {
     text
 }
 
-/// A daemon that sees no cgroup2 file system: `hide` is a shell script for its mount namespace,
-/// whose first argument is the client's group.
+/// Starts a daemon that sees no cgroup2 file system, and checks that a client has a path but no
+/// attributes. The shell script `hide` changes the daemon's mount namespace; its first argument is
+/// the client's group.
 #[track_caller]
 fn assert_has_path_but_no_attributes(hide: &str) {
     let group = Group::new();
@@ -525,13 +531,14 @@ fn assert_has_path_but_no_attributes(hide: &str) {
 }
 
 #[test]
-fn where_no_cgroup2_is_mounted() {
+fn without_a_cgroup2_mount_there_are_no_attributes() {
     assert_has_path_but_no_attributes("umount --lazy --all --types cgroup2");
 }
 
-/// What lies over the mount is no cgroup, even if there is such a directory.
+/// The file system mounted over cgroup2 is not a group, even if it has a directory of the same
+/// name.
 #[test]
-fn where_cgroup2_is_covered() {
+fn a_covered_cgroup2_mount_gives_no_attributes() {
     assert_has_path_but_no_attributes(
         "for mount in $(findmnt --noheadings --list --types cgroup2 --output TARGET); do
            mount -t tmpfs none \"$mount\" && mkdir -p \"$mount$1\"
@@ -540,7 +547,7 @@ fn where_cgroup2_is_covered() {
 }
 
 #[test]
-fn reading_it_costs_no_descriptors() {
+fn reading_a_cgroup_leaks_no_descriptors() {
     let group = Group::new();
     group.set("user.a", "1");
     let daemon = handler("return m.cgroup.xattr.a .. tostring(m.cgroup.parent)");
@@ -550,7 +557,7 @@ fn reading_it_costs_no_descriptors() {
     for _ in 0..20 {
         assert_eq!(group.submit(&daemon.path("in")), "1nil");
     }
-    eventually("as few as before", || {
+    eventually("no more descriptors than before", || {
         (processes::descriptors(worker).len() <= before).then_some(())
     });
 }

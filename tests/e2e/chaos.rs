@@ -1,14 +1,15 @@
-//! Never lose mail: a load of unique mails, everything killed and reloaded meanwhile, and a checker
-//! over the whole history.
+//! Never lose mail: a load of unique mails while workers and zygotes are killed and the
+//! configuration is reloaded, and a checker over the whole history.
 //!
-//! The history is what every client sent and was told, when, and what the next hop got. The rules:
+//! The history consists of every client's mails, answers and their times, and the mails that the
+//! next hop received. The rules:
 //! - a mail that got `K` is in the next hop, exactly as sent, once (or more often only if an
 //!   earlier attempt had no `K`);
-//! - a client that sent a complete request read one well-formed `K` or `Z`;
-//! - at least 95 % are `K`, and all of those told while nothing but reloads happened;
-//! - the next hop has got nothing that nobody sent.
+//! - a client that sent a complete request received one well-formed `K` or `Z`;
+//! - at least 95 % of the answers are `K`, and outside of the time of the kills all are;
+//! - the next hop has received only mails that were sent.
 //!
-//! `QRELAY_FULL=1` runs the numbers of the requirement; otherwise they are smaller.
+//! `QRELAY_FULL=1` runs with the numbers of the requirement; otherwise they are smaller.
 
 use std::collections::HashMap;
 use std::sync::Mutex;
@@ -21,7 +22,7 @@ use crate::harness::processes::{relaying, signal};
 use crate::harness::sink::answer;
 use crate::harness::{Daemon, Mail, Outcome, Reply, Sink, eventually, full, submit};
 
-/// One mail of one client.
+/// A mail that a client has sent, and its answer.
 #[derive(Debug)]
 struct Attempt {
     mail: Mail,
@@ -30,7 +31,7 @@ struct Attempt {
     told: Instant,
 }
 
-/// A mail that no other client sends, nor this one again; sizes vary.
+/// Creates a mail that is sent only once by only one client; the sizes vary.
 fn unique(client: usize, number: usize) -> Mail {
     let filler = "x".repeat((client * 131 + number * 977) % 6000);
     let mut mail = Mail::new(&format!("client {client} mail {number} {filler}"));
@@ -41,7 +42,7 @@ fn unique(client: usize, number: usize) -> Mail {
     mail
 }
 
-/// Runs `clients` clients until `stop`, or until `limit` mails have been sent in all.
+/// Runs `clients` clients until `stop` is set, or until `limit` mails have been sent in all.
 fn load(to: &Daemon, clients: usize, limit: usize, stop: &AtomicBool) -> Vec<Attempt> {
     let next = AtomicUsize::new(0);
     std::thread::scope(|scope| {
@@ -64,10 +65,10 @@ fn load(to: &Daemon, clients: usize, limit: usize, stop: &AtomicBool) -> Vec<Att
     })
 }
 
-/// The faults, from the first kill to the time when all their effects were over.
+/// The time of the faults: from the first kill until all effects of the kills are over.
 type Span = (Instant, Instant);
 
-/// Judges the whole history; what is wrong, one line each.
+/// Checks the whole history, and returns one line for each violation.
 fn judge(attempts: &[Attempt], received: &[Mail], faults: Option<Span>) -> Vec<String> {
     let mut wrong = Vec::new();
     let mut arrived: HashMap<&[u8], Vec<&Mail>> = HashMap::new();
@@ -114,7 +115,7 @@ fn script(mark: usize) -> String {
     )
 }
 
-/// A next hop that takes a moment, so that there is always a job in flight.
+/// Starts a next hop that takes a moment for each mail, so that there is always a job in flight.
 fn next_hop(daemon: &Daemon) -> Sink {
     let behaviour = answer(|_| {
         std::thread::sleep(std::time::Duration::from_millis(3));
@@ -123,7 +124,7 @@ fn next_hop(daemon: &Daemon) -> Sink {
     Sink::start(daemon.path("out"), behaviour)
 }
 
-/// A small generator (xorshift), so that a run can be repeated.
+/// A small random number generator (xorshift) with a fixed seed, so that a run can be repeated.
 struct Random(u64);
 
 impl Random {
@@ -135,13 +136,13 @@ impl Random {
     }
 }
 
-/// Waits until the next hop has got `more` further mails.
+/// Waits until the next hop has received `more` further mails.
 #[track_caller]
 fn pass_mails(sink: &Sink, more: usize) {
     sink.record().wait_for_count(sink.record().len() + more);
 }
 
-/// Reloads once per round; every fourth script is broken.
+/// Reloads once per round; the script of every fourth round is broken.
 fn reload_often(daemon: &Daemon, sink: &Sink, rounds: std::ops::Range<usize>) {
     let end = rounds.end;
     for round in rounds {
@@ -159,8 +160,8 @@ fn reload_often(daemon: &Daemon, sink: &Sink, rounds: std::ops::Range<usize>) {
     daemon.site().configure(&script(end));
 }
 
-/// Kills `count` random workers, one after the other, each while the next hop holds a mail of it,
-/// and a zygote in the middle.
+/// Kills `count` random workers, one after the other, each while the next hop holds one of its
+/// mails. In the middle, also kills a zygote.
 fn kill_often(daemon: &Daemon, sink: &Sink, count: usize, random: &mut Random) {
     for round in 0..count {
         let victim = eventually("a worker with a job in flight", || {
@@ -172,8 +173,8 @@ fn kill_often(daemon: &Daemon, sink: &Sink, count: usize, random: &mut Random) {
         if round == count / 2 {
             signal(daemon.zygotes()[0], Signal::SIGKILL);
         }
-        // A quarter of the 32 mails on their way dies with each worker. 95 % K in all means that
-        // some mails pass between two deaths.
+        // Each dying worker takes a quarter of the 32 mails under way with it. To reach 95 % `K` in
+        // all, many mails have to pass between two deaths.
         pass_mails(sink, 300);
     }
 }
@@ -191,13 +192,13 @@ fn kills_and_reloads_under_load() {
 
     let mut attempts = std::thread::scope(|scope| {
         let load = scope.spawn(|| load(&daemon, 32, usize::MAX, &stop));
-        // A panic here must not leave the clients running for ever.
+        // If this thread panics, the clients must stop nevertheless.
         let end = StopOnDrop(&stop);
         reload_often(&daemon, &sink, 0..reloads / 2);
         let from = Instant::now();
         kill_often(&daemon, &sink, kills, &mut Random(0x2545_f491_4f6c_dd1d));
         eventually("all workers", || (daemon.workers().len() >= workers).then_some(()));
-        // Every answer that a kill caused has been read when one full turn of all clients is over.
+        // After one full turn of all clients, every answer that a kill caused has been read.
         pass_mails(&sink, 200);
         *faults.lock().expect("not poisoned") = Some((from, Instant::now()));
         reload_often(&daemon, &sink, reloads / 2..reloads);
@@ -218,13 +219,13 @@ fn kills_and_reloads_under_load() {
     println!("{} mails, {accepted} K, {kills} kills, {reloads} reloads", attempts.len());
     assert_right(&wrong, &daemon);
     assert!(accepted * 100 >= attempts.len() * 95, "{accepted} K of {}", attempts.len());
-    eventually("the workers that were", || (daemon.workers().len() == workers).then_some(()));
+    eventually("as many workers as before", || (daemon.workers().len() == workers).then_some(()));
     eventually("zygote and standby", || (daemon.zygotes().len() == 2).then_some(()));
-    eventually("the descriptors that were", || (daemon.fd_count() == fds).then_some(()));
+    eventually("as many descriptors as before", || (daemon.fd_count() == fds).then_some(()));
     daemon.stop();
 }
 
-/// Ends the load however the scope ends.
+/// Stops the load when dropped, also by a panic.
 struct StopOnDrop<'a>(&'a AtomicBool);
 
 impl Drop for StopOnDrop<'_> {

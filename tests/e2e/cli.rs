@@ -1,4 +1,4 @@
-//! The command line: `check`, `send`, `sink`, `--version`, `--help`.
+//! The command line: `check`, `send`, `sink`, `--version`, `--help`, and wrong usage.
 
 use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
@@ -90,7 +90,7 @@ fn relative_config_path() {
     assert_eq!(submit(daemon.path("in"), &Mail::new("x")), "Khere");
 }
 
-/// Runs `qrelay send` with a message on stdin.
+/// Runs `qrelay send` with `message` on stdin.
 fn send(args: &[&str], message: &[u8]) -> Output {
     let mut child = Command::new(QRELAY)
         .arg("send")
@@ -100,7 +100,7 @@ fn send(args: &[&str], message: &[u8]) -> Output {
         .stderr(Stdio::piped())
         .spawn()
         .expect("runs");
-    // A command that refuses its arguments doesn't read.
+    // Writing fails when the command refuses its arguments, because it doesn't read stdin then.
     let _ = child.stdin.take().expect("piped").write_all(message);
     child.wait_with_output().expect("ends")
 }
@@ -142,7 +142,7 @@ fn send_without_an_answer_is_75_with_the_cause() {
     let behaviours = [
         ("close", Behaviour::Abort(0, Vec::new())),
         ("garbage", Behaviour::Early(b"220 smtp ready\r\n".to_vec())),
-        // Accepted before it was read: no promise to rely on.
+        // A `K` before the whole request was read is no promise to rely on.
         ("early", Behaviour::Abort(1, b"3:Kok,".to_vec())),
     ];
     let big = vec![b'x'; 4 << 20];
@@ -188,7 +188,7 @@ struct SinkCommand {
 }
 
 impl SinkCommand {
-    /// Starts it and waits until it says that it listens.
+    /// Starts the command and waits until it reports that it listens.
     fn start(args: &[&str]) -> Self {
         let mut child = Command::new(QRELAY)
             .arg("sink")
@@ -204,7 +204,8 @@ impl SinkCommand {
         Self { child, stderr }
     }
 
-    /// Ends it by SIGTERM; what it wrote to stdout and stderr since it started.
+    /// Ends the command by SIGTERM, and returns what it has written to stdout and stderr since its
+    /// start.
     fn end(mut self) -> (String, String) {
         signal(self.child.id().cast_signed(), Signal::SIGTERM);
         let mut shown = String::new();
@@ -323,7 +324,7 @@ fn sink_cannot_listen_where_somebody_does() {
 }
 
 #[test]
-fn the_three_together() {
+fn send_daemon_and_sink_work_together() {
     let site = Site::new();
     let out = site.path("out");
     let sink = SinkCommand::start(&["--listen", text(&out)]);

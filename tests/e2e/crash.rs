@@ -1,5 +1,5 @@
-//! What a crash costs: the mails of that worker get `Z`, nobody else notices, and everything is as
-//! before a moment later.
+//! Crashes of workers and zygotes. The mails of a crashed worker get `Z`, other mails are not
+//! affected, and a moment later everything is as before.
 
 use std::time::{Duration, Instant};
 
@@ -65,8 +65,8 @@ fn other_workers_do_not_notice() {
     assert!(daemon.workers().contains(&workers[1]));
 }
 
-/// Sends mails until each of two workers relays at least five. (The daemon is ready when its
-/// first worker is, so the first mails all go there.)
+/// Sends mails until each of two workers relays at least five. The daemon is ready as soon as its
+/// first worker is, so the first mails all go to that worker.
 fn load_both_workers(daemon: &Daemon, sink: &Sink) -> Vec<Client> {
     let mut clients = Vec::new();
     let both = |daemon: &Daemon| {
@@ -83,7 +83,7 @@ fn load_both_workers(daemon: &Daemon, sink: &Sink) -> Vec<Client> {
     clients
 }
 
-/// All were accepted but `hit` of them, who were told to try again.
+/// Checks that all clients were told `K`, except for `hit` clients that were told to try again.
 #[track_caller]
 fn assert_told(mut clients: Vec<Client>, hit: usize) {
     let answers: Vec<_> = clients.iter_mut().map(|c| c.outcome().to_string()).collect();
@@ -144,8 +144,8 @@ fn replacement_is_quick() {
             eventually("the dead worker's end", || {
                 processes::look(workers[0]).is_none_or(|p| p.state == 'Z').then_some(())
             });
-            // The dying worker may still be given one.
-            eventually("service", || {
+            // The dying worker may still be given a mail.
+            eventually("a mail is accepted again", || {
                 (submit(daemon.path("in"), &Mail::new("x")) == "Kok").then_some(())
             });
             died.elapsed()
@@ -154,7 +154,8 @@ fn replacement_is_quick() {
     times.sort();
     let median = times[times.len() / 2];
     println!("from the death of a worker to the next K: median {median:?}");
-    // The requirement is 50 ms on a quiet machine; otherwise other tests run at the same time.
+    // The requirement is 50 ms on a quiet machine. Without `QRELAY_FULL` other tests run at the
+    // same time.
     let limit = if full() { 50 } else { 500 };
     assert!(median < Duration::from_millis(limit), "{times:?}");
 }
@@ -173,7 +174,8 @@ fn a_standby_takes_over_with_the_script_that_was_loaded() {
     for round in 0..3 {
         let zygotes = daemon.zygotes();
         assert_eq!(zygotes.len(), 2, "a zygote and its standby");
-        // The first is the older one in rounds that follow, too: either may be the active one.
+        // The rounds alternate between the older and the newer process, and either may be the
+        // active zygote.
         signal(zygotes[round % 2], Signal::SIGKILL);
         eventually("a new standby", || {
             let now = daemon.zygotes();
@@ -200,7 +202,7 @@ fn without_zygotes_the_workers_serve_on() {
     let daemon = Daemon::start(&script("old"));
     daemon.site().configure("broken broken");
     let zygotes = daemon.zygotes();
-    // Stopped first, so that none can fork another before it dies.
+    // The processes are stopped first, so that none can fork another before it dies.
     for &pid in &zygotes {
         processes::stop(pid);
     }
@@ -214,7 +216,7 @@ fn without_zygotes_the_workers_serve_on() {
     daemon.notify().after(0, "a status about it", |line| {
         line.starts_with("STATUS=") && line.contains("zygote")
     });
-    // Once the file is good again, a new generation comes by itself.
+    // Once the file is good again, the supervisor starts a new generation by itself.
     daemon.site().configure(&script("new"));
     eventually("a new generation", || {
         (submit(daemon.path("in"), &Mail::new("x")) == "Knew").then_some(())
@@ -233,12 +235,12 @@ fn a_stopped_worker_is_found_out() {
     processes::stop(workers[0]);
     gate.open();
     assert_told(clients, hit);
-    eventually("its replacement", || {
+    eventually("the replacement of the stopped worker", || {
         let now = daemon.workers();
         (now.len() == 2 && !now.contains(&workers[0])).then_some(())
     });
     daemon.wait_for_log(&workers[0].to_string());
-    assert!(daemon.workers().contains(&workers[1]), "the other one is left alone");
+    assert!(daemon.workers().contains(&workers[1]), "the other worker is left alone");
 }
 
 #[test]
@@ -253,8 +255,9 @@ fn a_pattern_that_runs_away_in_c_is_found_out() {
     let workers = daemon.wait_for_workers(2, &[]);
     let mut stuck = Client::connect(daemon.path("in"));
     stuck.send(&Mail::new("x").request());
-    // The other worker serves meanwhile. The supervisor notices 250 ms after Lua is stuck, and
-    // asks every 250 ms: until then a mail may follow the stuck one into the same worker.
+    // The other worker serves meanwhile. The supervisor asks every 250 ms, and avoids a worker
+    // whose Lua has been held for 250 ms. Until then a mail may follow the stuck one into the same
+    // worker.
     let started = Instant::now();
     let mut served = 0;
     while daemon.workers() == workers && started.elapsed() < PATIENCE {
@@ -292,9 +295,9 @@ fn orphans_are_reaped_and_not_killed() {
     let shells = || processes::children_named(daemon.pid(), "sh");
     eventually("the orphan comes to the supervisor", || (shells().len() == 1).then_some(()));
     assert!(daemon.reload());
-    assert_eq!(shells().len(), 1, "it is not the daemon's to kill");
+    assert_eq!(shells().len(), 1, "the daemon must not kill an orphan");
     std::fs::write(daemon.path("go"), "").expect("file");
-    eventually("it ends by itself", || daemon.path("gone").exists().then_some(()));
+    eventually("the orphan ends by itself", || daemon.path("gone").exists().then_some(()));
     eventually("no zombie stays", || {
         let children = processes::children(daemon.pid());
         children.iter().all(|child| child.name.starts_with("qrelay-")).then_some(())
@@ -314,7 +317,8 @@ fn start_is_quick() {
         .collect();
     times.sort();
     println!("from exec to READY: median {:?}", times[2]);
-    // The requirement is 100 ms on a quiet machine; otherwise other tests run at the same time.
+    // The requirement is 100 ms on a quiet machine. Without `QRELAY_FULL` other tests run at the
+    // same time.
     let limit = if full() { 100 } else { 1000 };
     assert!(times[2] < Duration::from_millis(limit), "{times:?}");
 }
@@ -347,7 +351,7 @@ fn memory_stays_small() {
     }
     let supervisor = processes::memory(daemon.pid(), "status", "VmRSS");
     println!("supervisor: {} KiB resident", supervisor / 1024);
-    // 6 MiB is the requirement; a debug build is larger.
+    // The requirement is 6 MiB; a debug build is larger.
     let limit = if cfg!(debug_assertions) { 8 } else { 6 };
     assert!(supervisor <= limit << 20, "{supervisor}");
     for worker in daemon.workers() {

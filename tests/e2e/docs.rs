@@ -1,18 +1,19 @@
-//! What the documentation shows works: every `lua` block on every page, and every script in
+//! The examples in the documentation: every `lua` block on every page, and every script in
 //! docs/examples.
 //!
-//! A block is a script, or a part of one that runs while it is loaded. If it listens, it is served: a
-//! mail goes through each of its sockets, and must be accepted (`reply=D` or `reply=Z` after `lua`
-//! says otherwise). If it doesn't, `qrelay check` runs it. `lua handler` marks the body of a handler,
-//! with the mail as `m`. An assertion that fails makes the mail `Z`, or the check fail.
+//! A block is a script, or a part of one that runs while it is loaded. A block that listens is
+//! served: one mail goes through each of its sockets and must be accepted, unless `reply=D` or
+//! `reply=Z` after `lua` says otherwise. A block that doesn't listen is run by `qrelay check`. `lua
+//! handler` marks the body of a handler, with the mail as `m`. A failed assertion in a block makes
+//! the reply `Z`, or the check fail.
 //!
-//! To be run anywhere, blocks that are served get other addresses: /run/cm4all/qrelay becomes a
-//! temporary directory, strings that begin with 192.0.2. or [2001:db8: (the networks for
-//! documentation, RFC 5737 and RFC 3849) a next hop that accepts everything, and a port on 127.0.0.1
-//! one that is free.
+//! Blocks that are served get other addresses, so that they can run on any machine.
+//! /run/cm4all/qrelay becomes a temporary directory. Strings that begin with 192.0.2. or [2001:db8:
+//! (the networks for documentation, RFC 5737 and RFC 3849) become a next hop that accepts
+//! everything. A port on 127.0.0.1 becomes a free port.
 //!
-//! Blocks that use `pg:` run with a database server of the tests' own, in which the
-//! `sql` blocks of all pages have been run.
+//! Blocks that use `pg:` run with a database server of the tests. The `sql` blocks of all pages
+//! have been run in its database.
 
 use std::fs;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -25,16 +26,16 @@ use crate::harness::daemon::{QRELAY, is_socket};
 use crate::harness::postgres::Cluster;
 use crate::harness::{Mail, Sink, Site, Target, submit};
 
-/// Blocks that run at the same time; most of their time is waiting.
+/// Number of blocks that run at the same time; most of their time is waiting.
 const AT_ONCE: usize = 4;
 
-/// A piece of Lua and what is expected of it.
+/// A piece of Lua and its expected reply.
 #[derive(Debug)]
 struct Block {
-    /// File and line, for the message.
+    /// File and line of the block, for error messages.
     place: String,
     source: String,
-    /// First letter of the reply.
+    /// Expected first letter of the reply.
     reply: char,
 }
 
@@ -71,7 +72,7 @@ fn every_example_relays_a_mail() {
     }
 }
 
-/// A database server if some of the blocks use one, and the environment by which they find it.
+/// A database server, if any block uses one, and the environment variables by which blocks find it.
 struct Database {
     environment: Vec<(&'static str, String)>,
     _cluster: Option<Cluster>,
@@ -147,7 +148,7 @@ fn block<'a>(place: String, mut source: String, words: impl Iterator<Item = &'a 
                 );
             }
             (_, Some(letter)) => reply = letter,
-            _ => panic!("{place}: what does '{word}' mean?"),
+            _ => panic!("{place}: unknown word '{word}' after lua"),
         }
     }
     Block { place, source, reply }
@@ -161,7 +162,7 @@ fn check(block: &Block, database: &Database) {
     }
 }
 
-/// Runs a part of a script that makes no listener.
+/// Runs a part of a script that declares no listener.
 fn load(block: &Block, database: &Database) {
     let listener = "qmqp_listen('$DIR/qrelay.sock', function(m) return m:discard() end)";
     let site = Site::with(&format!("{}\n{listener}\n", block.source));
@@ -173,7 +174,7 @@ fn load(block: &Block, database: &Database) {
     assert!(output.status.success(), "{}: {errors}", block.place);
 }
 
-/// Sends a mail through each of a script's sockets.
+/// Runs a script and sends a mail through each of its sockets.
 fn serve(block: &Block, database: &Database) {
     let site = Site::new();
     let next_hop = site.path("next.sock");
@@ -191,7 +192,7 @@ fn serve(block: &Block, database: &Database) {
         .into_iter()
         .filter(|path| is_socket(path) && *path != next_hop)
         .collect();
-    assert!(!sockets.is_empty(), "{}: it listens on no path", block.place);
+    assert!(!sockets.is_empty(), "{}: the script listens on no path", block.place);
     for socket in sockets {
         let reply = submit(socket, &mail).to_string();
         assert!(reply.starts_with(block.reply), "{}: {reply}\n{}", block.place, daemon.text());
@@ -199,7 +200,7 @@ fn serve(block: &Block, database: &Database) {
     drop(sink);
 }
 
-/// The script with addresses that exist here.
+/// Returns the script with addresses that exist on this machine.
 fn relocated(source: &str, next_hop: &Path) -> String {
     let source = source.replace("/run/cm4all/qrelay", "$DIR");
     let mut parts = source.split('\'');

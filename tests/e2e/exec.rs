@@ -1,5 +1,5 @@
-//! Programs that get the mail, `exec` and `exec_raw`: what they are given, what they answer, and that
-//! each mail gets its own.
+//! Programs that get a mail from `exec` and `exec_raw`: their input, the meaning of their answers,
+//! and that each mail gets the answer of its own program.
 
 use std::collections::HashSet;
 use std::fs;
@@ -11,8 +11,8 @@ use nix::sys::signal::Signal;
 use crate::harness::processes::{self, signal};
 use crate::harness::{Client, Daemon, Mail, Outcome, Site, eventually, submit};
 
-/// A daemon whose handler runs a shell script; `$DIR` is its directory. The script's `$1` is the
-/// sender, `$2` the directory.
+/// Starts a daemon whose handler runs a shell script with the action `exec` or `exec_raw`. The
+/// script's `$1` is the sender, `$2` the daemon's directory.
 pub fn shell(settings: &str, action: &str, script: &str, options: &str) -> Daemon {
     Daemon::start(&configuration(settings, action, script, options))
 }
@@ -31,7 +31,7 @@ pub fn mail() -> Mail {
     Mail::new("hello")
 }
 
-/// The pid that a program wrote to this file.
+/// Waits until a program has written its pid to this file, and returns the pid.
 #[track_caller]
 pub fn pid_in(path: &PathBuf) -> i32 {
     eventually("a pid", || fs::read_to_string(path).ok()?.trim().parse().ok())
@@ -41,7 +41,7 @@ pub fn is_gone(pid: i32) -> bool {
     processes::look(pid).is_none_or(|process| process.state == 'Z')
 }
 
-/// Sends a mail and waits until its program has told its pid in the file `pid`.
+/// Sends a mail, and waits until its program has written its pid to the file `pid`.
 #[track_caller]
 pub fn submit_and_wait(daemon: &Daemon) -> (Client, i32) {
     let mut client = Client::connect(daemon.path("in"));
@@ -136,7 +136,7 @@ fn only_a_complete_answer_and_a_good_end_count() {
     ];
     for (script, answer) in table {
         let daemon = shell("workers=1", "exec", script, "");
-        // More than any pipe holds, and most of these don't read it.
+        // The input is more than any pipe holds, and most of these programs don't read it.
         assert_eq!(submit(daemon.path("in"), &Mail::of_size(1 << 20)), answer, "{script}");
     }
 }
@@ -259,7 +259,8 @@ fn ten_thousand_mails() {
     }
 }
 
-/// What a program has delivered: one file per mail, named after its sender.
+/// Returns the names of the mails that programs have delivered: one file per mail, named after its
+/// sender.
 fn delivered(daemon: &Daemon) -> HashSet<String> {
     let entries = fs::read_dir(daemon.path("box")).expect("box");
     entries.map(|entry| entry.expect("entry").file_name().to_string_lossy().into_owned()).collect()
@@ -270,7 +271,8 @@ fn killed_workers_never_make_a_program_deliver_a_part() {
     const MAILS: usize = 300;
     let site = Site::new();
     fs::create_dir(site.path("box")).expect("box");
-    // It delivers what it has read to the end, as every program does.
+    // Like every program that delivers mail, the script delivers only after it has read its input
+    // to the end.
     let script = "cat >$2/tmp.$$ && mv $2/tmp.$$ $2/box/$1";
     site.configure(&configuration("workers=2", "exec_raw", script, ""));
     let daemon = site.start();

@@ -1,4 +1,4 @@
-//! How programs that get the mail are ended: by time limits, by clients that leave, by a drain, and with
+//! The end of programs that get a mail: by time limits, by clients that leave, by a drain, and with
 //! their worker.
 
 use std::fs;
@@ -22,7 +22,7 @@ fn an_actions_timeout_ends_the_whole_group() {
 }
 
 #[test]
-fn the_mails_deadline_ends_it_too() {
+fn the_mails_deadline_ends_the_program_too() {
     let daemon =
         shell("workers=1, relay_timeout=0.3", "exec", "echo $$ >$2/pid; exec sleep 1000", "");
     let (mut client, pid) = submit_and_wait(&daemon);
@@ -31,7 +31,7 @@ fn the_mails_deadline_ends_it_too() {
 }
 
 #[test]
-fn who_ignores_sigterm_is_killed_ten_seconds_later() {
+fn a_program_that_ignores_sigterm_is_killed_ten_seconds_later() {
     let script = "trap '' TERM; echo $$ >$2/pid; while :; do sleep 0.05; done";
     let daemon = shell("workers=1", "exec_raw", script, "timeout=0.1");
     let start = Instant::now();
@@ -42,8 +42,9 @@ fn who_ignores_sigterm_is_killed_ten_seconds_later() {
     assert!(is_gone(pid));
 }
 
-/// Its leader ends as soon as it is told to; another member of its group takes two seconds to clean
-/// up, and says when it has. (A shell would report dead children, to a pipe that nobody reads.)
+/// A program whose leader ends at once on SIGTERM, while another member of its process group takes
+/// two seconds to clean up and then leaves the file `clean`. The output goes to /dev/null, because
+/// a shell would report dead children to a pipe that is no longer read.
 const SLOW_TO_CLEAN_UP: &str = "
     exec >/dev/null 2>&1
     (trap 'sleep 2; echo >$2/clean; exit' TERM; echo >$2/ready; while :; do sleep 0.02; done) &
@@ -60,7 +61,7 @@ fn the_whole_group_has_its_time_after_sigterm() {
     let since = Instant::now();
     assert_eq!(client.outcome(), "Ztimeout");
     assert!(daemon.path("clean").exists(), "answered after {:?}", since.elapsed());
-    // Not a moment longer than it takes.
+    // The answer doesn't wait longer than the group.
     assert!(since.elapsed() < Duration::from_secs(6), "{:?}", since.elapsed());
     assert_eq!(processes::children(daemon.workers()[0]), [], "zombies");
 }
@@ -80,7 +81,8 @@ fn a_dead_workers_programs_have_their_time() {
     let (mut client, _) = submit_and_wait(&daemon);
     let workers = daemon.workers();
     signal(workers[0], Signal::SIGKILL);
-    // What waits for them holds up nothing else: neither the next worker nor who dies meanwhile.
+    // The wait for the programs holds up nothing else: neither the start of the next worker nor the
+    // handling of its death.
     daemon.wait_for_workers(1, &workers);
     let next = daemon.workers();
     signal(next[0], Signal::SIGKILL);
@@ -134,7 +136,8 @@ fn the_end_of_a_drain_leaves_programs_their_time() {
     daemon.assert_nothing_left();
 }
 
-/// Its leader ends as soon as it is told to; another member of its group never does.
+/// A program whose leader ends at once on SIGTERM, while another member of its process group
+/// ignores the signal.
 const NEVER_ENDS: &str = "
     exec >/dev/null 2>&1
     (trap '' TERM; echo >$2/ready; while :; do sleep 0.05; done) & echo $! >$2/other
@@ -144,7 +147,7 @@ const NEVER_ENDS: &str = "
     wait";
 
 #[test]
-fn who_ignores_sigterm_is_killed_though_the_leader_obeys() {
+fn a_group_member_that_ignores_sigterm_is_killed_though_the_leader_obeys() {
     let daemon = shell("workers=1", "exec_raw", NEVER_ENDS, "timeout=0.7");
     let (mut client, pid) = submit_and_wait(&daemon);
     eventually("the leader's end", || is_gone(pid).then_some(()));
@@ -156,10 +159,11 @@ fn who_ignores_sigterm_is_killed_though_the_leader_obeys() {
     assert_eq!(processes::children(daemon.workers()[0]), [], "zombies");
 }
 
-/// The kernel may give the supervisor a dying worker's programs before it can see that the worker
-/// is dead: these have ended already, while others of their groups live.
+/// When a worker dies, the kernel may make the supervisor the parent of its programs before the
+/// supervisor can see the death. The leaders of these programs have ended already, while other
+/// members of their groups live.
 #[test]
-fn programs_whose_leader_had_ended_are_seen_to_when_their_worker_dies() {
+fn programs_whose_leader_had_ended_are_ended_when_their_worker_dies() {
     const MAILS: usize = 16;
     let script = "
         exec >/dev/null 2>&1
@@ -203,7 +207,7 @@ fn a_second_sigterm_leaves_no_time() {
 }
 
 #[test]
-fn who_goes_into_the_background_holds_up_nobody() {
+fn a_background_process_holds_up_nobody() {
     let script = "sleep 1000 & echo $! >$2/pid; echo queued";
     let mut daemon = shell("workers=1", "exec_raw", script, "");
     let start = Instant::now();
@@ -213,14 +217,14 @@ fn who_goes_into_the_background_holds_up_nobody() {
     let workers = daemon.workers();
     signal(workers[0], Signal::SIGKILL);
     daemon.wait_for_workers(1, &workers);
-    assert!(!is_gone(pid), "it isn't ours to kill");
+    assert!(!is_gone(pid), "the daemon must not kill a background process");
     daemon.stop();
-    assert!(!is_gone(pid), "it isn't ours to kill");
+    assert!(!is_gone(pid), "the daemon must not kill a background process");
     signal(pid, Signal::SIGKILL);
 }
 
 #[test]
-fn a_client_that_is_gone_ends_it() {
+fn a_client_that_is_gone_ends_the_program() {
     for over_tcp in [false, true] {
         let site = Site::new();
         let port = crate::harness::Target::free_port();
@@ -246,7 +250,7 @@ fn a_client_that_is_gone_ends_it() {
 }
 
 #[test]
-fn a_client_that_only_sends_no_more_does_not() {
+fn a_half_closed_client_does_not_end_the_program() {
     let daemon = shell("workers=1", "exec_raw", "sleep 0.3; echo done", "");
     let mut client = Client::connect(daemon.path("in"));
     client.send(&mail().request()).half_close();
@@ -265,9 +269,10 @@ fn a_killed_worker_takes_its_programs_along() {
 
 #[test]
 fn nobody_is_answered_while_a_dead_workers_program_runs() {
-    // It takes a moment to obey, and says when it has. (A shell would report dead children.)
-    let script = "exec >/dev/null 2>&1; trap 'sleep 0.5; echo >$2/obeyed; exit' TERM; echo $$ >$2/pid; \
-                  while :; do sleep 0.02; done";
+    // The program takes half a second to obey SIGTERM, and then leaves the file `obeyed`. The
+    // output goes to /dev/null, because a shell would report dead children.
+    let script = "exec >/dev/null 2>&1; trap 'sleep 0.5; echo >$2/obeyed; exit' TERM; \
+                  echo $$ >$2/pid; while :; do sleep 0.02; done";
     let daemon = shell("workers=1", "exec_raw", script, "");
     let (mut client, pid) = submit_and_wait(&daemon);
     signal(daemon.workers()[0], Signal::SIGKILL);

@@ -1,10 +1,10 @@
-//! What the scenarios are written with.
+//! The tools with which the scenarios are written.
 //!
-//! [`Site`] is a temporary directory with a config.lua, [`Daemon`] a running qrelay, [`Client`] a
-//! QMQP client that can do everything wrong, [`Sink`] a next hop that can too.
+//! [`Site`] is a temporary directory with a config.lua, [`Daemon`] a running qrelay. [`Client`] is
+//! a QMQP client and [`Sink`] a next hop, and both can break every rule of the protocol.
 //!
 //! # Failure
-//! Everything panics with what was expected and what was seen: these are tests.
+//! Every function panics with what it expected and what it saw, so that the calling test fails.
 
 pub mod client;
 pub mod daemon;
@@ -23,8 +23,8 @@ pub use record::{Gate, PATIENCE, eventually};
 pub use sink::{Reply, Sink};
 pub use target::Target;
 
-/// Whether the numbers of the requirements are to be shown, on a machine that does nothing else
-/// (`QRELAY_FULL=1`): more mails, tighter limits.
+/// Returns whether the tests are to show the numbers of the requirements: more mails, tighter
+/// limits. `QRELAY_FULL=1` asks for that, on a machine that does nothing else.
 pub fn full() -> bool {
     std::env::var_os("QRELAY_FULL").is_some_and(|value| value == "1")
 }

@@ -1,9 +1,11 @@
-//! End-to-end tests: the real binary, driven from outside, one file per scenario.
+//! End-to-end tests: the real binary, driven from outside. Each module holds the scenarios of one
+//! subject; `harness` holds what they are written with.
 //!
-//! Contract: every test starts its own daemons in its own temporary directory, waits for
-//! conditions and never for a fixed time, and looks at what is left afterwards. The tests know
-//! QMQP and the design documents, but none of the code under test. They need root (other users'
-//! clients) and the packages that `tests/run` installs; what is missing fails them.
+//! Contract: every test starts its own daemons in its own temporary directory. A test waits for
+//! conditions, never for a fixed time, and looks at what is left afterwards. The tests know QMQP
+//! and the documentation, but none of the code under test. They need root, because some clients run
+//! as other users, and the packages that `tests/run` installs. A test whose needs are not met
+//! fails.
 //!
 //! # Failure
 //! A failing test prints what its daemons logged.

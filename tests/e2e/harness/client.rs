@@ -1,8 +1,7 @@
-//! A QMQP client that can do everything right and everything wrong.
+//! A QMQP client that can follow every rule of the protocol and break every rule.
 //!
-//! Contract: [`Client::outcome`] reads to the end of the connection and says what the client was
-//! told, in the terms of the specification: one reply (the first netstring counts), silence, a
-//! reset, garbage, or nothing in time.
+//! Contract: [`Client::outcome`] reads to the end of the connection and returns what the client was
+//! told: one reply (the first netstring counts), silence, a reset, garbage, or no answer in time.
 
 use std::fmt;
 use std::io::{self, Read, Write};
@@ -15,17 +14,17 @@ use super::mail::{Mail, split};
 use super::record::PATIENCE;
 use super::target::Target;
 
-/// A connection.
+/// A connection of a client or of a sink.
 #[derive(Debug)]
 pub enum Stream {
-    /// Local.
+    /// A local socket.
     Unix(UnixStream),
-    /// TCP.
+    /// A TCP socket.
     Tcp(TcpStream),
 }
 
 impl Stream {
-    /// Limits every single read.
+    /// Limits the time of each following read.
     pub fn set_read_timeout(&self, timeout: Duration) {
         let timeout = Some(timeout.max(Duration::from_millis(1)));
         match self {
@@ -35,7 +34,7 @@ impl Stream {
         .expect("read timeout");
     }
 
-    /// Limits every single write.
+    /// Limits the time of each following write.
     pub fn set_write_timeout(&self, timeout: Duration) {
         let timeout = Some(timeout.max(Duration::from_millis(1)));
         match self {
@@ -45,7 +44,7 @@ impl Stream {
         .expect("write timeout");
     }
 
-    /// Shuts down one or both directions; a connection that is gone already is no error.
+    /// Shuts down one or both directions. A connection that is gone already is no error.
     pub fn shutdown(&self, how: Shutdown) {
         let _ = match self {
             Self::Unix(stream) => stream.shutdown(how),
@@ -53,7 +52,8 @@ impl Stream {
         };
     }
 
-    /// Closes by a reset instead of an end. (A local socket resets when it is closed unread.)
+    /// Closes the connection by a reset instead of an end. A local socket needs no option for a
+    /// reset: the kernel resets it when it is closed with unread data.
     pub fn reset(self) {
         if let Self::Tcp(stream) = &self {
             let linger = nix::libc::linger { l_onoff: 1, l_linger: 0 };
@@ -85,25 +85,25 @@ impl Write for Stream {
     }
 }
 
-/// What a client was told.
+/// The answer to a client.
 #[derive(Clone, PartialEq, Eq)]
 pub enum Outcome {
-    /// A reply; status byte and text. What followed the first netstring is not looked at.
+    /// A reply: status byte and text. Bytes after the first netstring are ignored.
     Reply(Vec<u8>),
-    /// The connection was closed without a byte.
+    /// The connection was closed without a single byte.
     Silence,
     /// The connection was reset before a complete reply.
     Reset,
-    /// Bytes that aren't a reply.
+    /// Bytes that are no reply.
     Garbage(Vec<u8>),
-    /// Nothing, or not enough, in time.
+    /// No complete reply in time.
     Timeout,
-    /// A complete reply, but then a reset: other clients could have lost it.
+    /// A complete reply and then a reset, which could have cost another client the reply.
     ReplyThenReset(Vec<u8>),
 }
 
 impl fmt::Display for Outcome {
-    /// The reply as it is, such as `Kok`; everything else in angle brackets.
+    /// Writes the reply as it is, such as `Kok`, and everything else in angle brackets.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Reply(reply) => f.write_str(&String::from_utf8_lossy(reply)),
@@ -125,7 +125,7 @@ impl fmt::Debug for Outcome {
 }
 
 impl Outcome {
-    /// The status byte, or `-` when there is no clean reply.
+    /// Returns the status byte, or `-` if there is no clean reply.
     pub fn status(&self) -> char {
         match self {
             Self::Reply(reply) => char::from(reply[0]),
@@ -143,16 +143,16 @@ impl PartialEq<&str> for Outcome {
     }
 }
 
-/// A client's end of a connection.
+/// The client's end of a connection.
 #[derive(Debug)]
 pub struct Client {
-    /// The connection, for what the methods don't offer.
+    /// The connection, for anything that the methods don't offer.
     pub stream: Stream,
     received: Vec<u8>,
 }
 
 impl Client {
-    /// Connects.
+    /// Connects, with a limit of [`PATIENCE`] for each write.
     #[track_caller]
     pub fn connect(to: impl Into<Target>) -> Self {
         let to = to.into();
@@ -165,13 +165,13 @@ impl Client {
         }
     }
 
-    /// Sends all of `bytes`; how the server likes them shows in the outcome.
+    /// Sends all of `bytes`. An error is ignored, because the outcome shows what the server did.
     pub fn send(&mut self, bytes: &[u8]) -> &mut Self {
         let _ = self.stream.write_all(bytes);
         self
     }
 
-    /// Sends all of `bytes` and says whether that worked.
+    /// Sends all of `bytes` and returns whether the server took them.
     pub fn try_send(&mut self, bytes: &[u8]) -> io::Result<()> {
         self.stream.write_all(bytes)
     }
@@ -182,12 +182,13 @@ impl Client {
         self
     }
 
-    /// Reads to the end of the connection.
+    /// Reads to the end of the connection, for [`PATIENCE`] at most.
     pub fn outcome(&mut self) -> Outcome {
         self.outcome_within(PATIENCE)
     }
 
-    /// Reads to the end of the connection, at most for `timeout`; can be asked again after that.
+    /// Reads to the end of the connection, for `timeout` at most. After a timeout the reading can
+    /// be continued by another call.
     pub fn outcome_within(&mut self, timeout: Duration) -> Outcome {
         let deadline = Instant::now() + timeout;
         let mut chunk = [0; 4096];
@@ -226,13 +227,14 @@ fn judge(received: Vec<u8>, reset: bool) -> Outcome {
     }
 }
 
-/// Sends one mail and says what became of it.
+/// Sends one mail and returns its outcome.
 #[track_caller]
 pub fn submit(to: impl Into<Target>, mail: &Mail) -> Outcome {
     Client::connect(to).send(&mail.request()).outcome()
 }
 
-/// Sends `count` mails at once; how long until the last has its answer, which must be this one.
+/// Sends `count` mails at once, each of which must be answered with `answer`. Returns the time
+/// until the last answer.
 pub fn burst(daemon: &Daemon, answer: &str, count: usize) -> Duration {
     let started = Instant::now();
     let mut clients: Vec<_> = (0..count)

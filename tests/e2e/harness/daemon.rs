@@ -1,8 +1,9 @@
-//! A running qrelay, its temporary directory, and what it leaves behind.
+//! A running qrelay, its temporary directory, and what the daemon leaves behind.
 //!
-//! Contract: readiness is learnt from `READY=1` on a notification socket, never from log text. All
-//! that the daemon writes to stderr is kept. When a [`Daemon`] is dropped, its processes are
-//! killed, wherever they are; a test that fails prints what was logged.
+//! Contract: a daemon is ready when it sends `READY=1` to its notification socket; log text is
+//! never a sign of readiness. Everything that the daemon writes to stderr is kept. When a
+//! [`Daemon`] is dropped, all its processes are killed, also those that are no children of the
+//! supervisor. A failing test prints the daemon's log.
 
 use std::io::{BufRead, BufReader};
 use std::os::unix::fs::PermissionsExt;
@@ -31,7 +32,7 @@ pub struct Site {
 }
 
 impl Site {
-    /// An empty directory that every user may enter.
+    /// Creates an empty directory that every user may enter.
     pub fn new() -> Self {
         let dir = TempDir::with_prefix("qrelay-e2e-").expect("temporary directory");
         let mode = std::fs::Permissions::from_mode(0o755);
@@ -39,31 +40,32 @@ impl Site {
         Self { dir }
     }
 
-    /// A directory whose config.lua is `config`, every `$DIR` in it being the directory.
+    /// Creates a directory whose config.lua is `config`, with every `$DIR` replaced by the
+    /// directory.
     pub fn with(config: &str) -> Self {
         let site = Self::new();
         site.configure(config);
         site
     }
 
-    /// A path in the directory.
+    /// Returns the path of `name` in the directory.
     pub fn path(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
     }
 
-    /// The directory.
     pub fn dir(&self) -> &Path {
         self.dir.path()
     }
 
-    /// Replaces config.lua, in one step.
+    /// Replaces config.lua in one step, so that the daemon never reads a partial file.
     pub fn configure(&self, config: &str) {
         let text = config.replace("$DIR", self.dir.path().to_str().expect("UTF-8"));
         std::fs::write(self.path("config.new"), text).expect("config");
         std::fs::rename(self.path("config.new"), self.path("config.lua")).expect("config");
     }
 
-    /// The command that runs the daemon here, for what [`Launch`] doesn't offer.
+    /// Returns the command that runs the daemon in this directory, for options that [`Launch`]
+    /// adds.
     pub fn launch(self) -> Launch {
         let mut command = Command::new(QRELAY);
         command.arg("--config").arg(self.path("config.lua"));
@@ -76,7 +78,7 @@ impl Site {
         self.launch().ready()
     }
 
-    /// The names of what is in the directory, but for what the harness itself put there.
+    /// Returns the names of all files in the directory, sorted, except for the harness's own.
     pub fn leftovers(&self) -> Vec<String> {
         let entries = std::fs::read_dir(self.dir()).expect("directory");
         let name = |entry: std::io::Result<std::fs::DirEntry>| {
@@ -89,7 +91,7 @@ impl Site {
     }
 }
 
-/// A daemon about to be started.
+/// A daemon that is about to be started.
 #[derive(Debug)]
 pub struct Launch {
     site: Site,
@@ -98,19 +100,19 @@ pub struct Launch {
 }
 
 impl Launch {
-    /// Adds an argument.
+    /// Adds a command-line argument.
     pub fn arg(mut self, arg: impl AsRef<std::ffi::OsStr>) -> Self {
         self.command.arg(arg);
         self
     }
 
-    /// Sets an environment variable.
+    /// Sets an environment variable of the daemon.
     pub fn env(mut self, name: &str, value: &str) -> Self {
         self.command.env(name, value);
         self
     }
 
-    /// Runs the daemon by way of another program, which gets the daemon's command line as its
+    /// Runs the daemon by way of another program. The program gets the daemon's command line as its
     /// last arguments and executes it.
     pub fn through(mut self, wrapper: &[&str]) -> Self {
         let mut command = Command::new(wrapper[0]);
@@ -124,23 +126,22 @@ impl Launch {
         self
     }
 
-    /// Nobody reads the daemon's stderr; what it can't write there must not hold it up.
+    /// Leaves the daemon's stderr unread, to test that a full pipe doesn't hold up the daemon.
     pub fn unread_stderr(mut self) -> Self {
         self.unread = true;
         self
     }
 
-    /// The command, for stdin, stdout and working directory.
+    /// Returns the command, for changes to stdin, stdout and working directory.
     pub fn command(&mut self) -> &mut Command {
         &mut self.command
     }
 
-    /// The directory.
     pub fn site(&self) -> &Site {
         &self.site
     }
 
-    /// Starts the daemon without waiting for anything.
+    /// Starts the daemon, and waits for nothing.
     #[track_caller]
     pub fn spawn(self) -> Daemon {
         let Self { site, mut command, unread } = self;
@@ -152,7 +153,7 @@ impl Launch {
         let mut child = command.spawn().expect("the binary runs");
         let log = Arc::new(Record::default());
         let record = log.clone();
-        // Left in the child, the reading end stays open, and full.
+        // The reading end stays open in `child`, so the pipe fills up instead of breaking.
         let stderr = if unread { None } else { child.stderr.take() };
         let reader = stderr.map(|err| std::thread::spawn(move || keep_lines(err, &record)));
         Daemon { child, site, log, reader, notify, tag }
@@ -181,7 +182,7 @@ fn keep_lines(stderr: impl std::io::Read, record: &Record<String>) {
     }
 }
 
-/// A daemon that was started.
+/// A daemon that has been started.
 #[derive(Debug)]
 pub struct Daemon {
     child: Child,
@@ -193,13 +194,14 @@ pub struct Daemon {
 }
 
 impl Daemon {
-    /// Starts a daemon with this configuration, `$DIR` being its directory, and waits for it.
+    /// Starts a daemon with this configuration, in which `$DIR` is the daemon's directory, and
+    /// waits until it is ready.
     #[track_caller]
     pub fn start(config: &str) -> Self {
         Site::with(config).start()
     }
 
-    /// Waits for `READY=1`.
+    /// Waits for `READY=1`, and fails if the daemon ends instead.
     #[track_caller]
     pub fn wait_ready(&mut self) {
         let ready = within(PATIENCE, || {
@@ -209,22 +211,21 @@ impl Daemon {
         assert_eq!(ready, Some(true), "not ready; exit {:?}; log:\n{}", self.exited(), self.text());
     }
 
-    /// Process id of the supervisor.
+    /// Returns the process id of the supervisor.
     pub fn pid(&self) -> i32 {
         self.child.id().cast_signed()
     }
 
-    /// Its directory.
     pub fn site(&self) -> &Site {
         &self.site
     }
 
-    /// A path in its directory.
+    /// Returns the path of `name` in the daemon's directory.
     pub fn path(&self, name: &str) -> PathBuf {
         self.site.path(name)
     }
 
-    /// What it told the service manager.
+    /// Returns the messages of the daemon to the service manager.
     pub fn notify(&self) -> &Notify {
         &self.notify
     }
@@ -234,7 +235,8 @@ impl Daemon {
         processes::signal(self.pid(), signal);
     }
 
-    /// SIGHUP, then waits until the reload is over, and returns the status told then.
+    /// Sends SIGHUP, waits until the reload is over, and returns the status that the daemon reports
+    /// then.
     #[track_caller]
     pub fn reload_status(&self) -> String {
         let mark = self.notify.mark();
@@ -244,18 +246,18 @@ impl Daemon {
         self.notify.after(mark, "the status", |line| line.starts_with("STATUS=")).text
     }
 
-    /// SIGHUP, then waits until the reload is over; says whether it worked.
+    /// Sends SIGHUP, waits until the reload is over, and returns whether it worked.
     #[track_caller]
     pub fn reload(&self) -> bool {
         !self.reload_status().contains("failed")
     }
 
-    /// All log lines so far.
+    /// Returns all log lines so far.
     pub fn text(&self) -> String {
         self.log.all().join("\n")
     }
 
-    /// All log lines of a daemon that has ended, whatever is still in the pipe included.
+    /// Returns all log lines of a daemon that has ended, including those still in the pipe.
     pub fn complete_text(&mut self) -> String {
         if let Some(reader) = self.reader.take() {
             reader.join().expect("log reader");
@@ -263,7 +265,7 @@ impl Daemon {
         self.text()
     }
 
-    /// Waits for a log line that contains `part`.
+    /// Waits for a log line that contains `part`, and returns the line.
     #[track_caller]
     pub fn wait_for_log(&self, part: &str) -> String {
         let found = self
@@ -275,27 +277,28 @@ impl Daemon {
         }
     }
 
-    /// How many log lines contain `part`.
+    /// Returns the number of log lines that contain `part`.
     pub fn count_log(&self, part: &str) -> usize {
         self.log.all().iter().filter(|line| line.contains(part)).count()
     }
 
-    /// The workers' pids, those of draining generations included.
+    /// Returns the pids of the workers, including those of draining generations.
     pub fn workers(&self) -> Vec<i32> {
         processes::children_named(self.pid(), "qrelay-worker")
     }
 
-    /// Zygotes' and standbys' pids.
+    /// Returns the pids of the zygotes and their standbys.
     pub fn zygotes(&self) -> Vec<i32> {
         processes::children_named(self.pid(), "qrelay-zygote")
     }
 
-    /// All processes of this daemon, orphans included.
+    /// Returns all processes of this daemon, including orphans.
     pub fn processes(&self) -> Vec<Process> {
         processes::tagged(&self.tag)
     }
 
-    /// Waits until there are exactly `count` workers and none of them is one of `not`.
+    /// Waits until there are exactly `count` workers, none of which is in `not`, and returns their
+    /// pids.
     #[track_caller]
     pub fn wait_for_workers(&self, count: usize, not: &[i32]) -> Vec<i32> {
         eventually("the workers", || {
@@ -305,13 +308,14 @@ impl Daemon {
         })
     }
 
-    /// How many descriptors the supervisor has open.
+    /// Returns the number of open descriptors of the supervisor.
     pub fn fd_count(&self) -> usize {
         processes::descriptors(self.pid()).len()
     }
 
-    /// How many descriptors the supervisor has open when it is idle with this many workers: the
-    /// same number at several looks, when all its processes are there and no worker has a job.
+    /// Returns the number of open descriptors of an idle supervisor with this many workers. The
+    /// daemon counts as idle when all its processes are there, no worker relays, and five checks in
+    /// a row have found the same number.
     #[track_caller]
     pub fn idle_fd_count(&self, workers: usize) -> usize {
         let mut seen = Vec::new();
@@ -327,23 +331,23 @@ impl Daemon {
         })
     }
 
-    /// The exit status, if it has ended.
+    /// Returns the exit status of the supervisor if it has ended.
     pub fn exited(&mut self) -> Option<ExitStatus> {
         self.child.try_wait().expect("wait")
     }
 
-    /// Waits for its end.
+    /// Waits until the supervisor ends, and returns its exit status.
     #[track_caller]
     pub fn wait_exit(&mut self) -> ExitStatus {
         eventually("the daemon's exit", || self.child.try_wait().expect("wait"))
     }
 
-    /// The same with a time limit.
+    /// Waits until the supervisor ends, for `timeout` at most, and returns its exit status.
     pub fn exit_within(&mut self, timeout: Duration) -> Option<ExitStatus> {
         within(timeout, || self.child.try_wait().expect("wait"))
     }
 
-    /// SIGTERM, waits for a clean end, and checks that nothing is left: no process, no socket.
+    /// Sends SIGTERM, waits for a clean end, and checks that no process and no socket is left.
     #[track_caller]
     pub fn stop(&mut self) {
         self.signal(Signal::SIGTERM);
@@ -352,7 +356,7 @@ impl Daemon {
         self.assert_nothing_left();
     }
 
-    /// No process of the daemon lives, and no socket or lock file of it is there.
+    /// Checks that no process of the daemon lives, and that none of its socket files is left.
     #[track_caller]
     pub fn assert_nothing_left(&self) {
         let none = within(PATIENCE, || self.processes().is_empty().then_some(()));
@@ -367,7 +371,7 @@ impl Daemon {
     }
 }
 
-/// Whether a socket file is there.
+/// Returns whether there is a socket file at `path`.
 pub fn is_socket(path: &Path) -> bool {
     use std::os::unix::fs::FileTypeExt;
     path.symlink_metadata().is_ok_and(|found| found.file_type().is_socket())
@@ -391,12 +395,14 @@ impl Drop for Daemon {
     }
 }
 
-/// Runs the binary to its end with these arguments and nothing on stdin.
+/// Runs the binary with these arguments and an empty stdin, and returns its output when it has
+/// ended.
 pub fn run(args: &[&str]) -> Output {
     Command::new(QRELAY).args(args).stdin(Stdio::null()).output().expect("the binary runs")
 }
 
-/// Submits a mail by `qrelay send` as the user nobody; its output when it has ended.
+/// Submits a mail by `qrelay send` as the user nobody, and returns the output when the command has
+/// ended.
 pub fn send_as_nobody(to: &Path, sender: &str) -> Output {
     Command::new(QRELAY)
         .args(["send", "--sender", sender, "recipient@example.org", "--to"])

@@ -1,4 +1,5 @@
-//! Mails and their QMQP form, written from the protocol page, not from the code under test.
+//! Mails and their QMQP form, written from the description of the protocol and not from the code
+//! under test, so that a mistake there can't hide.
 
 use std::fmt;
 
@@ -27,7 +28,7 @@ impl fmt::Debug for Mail {
 }
 
 impl Mail {
-    /// A small mail whose body is `body`.
+    /// Creates a small mail whose body is `body`.
     pub fn new(body: &str) -> Self {
         Self {
             message: format!("Subject: test\n\n{body}\n").into_bytes(),
@@ -36,7 +37,7 @@ impl Mail {
         }
     }
 
-    /// A mail whose message has exactly `size` bytes, of all values.
+    /// Creates a mail whose message has exactly `size` bytes, of all values.
     pub fn of_size(size: usize) -> Self {
         let mut mail = Self::new("");
         mail.message.extend((0..size).map(|i| (i * 7 + i / 251) as u8));
@@ -44,30 +45,30 @@ impl Mail {
         mail
     }
 
-    /// The same with another sender.
+    /// Replaces the sender.
     pub fn from(mut self, sender: &str) -> Self {
         self.sender = sender.into();
         self
     }
 
-    /// The same with other recipients.
+    /// Replaces the recipients.
     pub fn to(mut self, recipients: &[&str]) -> Self {
         self.recipients = recipients.iter().map(|&r| r.into()).collect();
         self
     }
 
-    /// The request's payload: three or more netstrings.
+    /// Returns the payload of the request: three or more netstrings.
     pub fn payload(&self) -> Vec<u8> {
         let parts = [&self.message, &self.sender].into_iter().chain(&self.recipients);
         parts.map(|part| netstring(part)).collect::<Vec<_>>().concat()
     }
 
-    /// The whole request.
+    /// Returns the whole request, a netstring.
     pub fn request(&self) -> Vec<u8> {
         netstring(&self.payload())
     }
 
-    /// Takes a request's payload apart.
+    /// Parses the payload of a request; `None` if it is malformed.
     pub fn parse(payload: &[u8]) -> Option<Self> {
         let (message, rest) = split(payload)?;
         let (sender, mut rest) = split(rest)?;
@@ -80,8 +81,8 @@ impl Mail {
         Some(Self { message: message.to_vec(), sender: sender.to_vec(), recipients })
     }
 
-    /// The mail as qrelay passes it on for a client of this process: inserted lines, the
-    /// `Received` line, then the message.
+    /// Returns the mail as qrelay relays it for a local client with this pid and uid: the inserted
+    /// lines, the `Received` line, then the message.
     pub fn relayed_from(&self, pid: u32, uid: u32, inserted: &str) -> Self {
         let head = format!("{inserted}Received: from PID={pid} UID={uid} with QMQP\r\n");
         let mut mail = self.clone();
@@ -89,18 +90,19 @@ impl Mail {
         mail
     }
 
-    /// The mail as it arrives behind qrelay when this process, run by root, sent it locally.
+    /// Returns the mail as qrelay relays it when this process, run by root, has sent it locally.
     pub fn relayed(&self) -> Self {
         self.relayed_from(std::process::id(), 0, "")
     }
 }
 
-/// `len:payload,`
+/// Returns `payload` as a netstring: `length:payload,`.
 pub fn netstring(payload: &[u8]) -> Vec<u8> {
     [format!("{}:", payload.len()).as_bytes(), payload, b","].concat()
 }
 
-/// The first netstring's payload and what follows it; `None` if it isn't complete or none.
+/// Returns the payload of the first netstring and the bytes after it; `None` if there is no
+/// complete netstring.
 pub fn split(input: &[u8]) -> Option<(&[u8], &[u8])> {
     let colon = input.iter().position(|&byte| byte == b':')?;
     let length: usize = std::str::from_utf8(&input[..colon]).ok()?.parse().ok()?;

@@ -1,4 +1,5 @@
-//! A service manager's notification socket, as seen by a daemon with NOTIFY_SOCKET (sd_notify(3)).
+//! The notification socket of a service manager, to which a daemon with NOTIFY_SOCKET reports
+//! (sd_notify(3)).
 
 use std::os::unix::net::UnixDatagram;
 use std::path::Path;
@@ -7,23 +8,23 @@ use std::time::{Duration, Instant};
 
 use super::record::{PATIENCE, Record};
 
-/// One assignment, such as `READY=1`, and when it came.
+/// A message of the daemon: one assignment, such as `READY=1`.
 #[derive(Debug, Clone)]
 pub struct Notice {
-    /// The line.
+    /// The assignment.
     pub text: String,
-    /// Its arrival.
+    /// Time of arrival.
     pub at: Instant,
 }
 
-/// The receiving end.
+/// The receiving end of the socket.
 #[derive(Debug)]
 pub struct Notify {
     notices: Arc<Record<Notice>>,
 }
 
 impl Notify {
-    /// Binds the socket; a thread receives until the test process ends.
+    /// Binds the socket. A thread receives until the test process ends.
     pub fn bind(path: &Path) -> Self {
         let socket = UnixDatagram::bind(path).expect("notify socket");
         let notices = Arc::new(Record::default());
@@ -32,7 +33,7 @@ impl Notify {
             let mut datagram = [0; 8192];
             while let Ok(length) = socket.recv(&mut datagram) {
                 let text = String::from_utf8_lossy(&datagram[..length]).into_owned();
-                // An empty datagram is the end, sent by `Drop`.
+                // An empty datagram ends the thread.
                 if text.is_empty() {
                     break;
                 }
@@ -44,22 +45,23 @@ impl Notify {
         Self { notices }
     }
 
-    /// All lines so far.
+    /// Returns all messages so far.
     pub fn all(&self) -> Vec<String> {
         self.notices.all().into_iter().map(|notice| notice.text).collect()
     }
 
-    /// The lines and their times.
+    /// Returns the messages with their times.
     pub fn record(&self) -> &Record<Notice> {
         &self.notices
     }
 
-    /// How many lines there are, to be given to [`Notify::after`].
+    /// Returns the number of messages so far, for [`Notify::after`].
     pub fn mark(&self) -> usize {
         self.notices.len()
     }
 
-    /// Waits for a line that satisfies `wanted`, among those after `mark`.
+    /// Waits for a message after `mark` that satisfies `wanted`, and returns it; `what` names it in
+    /// the panic.
     #[track_caller]
     pub fn after(&self, mark: usize, what: &str, wanted: impl Fn(&str) -> bool) -> Notice {
         match self.try_after(mark, PATIENCE, wanted) {
@@ -68,7 +70,8 @@ impl Notify {
         }
     }
 
-    /// The same, with a time limit and without a panic.
+    /// Waits for `timeout` at most for a message after `mark` that satisfies `wanted`; `None` if
+    /// none came.
     pub fn try_after(
         &self,
         mark: usize,

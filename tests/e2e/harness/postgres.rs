@@ -1,11 +1,12 @@
-//! A PostgreSQL server of the tests' own: a temporary cluster on a local socket.
+//! A PostgreSQL server for the tests: a temporary cluster on a local socket.
 //!
-//! Contract: the server's programs are Debian's; root runs them as the user postgres, since they
-//! refuse root. Everything is in a temporary directory, without fsync. A dropped cluster is stopped
-//! at once. [`Cluster::shared`] is for tests that leave the server as it was.
+//! Contract: the server's programs are Debian's. Root runs them as the user postgres, since they
+//! refuse to run as root. All files are in a temporary directory, and nothing is synced to disk.
+//! Dropping a cluster stops its server at once. [`Cluster::shared`] is for tests that leave the
+//! server as they found it.
 //!
 //! # Failure
-//! A server that can't be had fails the test.
+//! A server that can't be started fails the test.
 
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
@@ -20,7 +21,7 @@ use super::processes;
 use super::record::eventually;
 use super::target::Target;
 
-/// A server.
+/// A PostgreSQL server with its data.
 #[derive(Debug)]
 pub struct Cluster {
     dir: TempDir,
@@ -29,13 +30,13 @@ pub struct Cluster {
     options: Vec<String>,
 }
 
-/// The user that the server runs as, if it isn't the tests' own.
+/// Returns the user that the server runs as if that isn't the tests' own user.
 fn server_user() -> Option<User> {
     let root = geteuid().is_root();
     root.then(|| User::from_name("postgres").ok().flatten().expect("the user postgres"))
 }
 
-/// One of the server's programs: the newest there is.
+/// Returns the path of one of the server's programs, of the newest version on the machine.
 fn program(name: &str) -> PathBuf {
     let versions = std::fs::read_dir("/usr/lib/postgresql").expect("the package postgresql");
     let paths = versions.filter_map(|entry| Some(entry.ok()?.path().join("bin").join(name)));
@@ -44,7 +45,7 @@ fn program(name: &str) -> PathBuf {
     paths.pop().unwrap_or_else(|| panic!("no {name} in /usr/lib/postgresql"))
 }
 
-/// A command that runs as the server does.
+/// Returns a command that runs as the server's user.
 fn as_server(program: &Path) -> Command {
     let Some(user) = server_user() else { return Command::new(program) };
     let mut command = Command::new("setpriv");
@@ -62,14 +63,14 @@ fn succeed(command: &mut Command) -> String {
 }
 
 impl Cluster {
-    /// A running server, with these further settings, such as `ssl=on`.
+    /// Starts a server with these additional settings, such as `ssl=on`.
     pub fn start(options: &[&str]) -> Self {
         let cluster = Self::prepare(options);
         cluster.restart();
         cluster
     }
 
-    /// A server that hasn't been started.
+    /// Creates a cluster without starting its server.
     pub fn prepare(options: &[&str]) -> Self {
         let dir = TempDir::with_prefix("qrelay-pg-").expect("temporary directory");
         let mode = std::fs::Permissions::from_mode(0o755);
@@ -87,7 +88,7 @@ impl Cluster {
         cluster
     }
 
-    /// A running server that others use, too.
+    /// Returns a running server that several tests share.
     pub fn shared() -> Arc<Self> {
         static SHARED: Mutex<Weak<Cluster>> = Mutex::new(Weak::new());
         let mut shared = SHARED.lock().unwrap_or_else(PoisonError::into_inner);
@@ -98,34 +99,34 @@ impl Cluster {
         })
     }
 
-    /// The directory, with the socket in it.
+    /// Returns the temporary directory, which contains the server's socket.
     pub fn dir(&self) -> &Path {
         self.dir.path()
     }
 
-    /// The cluster's directory.
+    /// Returns the directory of the cluster's data.
     pub fn data(&self) -> PathBuf {
         self.dir().join("data")
     }
 
-    /// The TCP port on 127.0.0.1, and the number in the socket's name.
+    /// Returns the TCP port on 127.0.0.1, which is also the number in the socket's name.
     pub fn port(&self) -> u16 {
         self.port
     }
 
-    /// Where it is, for config.lua.
+    /// Returns the connection string of the server, for config.lua.
     pub fn conninfo(&self) -> String {
         format!("host={} port={} user=postgres dbname=postgres", self.dir().display(), self.port)
     }
 
-    /// Makes a file the server's own.
+    /// Makes the server's user the owner of a file.
     pub fn give_to_server(&self, path: &Path) {
         if let Some(user) = server_user() {
             chown(path, Some(user.uid), Some(user.gid)).expect("chown");
         }
     }
 
-    /// Starts the server, or starts it again, and waits until it takes connections.
+    /// Starts or restarts the server, and waits until it accepts connections.
     #[track_caller]
     pub fn restart(&self) {
         self.stop();
@@ -169,13 +170,13 @@ impl Cluster {
         }
     }
 
-    /// What `psql -At` prints.
+    /// Runs SQL in the database postgres, and returns what `psql -At` prints.
     #[track_caller]
     pub fn psql(&self, sql: &str) -> String {
         self.psql_in("postgres", sql)
     }
 
-    /// The same in another database.
+    /// Runs SQL in `database`, and returns what `psql -At` prints.
     #[track_caller]
     pub fn psql_in(&self, database: &str, sql: &str) -> String {
         let mut command = Command::new("psql");
@@ -187,7 +188,7 @@ impl Cluster {
 
 impl Drop for Cluster {
     fn drop(&mut self) {
-        // It may have been stopped by a signal.
+        // A test may have stopped the server with SIGSTOP.
         self.signal_all(Signal::SIGCONT);
         self.stop();
     }

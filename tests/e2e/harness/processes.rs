@@ -1,7 +1,7 @@
-//! What /proc says about the processes of a daemon.
+//! The processes of a daemon, as /proc shows them.
 //!
-//! Contract: the processes of one daemon are found by an environment variable that the harness
-//! gives it and that all its processes inherit, so that orphans are found too.
+//! Contract: the harness gives each daemon an environment variable that all its processes inherit.
+//! The processes of a daemon are found by that variable, so that orphans are found too.
 
 use std::fs;
 use std::path::PathBuf;
@@ -9,23 +9,23 @@ use std::path::PathBuf;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-/// The variable that marks a daemon's processes.
+/// Environment variable that marks the processes of a daemon.
 pub const TAG: &str = "QRELAY_TEST_TAG";
 
 /// A process as seen at one moment.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Process {
-    /// Its id.
+    /// Process id.
     pub pid: i32,
-    /// Its parent's id.
+    /// Process id of the parent.
     pub parent: i32,
-    /// Its name, at most 15 bytes.
+    /// Name, at most 15 bytes.
     pub name: String,
-    /// `R`, `S`, `T`, `Z`, …
+    /// State letter of proc_pid_stat(5): `R`, `S`, `T`, `Z`, …
     pub state: char,
 }
 
-/// The process, if there is one; zombies count.
+/// Returns the process with this pid if there is one; zombies count.
 pub fn look(pid: i32) -> Option<Process> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     let (head, tail) = (stat.find('(')?, stat.rfind(')')?);
@@ -43,7 +43,7 @@ fn pids() -> impl Iterator<Item = i32> {
     entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
 }
 
-/// All processes that carry `tag`. A zombie has no environment, and isn't found.
+/// Returns all processes that carry `tag`. A zombie has no environment and is not found.
 pub fn tagged(tag: &str) -> Vec<Process> {
     let wanted = format!("{TAG}={tag}");
     let carries = |pid: i32| {
@@ -53,12 +53,12 @@ pub fn tagged(tag: &str) -> Vec<Process> {
     pids().filter(|&pid| carries(pid)).filter_map(look).collect()
 }
 
-/// The children of `parent`, zombies included.
+/// Returns the children of `parent`, including zombies.
 pub fn children(parent: i32) -> Vec<Process> {
     pids().filter_map(look).filter(|process| process.parent == parent).collect()
 }
 
-/// The children of `parent` that are called `name`, in order of pid.
+/// Returns the pids of the children of `parent` with this name, sorted and without zombies.
 pub fn children_named(parent: i32, name: &str) -> Vec<i32> {
     let alive = |process: &Process| process.name == name && process.state != 'Z';
     let mut found: Vec<_> = children(parent).into_iter().filter(alive).map(|p| p.pid).collect();
@@ -66,7 +66,7 @@ pub fn children_named(parent: i32, name: &str) -> Vec<i32> {
     found
 }
 
-/// What the descriptors of a process point to.
+/// Returns the descriptors of a process, sorted by number, and what each refers to.
 pub fn descriptors(pid: i32) -> Vec<(u32, PathBuf)> {
     let Ok(entries) = fs::read_dir(format!("/proc/{pid}/fd")) else { return Vec::new() };
     let mut found: Vec<_> = entries
@@ -80,15 +80,15 @@ pub fn descriptors(pid: i32) -> Vec<(u32, PathBuf)> {
     found
 }
 
-/// How many jobs a worker has in its hands that are being relayed: apart from its two channels to
-/// the supervisor, a worker has two sockets per job, the client's and the next hop's.
+/// Returns the number of jobs that a worker is relaying. Apart from its two channels to the
+/// supervisor, a worker has two sockets per such job, the client's and the next hop's.
 pub fn relaying(worker: i32) -> usize {
     let is_socket = |path: &PathBuf| path.to_string_lossy().starts_with("socket:");
     let sockets = descriptors(worker).iter().filter(|(_, path)| is_socket(path)).count();
     sockets.saturating_sub(2) / 2
 }
 
-/// A number of bytes from a file such as `status` or `smaps_rollup` of a process.
+/// Returns a number of bytes from a file such as `status` or `smaps_rollup` of a process.
 pub fn memory(pid: i32, file: &str, key: &str) -> u64 {
     let text = fs::read_to_string(format!("/proc/{pid}/{file}")).expect("process is there");
     let line = text.lines().find_map(|line| line.strip_prefix(key)).expect("key is there");
@@ -96,16 +96,16 @@ pub fn memory(pid: i32, file: &str, key: &str) -> u64 {
     number.parse::<u64>().expect("a number") * 1024
 }
 
-/// User and system time of a process so far, in clock ticks of 10 ms.
+/// Returns the user and system time of a process so far, in clock ticks of 10 ms.
 pub fn cpu_ticks(pid: i32) -> u64 {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).expect("process is there");
     let tail = &stat[stat.rfind(')').expect("name") + 1..];
     let fields: Vec<_> = tail.split_whitespace().collect();
-    // utime and stime are fields 14 and 15 of proc_pid_stat(5); the third is the first here.
+    // utime and stime are fields 14 and 15 of proc_pid_stat(5). `fields` starts with field 3.
     [11, 12].iter().map(|&at| fields[at].parse::<u64>().expect("a number")).sum()
 }
 
-/// Stops a process and waits until none of its threads runs.
+/// Stops a process with SIGSTOP, and waits until none of its threads runs.
 pub fn stop(pid: i32) {
     signal(pid, Signal::SIGSTOP);
     super::eventually("a stopped process", || {
@@ -118,7 +118,7 @@ pub fn stop(pid: i32) {
     });
 }
 
-/// Sends a signal; a process that is gone is no error.
+/// Sends a signal. A process that is gone is no error.
 pub fn signal(pid: i32, signal: Signal) {
     let _ = kill(Pid::from_raw(pid), signal);
 }

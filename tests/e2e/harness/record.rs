@@ -1,18 +1,20 @@
-//! Waiting for conditions: a growing record, a gate, a predicate.
+//! Waiting for conditions: a growing record, a gate, a function that returns `Some`.
 //!
 //! # Failure
-//! Waiting in vain panics after the given time and says what was awaited.
+//! A condition that isn't met in time panics with its description, unless the function returns an
+//! `Option`.
 
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-/// How long anything may take on a busy machine before it counts as not happening.
+/// Longest wait for an event, even on a busy machine, before a test gives up.
 pub const PATIENCE: Duration = Duration::from_secs(20);
 
-/// How often a condition is looked at that can't announce itself, such as the state of a process.
+/// Interval between two checks of a condition that can't announce itself, such as the state of a
+/// process.
 const POLL: Duration = Duration::from_millis(4);
 
-/// Things that were seen, in order, with a way to wait for the next.
+/// Items in the order in which they came, with a way to wait for the next one.
 #[derive(Debug)]
 pub struct Record<T> {
     items: Mutex<Vec<T>>,
@@ -30,23 +32,23 @@ impl<T: Clone> Record<T> {
         self.items.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Adds one and wakes whoever waits.
+    /// Adds an item and wakes all waiting threads.
     pub fn push(&self, item: T) {
         self.lock().push(item);
         self.grown.notify_all();
     }
 
-    /// All so far.
+    /// Returns all items so far.
     pub fn all(&self) -> Vec<T> {
         self.lock().clone()
     }
 
-    /// How many so far.
+    /// Returns the number of items so far.
     pub fn len(&self) -> usize {
         self.lock().len()
     }
 
-    /// Waits until the items satisfy `predicate`; `None` when `timeout` has passed.
+    /// Waits until `predicate` returns a result for the items; `None` when `timeout` has passed.
     pub fn wait_for<R>(
         &self,
         timeout: Duration,
@@ -64,14 +66,14 @@ impl<T: Clone> Record<T> {
         }
     }
 
-    /// Waits until there are at least `count`.
+    /// Waits for [`PATIENCE`] at most until there are at least `count` items.
     pub fn wait_for_count(&self, count: usize) {
         let enough = self.wait_for(PATIENCE, |items| (items.len() >= count).then_some(()));
         assert!(enough.is_some(), "waited for {count}, got {}", self.len());
     }
 }
 
-/// Holds whoever passes while it is closed.
+/// A gate that holds every thread that wants to pass while it is closed.
 #[derive(Debug, Default)]
 pub struct Gate {
     open: Mutex<bool>,
@@ -79,20 +81,21 @@ pub struct Gate {
 }
 
 impl Gate {
-    /// Lets everybody pass from now on.
+    /// Lets all threads pass from now on.
     pub fn open(&self) {
         *self.open.lock().unwrap_or_else(PoisonError::into_inner) = true;
         self.opened.notify_all();
     }
 
-    /// Waits until the gate opens, at most for twice the patience of anybody else.
+    /// Waits until the gate opens, for twice [`PATIENCE`] at most, which is longer than any test
+    /// waits for an effect of the gate.
     pub fn pass(&self) {
         let open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
         drop(self.opened.wait_timeout_while(open, 2 * PATIENCE, |open| !*open));
     }
 }
 
-/// Waits until `condition` yields something, and panics with `what` if it doesn't.
+/// Waits until `condition` returns a result. Panics with `what` after [`PATIENCE`].
 #[track_caller]
 pub fn eventually<R>(what: &str, condition: impl FnMut() -> Option<R>) -> R {
     match within(PATIENCE, condition) {
@@ -101,7 +104,7 @@ pub fn eventually<R>(what: &str, condition: impl FnMut() -> Option<R>) -> R {
     }
 }
 
-/// Waits until `condition` yields something; `None` when `timeout` has passed.
+/// Waits until `condition` returns a result; `None` when `timeout` has passed.
 pub fn within<R>(timeout: Duration, mut condition: impl FnMut() -> Option<R>) -> Option<R> {
     let deadline = Instant::now() + timeout;
     loop {

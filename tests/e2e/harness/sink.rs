@@ -1,7 +1,7 @@
-//! A next hop that records what it gets and answers what it is told to.
+//! A next hop that records the mails it receives and answers as the test wants.
 //!
-//! Contract: one thread per connection. A mail is recorded when its request has been read
-//! completely, before the answer goes out.
+//! Contract: each connection has its own thread. A mail is recorded when its request has been read
+//! completely, before the answer is sent.
 
 use std::fmt;
 use std::io::{Read, Write};
@@ -14,36 +14,36 @@ use super::mail::{Mail, netstring, split};
 use super::record::{Gate, PATIENCE, Record};
 use super::target::{Listener, Target};
 
-/// What the sink does after it has read a request.
+/// The sink's reaction to a complete request.
 #[derive(Debug, Clone)]
 pub enum Reply {
-    /// A netstring of this, such as `Kok`.
+    /// Sends this text as a netstring, such as `Kok`.
     Text(String),
-    /// These bytes as they are.
+    /// Sends these bytes as they are.
     Raw(Vec<u8>),
-    /// Nothing: close.
+    /// Closes the connection without an answer.
     Close,
-    /// Nothing at all until the peer gives up.
+    /// Sends nothing, and waits until the peer gives up.
     Silence,
 }
 
 impl Reply {
-    /// A well-formed reply.
+    /// Returns a well-formed reply with this status letter and text.
     pub fn text(text: &str) -> Self {
         Self::Text(text.into())
     }
 }
 
-/// What the sink does with a connection.
+/// The sink's treatment of a connection.
 #[derive(Clone)]
 pub enum Behaviour {
-    /// Reads the request, records the mail, answers.
+    /// Reads the request, records the mail, and answers.
     Answer(Arc<dyn Fn(&Mail) -> Reply + Send + Sync>),
-    /// Writes these bytes at once, then reads to the end.
+    /// Writes these bytes at once, then reads to the end of the connection.
     Early(Vec<u8>),
-    /// Reads this many bytes, writes those, and closes with the rest unread.
+    /// Reads this number of bytes, writes these bytes, and closes with the rest unread.
     Abort(usize, Vec<u8>),
-    /// Reads nothing, ever, until the peer gives up.
+    /// Never reads anything, and waits until the peer gives up.
     Deaf,
 }
 
@@ -58,14 +58,14 @@ impl fmt::Debug for Behaviour {
     }
 }
 
-/// What the connections share.
+/// State shared by the threads of all connections.
 #[derive(Debug)]
 struct Shared {
     mails: Record<Mail>,
     behaviour: Behaviour,
 }
 
-/// A running next hop; it ends when dropped.
+/// A running next hop, which ends when it is dropped.
 #[derive(Debug)]
 pub struct Sink {
     listener: Arc<Listener>,
@@ -74,7 +74,7 @@ pub struct Sink {
 }
 
 impl Sink {
-    /// Listens at `address` and does `behaviour` with everybody.
+    /// Listens at `address` and treats every connection with `behaviour`.
     pub fn start(address: impl Into<Target>, behaviour: Behaviour) -> Self {
         let address = address.into();
         let listener = match address.listen() {
@@ -84,20 +84,20 @@ impl Sink {
         Self::serve(listener, address, behaviour)
     }
 
-    /// Listens on a free port of loopback.
+    /// Listens on a free port of 127.0.0.1.
     pub fn tcp(behaviour: Behaviour) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").expect("bind port 0");
         let address = listener.local_addr().expect("local address").into();
         Self::serve(Arc::new(Listener::Tcp(listener)), address, behaviour)
     }
 
-    /// Answers every mail with the same text.
+    /// Listens at `address` and answers every mail with `text`, such as `Kok`.
     pub fn answering(address: impl Into<Target>, text: &str) -> Self {
         let text = text.to_owned();
         Self::start(address, answer(move |_| Reply::Text(text.clone())))
     }
 
-    /// Accepts every mail, but answers only when the gate is open.
+    /// Listens at `address` and answers every mail with `Kok`, but not before the gate is open.
     pub fn gated(address: impl Into<Target>) -> (Self, Arc<Gate>) {
         let gate = Arc::new(Gate::default());
         let held = gate.clone();
@@ -120,22 +120,22 @@ impl Sink {
         Self { listener, address, shared }
     }
 
-    /// Where it listens.
+    /// Returns the address on which the sink listens.
     pub fn address(&self) -> &Target {
         &self.address
     }
 
-    /// All mails so far.
+    /// Returns all mails so far.
     pub fn mails(&self) -> Vec<Mail> {
         self.shared.mails.all()
     }
 
-    /// The record of mails, for waiting.
+    /// Returns the record of mails, for waiting.
     pub fn record(&self) -> &Record<Mail> {
         &self.shared.mails
     }
 
-    /// The only mail there is.
+    /// Returns the only mail, and fails if there are more or none.
     #[track_caller]
     pub fn only(&self) -> Mail {
         let mut mails = self.mails();
@@ -150,7 +150,8 @@ impl Drop for Sink {
     }
 }
 
-/// The behaviour that reads, records, and answers what `reply` says.
+/// Returns the behaviour that reads a request, records the mail, and answers with the result of
+/// `reply`.
 pub fn answer(reply: impl Fn(&Mail) -> Reply + Send + Sync + 'static) -> Behaviour {
     Behaviour::Answer(Arc::new(reply))
 }
@@ -187,7 +188,7 @@ fn wait_for_end(stream: &mut Stream) {
     while matches!(stream.read(&mut chunk), Ok(1..)) {}
 }
 
-/// Waits until the peer closes, without reading what it sent.
+/// Waits until the peer closes the connection, without reading what the peer has sent.
 fn wait_for_hangup(stream: &Stream) {
     use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
     use std::os::fd::AsFd;
@@ -200,7 +201,7 @@ fn wait_for_hangup(stream: &Stream) {
         poll(&mut [PollFd::new(fd, PollFlags::from_bits_retain(nix::libc::POLLRDHUP))], timeout);
 }
 
-/// Reads one request without waiting for the peer to close.
+/// Reads one request, without waiting until the peer closes.
 fn read_request(stream: &mut Stream) -> Option<Mail> {
     let mut input = Vec::new();
     let mut chunk = vec![0; 65_536];
@@ -215,7 +216,8 @@ fn read_request(stream: &mut Stream) -> Option<Mail> {
     }
 }
 
-/// A pause of a next hop that thinks: what a slow one is, not a wait for a condition.
+/// Returns the behaviour of a slow next hop, which pauses before every answer. The pause is the
+/// behaviour under test, not a wait for a condition.
 pub fn slowly(pause: Duration, text: &str) -> Behaviour {
     let text = text.to_owned();
     answer(move |_| {

@@ -1,4 +1,4 @@
-//! Where a client connects to and a sink listens.
+//! Addresses to which a client connects and on which a sink listens.
 
 use std::io;
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -14,11 +14,11 @@ use super::client::Stream;
 /// The address of a socket.
 #[derive(Debug, Clone)]
 pub enum Target {
-    /// A socket file.
+    /// The path of a socket file.
     Path(PathBuf),
-    /// An abstract name.
+    /// The abstract name of a local socket, without the leading NUL.
     Abstract(String),
-    /// TCP.
+    /// A TCP socket.
     Inet(SocketAddr),
 }
 
@@ -41,7 +41,7 @@ impl From<SocketAddr> for Target {
 }
 
 impl std::fmt::Display for Target {
-    /// As config.lua writes it.
+    /// Writes the address as config.lua does.
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Path(path) => path.display().fmt(f),
@@ -52,13 +52,13 @@ impl std::fmt::Display for Target {
 }
 
 impl Target {
-    /// A TCP address of loopback whose port nobody uses right now.
+    /// Returns an address on 127.0.0.1 whose port is free at the moment.
     pub fn free_port() -> SocketAddr {
         let probe = TcpListener::bind("127.0.0.1:0").expect("bind port 0");
         probe.local_addr().expect("local address")
     }
 
-    /// An abstract name that nobody else has.
+    /// Returns an abstract name that no other test uses.
     pub fn unique_abstract() -> Self {
         use std::sync::atomic::{AtomicU32, Ordering};
         static SERIAL: AtomicU32 = AtomicU32::new(0);
@@ -66,7 +66,7 @@ impl Target {
         Self::Abstract(format!("qrelay-test-{}-{serial}", std::process::id()))
     }
 
-    /// Connects.
+    /// Connects to this address.
     pub fn connect(&self) -> io::Result<Stream> {
         match self {
             Self::Path(path) => UnixStream::connect(path).map(Stream::Unix),
@@ -77,12 +77,12 @@ impl Target {
         }
     }
 
-    /// Whether somebody accepts connections there.
+    /// Returns whether a process accepts connections on this address.
     pub fn is_alive(&self) -> bool {
         self.connect().is_ok()
     }
 
-    /// Listens.
+    /// Listens on this address.
     pub fn listen(&self) -> io::Result<Listener> {
         match self {
             Self::Path(path) => UnixListener::bind(path).map(Listener::Unix),
@@ -98,14 +98,14 @@ impl Target {
 /// A listening socket.
 #[derive(Debug)]
 pub enum Listener {
-    /// Local.
+    /// A local socket.
     Unix(UnixListener),
-    /// TCP.
+    /// A TCP socket.
     Tcp(TcpListener),
 }
 
 impl Listener {
-    /// Waits for a connection.
+    /// Waits for the next connection.
     pub fn accept(&self) -> io::Result<Stream> {
         match self {
             Self::Unix(listener) => listener.accept().map(|(stream, _)| Stream::Unix(stream)),
@@ -113,7 +113,7 @@ impl Listener {
         }
     }
 
-    /// Makes whoever waits in [`Listener::accept`] fail.
+    /// Makes all present and future calls of [`Listener::accept`] fail.
     pub fn stop(&self) {
         use std::os::fd::AsRawFd;
         let fd = match self {
@@ -124,7 +124,7 @@ impl Listener {
     }
 }
 
-/// Leaves a socket file behind on which nobody listens.
+/// Creates a socket file on which no process listens.
 pub fn make_stale(path: &Path) {
     use std::os::fd::AsRawFd;
     let fd = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None);
