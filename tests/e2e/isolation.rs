@@ -1,11 +1,12 @@
-//! What a bad handler costs: its own mail, a moment of its worker, and nothing of the others; and
-//! the log names the culprit.
+//! Bad handlers. A bad handler costs its own mail and a moment of its worker, but no other mails.
+//! The log names the handler that was to blame, which is called the culprit here.
 //!
-//! Every case runs twice: with one worker, where a probe follows the culprit into it, and with
-//! two, where a steady stream of probes goes on. The probes say which worker they were in.
+//! Every case runs twice: with one worker, in which a probe (an ordinary mail) waits behind the
+//! culprit, and with two workers and a steady stream of probes. The answers of the probes say in
+//! which worker they ran.
 //!
 //! # Failure
-//! A case that fails is named by its code.
+//! A failing case is named by the Lua code of its handler.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -13,38 +14,38 @@ use std::time::{Duration, Instant};
 
 use crate::harness::{Client, Daemon, Mail, Outcome, PATIENCE, eventually, processes, submit};
 
-/// What the daemons of the cases are told about time, in seconds.
+/// Time limits of the daemons under test, in seconds.
 const HANDLER_TIMEOUT: f64 = 0.4;
 const HANG_TIMEOUT: f64 = 0.7;
 
-/// Where no worker may be taken for hanging, however busy the machine is.
+/// A `hang_timeout` in seconds that no worker reaches, however busy the machine is.
 const LONG: f64 = 10.0;
 
-/// The supervisor asks this often, and then judges.
+/// Interval at which the supervisor asks its workers how long Lua has been held.
 const PING: Duration = Duration::from_millis(250);
 
-/// What the machine may add, which has two cores and other tests to run: handlers were seen to be
-/// stopped 5 ms late at a load of 7. It may do worse for a moment, so a case has several
-/// [`ATTEMPTS`]; what is wrong with qrelay itself shows in each of them.
+/// Delay that the machine may add, which has two cores and other tests to run. Handlers were seen
+/// to be stopped 5 ms late at a load of 7. The machine may be slower for a moment, so a case has
+/// several [`ATTEMPTS`]; a fault of qrelay shows in each of them.
 const JITTER: Duration = Duration::from_millis(100);
 const ATTEMPTS: usize = 3;
 
-/// What C code may add that no hook interrupts, in a debug build: copying the largest string that
-/// fits (256 MiB of fresh pages: up to 1.2 s were seen at a load of 9), unwinding the deepest stack
-/// (280 ms).
+/// Delay that C code may add in a debug build, because no hook interrupts it: copying the largest
+/// string that fits (256 MiB of fresh pages: up to 1.2 s were seen at a load of 9), and unwinding
+/// the deepest stack (280 ms).
 const UNINTERRUPTED: Duration = Duration::from_secs(2);
 
-/// What becomes of a mail of a bad handler.
+/// The cost of a bad handler.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Cost {
-    /// `Zscript failed`, nothing else.
+    /// The mail gets `Zscript failed`, and nothing else happens.
     Mail,
-    /// The worker dies, and its mails are told to try again.
+    /// The worker dies, and the clients of its mails are told to try again.
     Worker,
 }
 
 impl Cost {
-    /// How long its worker's other mails may have to wait.
+    /// Returns the longest permitted wait of other mails in the same worker.
     fn delay(self) -> Duration {
         JITTER
             + match self {
@@ -54,10 +55,11 @@ impl Cost {
     }
 }
 
-/// The line of the handlers' code in config.lua, as tracebacks have it.
+/// Place of the culprit's code in config.lua, as tracebacks show it.
 const LINE: &str = "config.lua:8:";
 
-/// A mail from bad@x runs `code`, after a file says so; every other one tells in which worker it is.
+/// Returns a configuration whose handler runs `code` for a mail from bad@x, after it has created a
+/// file. Every other mail is answered with a number that is different in each worker.
 fn config(workers: usize, cost: Cost, settings: &str, code: &str) -> String {
     let hang_timeout = if cost == Cost::Worker { HANG_TIMEOUT } else { LONG };
     format!(
@@ -81,7 +83,7 @@ fn probe(daemon: &Daemon) -> Outcome {
     submit(daemon.path("in"), &Mail::new("x").from("probe@x"))
 }
 
-/// Sends a mail to the bad handler and waits until it runs.
+/// Sends a mail from bad@x, and waits until its handler runs.
 #[track_caller]
 fn begin(daemon: &Daemon) -> Client {
     let started = daemon.path("started");
@@ -92,25 +94,25 @@ fn begin(daemon: &Daemon) -> Client {
     client
 }
 
-/// Runs `code` as its own mail's handler with probes behind and beside it. `culprit` has to stand
-/// in the log.
+/// Runs `code` as the handler of a mail, with probes behind it in the same worker and beside it in
+/// another. The log must contain `culprit`.
 #[track_caller]
 fn assert_isolated(code: &str, cost: Cost, culprit: &str) {
     assert_isolated_within(code, cost, culprit, cost.delay());
 }
 
-/// The same, where the mails behind it wait no longer than `most`.
+/// Like [`assert_isolated`], but the mails behind the culprit may wait for `most`.
 #[track_caller]
 fn assert_isolated_within(code: &str, cost: Cost, culprit: &str, most: Duration) {
     let daemon = behind_within(code, cost, culprit, most);
     if cost == Cost::Mail {
-        // Somewhere in the traceback.
+        // The traceback names the line of the code.
         daemon.wait_for_log(LINE);
     }
     beside(code, cost);
 }
 
-/// The only worker: what its others wait.
+/// Runs `code` in the only worker, and checks how long the next mail waits.
 #[track_caller]
 fn behind(code: &str, cost: Cost, culprit: &str) -> Daemon {
     behind_within(code, cost, culprit, cost.delay())
@@ -129,7 +131,7 @@ fn behind_within(code: &str, cost: Cost, culprit: &str, most: Duration) -> Daemo
     panic!("{waited:?}, not {most:?}, behind {code}");
 }
 
-/// How long a mail waits behind the culprit.
+/// Returns how long a mail waits behind the culprit.
 #[track_caller]
 fn wait_behind(code: &str, cost: Cost, culprit: &str) -> (Daemon, Duration) {
     let daemon = Daemon::start(&config(1, cost, "", code));
@@ -154,7 +156,7 @@ fn wait_behind(code: &str, cost: Cost, culprit: &str) -> (Daemon, Duration) {
     (daemon, waited)
 }
 
-/// The culprit's id, and where it came from or what it did, are in the log.
+/// Checks that the log has `culprit`, the mail's id, and where the mail came from or how it ended.
 #[track_caller]
 fn assert_named(daemon: &Daemon, cost: Cost, culprit: &str) {
     daemon.wait_for_log(culprit);
@@ -170,13 +172,13 @@ fn assert_named(daemon: &Daemon, cost: Cost, culprit: &str) {
     }
 }
 
-/// One of two workers: what the other one notices.
+/// Runs `code` in one of two workers, and checks that mails in the other worker don't wait.
 #[track_caller]
 fn beside(code: &str, cost: Cost) {
     let mut slowest = Vec::new();
     for _ in 0..ATTEMPTS {
         let took = slowest_beside(code, cost);
-        // No mail waits for the culprit of another worker.
+        // A mail that waited for the culprit would take all of HANDLER_TIMEOUT.
         if took < Duration::from_secs_f64(HANDLER_TIMEOUT) / 2 {
             return;
         }
@@ -185,7 +187,7 @@ fn beside(code: &str, cost: Cost) {
     panic!("{slowest:?} beside {code}");
 }
 
-/// The longest that a mail took in the other worker.
+/// Returns the longest time of a mail in the other worker.
 #[track_caller]
 fn slowest_beside(code: &str, cost: Cost) -> Duration {
     let daemon = Daemon::start(&config(2, cost, "", code));
@@ -223,7 +225,7 @@ fn slowest_beside(code: &str, cost: Cost) -> Duration {
     slowest_of_the_best(probes, cost, code)
 }
 
-/// Of the worker that answered quickest, whatever those in the culprit's got: the slowest answer.
+/// Returns the slowest answer of the worker that answered quickest, which is not the culprit's.
 #[track_caller]
 fn slowest_of_the_best(probes: Vec<(String, Duration)>, cost: Cost, code: &str) -> Duration {
     let mut by_worker: BTreeMap<String, Vec<Duration>> = BTreeMap::new();
@@ -232,7 +234,7 @@ fn slowest_of_the_best(probes: Vec<(String, Duration)>, cost: Cost, code: &str) 
         assert!(told.starts_with('K') || retry, "{told} beside {code}");
         by_worker.entry(told).or_default().push(took);
     }
-    // At most one may have followed the culprit before the supervisor knew.
+    // At most one probe may have followed the culprit before the supervisor knew.
     let retried = by_worker.remove("Ztry again later").unwrap_or_default();
     assert!(retried.len() <= 1, "{} told to try again beside {code}", retried.len());
     let slowest = by_worker
@@ -290,7 +292,8 @@ fn a_string_that_doubles() {
 
 #[test]
 fn recursion_without_end() {
-    // Two hundred thousand frames take their time in a debug build: either limit may be first.
+    // In a debug build, two hundred thousand frames take long: the time limit or the memory limit
+    // may be reached first.
     let code = "local function f() return 1 + f() end return f()";
     let most = Cost::Mail.delay() + UNINTERRUPTED;
     assert_isolated_within(code, Cost::Mail, "script failed: ", most);
@@ -338,7 +341,7 @@ fn errors_of_every_type() {
     ] {
         behind(code, Cost::Mail, "script failed: ").wait_for_log(LINE);
     }
-    // This one spoils its own traceback, too.
+    // This error also fails while its traceback is made.
     let code = "error(setmetatable({}, {__tostring = function() return {} end}))";
     behind(code, Cost::Mail, "'__tostring' must return a string");
     beside("error({})", Cost::Mail);
@@ -359,7 +362,7 @@ fn exit_in_a_handler() {
 
 #[test]
 fn a_crash_in_c() {
-    // What a faulty instruction of a library would raise.
+    // SIGILL is the signal that a faulty instruction in a library would raise.
     let code = "os.execute('kill -ILL $PPID') sleep(20)";
     assert_isolated(code, Cost::Worker, "worker died: SIGILL");
 }
@@ -370,7 +373,7 @@ fn a_pattern_that_runs_away() {
     assert_isolated(code, Cost::Worker, "worker hangs in Lua: killing it");
 }
 
-/// The line about a hang names the mail.
+/// The log line about a hang has the id of the mail.
 #[test]
 fn a_hang_names_its_mail() {
     let code = "string.find(('a'):rep(30), ('a*'):rep(30) .. 'b')";
@@ -382,7 +385,7 @@ fn a_hang_names_its_mail() {
     assert!(lost.contains(id), "{line}\n{lost}");
 }
 
-/// How many descriptors the only worker has.
+/// Returns the number of descriptors of the only worker.
 fn descriptors(daemon: &Daemon) -> usize {
     processes::descriptors(daemon.workers()[0]).len()
 }
@@ -405,14 +408,14 @@ fn coroutines_that_are_never_resumed() {
 
 #[test]
 fn a_coroutine_that_waits_and_is_forgotten() {
-    // It waits in an operation when the handler has ended already: nobody resumes it.
+    // The coroutine still waits in an operation when the handler has ended, and is never resumed.
     let code = "local c = coroutine.create(function() coroutine.yield() sleep(100) end) \
         coroutine.resume(c) return m:discard('left')";
     let daemon = Daemon::start(&config(1, Cost::Mail, "", code));
     for _ in 0..20 {
         let started = Instant::now();
         assert_eq!(submit(daemon.path("in"), &bad()), "Kleft");
-        // Nobody waits for its end.
+        // The answer doesn't wait for the end of the coroutine.
         assert!(started.elapsed() < Duration::from_secs(2), "{:?}", started.elapsed());
     }
 }
@@ -421,7 +424,7 @@ fn a_coroutine_that_waits_and_is_forgotten() {
 fn ten_thousand_objects_kept() {
     let code = "kept = kept or {} for i = 1, 10000 do kept[#kept + 1] = {i, m} end \
         return m:discard('kept')";
-    // The first of these has room for them, and keeps them.
+    // The default memory limit has room for all these objects.
     let daemon = Daemon::start(&config(1, Cost::Mail, "", code));
     let workers = daemon.workers();
     assert_eq!(submit(daemon.path("in"), &bad()), "Kkept");
@@ -435,7 +438,7 @@ fn ten_thousand_objects_kept() {
 }
 
 #[test]
-fn what_is_kept_until_memory_is_full_costs_its_own_mail_and_then_the_worker_is_replaced() {
+fn objects_kept_until_memory_is_full_cost_their_own_mail_and_then_the_worker_is_replaced() {
     let code = "kept = kept or {} for i = 1, 10000 do kept[#kept + 1] = {i, m} end \
         return m:discard('kept')";
     let daemon = Daemon::start(&config(2, Cost::Mail, "lua_memory_limit=8*1024*1024", code));
@@ -448,7 +451,7 @@ fn what_is_kept_until_memory_is_full_costs_its_own_mail_and_then_the_worker_is_r
         assert!(told == "Kkept" || told == "Zscript failed", "{told}");
         failed += usize::from(told.status() == 'Z');
         let told = probe(&daemon);
-        // A full worker may fail one more before it is known to be full.
+        // A full worker may fail one more mail before the supervisor knows that the worker is full.
         assert!(told.status() == 'K' || told == "Zscript failed", "{told}");
     }
     assert!(failed > 0);
@@ -456,5 +459,5 @@ fn what_is_kept_until_memory_is_full_costs_its_own_mail_and_then_the_worker_is_r
     let line = daemon.wait_for_log("script failed: not enough memory");
     assert!(line.contains(&format!("listener={}", daemon.path("in").display())), "{line}");
     assert_eq!(daemon.count_log("worker died"), 0, "replaced, not crashed");
-    eventually("service", || (probe(&daemon).status() == 'K').then_some(()));
+    eventually("a mail is accepted again", || (probe(&daemon).status() == 'K').then_some(()));
 }

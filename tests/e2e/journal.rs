@@ -1,8 +1,8 @@
-//! The log in the journal: native entries with fields, in a mount namespace where the journal's
-//! socket is the test's.
+//! The log in systemd's journal: native entries with fields. The daemon runs in a mount namespace
+//! in which the journal's socket belongs to the test.
 //!
 //! # Failure
-//! An entry that journald couldn't take apart panics where it is taken apart here.
+//! An entry that journald couldn't parse panics in [`parse`].
 
 use std::os::unix::net::UnixDatagram;
 use std::sync::Arc;
@@ -10,11 +10,11 @@ use std::sync::Arc;
 use crate::harness::record::Record;
 use crate::harness::{Daemon, Mail, PATIENCE, Sink, Site, eventually, submit};
 
-/// Names and values of one entry, in their order.
+/// Names and values of the fields of an entry, in their order.
 type Entry = Vec<(String, String)>;
 
-/// Takes an entry apart (systemd.io/JOURNAL_NATIVE_PROTOCOL): `NAME=value\n`, or, for a value with
-/// newlines, `NAME\n`, its length in 64 bits little-endian, the value, `\n`.
+/// Parses an entry (systemd.io/JOURNAL_NATIVE_PROTOCOL). A field is `NAME=value\n`, or, for a value
+/// with newlines, `NAME\n`, its length in 64 bits little-endian, the value, `\n`.
 #[track_caller]
 fn parse(datagram: &[u8]) -> Entry {
     let mut entry = Entry::new();
@@ -48,19 +48,19 @@ fn get<'e>(entry: &'e Entry, name: &str) -> Option<&'e str> {
     entry.iter().find(|(found, _)| found == name).map(|(_, value)| value.as_str())
 }
 
-/// A daemon whose stderr is the journal, and what arrives there.
+/// A daemon whose stderr is the journal, and the entries that the journal receives.
 struct Journaled {
     daemon: Daemon,
     entries: Arc<Record<Entry>>,
 }
 
-/// A daemon whose stderr is the journal, and the journal's socket.
+/// Starts a daemon whose stderr is the journal. Returns the daemon and the journal's socket.
 fn start(config: &str) -> (Daemon, UnixDatagram) {
     let site = Site::with(config);
     let directory = site.path("journal");
     std::fs::create_dir(&directory).expect("directory");
     let socket = UnixDatagram::bind(directory.join("socket")).expect("bind");
-    // What JOURNAL_STREAM says is stderr's device and inode.
+    // JOURNAL_STREAM has the device and inode of stderr if stderr leads to the journal.
     let script = format!(
         "mount -t tmpfs none /run && mkdir -p /run/systemd/journal &&
          mount --bind {} /run/systemd/journal &&
@@ -85,7 +85,8 @@ impl Journaled {
         Self { daemon, entries }
     }
 
-    /// Waits for entries whose message satisfies `wanted`, as many as `count`, and returns them.
+    /// Waits for at least `count` entries whose message satisfies `wanted`, and returns all such
+    /// entries.
     #[track_caller]
     fn wait(&self, count: usize, wanted: impl Fn(&str) -> bool) -> Vec<Entry> {
         let matching = |entries: &[Entry]| -> Vec<Entry> {
@@ -101,7 +102,8 @@ impl Journaled {
         }
     }
 
-    /// Stops the daemon; nothing of its log went to stderr, and every entry could be read.
+    /// Stops the daemon, and returns all entries. Checks that nothing was logged to stderr and that
+    /// every entry has its required fields.
     #[track_caller]
     fn stop(mut self) -> Vec<Entry> {
         self.daemon.signal(nix::sys::signal::Signal::SIGTERM);
@@ -168,7 +170,7 @@ fn one_entry_per_mail_with_its_fields() {
     assert_eq!(worker.parse(), Ok(1));
     let milliseconds = get(entry, "QRELAY_MS").expect("ms").parse::<f64>().expect("a number");
     assert!((0.0..20_000.0).contains(&milliseconds), "{milliseconds}");
-    assert_eq!(get(entry, "QRELAY_PEER"), None, "it was a local client");
+    assert_eq!(get(entry, "QRELAY_PEER"), None, "a local client has no peer");
     let id = get(entry, "QRELAY_ID").expect("id");
     let message = get(entry, "MESSAGE").expect("MESSAGE");
     assert!(message.starts_with(&format!("mail id={id} from=<first@example.com> ")), "{message}");
@@ -182,12 +184,13 @@ fn one_entry_per_mail_with_its_fields() {
 }
 
 #[test]
-fn what_a_script_says() {
+fn output_and_errors_of_a_script() {
     let journaled = Journaled::start(
         "settings{workers=1}
          print('loading\\ttab')
          qmqp_listen('$DIR/in', function(m)
-           log.warn('two\\nlines', {count = 7, text = 'a\\nMESSAGE=forged\\n\\x1b[0m', long = ('x'):rep(300000)})
+           log.warn('two\\nlines', {count = 7, text = 'a\\nMESSAGE=forged\\n\\x1b[0m',
+             long = ('x'):rep(300000)})
            print('one') print('two\\rMESSAGE=forged')
            io.stderr:write('complaint\\n')
            error('of\\nmany\\nlines')
@@ -209,7 +212,7 @@ fn what_a_script_says() {
     assert_eq!(get(&warned, "PRIORITY"), Some("4"));
     assert_eq!(get(&warned, "QRELAY_COUNT"), Some("7"));
     assert_eq!(get(&warned, "QRELAY_TEXT"), Some("a\\nMESSAGE=forged\\n\\x1b[0m"));
-    let long = get(&warned, "QRELAY_LONG").expect("it is there, if cut");
+    let long = get(&warned, "QRELAY_LONG").expect("the value is there, though cut");
     assert!(long.len() <= 4096 && long.starts_with("xxx") && long.ends_with('…'), "{}", long.len());
     assert!(get(&warned, "MESSAGE").expect("MESSAGE").len() <= 4096);
     assert_eq!(get(&of_mail("one"), "PRIORITY"), Some("6"));
@@ -225,7 +228,7 @@ fn what_a_script_says() {
     assert!(!entries.iter().any(|e| get(e, "MESSAGE").is_some_and(|m| m.contains("lost"))));
 }
 
-/// A journal that takes nothing costs entries, which are counted, and no mail.
+/// A journal that reads nothing costs entries, which are counted, but no mail.
 #[test]
 fn a_full_journal_costs_entries_only() {
     let (daemon, socket) = start(
@@ -237,8 +240,8 @@ fn a_full_journal_costs_entries_only() {
     }
     socket.set_nonblocking(true).expect("flag");
     let mut datagram = vec![0; 1 << 20];
-    eventually("a report of what was lost", || {
-        // Reading makes room for the next mail's entry, before which the report comes.
+    eventually("a report of the lost entries", || {
+        // Reading makes room for the entry of the next mail. The report is sent before that entry.
         while let Ok(length) = socket.recv(&mut datagram) {
             let entry = parse(&datagram[..length]);
             if get(&entry, "QRELAY_LOST").is_some_and(|lost| lost.parse::<u32>().is_ok()) {

@@ -1,5 +1,5 @@
-//! What the script's libraries do in real workers: `every`, `socket`, `control_client`, `log`.
-//! How they are called, and what is wrong with that, is tested with the worker.
+//! The libraries `every`, `socket`, `control_client` and `log` in real workers. The tests of the
+//! crate qrelay-worker check how the functions are called, and what happens on wrong arguments.
 
 use std::collections::BTreeSet;
 use std::io::Read;
@@ -12,7 +12,7 @@ use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use crate::harness::processes::signal;
 use crate::harness::{Client, Daemon, Mail, PATIENCE, Site, eventually, submit};
 
-/// The pids of the processes `name` that have logged `text` at least `times` times.
+/// Returns the pids of those processes `name` that have logged `text` at least `times` times.
 fn loggers(daemon: &Daemon, name: &str, text: &str, times: usize) -> BTreeSet<i32> {
     let log = daemon.text();
     let wanted = |line: &&str| line.ends_with(text);
@@ -59,7 +59,7 @@ fn every_runs_in_every_worker_and_in_its_successor() {
     assert_eq!(loggers(&daemon, "qrelay-zygote", "tick", 1), BTreeSet::new());
 }
 
-/// Takes a connection: the pid of who made it, and the connection.
+/// Accepts a connection, and returns it with the pid of the process that made it.
 #[track_caller]
 fn accept(listener: &UnixListener) -> (i32, std::os::unix::net::UnixStream) {
     let (stream, _) = listener.accept().expect("a connection");
@@ -90,7 +90,7 @@ fn each_worker_has_a_socket_of_its_own() {
     let (loader, mut stream) = accept(&listener);
     assert!(!workers.contains(&loader));
     let mut text = String::new();
-    stream.read_to_string(&mut text).expect("it was closed before the first fork");
+    stream.read_to_string(&mut text).expect("the socket was closed before the first fork");
     assert_eq!(text, "loading");
 
     let mut connected: Vec<_> = (0..2).map(|_| accept(&listener)).collect();
@@ -103,11 +103,11 @@ fn each_worker_has_a_socket_of_its_own() {
     let (successor, mut stream) = accept(&listener);
     assert!(!workers.contains(&successor) && daemon.workers().contains(&successor));
     assert_reads(&mut stream, "ticktick");
-    // The other worker's is the same as before.
+    // The connection of the other worker is still the same.
     assert_reads(&mut connected[1].1, "tick");
 }
 
-/// Submits mails until one's reply is `wanted`; how many had another one.
+/// Submits mails until one is answered with `wanted`. Returns the number of other answers.
 #[track_caller]
 fn until(to: &Path, wanted: &str) -> usize {
     let mut others = 0;
@@ -186,12 +186,12 @@ fn control_commands_reach_a_server_and_its_successor() {
     std::fs::remove_file(daemon.path("control")).expect("remove");
     assert_eq!(submit(daemon.path("retry"), &Mail::new("x")), "Knil");
     let server = bind(&daemon.path("control"));
-    // A worker that hasn't noticed yet does so now.
+    // A worker that hasn't noticed the end of the old server notices it with this mail.
     assert!(until(&daemon.path("retry"), "K28") <= 1);
     assert_eq!(received(&server), declared);
 }
 
-/// The value of a field in a log line.
+/// Returns the value of a field in a log line.
 #[track_caller]
 fn field<'l>(line: &'l str, name: &str) -> &'l str {
     let found = line.split(' ').find_map(|word| word.strip_prefix(name)?.strip_prefix('='));
@@ -199,7 +199,7 @@ fn field<'l>(line: &'l str, name: &str) -> &'l str {
 }
 
 #[test]
-fn log_lines_have_their_mail_s_id() {
+fn log_lines_have_the_id_of_their_mail() {
     let site = Site::with(
         "settings{workers=1}
          log.info('loading', {version = 7})
@@ -207,7 +207,7 @@ fn log_lines_have_their_mail_s_id() {
          every(0.01, function() if once then log.warn('timer') end once = false end)
          qmqp_listen('$DIR/in', function(m)
            log.debug('looking', {who = m.sender})
-           -- All are here before the first goes on.
+           -- The three handlers wait for each other, so that their mails overlap.
            local mails = shared:new('mails')
            mails:incr('waiting')
            while mails:get('waiting') < 3 do sleep(0.005) end

@@ -1,5 +1,6 @@
-//! Running out: of descriptors, of credits, of memory. It costs time for those who ask too much,
-//! not the service, and it is over when the reason is.
+//! Running out of descriptors, of credits (the number of jobs that a worker may have), and of
+//! memory. A shortage delays the clients that cause it, but not the service, and ends with its
+//! cause.
 
 use std::io::Write;
 use std::os::fd::AsRawFd;
@@ -24,13 +25,13 @@ fn out_of_descriptors() {
     let _sink = Sink::answering(site.path("out"), "Kok");
     let daemon = site.launch().through(&["prlimit", "--nofile=48:48"]).ready();
     let fds = daemon.idle_fd_count(1);
-    // Silent clients stay with the supervisor, one descriptor each, until it has no more.
+    // The supervisor keeps silent clients, one descriptor each, until it has no more.
     let silent: Vec<_> = (0..100).map(|_| Client::connect(daemon.path("in"))).collect();
     let mut late = Client::connect(daemon.path("in"));
     late.send(&Mail::new("late").request());
     crate::harness::eventually("full", || (daemon.fd_count() >= 46).then_some(()));
 
-    // A rate needs a time to be measured over.
+    // A rate is measured here, so the measurement takes a fixed time.
     let (ticks, started) = (cpu_ticks(daemon.pid()), Instant::now());
     let lines = daemon.text().lines().count();
     let answer = late.outcome_within(Duration::from_secs(2));
@@ -145,7 +146,7 @@ fn messages_in_memory_are_bounded() {
 
 #[test]
 fn one_client_never_gets_every_credit() {
-    // Four credits, of which one client holds three quarters at most.
+    // There are four credits. A client gets three quarters of them at most.
     let daemon = Daemon::start(
         "settings{workers=1, worker_connections=4}
          qmqp_listen('$DIR/in', function(m) return m:connect('$DIR/out') end)",
@@ -185,7 +186,7 @@ fn a_full_stderr_costs_log_lines_and_not_time() {
          qmqp_listen('$DIR/in', function(m) print(('x'):rep(500)) return m:discard() end)",
     );
     let mut daemon = site.launch().unread_stderr().ready();
-    // Far more than the 64 KiB that a pipe holds.
+    // The output is far more than the 64 KiB that a pipe holds.
     for _ in 0..600 {
         assert_eq!(submit(daemon.path("in"), &Mail::new("x")), "Kdiscarded");
     }
@@ -193,13 +194,13 @@ fn a_full_stderr_costs_log_lines_and_not_time() {
     daemon.stop();
 }
 
-/// Where the helper process connects to, if this process is one.
+/// Environment variable of the helper process: the address to connect to.
 const DRIP: &str = "QRELAY_DRIP";
-/// How many of these clients there are.
+/// Number of clients of the helper process.
 const DRIPS: usize = 600;
 
-/// Runs in a process of its own, as another user: clients that send a byte a second, for ever.
-/// In the ordinary test run, which sets no address, there is nothing for it to do.
+/// Runs in a process of its own, as another user: clients that send a byte a second, for ever. In
+/// an ordinary test run the variable isn't set, and the function does nothing.
 #[test]
 fn drip_helper() {
     let Some(path) = std::env::var_os(DRIP) else { return };
@@ -210,17 +211,17 @@ fn drip_helper() {
     loop {
         for client in &mut clients {
             client.set_nonblocking(true).expect("non-blocking");
-            // The digits of a long length, then of a long message.
+            // The bytes are first the digits of a long length, then a part of a long message.
             if client.write(b"1").is_err() {
                 *client = connect();
             }
         }
-        // A byte a second is what these clients do.
+        // The pause is the behaviour of these clients: a byte a second.
         std::thread::sleep(Duration::from_secs(1));
     }
 }
 
-/// A helper process; it ends with the test.
+/// A helper process, which ends with the test.
 struct Helper(Child);
 
 impl Helper {
@@ -248,7 +249,8 @@ impl Drop for Helper {
     }
 }
 
-/// Eight clients of this user, each sending one mail after the other; sorted times to the answer.
+/// Runs eight clients of this user, each of which sends one mail after the other. Returns the
+/// sorted times to the answer.
 fn normal_clients(to: &Path, mails: usize) -> Vec<Duration> {
     let mut times: Vec<_> = std::thread::scope(|scope| {
         let clients: Vec<_> = (0..8)
@@ -283,13 +285,14 @@ fn one_users_drip_does_not_shut_out_the_others() {
     drop(helper);
     let p99 = |times: &[Duration]| times[times.len() * 99 / 100];
     println!("p99 alone {:?}, beside {DRIPS} dripping clients {:?}", p99(&alone), p99(&beside));
-    // The requirement is 100 ms on a quiet machine; otherwise other tests run at the same time.
+    // The requirement is 100 ms on a quiet machine. Without `QRELAY_FULL` other tests run at the
+    // same time.
     let limit = if full() { 100 } else { 1000 };
     assert!(p99(&beside) < Duration::from_millis(limit), "{:?}", p99(&beside));
 }
 
 #[test]
-fn urgent_data_keeps_nobody_awake() {
+fn urgent_data_does_not_keep_the_supervisor_busy() {
     let daemon = Daemon::start(
         "settings{workers=1, client_timeout=30}
          qmqp_listen('$DIR/in', function(m) return m:discard() end)",
@@ -298,7 +301,7 @@ fn urgent_data_keeps_nobody_awake() {
     let flags = nix::sys::socket::MsgFlags::MSG_OOB;
     nix::sys::socket::send(client.as_raw_fd(), b"x", flags).expect("urgent data");
     assert_eq!(submit(daemon.path("in"), &Mail::new("x")), "Kdiscarded");
-    // A rate needs a time to be measured over.
+    // A rate is measured here, so the measurement takes a fixed time.
     let (ticks, started) = (cpu_ticks(daemon.pid()), Instant::now());
     while started.elapsed() < Duration::from_millis(500) {
         assert_eq!(submit(daemon.path("in"), &Mail::new("x")), "Kdiscarded");
@@ -314,7 +317,7 @@ fn a_silent_crowd_shuts_nobody_out() {
         "settings{workers=1, client_timeout=60}
          qmqp_listen('$DIR/in', function(m) return m:discard() end)",
     );
-    // More than the supervisor holds (4096) and the kernel keeps for it.
+    // There are more clients than the supervisor (4096) and its backlog can hold.
     let crowd: Vec<_> = (0..4300).map(|_| Client::connect(daemon.path("in"))).collect();
     let sent = send_as_nobody(&daemon.path("in"), "a@example.com");
     assert_eq!(sent.status.code(), Some(0), "{sent:?}");
@@ -323,12 +326,12 @@ fn a_silent_crowd_shuts_nobody_out() {
     assert_eq!(first.outcome(), "Ztry again later");
 }
 
-/// How many threads a process has.
+/// Returns the number of threads of a process.
 fn threads(pid: i32) -> usize {
     std::fs::read_dir(format!("/proc/{pid}/task")).map_or(0, Iterator::count)
 }
 
-/// A thread that has had nothing to do for 30 s ends, but for the one that always waits.
+/// A thread of a worker ends after 30 s without work, except for the thread that waits for jobs.
 #[test]
 fn idle_threads_end() {
     let daemon = Daemon::start(
@@ -342,7 +345,7 @@ fn idle_threads_end() {
     for client in &mut clients {
         client.send(&Mail::new("slow").request());
     }
-    // One thread each: the sink has them all at the same time.
+    // Each mail needs a thread, because the sink holds all mails at the same time.
     sink.record().wait_for_count(60);
     let busy = threads(worker);
     assert!(busy >= 60, "{busy} threads for 60 mails; {before} before");
@@ -353,7 +356,10 @@ fn idle_threads_end() {
     }
     let few = within(Duration::from_secs(60), || (threads(worker) <= before).then_some(()));
     assert!(few.is_some(), "{} threads a minute later; {before} before", threads(worker));
-    assert!(released.elapsed() >= Duration::from_secs(29), "they are kept for the next burst");
+    assert!(
+        released.elapsed() >= Duration::from_secs(29),
+        "idle threads are kept for the next burst"
+    );
     assert_eq!(daemon.workers(), [worker]);
     assert_eq!(submit(daemon.path("in"), &Mail::new("x")), "Kok");
 }

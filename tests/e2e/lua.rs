@@ -1,10 +1,10 @@
-//! What a script sees of a mail, what it can do with it, and what its mistakes cost.
+//! The script's view of a mail: its attributes, the actions, and the cost of the script's mistakes.
 
 use std::time::{Duration, Instant};
 
 use crate::harness::{Daemon, Mail, Sink, Target, burst, submit};
 
-/// A daemon with one worker whose handler is `body`, with a mail `m`.
+/// Starts a daemon with one worker whose handler is `body`, with the mail as `m`.
 fn handler(body: &str) -> Daemon {
     handler_with("", body)
 }
@@ -16,12 +16,12 @@ fn handler_with(settings: &str, body: &str) -> Daemon {
     ))
 }
 
-/// A daemon whose handler runs the Lua code in the mail's field `X-Code`.
+/// Starts a daemon whose handler runs the Lua code in the mail's field `X-Code`.
 fn evaluator() -> Daemon {
     handler("return assert(load('local m = ... ' .. m:header('X-Code')))(m)")
 }
 
-/// The mail with this code at the front.
+/// Returns the mail with `code` in a field `X-Code` at its front.
 fn with_code(code: &str, mail: &Mail) -> Mail {
     let mut mail = mail.clone();
     mail.message.splice(0..0, format!("X-Code: {code}\n").into_bytes());
@@ -32,7 +32,8 @@ fn with_code(code: &str, mail: &Mail) -> Mail {
 fn attributes() {
     let daemon = handler(
         "return m:discard(table.concat({m.sender, table.concat(m.recipients, ','), m.size,
-            tostring(m.pid), tostring(m.uid), tostring(m.gid), m.listener, tostring(m.account)}, ' '))",
+            tostring(m.pid), tostring(m.uid), tostring(m.gid), m.listener,
+            tostring(m.account)}, ' '))",
     );
     let mail = Mail::new("x").from("s@x").to(&["a@x", "b@y"]);
     let told = submit(daemon.path("in"), &mail);
@@ -245,7 +246,7 @@ fn a_mail_object_is_dead_after_its_mail() {
 }
 
 #[test]
-fn mistakes_are_z_and_logged() {
+fn mistakes_are_answered_with_z_and_logged() {
     for (body, logged) in [
         ("error('my own words')", "my own words"),
         ("local t = nil; t.x = 1", "attempt to index"),
@@ -260,7 +261,7 @@ fn mistakes_are_z_and_logged() {
         let daemon = handler(body);
         assert_eq!(submit(daemon.path("in"), &Mail::new("x")), "Zscript failed", "{body}");
         daemon.wait_for_log(logged);
-        // Its worker has survived.
+        // The worker has survived the mistake.
         let workers = daemon.workers();
         assert_eq!(submit(daemon.path("in"), &Mail::new("x")), "Zscript failed", "{body}");
         assert_eq!(daemon.workers(), workers);
@@ -268,7 +269,7 @@ fn mistakes_are_z_and_logged() {
 }
 
 #[test]
-fn tracebacks_name_the_way() {
+fn tracebacks_name_the_callers() {
     let daemon = Daemon::start(
         "settings{workers=1}
          local function inner(m) error('deep down') end
@@ -325,7 +326,8 @@ fn sleeping_handlers_delay_nobody() {
         "assert(coroutine.wrap(function() sleep(0.2) return true end)())",
         "local c = coroutine.create(function() pcall(sleep, 0.2) coroutine.yield() end)
          assert(coroutine.resume(c)) assert(coroutine.status(c) == 'suspended')",
-        "local t = setmetatable({}, {__index = function() sleep(0.2) return 1 end}) assert(t.x == 1)",
+        "local t = setmetatable({}, {__index = function() sleep(0.2) return 1 end})
+         assert(t.x == 1)",
         "for x in function(_, last) if not last then sleep(0.2) return 1 end end do end",
     ] {
         let settings = "worker_connections=256, client_share=1";
@@ -391,7 +393,7 @@ fn mails_behind_runaways_are_answered_in_time() {
             });
         }
     });
-    // The last begins just before its time is over.
+    // The last handler begins just before its mail's time is over.
     let took = started.elapsed();
     assert!(took < Duration::from_secs(3), "{took:?}");
 }

@@ -5,8 +5,8 @@ use std::sync::Arc;
 use crate::harness::postgres::Cluster;
 use crate::harness::{Daemon, Mail, submit};
 
-/// A daemon with one worker whose global `db` is the cluster, and whose handler runs the Lua code
-/// of the mail's field `X-Code`; what that returns is the reply.
+/// A daemon with one worker whose global `db` is the shared cluster. The handler runs the Lua code
+/// in the mail's field `X-Code`, and the result of the code is the text of the reply.
 pub struct Evaluator {
     pub daemon: Daemon,
     cluster: Arc<Cluster>,
@@ -17,7 +17,7 @@ impl Evaluator {
         Self::with("")
     }
 
-    /// With this code before the listener.
+    /// Starts the daemon with `prologue` before the listener in config.lua.
     pub fn with(prologue: &str) -> Self {
         let cluster = Cluster::shared();
         let daemon = Daemon::start(&format!(
@@ -45,7 +45,7 @@ impl Evaluator {
         assert_eq!(self.run(code), format!("K{expected}"), "{code}\n{}", self.daemon.text());
     }
 
-    /// Runs a statement that must fail with a message that has all of these parts.
+    /// Runs a call that must return nil and a message that contains all `parts`.
     #[track_caller]
     fn expect_failure(&self, call: &str, parts: &[&str]) {
         let told = self.run(&format!("local r, e = {call} return tostring(r) .. ' ' .. e"));
@@ -54,7 +54,7 @@ impl Evaluator {
     }
 }
 
-/// A table's columns: name, type, and what a row has in it, as Lua.
+/// The columns of a table: name, type, and the value of a row as Lua code.
 const COLUMNS: &[(&str, &str, &str)] = &[
     ("i2", "int2", "-32768"),
     ("i4", "int4", "'2147483647'"),
@@ -128,25 +128,25 @@ fn values_are_what_psql_prints() {
 fn results() {
     let evaluator = Evaluator::start();
     for (code, expected) in [
-        // By name, by number, into a given table; NULL clears.
+        // Rows by name, by number, and into a given table, where NULL removes the old value.
         ("return db:execute('SELECT 1 AS a, NULL AS b'):fetch().a", "1"),
         ("return db:execute('SELECT 1 AS a'):fetch({}, 'a').a", "1"),
         ("return db:execute('SELECT 7'):fetch(nil, 'n')[1]", "7"),
         ("local t = {b = 5} return tostring(db:execute('SELECT NULL AS b'):fetch(t).b)", "nil"),
         ("local t = {} return db:execute('SELECT 1'):fetch(t) == t", "true"),
         ("local r = db:execute('SELECT 1') r:fetch() return r:fetch()", "nil"),
-        // Iteration, with a new table each.
+        // Iteration, with a new table for each row.
         (
             "local s = {} for r in db:execute('SELECT generate_series(1, 3) AS i'):rows() do \
              s[#s + 1] = r end return s[1].i .. s[2].i .. s[3].i .. #s",
             "1233",
         ),
-        // Several statements: the last result counts; nothing is left of the others.
+        // Several statements: the last result counts, and the others leave nothing.
         ("return db:execute('SELECT 1 AS a; SELECT 2 AS a'):fetch().a", "2"),
         ("return db:execute('SELECT 1 AS a; SELECT 2 AS a WHERE false'):fetch()", "nil"),
         ("return db:execute('SELECT generate_series(1, 5)'):affected()", "5"),
         ("return db:execute(''):fetch()", "nil"),
-        // Parameters: their number, n, conversions.
+        // Parameters: their number, `n`, conversions.
         ("return db:execute('SELECT $1 + 1 AS x', {41}):fetch().x", "42"),
         ("return db:execute('SELECT $1 AS x', {1}):fetch().x", "1"),
         (
@@ -226,7 +226,7 @@ fn misuse_raises_and_failure_returns() {
         ("pg:new('host=/nonexistent'):execute('SELECT 1')", &["/nonexistent/.s.PGSQL.5432"]),
     ] {
         evaluator.expect_failure(call, parts);
-        // The next statement has a connection that works.
+        // The next statement gets a working connection.
         evaluator.expect("return db:execute('SELECT 1 AS a'):fetch().a", "1");
     }
 }
@@ -268,7 +268,7 @@ fn parameters_never_change_the_statement() {
 }
 
 #[test]
-fn an_empty_list_of_parameters_is_one() {
+fn an_empty_list_of_parameters_counts_as_parameters() {
     let evaluator = Evaluator::start();
     let cluster = &evaluator.cluster;
     evaluator.expect("return db:execute('SELECT 1', {}):fetch(nil, 'n')[1]", "1");
@@ -279,7 +279,7 @@ fn an_empty_list_of_parameters_is_one() {
         evaluator.expect_failure(&format!("db:execute('{several}', {{}})"), &["42601"]);
     }
     evaluator.expect("return db:execute('SELECT 1; SELECT 2'):fetch(nil, 'n')[1]", "2");
-    // What a query can't do.
+    // Statements that can't be prepared as a query.
     evaluator.expect("return db:execute('CREATE TABLE empty_list (x int)', {}):affected()", "0");
     evaluator
         .expect("return db:execute('SHOW search_path', {}):fetch().search_path ~= nil", "true");
@@ -297,8 +297,9 @@ fn statements_that_are_no_queries_have_parameters_too() {
          CREATE TABLE called (a int, b text, c colour);
          CREATE PROCEDURE call_me(a int, b text, c colour DEFAULT 'red') LANGUAGE plpgsql AS $$
            BEGIN INSERT INTO called VALUES (a, b, c); COMMIT; END $$;
-         CREATE PROCEDURE twice(INOUT i int8, INOUT t text, INOUT b bool, INOUT c colour, INOUT j jsonb)
-           LANGUAGE plpgsql AS $$ BEGIN i := 2 * i; t := t || t; b := NOT b; END $$;
+         CREATE PROCEDURE twice(INOUT i int8, INOUT t text, INOUT b bool, INOUT c colour,
+           INOUT j jsonb) LANGUAGE plpgsql AS $$
+           BEGIN i := 2 * i; t := t || t; b := NOT b; END $$;
          CREATE PROCEDURE half(INOUT n numeric) LANGUAGE plpgsql AS $$
            BEGIN INSERT INTO called VALUES (0, 'half'); n := n / 2; END $$",
     );
@@ -307,18 +308,22 @@ fn statements_that_are_no_queries_have_parameters_too() {
         "return db:execute('/* a */ call call_me($1, $2, $3)', {'2', nil, 'green'}) ~= nil",
         "true",
     );
-    // Nothing in a parameter changes the statement.
+    // The text of a parameter never changes the statement.
     let evil = "'); DROP TABLE called; -- \\\\ $1";
     let call =
         format!("local evil = \"{evil}\" assert(db:execute('CALL call_me($1, $2)', {{3, evil}}))");
     evaluator.expect(
-        &format!("{call} return db:execute('SELECT b = $1 FROM called WHERE a = 3', {{evil}}):fetch(nil, 'n')[1]"),
+        &format!(
+            "{call} local r = db:execute('SELECT b = $1 FROM called WHERE a = 3', {{evil}}) \
+             return r:fetch(nil, 'n')[1]"
+        ),
         "t",
     );
     let rows = cluster.psql("SELECT a, b IS NULL, c FROM called ORDER BY a");
     assert_eq!(rows, "1|f|red\n2|t|green\n3|f|red\n");
     evaluator.expect(
-        "local r = db:execute('CALL twice($1, $2, $3, $4, $5)', {2^40, 'ab', true, 'red', '{}'}):fetch() \
+        "local p = {2^40, 'ab', true, 'red', '{}'} \
+         local r = db:execute('CALL twice($1, $2, $3, $4, $5)', p):fetch() \
          return r.i .. r.t .. r.b .. r.c .. r.j",
         "2199023255552ababfred{}",
     );
@@ -326,7 +331,8 @@ fn statements_that_are_no_queries_have_parameters_too() {
         "local r = db:execute('CALL twice($1, $2, $3, $4, $5)', {n=5}):fetch({i = 7}) return r.i",
         "nil",
     );
-    let plan = "local r = assert(db:execute('EXPLAIN (COSTS OFF) SELECT * FROM called WHERE a = $1', {7})) \
+    let plan = "local explain = 'EXPLAIN (COSTS OFF) SELECT * FROM called WHERE a = $1' \
+                local r = assert(db:execute(explain, {7})) \
                 local text = '' for row in r:rows('n') do text = text .. row[1] .. '\\n' end \
                 return text:find('called', 1, true) ~= nil and text:find('7', 1, true) ~= nil";
     evaluator.expect(plan, "true");
@@ -350,7 +356,7 @@ fn statements_that_are_no_queries_have_parameters_too() {
         evaluator.expect("return db:execute('SELECT 1 AS a'):fetch().a", "1");
     }
     assert_eq!(cluster.psql("SELECT count(*) FROM called WHERE b = 'half'"), "1\n");
-    // In a transaction, where a procedure can't commit, it fails like any other statement.
+    // In a transaction a procedure can't commit, so the call fails like any other statement.
     evaluator.expect_failure(
         "db:transaction(function(tx) assert(tx:execute('CALL twice($1, $2, $3, $4, $5)', {n=5})) \
          return tx:execute('CALL call_me($1, $2)', {1, 2}) end)",
@@ -359,8 +365,8 @@ fn statements_that_are_no_queries_have_parameters_too() {
     cluster.psql("DROP PROCEDURE call_me, twice, half; DROP TABLE called; DROP TYPE colour");
 }
 
-/// The client library asks the server for a type that it doesn't know, and the result that has
-/// it is larger than what goes unread into the library and the socket.
+/// The client library has to ask the server about a type that it doesn't know, while the result
+/// with that type is larger than the buffers of the library and the socket.
 #[test]
 fn a_large_result_has_a_type_that_is_new_to_the_connection() {
     let evaluator = Evaluator::start();
@@ -368,7 +374,8 @@ fn a_large_result_has_a_type_that_is_new_to_the_connection() {
     cluster.psql("CREATE TYPE mood AS ENUM ('calm', 'glad')");
     evaluator.expect(
         "return db:transaction(function(tx) \
-           assert(tx:execute([[DECLARE c CURSOR FOR SELECT mood 'glad' AS m, repeat('x', 2000) AS t \
+           assert(tx:execute([[DECLARE c CURSOR FOR \
+                               SELECT mood 'glad' AS m, repeat('x', 2000) AS t \
                                FROM generate_series(1, 1000)]])) \
            local n = 0 \
            for row in assert(tx:execute('FETCH ALL FROM c', {})):rows() do \
@@ -380,8 +387,9 @@ fn a_large_result_has_a_type_that_is_new_to_the_connection() {
     cluster.psql("DROP TYPE mood");
 }
 
-/// A worker of the server takes longer to start than the statement may take, so what `commit` sends
-/// before COMMIT fails. A machine may be faster once.
+/// The start of a parallel worker of the server takes longer than the statement may take. So the
+/// statement that `commit` sends before COMMIT fails. A machine may be fast enough now and then, so
+/// there are many attempts.
 #[test]
 fn a_refused_commit_leaves_no_transaction() {
     let evaluator = Evaluator::start();
@@ -408,15 +416,16 @@ fn transactions() {
         "false",
     );
     assert_eq!(count(), "1\n");
-    // A statement failed, and nobody cared: nothing counts, and the script is told.
+    // The function ignores that a statement has failed: nothing is stored, and the script is told.
     let careless = format!("db:transaction(function(tx) {insert} tx:execute('SELEC') end)");
     evaluator.expect_failure(&careless, &["25P02"]);
     assert_eq!(count(), "1\n");
-    // What the function returns.
+    // The results of the function are the results of the transaction.
     evaluator.expect("return select('#', db:transaction(function() return 1, 2, 3 end))", "3");
     evaluator.expect("return db:transaction(function(tx) kept = tx end)", "true");
     evaluator.expect_failure("kept:execute('SELECT 1')", &["over"]);
-    // A bare BEGIN leaves nothing open, one with its end is as good as any statement.
+    // A BEGIN without COMMIT leaves nothing open. BEGIN and COMMIT in one call are as good as any
+    // statement.
     for begin in ["BEGIN", "start transaction", "SELECT 1; BEGIN; INSERT INTO ledger VALUES (2)"] {
         evaluator.expect_failure(&format!("db:execute('{begin}')"), &["db:transaction"]);
     }
@@ -437,7 +446,9 @@ fn a_transaction_ends_with_its_handler() {
         "settings{{workers=1, relay_timeout=1, handler_timeout=0.5}}
          local db = pg:new('{}', nil, {{max_connections=1}})
          qmqp_listen('$DIR/in', function(m)
-           if m.sender == 'good@x' then return m:discard(db:execute('SELECT 1'):fetch(nil, 'n')[1]) end
+           if m.sender == 'good@x' then
+             return m:discard(db:execute('SELECT 1'):fetch(nil, 'n')[1])
+           end
            return db:transaction(function(tx)
              assert(tx:execute('SELECT 1'))
              if m.sender == 'slow@x' then sleep(60) end
@@ -464,9 +475,10 @@ fn statements_survive_changes() {
     evaluator.expect(select, "1");
     evaluator.expect("return db:execute('DISCARD ALL') ~= nil", "true");
     evaluator.expect(select, "1");
-    // More different statements than stay prepared.
+    // There are more different statements than stay prepared.
     let many = "for i = 1, 300 do assert(db:execute('SELECT $1 + ' .. i, {1})) end \
-                return db:execute('SELECT count(*) FROM pg_prepared_statements'):fetch(nil, 'n')[1]";
+                local r = db:execute('SELECT count(*) FROM pg_prepared_statements') \
+                return r:fetch(nil, 'n')[1]";
     let told = evaluator.run(many);
     let count: u32 = told.trim_start_matches('K').parse().expect(&told);
     assert!(count <= 130, "{told}");

@@ -1,5 +1,5 @@
-//! Connections to PostgreSQL: when they are made, where a connection string leads, how many there are, and
-//! TLS.
+//! Connections to PostgreSQL: when they are made, where a connection string leads, their number,
+//! and TLS.
 
 use std::process::Command;
 use std::time::Duration;
@@ -41,7 +41,8 @@ fn the_default_socket_and_the_schema() {
            return m:discard(row.id .. ' ' .. row.who .. ' ' .. path)
          end)",
     );
-    // The directory where Debian's libpq looks is another one for this daemon alone.
+    // In the mount namespace of this daemon, the directory in which Debian's libpq looks for the
+    // socket is the cluster's.
     let script = format!(
         "mount -t tmpfs none /run && mkdir /run/postgresql && \
          mount --bind {} /run/postgresql && exec \"$@\"",
@@ -96,8 +97,8 @@ fn queries_of_different_mails_run_at_the_same_time() {
          end)",
         cluster.conninfo()
     ));
-    // Eight rounds of 0.05 s, and a little for 64 mails. The machine may be busy with other tests
-    // for a while, but not each time.
+    // 64 mails over 8 connections are eight rounds of 0.05 s, and take a little longer. The machine
+    // may be busy with other tests for a while, but not in each of ten bursts.
     burst(&daemon, "Kslept", 16);
     let mut bursts = Vec::new();
     let good = (0..10).any(|_| {
@@ -160,20 +161,20 @@ fn tls_as_sslmode_says() {
         (format!("{by_name} sslmode=verify-ca sslrootcert=$DIR/root.crt"), "Kt"),
         (format!("{by_name} sslmode=verify-full sslrootcert=$DIR/root.crt"), "Kt"),
         ("host=127.0.0.1 sslmode=verify-ca sslrootcert=$DIR/root.crt".into(), "Kt"),
-        // Not signed by that root, or not for that name.
+        // The certificate is not signed by that root, or is not valid for that name.
         ("host=127.0.0.1 sslmode=verify-full sslrootcert=$DIR/root.crt".into(), "Kcannot"),
         (format!("{by_name} sslmode=verify-ca sslrootcert=$DIR/other.crt"), "Kcannot"),
         (format!("{by_name} sslmode=require sslrootcert=$DIR/other.crt"), "Kcannot"),
-        // Local sockets have no TLS, whatever is asked for, as with libpq.
+        // As with libpq, local sockets have no TLS, whatever `sslmode` is.
         (format!("host={} sslmode=require", cluster.dir().display()), "Kf"),
-        // No file, no connection.
+        // A missing file is a mistake in the configuration.
         (format!("{by_name} sslmode=verify-full sslrootcert=$DIR/none.crt"), "Zscript failed"),
     ];
     for (conninfo, expected) in &cases {
         let told = try_it(conninfo);
         assert!(told.starts_with(expected), "{conninfo}: {told}\n{}", daemon.text());
     }
-    // A server without TLS.
+    // This server has no TLS.
     let plain = Cluster::shared();
     let plain_port = |mode: &str| format!("port={} {by_name} sslmode={mode}", plain.port());
     assert_eq!(try_it(&plain_port("prefer")), "Kf");

@@ -1,4 +1,5 @@
-//! PostgreSQL when it doesn't answer, goes away and comes back, and its notifications.
+//! PostgreSQL servers that don't answer, that go away and come back, and the notifications of
+//! servers.
 
 use std::os::unix::net::UnixListener;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -23,7 +24,8 @@ fn a_server_that_does_not_answer_holds_a_mail_until_its_deadline() {
     ));
     assert_eq!(submit(daemon.path("in"), &Mail::new("x")), "K1");
     cluster.signal_all(Signal::SIGSTOP);
-    // More than connections and their successors: none of them waits longer.
+    // There are more mails than connections and their replacements, and none waits longer than its
+    // deadline.
     for _ in 0..6 {
         let started = Instant::now();
         let told = submit(daemon.path("in"), &Mail::new("x"));
@@ -34,7 +36,8 @@ fn a_server_that_does_not_answer_holds_a_mail_until_its_deadline() {
     }
     let threads =
         |pid: i32| std::fs::read_dir(format!("/proc/{pid}/task")).expect("a living worker").count();
-    // The main thread, some that serve, and at most twice two connections and their cancellations.
+    // The limit has room for the main thread, some threads that serve, and twice two connections
+    // with their cancellations.
     let count = threads(daemon.workers()[0]);
     assert!(count <= 16, "{count} threads");
     cluster.signal_all(Signal::SIGCONT);
@@ -44,13 +47,14 @@ fn a_server_that_does_not_answer_holds_a_mail_until_its_deadline() {
     assert!(back.is_some(), "{}", daemon.text());
 }
 
-/// A server that takes connections, or leaves them in its backlog, and never says a word.
+/// Starts a server that accepts connections, or leaves them in its backlog, and never sends
+/// anything.
 fn silent_server(path: &std::path::Path, accepts: bool) -> UnixListener {
     let listener = UnixListener::bind(path).expect("bind");
     if accepts {
         let accepting = listener.try_clone().expect("clone");
         std::thread::spawn(move || {
-            // They stay open until the test is over.
+            // The connections stay open until the test is over.
             let mut connections = Vec::new();
             while let Ok((connection, _)) = accepting.accept() {
                 connections.push(connection);
@@ -75,7 +79,7 @@ fn a_connect_that_is_never_answered_holds_a_mail_until_its_deadline() {
         let path = site.path(".s.PGSQL.5432");
         let listener = silent_server(&path, accepts);
         let daemon = site.start();
-        // More than there may be connections, and their successors.
+        // There are more mails than connections and their replacements.
         for _ in 0..5 {
             let started = Instant::now();
             let told = submit(daemon.path("in"), &Mail::new("x"));
@@ -86,10 +90,11 @@ fn a_connect_that_is_never_answered_holds_a_mail_until_its_deadline() {
         }
         let line = daemon.wait_for_log("waited_for=\"a new connection\"");
         assert!(line.contains(path.to_str().expect("path")), "{line}");
-        // Mails that don't ask it aren't held up.
+        // Mails that don't use the database aren't held up.
         assert_eq!(submit(daemon.path("in"), &Mail::new("x").from("other@x")), "Kdiscarded");
         if !accepts {
-            // It goes, and its backlog with it: those who wait for it are free again.
+            // The server ends, and its backlog with it, so the mails that wait for it are free
+            // again.
             drop(listener);
             std::fs::remove_file(&path).expect("remove");
             let told = within(Duration::from_secs(2), || {
@@ -176,7 +181,7 @@ fn a_restart_under_load_is_survived() {
         let clients: Vec<_> = (0..8).map(|_| scope.spawn(work)).collect();
         for _ in 0..2 {
             cluster.restart();
-            // Every worker, and every connection, within two seconds.
+            // Every worker gets all its connections back within two seconds.
             let since = Instant::now();
             let mut last_failure = since;
             while since.elapsed() < Duration::from_millis(2500) {
@@ -194,7 +199,8 @@ fn a_restart_under_load_is_survived() {
     });
 }
 
-/// Each worker writes what it hears into a file of its own, one line per call.
+/// Starts a daemon with three workers, each of which writes the notifications that it receives into
+/// a file of its own, one line per call.
 fn listening(cluster: &Cluster) -> Daemon {
     Daemon::start(&format!(
         "settings{{workers=3}}
@@ -229,7 +235,8 @@ fn heard(daemon: &Daemon) -> Vec<Vec<String>> {
     files.unwrap_or_default().into_iter().map(lines).collect()
 }
 
-/// Waits until every worker has heard this as often.
+/// Waits until every worker has received `text` at least `times` times, and returns the time that
+/// took.
 fn wait_until_heard(daemon: &Daemon, text: &str, times: usize) -> Duration {
     let started = Instant::now();
     let count = |lines: &Vec<String>| lines.iter().filter(|line| *line == text).count();
@@ -241,8 +248,8 @@ fn wait_until_heard(daemon: &Daemon, text: &str, times: usize) -> Duration {
     started.elapsed()
 }
 
-/// Every worker hears what is notified within 100 ms. The machine, which has two cores and other
-/// tests to run, may be late now and then, but not each time.
+/// Checks that a notification reaches every worker within 100 ms. The machine has two cores and
+/// other tests to run, so it may be late now and then, but not in each of ten attempts.
 #[track_caller]
 fn assert_heard_at_once(cluster: &Cluster, daemon: &Daemon, text: &str) {
     let mut times = Vec::new();
@@ -259,25 +266,25 @@ fn assert_heard_at_once(cluster: &Cluster, daemon: &Daemon, text: &str) {
 fn notifications_reach_every_worker() {
     let cluster = Cluster::start(&[]);
     let daemon = listening(&cluster);
-    // After LISTEN, without a payload.
+    // The function is called once after LISTEN, without a payload.
     wait_until_heard(&daemon, "nil", 1);
     assert_heard_at_once(&cluster, &daemon, "call");
-    // A failure is logged; the next call comes.
+    // An error of the function is logged, and the next notification calls it again.
     cluster.psql("NOTIFY \"odd \"\"name\"\"\", 'fail'; NOTIFY \"odd \"\"name\"\"\"");
     wait_until_heard(&daemon, "", 1);
     daemon.wait_for_log("no good");
     cluster.psql("NOTIFY \"odd \"\"name\"\"\", 'query'");
     wait_until_heard(&daemon, "7", 1);
-    // Calls of one name never overlap.
+    // Calls for one name never overlap.
     cluster.psql("SELECT pg_notify('slow', i::text) FROM generate_series(1, 20) AS i");
     wait_until_heard(&daemon, "slow 1", 21);
     assert!(!heard(&daemon).concat().contains(&"slow 2".to_owned()));
-    // A worker that replaces another listens, too.
+    // A worker that replaces another one listens, too.
     let workers = daemon.workers();
     crate::harness::processes::signal(workers[0], Signal::SIGKILL);
     daemon.wait_for_workers(3, &workers[..1]);
     wait_until_heard(&daemon, "nil", 1);
-    // The server goes and comes back.
+    // After a restart of the server all workers listen again.
     cluster.restart();
     let took = wait_until_heard(&daemon, "nil", 2);
     assert!(took < Duration::from_secs(2), "{took:?}");

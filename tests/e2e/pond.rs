@@ -1,8 +1,9 @@
-//! One Pond datagram per mail: the original's bytes, whatever kind of address the log server has,
-//! and a log server in trouble costs records, never mails.
+//! The log records of mails: one Pond datagram per mail. The tests check the bytes against the
+//! original program's, every kind of address of a log server, and that a log server in trouble
+//! costs records but never mails.
 //!
 //! # Failure
-//! A datagram that isn't one (magic, attributes, CRC) panics where it is taken apart.
+//! A malformed datagram (magic, attributes, CRC) panics in [`Record::parse`].
 
 use std::io;
 use std::net::{Ipv4Addr, UdpSocket};
@@ -17,14 +18,20 @@ use nix::sys::signal::Signal;
 use crate::harness::processes::signal;
 use crate::harness::{Client, Daemon, Mail, PATIENCE, Sink, Site, Target, eventually, submit};
 
-/// Relayed, rejected, discarded: datagrams of the original program.
+/// Datagrams of the original program for a relayed, a rejected and a discarded mail.
 const VECTORS: [&str; 3] = [
-    "6304610301000660ff6bc4ca1a03616363743432000d66726f6d3d3c616363406578616d706c652e636f6d3e20746f3d3c7231406578616d706c652e6f72673e2c3c7232406578616d706c652e6f72673e206f6b0009000000000000001a0a000000000000004d00000000000000550b00000000000001d50f03e13a0bc1",
-    "6304610301000660ff6bc4cb810d66726f6d3d3c72656a406578616d706c652e636f6d3e20746f3d3c7231406578616d706c652e6f72673e2072656a6563746564000900000000000000120a000000000000003b00000000000000000b000000000000001a0f03d055ac87",
-    "6304610301000660ff6bc4cc950d66726f6d3d3c64406578616d706c652e636f6d3e20746f3d3c7231406578616d706c652e6f72673e20646973636172646564000900000000000000120a000000000000003900000000000000000b000000000000001a0f0382f3f8bf",
+    "6304610301000660ff6bc4ca1a03616363743432000d66726f6d3d3c616363406578616d706c652e636f6d3e\
+     20746f3d3c7231406578616d706c652e6f72673e2c3c7232406578616d706c652e6f72673e206f6b00090000\
+     00000000001a0a000000000000004d00000000000000550b00000000000001d50f03e13a0bc1",
+    "6304610301000660ff6bc4cb810d66726f6d3d3c72656a406578616d706c652e636f6d3e20746f3d3c723140\
+     6578616d706c652e6f72673e2072656a6563746564000900000000000000120a000000000000003b00000000\
+     000000000b000000000000001a0f03d055ac87",
+    "6304610301000660ff6bc4cc950d66726f6d3d3c64406578616d706c652e636f6d3e20746f3d3c7231406578\
+     616d706c652e6f72673e20646973636172646564000900000000000000120a00000000000000390000000000\
+     0000000b000000000000001a0f0382f3f8bf",
 ];
 
-/// Ids of attributes, as the protocol page has them.
+/// Numbers of the attributes, from the description of the protocol.
 mod id {
     pub const TIMESTAMP: u8 = 1;
     pub const REMOTE_HOST: u8 = 2;
@@ -38,7 +45,8 @@ mod id {
     pub const TRUNCATED: u8 = 20;
 }
 
-/// CRC-32 (IEEE), bit by bit.
+/// Computes the CRC-32 (IEEE) bit by bit, without a table that could have the same mistake as
+/// qrelay's.
 fn crc32(bytes: &[u8]) -> u32 {
     !bytes.iter().fold(!0, |crc: u32, &byte| {
         (0..8).fold(crc ^ u32::from(byte), |crc, _| (crc >> 1) ^ (0xedb8_8320 * (crc & 1)))
@@ -50,7 +58,7 @@ fn unhex(text: &str) -> Vec<u8> {
     (0..text.len()).step_by(2).map(byte).collect()
 }
 
-/// A datagram taken apart; strings are without their NUL.
+/// The attributes of a datagram in their order; strings are without their NUL.
 #[derive(Debug, PartialEq, Eq)]
 struct Record {
     attributes: Vec<(u8, Vec<u8>)>,
@@ -97,8 +105,8 @@ impl Record {
     }
 }
 
-/// The datagram without CRC and FORWARDED_TO, TIMESTAMP and DURATION being zero; the rest is as
-/// it was, byte by byte.
+/// Returns the datagram without its CRC and FORWARDED_TO, and with zeros for TIMESTAMP and
+/// DURATION. All other bytes are unchanged.
 #[track_caller]
 fn comparable(datagram: &[u8]) -> Vec<u8> {
     let mut out = datagram[..4].to_vec();
@@ -113,7 +121,7 @@ fn comparable(datagram: &[u8]) -> Vec<u8> {
     out
 }
 
-/// Takes datagrams.
+/// A log server: a socket that receives datagrams.
 #[derive(Debug)]
 enum LogServer {
     Local(UnixDatagram),
@@ -160,8 +168,9 @@ impl LogServer {
         Record::parse(&self.datagram())
     }
 
-    /// Takes records until there is one with this message; how many there were before it. (A
-    /// client is told before its record is sent.)
+    /// Receives records until one has this message, and returns the number of those before it.
+    /// Earlier records may still be on their way, because a client is answered before its record is
+    /// sent.
     #[track_caller]
     fn skip_to(&self, message: &str) -> usize {
         (0..).take_while(|_| self.record().message() != message).count()
@@ -175,13 +184,13 @@ impl LogServer {
         .expect("flag");
     }
 
-    /// Takes what is there; how many records that were.
+    /// Receives all records that are there, and returns their number.
     fn rest(&self) -> usize {
         self.wait_no_more();
         std::iter::from_fn(|| self.receive().ok()).inspect(|one| drop(Record::parse(one))).count()
     }
 
-    /// Everything has been taken, and nothing is there.
+    /// Checks that no datagram is left.
     #[track_caller]
     fn assert_empty(&self) {
         self.wait_no_more();
@@ -190,7 +199,7 @@ impl LogServer {
     }
 }
 
-/// A configuration that discards mails and logs to `server`, a Lua expression.
+/// Returns a configuration that discards mails and logs to `server`, a Lua expression.
 fn logging_to(server: &str) -> String {
     format!(
         "log_server = {server}
@@ -199,7 +208,7 @@ fn logging_to(server: &str) -> String {
     )
 }
 
-/// The mails of the vectors.
+/// Returns a mail with the message of the vectors.
 fn mail(sender: &str, recipients: &[&str]) -> Mail {
     let mut mail = Mail::new("").from(sender).to(recipients);
     mail.message = b"Subject: x\n\nhello\n".to_vec();
@@ -207,7 +216,7 @@ fn mail(sender: &str, recipients: &[&str]) -> Mail {
 }
 
 #[test]
-fn the_original_s_datagrams() {
+fn datagrams_equal_those_of_the_original() {
     let site = Site::new();
     let server = LogServer::at(&site.path("log"));
     site.configure(
@@ -257,7 +266,7 @@ fn attributes_are_in_order() {
          qmqp_listen('{address}', function(m) m.account = 'a' return m:connect('{}') end)",
         next.address()
     ));
-    // Together longer than a message may be.
+    // Together the recipients are longer than a message may be.
     let recipients: Vec<_> =
         (0..1000).map(|i| format!("{}{i}@example.org", "r".repeat(50))).collect();
     let recipients: Vec<_> = recipients.iter().map(String::as_str).collect();
@@ -296,7 +305,8 @@ fn every_kind_of_address() {
     ];
     site.configure(&logging_to("nil"));
     let daemon = site.start();
-    // Each by a reload, so this also shows that a reload changes the server.
+    // Each address is declared by a reload, so the loop also shows that a reload changes the
+    // server.
     for (server, address) in &servers {
         daemon.site().configure(&logging_to(address));
         assert!(daemon.reload(), "{address}");
@@ -304,7 +314,7 @@ fn every_kind_of_address() {
         assert_eq!(submit(daemon.path("in"), &mail), "Kdiscarded");
         assert_eq!(server.record().message(), "from=<s@x> to=<r@x> discarded", "{address}");
     }
-    // One that can't be declared leaves the old one, none is none.
+    // A server that can't be declared leaves the old one in place; nil means no server.
     daemon.site().configure(&logging_to("42"));
     assert!(!daemon.reload());
     assert_eq!(submit(daemon.path("in"), &mail("kept@x", &["r@x"])), "Kdiscarded");
@@ -318,7 +328,8 @@ fn every_kind_of_address() {
     }
 }
 
-/// In a network of its own, which has loopback only: the machine's is nobody's to route.
+/// The daemon runs in a network namespace of its own that has only loopback, because tests can't
+/// rely on the machine's routes for multicast.
 #[test]
 fn multicast() {
     let site = Site::with(&logging_to("'224.0.0.99:5479'"));
@@ -385,13 +396,13 @@ fn refused_requests_have_no_record() {
         let mut client = Client::connect(daemon.path("in"));
         assert_eq!(client.send(&request).half_close().outcome(), told);
     }
-    // One that breaks off, one that never says anything.
+    // One client breaks off, the other never sends anything.
     for start in [&b"100:1"[..], b""] {
         Client::connect(daemon.path("in")).send(start).half_close().outcome();
     }
     assert_eq!(submit(daemon.path("in"), &mail("good@x", &["r@x"])), "Kdiscarded");
     assert_eq!(server.record().message(), "from=<good@x> to=<r@x> discarded");
-    assert!(daemon.reload(), "a turn of everything");
+    assert!(daemon.reload(), "the reload: all earlier records have been sent");
     server.assert_empty();
 }
 
@@ -460,7 +471,7 @@ fn a_mail_whose_worker_was_killed_has_a_record() {
     server.assert_empty();
 }
 
-/// Sends 50 mails, none of which notices anything, and waits for the report of lost records.
+/// Sends 50 mails, which are not delayed, and waits for the report of lost records.
 #[track_caller]
 fn assert_costs_records_only(daemon: &Daemon, server: &str) {
     let mut times = Vec::new();
@@ -471,14 +482,15 @@ fn assert_costs_records_only(daemon: &Daemon, server: &str) {
     }
     times.sort();
     assert!(times[25] < Duration::from_millis(100), "{times:?}");
-    // A record follows its mail's line at once.
+    // The record of a mail is sent directly after its log line.
     eventually("all lines", || (daemon.count_log(" from=<s@x> ") == 50).then_some(()));
     let line = daemon.wait_for_log("lost=");
     assert!(line.contains(server), "{line}");
     assert_eq!(daemon.count_log("lost="), 1, "once a minute:\n{}", daemon.text());
 }
 
-/// Stops the daemon; how many records it has reported as lost, and by how many lines.
+/// Stops the daemon. Returns the number of records that it has reported as lost, and the number of
+/// these reports.
 #[track_caller]
 fn reported_by_the_end(mut daemon: Daemon) -> (usize, usize) {
     daemon.signal(Signal::SIGTERM);
@@ -496,7 +508,7 @@ fn a_missing_server_costs_records_only() {
     let daemon = Daemon::start(&logging_to("'$DIR/log'"));
     let path = daemon.path("log").display().to_string();
     assert_costs_records_only(&daemon, &path);
-    // One that comes gets the records from then on; so does its successor.
+    // A server that starts later gets the records from then on, and so does the next one.
     for sender in ["first@x", "second@x"] {
         let server = LogServer::at(&daemon.path("log"));
         assert_eq!(submit(daemon.path("in"), &mail(sender, &["r@x"])), "Kdiscarded");
@@ -525,21 +537,22 @@ fn a_full_server_costs_records_only() {
     let daemon = site.start();
     let path = daemon.path("log").display().to_string();
     assert_costs_records_only(&daemon, &path);
-    // What fitted is there; as soon as it reads, it gets what comes: the last of the 50 records,
-    // which may still be on its way, and one more.
+    // The server's buffer has the records that fitted. Once the server reads, it also receives new
+    // records: the last of the 50, which may still be on its way, and one more.
     for _ in 0..2 {
         assert_eq!(server.record().message(), "from=<s@x> to=<r@x> discarded");
     }
     assert_eq!(submit(daemon.path("in"), &mail("last@x", &["r@x"])), "Kdiscarded");
     let fitted = server.skip_to("from=<last@x> to=<r@x> discarded");
     assert!((1..48).contains(&fitted), "{fitted}");
-    // The first loss has been reported, the rest is at the stop; nothing else is missing.
+    // The first loss has been reported, and the stop reports all others. No other record is
+    // missing.
     let (lost, reports) = reported_by_the_end(daemon);
     assert_eq!((2 + fitted + server.rest() + lost, reports), (50, 2));
 }
 
 #[test]
-fn losses_of_a_server_that_was_replaced_are_told() {
+fn lost_records_of_a_replaced_server_are_reported() {
     let daemon = Daemon::start(&logging_to("'$DIR/log'"));
     let path = daemon.path("log").display().to_string();
     assert_costs_records_only(&daemon, &path);
@@ -550,11 +563,11 @@ fn losses_of_a_server_that_was_replaced_are_told() {
 }
 
 #[test]
-fn the_losses_of_a_dead_server_are_told_to_the_last() {
+fn every_lost_record_of_a_dead_server_is_reported() {
     let (server, port) = LogServer::udp("127.0.0.1:0");
     let daemon = Daemon::start(&logging_to(&format!("'127.0.0.1:{port}'")));
     drop(server);
     assert_costs_records_only(&daemon, &format!("127.0.0.1:{port}"));
-    // The kernel tells of a datagram when it is asked to send the next, and of the last at the end.
+    // The kernel reports a lost datagram when the next one is sent, and the last one at the end.
     assert_eq!(reported_by_the_end(daemon), (50, 2));
 }

@@ -1,5 +1,5 @@
-//! Real peers: Postfix's qmqp-source in front of qrelay, its qmqp-sink behind it, over every kind
-//! of socket that both know.
+//! Real peers: Postfix's qmqp-source in front of qrelay and qmqp-sink behind it, over every kind of
+//! socket that both programs know.
 
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -13,7 +13,8 @@ const SINK: &str = "/usr/sbin/qmqp-sink";
 struct QmqpSink(Child);
 
 impl QmqpSink {
-    /// Starts one and waits until it listens. (Connecting is a mail that never comes, to it.)
+    /// Starts qmqp-sink and waits until it listens. The attempts to connect are connections without
+    /// a mail, which qmqp-sink accepts.
     fn start(address: &str, target: &Target) -> Self {
         let child = Command::new(SINK)
             .args([address, "100"])
@@ -33,7 +34,7 @@ impl Drop for QmqpSink {
     }
 }
 
-/// Runs qmqp-source; it fails if any mail isn't accepted.
+/// Runs qmqp-source, which fails if any mail isn't accepted.
 #[track_caller]
 fn source(options: &[&str], address: &str) {
     let output = Command::new(SOURCE)
@@ -98,7 +99,7 @@ fn qmqp_sink_behind_qrelay() {
 }
 
 #[test]
-fn between_both() {
+fn qrelay_between_qmqp_source_and_qmqp_sink() {
     let site = Site::new();
     let next = Target::from(site.path("out"));
     let _sink = QmqpSink::start(&unix(&site.path("out")), &next);
@@ -106,6 +107,6 @@ fn between_both() {
     for address in [unix(&daemon.path("in")), format!("inet:{port}")] {
         source(&["-m", "200", "-s", "20", "-l", "2000"], &address);
     }
-    // The log line follows the answer.
+    // The log line of a mail may be written after its answer.
     eventually("400 log lines", || (daemon.count_log("status=K") == 400).then_some(()));
 }

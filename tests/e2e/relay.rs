@@ -1,5 +1,5 @@
-//! Everything that a next hop can do, and what the client is told then. `K` only for a next hop
-//! that said so after it had everything.
+//! The behaviours of a next hop, and what the client is told in each case. The client is told `K`
+//! only if the next hop sent `K` after it had received the whole request.
 
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
@@ -8,7 +8,7 @@ use crate::harness::mail::netstring;
 use crate::harness::sink::{Behaviour, answer};
 use crate::harness::{Client, Daemon, Mail, Reply, Sink, Target, submit};
 
-/// A relay whose handler returns `m:connect(ARGUMENTS)`.
+/// Starts a relay whose handler returns `m:connect(ARGUMENTS)`.
 fn relay(settings: &str, arguments: &str) -> Daemon {
     Daemon::start(&format!(
         "settings{{workers=1, {settings}}}
@@ -16,7 +16,8 @@ fn relay(settings: &str, arguments: &str) -> Daemon {
     ))
 }
 
-/// A message larger than what the kernel buffers on the way to a next hop that doesn't read.
+/// Returns a mail that is larger than the kernel's buffers on the way to a next hop that doesn't
+/// read.
 fn big() -> Mail {
     Mail::of_size(8 << 20)
 }
@@ -53,7 +54,7 @@ fn reply_text_is_unchanged_for_the_client_and_harmless_in_the_log() {
 }
 
 #[test]
-fn lenient_with_replies() {
+fn unusual_replies_are_understood() {
     let daemon = relay("", "'$DIR/out'");
     let _sink = Sink::start(
         daemon.path("out"),
@@ -110,7 +111,7 @@ fn closed_without_an_answer() {
 
 #[test]
 fn early_replies() {
-    // The next hop answers at once and then reads everything.
+    // The next hop answers at once and then reads the whole request.
     for (reply, told) in
         [("Kok", "Zrelay failed"), ("Zbusy", "Zbusy"), ("Dtoo large for me", "Dtoo large for me")]
     {
@@ -123,7 +124,7 @@ fn early_replies() {
 
 #[test]
 fn broken_off_while_writing() {
-    // The next hop reads a little, perhaps answers, and closes with the rest unread.
+    // The next hop reads a part, answers or not, and closes with the rest unread.
     let tcp = |behaviour| Sink::tcp(behaviour);
     let local = |behaviour| Sink::start(Target::unique_abstract(), behaviour);
     for start in [&tcp as &dyn Fn(Behaviour) -> Sink, &local] {
@@ -168,7 +169,7 @@ fn an_actions_own_timeout_may_exceed_the_budget() {
 }
 
 #[test]
-fn nobody_there() {
+fn unreachable_next_hops() {
     let port = Target::free_port();
     let daemon = relay("", "{'$DIR/nobody', '@qrelay-nobody', '127.0.0.1:{port}'}");
     assert_eq!(submit(daemon.path("in"), &Mail::new("x")), "Zscript failed", "a port of letters");

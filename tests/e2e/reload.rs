@@ -1,5 +1,5 @@
-//! SIGHUP: a new generation takes over without anybody noticing, or the old one serves on as if
-//! nothing had happened.
+//! SIGHUP: either a new generation takes over without a client noticing, or the old generation
+//! serves on as if nothing had happened.
 
 use std::os::unix::fs::MetadataExt;
 
@@ -8,7 +8,7 @@ use nix::sys::signal::Signal;
 use crate::harness::daemon::is_socket;
 use crate::harness::{Client, Daemon, Mail, Sink, Site, Target, eventually, submit};
 
-/// A script that answers `K` and `text`, and counts its runs and its reloads in files.
+/// Returns a script that answers `K` and `text`, and counts its runs and its reloads in files.
 fn counting(text: &str) -> String {
     format!(
         "local function note(name)
@@ -27,7 +27,7 @@ fn answering(text: &str) -> String {
     )
 }
 
-/// How often a script ran `note(name)`.
+/// Returns how often a script has called `note(name)`.
 fn count(daemon: &Daemon, name: &str) -> u64 {
     daemon.path(name).metadata().map_or(0, |found| found.len())
 }
@@ -108,7 +108,7 @@ fn broken_scripts_change_nothing() {
 
 #[test]
 fn a_reload_right_after_the_start() {
-    // The first generation's last workers may not even be forked yet.
+    // The last workers of the first generation may not have been forked yet.
     let script = counting("one").replace("workers=2", "workers=8");
     for _ in 0..5 {
         let mut daemon = Daemon::start(&script);
@@ -149,7 +149,7 @@ fn mails_on_their_way_are_finished_by_the_old_generation() {
     let mut first = Client::connect(daemon.path("in"));
     first.send(&Mail::new("first").request());
     sink.record().wait_for_count(1);
-    // This one is half sent when the reload comes.
+    // Half of this mail has been sent when the reload comes.
     let mut slow = Client::connect(daemon.path("in"));
     let request = Mail::new("slow").request();
     slow.send(&request[..10]);
@@ -227,7 +227,7 @@ fn at_most_four_generations_drain() {
     let workers = daemon.workers();
     assert_eq!(workers.len(), 5, "four drain, one serves");
     daemon.signal(Signal::SIGHUP);
-    // By the time that this mail has been served, the signal has been, too.
+    // When this mail has been served, the signal has been handled, too.
     hold_one();
     assert_eq!(count(&daemon, "loads"), 5, "the fifth reload waits");
     assert_eq!(daemon.workers(), workers);
@@ -257,7 +257,7 @@ fn listeners_come_and_go() {
     for name in ["b", "c"] {
         assert_eq!(submit(daemon.path(name), &Mail::new("x")).to_string(), format!("K{name}"));
     }
-    // Order and numbers of listeners changed; the handlers must not be mixed up.
+    // Order and numbers of the listeners have changed, but the handlers must not be mixed up.
     daemon.site().configure(&listen(&["c", "a", "b"]));
     assert!(daemon.reload());
     for name in ["a", "b", "c"] {
@@ -267,7 +267,7 @@ fn listeners_come_and_go() {
     daemon.stop();
 }
 
-/// More than fit into the one old worker's job socket (278) and its threads (4).
+/// Number of mails, more than the job socket (278) and the threads (4) of the only old worker hold.
 const CROWD: usize = 700;
 
 #[test]
@@ -326,7 +326,7 @@ fn mode_and_owner_follow_the_configuration() {
     assert_eq!(found().ino(), inode);
 }
 
-/// A script that counts its runs and then waits until a file appears.
+/// Returns a script that counts its runs and then waits until the file `go` appears.
 fn waiting() -> String {
     format!("{} while not io.open('$DIR/go') do end", counting("x"))
 }
@@ -344,12 +344,12 @@ fn hangups_during_a_reload_cause_exactly_one_more() {
     std::fs::write(daemon.path("go"), "").expect("file");
     two_reloads(&daemon, mark);
     assert_eq!((count(&daemon, "loads"), count(&daemon, "reloads")), (3, 2));
-    // Had there been a third one waiting, it would have come before this one.
+    // A waiting third reload would have come before this one.
     assert!(daemon.reload());
     assert_eq!((count(&daemon, "loads"), count(&daemon, "reloads")), (4, 3));
 }
 
-/// Waits until two reloads are over.
+/// Waits until two reloads since `mark` are over.
 #[track_caller]
 fn two_reloads(daemon: &Daemon, mark: usize) {
     let twice = daemon.notify().record().wait_for(crate::harness::PATIENCE, |notices| {

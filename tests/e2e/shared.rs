@@ -1,7 +1,7 @@
-//! The dictionary that all workers and generations share: nothing is lost, nothing counted twice,
-//! whoever is killed or reloaded, and it never takes more memory than it may.
+//! The dictionaries that all workers and generations share. No operation is lost or done twice,
+//! whichever process is killed or reloaded, and a dictionary never takes more memory than it may.
 //!
-//! `QRELAY_FULL=1` runs the numbers of the requirement; otherwise they are smaller.
+//! `QRELAY_FULL=1` runs with the numbers of the requirement; otherwise they are smaller.
 
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -12,16 +12,16 @@ use nix::sys::signal::Signal;
 use crate::harness::processes::{self, signal};
 use crate::harness::{Client, Daemon, Mail, eventually, full, submit};
 
-/// How much each mail of the counting tests adds.
+/// Number of increments by each mail of the counting tests.
 const PER_MAIL: u64 = 10;
 
-/// What a handler does to count to ten, answering with all that it was told.
+/// Body of a handler that increments a count ten times and answers with the ten results.
 const COUNT: &str = "local told = {}
      for i = 1, 10 do told[i] = assert(d:incr('count')) end
      return m:discard(table.concat(told, ' '))";
 
-/// The handler runs `body` with the dictionary `d` and the mail `m`; a mail from sum@x asks for
-/// the sum.
+/// Returns a configuration whose handler runs `body` with the dictionary `d` and the mail `m`. A
+/// mail from sum@x is answered with the count.
 fn counter(settings: &str, body: &str) -> String {
     format!(
         "settings{{{settings}, client_share=1}}
@@ -39,7 +39,7 @@ fn sum(daemon: &Daemon) -> u64 {
     told[1..].parse().expect("a number")
 }
 
-/// What a handler of [`COUNT`] answered, taken apart.
+/// Parses the answer of a handler with [`COUNT`].
 #[track_caller]
 fn numbers(told: &str) -> Vec<u64> {
     assert!(told.starts_with('K'), "{told}");
@@ -72,7 +72,7 @@ fn every_increment_counts_once() {
 }
 
 #[test]
-fn it_outlives_workers_and_generations() {
+fn a_dictionary_outlives_workers_and_generations() {
     let daemon = Daemon::start(&counter("workers=2", COUNT));
     let (done, tried, accepted) = (AtomicBool::new(false), AtomicU64::new(0), AtomicU64::new(0));
     std::thread::scope(|scope| {
@@ -108,7 +108,7 @@ fn it_outlives_workers_and_generations() {
     println!("{sum} counted by {tried} mails, {accepted} of them accepted");
     assert!(daemon.count_log("worker died") > 0);
     assert!(accepted * PER_MAIL <= sum && sum <= tried * PER_MAIL, "{accepted} {sum} {tried}");
-    // A generation that does not know the dictionary doesn't end it.
+    // The dictionary survives a generation that doesn't use it.
     daemon.site().configure("qmqp_listen('$DIR/in', function(m) return m:discard('none') end)");
     assert!(daemon.reload());
     assert_eq!(submit(daemon.path("in"), &Mail::new("x")), "Knone");
@@ -118,7 +118,7 @@ fn it_outlives_workers_and_generations() {
 }
 
 #[test]
-fn it_works_while_loading() {
+fn a_dictionary_works_while_the_script_loads() {
     let config = "local d = shared:new('d')
          local loads = d:incr('loads')
          function reload() d:incr('reloads') end
@@ -133,9 +133,10 @@ fn it_works_while_loading() {
     assert_eq!(submit(daemon.path("in"), &Mail::new("x")), "K2 1");
 }
 
-/// No worker uses a way that was opened while the script loaded, which all of them would have.
+/// A connection to the dictionary that was opened while the script loaded would be shared by all
+/// workers, so no worker may use it.
 #[test]
-fn everybody_gets_the_answers_to_his_own_questions() {
+fn every_worker_gets_the_answers_to_its_own_operations() {
     let script = counter(
         "workers=4",
         "for i = 1, 20 do
@@ -161,7 +162,8 @@ fn everybody_gets_the_answers_to_his_own_questions() {
 fn add_has_one_winner() {
     let daemon = Daemon::start(&counter(
         "workers=4",
-        "return m:discard(tostring(d:add(m.sender, m.id)) .. ' ' .. m.id .. ' ' .. d:get(m.sender))",
+        "local added = d:add(m.sender, m.id)
+         return m:discard(tostring(added) .. ' ' .. m.id .. ' ' .. d:get(m.sender))",
     ));
     daemon.wait_for_workers(4, &[]);
     for round in 0..5 {
@@ -174,7 +176,7 @@ fn add_has_one_winner() {
         let winners: Vec<_> = told.iter().filter(|told| told.starts_with("Ktrue ")).collect();
         assert_eq!(winners.len(), 1, "{told:?}");
         let winner = winners[0].split(' ').nth(1).expect("an id");
-        // Everybody sees the winner's value at once.
+        // Every mail sees the winner's value at once.
         assert!(told.iter().all(|told| told.ends_with(winner)), "{winner}: {told:?}");
     }
 }
@@ -199,7 +201,7 @@ fn a_window_begins_with_its_first_use_and_ends_whatever_happens_in_it() {
                 break;
             }
             assert_eq!(count, last + 1);
-            assert!(asked < told_by + window, "an increment doesn't extend it");
+            assert!(asked < told_by + window, "an increment doesn't extend the window");
             last = count;
         }
     }
@@ -218,14 +220,15 @@ fn a_flood_of_keys_stays_within_the_bound() {
          end
          return m:discard(tostring(d:get('used')) .. ' ' .. tostring(d:get('unused')))",
     ));
-    // All that a dictionary of the test's size makes the process take beside it.
+    // After this first flood, the process has everything that a dictionary of this size needs in
+    // addition to its content.
     let flood = |size: u64, count: u64| {
         let mail = Mail::new("x").from(&format!("{size}x{count}@x"));
         submit(daemon.path("in"), &mail).to_string()
     };
     assert_eq!(flood(65_536, 10), "Knil nil");
     let before = processes::memory(daemon.pid(), "status", "VmRSS");
-    // 64 MiB of values, then 20,000 keys that have next to none.
+    // The floods have 64 MiB of values, and 20,000 keys with hardly any value.
     for _ in 0..10 {
         flood(65_536, 100);
         flood(1, 2000);
@@ -236,7 +239,7 @@ fn a_flood_of_keys_stays_within_the_bound() {
 }
 
 #[test]
-fn what_is_used_stays_and_what_is_not_goes_first() {
+fn the_least_recently_used_keys_go_first() {
     let daemon = Daemon::start(&counter(
         "workers=1, shared_memory=1048576",
         "d:set('used', 'still') d:set('unused', 'still')
@@ -264,8 +267,10 @@ fn misuse_raises_and_values_come_back_as_they_were() {
            raises("'get' (key: expected a string, got nil)", 'get')
            raises("'get' (key: expected at most 256 bytes, got 257)", 'get', ('k'):rep(257))
            raises("'set' (value: expected a string, a number or a boolean, got nil)", 'set', 'k')
-           raises("'set' (value: expected a string, a number or a boolean, got a table)", 'set', 'k', {})
-           raises("'add' (value: expected at most 65536 bytes, got 65537)", 'add', 'k', ('v'):rep(65537))
+           raises("'set' (value: expected a string, a number or a boolean, got a table)",
+             'set', 'k', {})
+           raises("'add' (value: expected at most 65536 bytes, got 65537)",
+             'add', 'k', ('v'):rep(65537))
            raises("'set' (ttl: expected seconds, more than 0", 'set', 'k', 1, 0)
            raises("'incr' (by: expected a number, got 'x')", 'incr', 'k', 'x')
            raises("'incr' (ttl: expected seconds", 'incr', 'k', 1, -1)
@@ -276,7 +281,8 @@ fn misuse_raises_and_values_come_back_as_they_were() {
              assert(not pcall(shared.new, shared, name), name)
            end
            assert(#d:keys() == 0, 'nothing of that was done')
-           for i, value in ipairs{'', 'a\0\255', ('v'):rep(65536), 0, -5, 1.5, 2^53, 1/0, true, false} do
+           local values = {'', 'a\0\255', ('v'):rep(65536), 0, -5, 1.5, 2^53, 1/0, true, false}
+           for i, value in ipairs(values) do
              local key = i % 2 == 0 and i or ('k'):rep(255) .. i % 10
              assert(d:set(key, value) == true)
              local got = d:get(key)

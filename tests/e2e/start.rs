@@ -1,7 +1,7 @@
-//! Workers that die before they are ready: five of them end a start, or a reload.
+//! Workers that die before they are ready. Five such deaths end a start or a reload.
 //!
-//! A worker needs memory for its first thread, which a zygote doesn't: with an address space that
-//! is just large enough for a zygote, every worker fails to begin.
+//! A worker needs memory for its first thread, and a zygote doesn't. With an address space that is
+//! just large enough for a zygote, every worker fails to start.
 
 use std::process::Command;
 
@@ -12,14 +12,14 @@ const SCRIPT: &str = "
     settings{workers=1}
     qmqp_listen('$DIR/in', function(m) return m:discard() end)";
 
-/// Bytes of address space in which a zygote can live, and no worker.
+/// Returns a number of bytes of address space that is enough for a zygote but not for a worker.
 fn too_little(daemon: &Daemon) -> String {
     let peaks = daemon.zygotes().into_iter().map(|pid| memory(pid, "status", "VmPeak"));
-    // A thread has a stack of 4 MiB.
+    // A worker's first thread needs a stack of 4 MiB.
     (peaks.max().expect("a zygote") + (1 << 20)).to_string()
 }
 
-/// How many lines of the log contain `part`.
+/// Returns the number of lines of the log that contain `part`.
 fn count(log: &str, part: &str) -> usize {
     log.lines().filter(|line| line.contains(part)).count()
 }

@@ -1,4 +1,5 @@
-//! The end: what is on its way is finished, nobody new is let in, nothing is left behind.
+//! The end of a daemon. Mails under way are finished, no new clients are let in, and nothing is
+//! left behind.
 
 use std::net::TcpStream;
 use std::os::unix::fs::MetadataExt;
@@ -18,7 +19,7 @@ fn relay(settings: &str) -> Daemon {
     ))
 }
 
-/// A client whose mail waits in the next hop.
+/// Starts a next hop that waits, and a client whose mail waits in the next hop.
 fn in_flight(daemon: &Daemon) -> (Client, Sink, std::sync::Arc<Gate>) {
     let (sink, gate) = Sink::gated(daemon.path("out"));
     let mut client = Client::connect(daemon.path("in"));
@@ -34,7 +35,7 @@ fn wait_for_stopping(daemon: &Daemon) {
 }
 
 #[test]
-fn idle() {
+fn an_idle_daemon_ends_at_once() {
     for end in [Signal::SIGTERM, Signal::SIGINT] {
         let mut daemon = relay("");
         let started = Instant::now();
@@ -46,7 +47,7 @@ fn idle() {
 }
 
 #[test]
-fn drains() {
+fn mails_under_way_are_finished() {
     for end in [Signal::SIGTERM, Signal::SIGINT] {
         let mut daemon = relay("");
         let (mut client, _sink, gate) = in_flight(&daemon);
@@ -83,7 +84,7 @@ fn a_signal_to_the_whole_group_does_not_spoil_the_drain() {
         let mut daemon = relay("");
         let (mut client, _sink, gate) = in_flight(&daemon);
         if end == Signal::SIGQUIT {
-            // Not an order that the supervisor knows: only its children get it.
+            // The supervisor doesn't handle SIGQUIT, so only its children get the signal.
             let others = daemon.workers().into_iter().chain(daemon.zygotes());
             others.for_each(|pid| crate::harness::processes::signal(pid, end));
             daemon.signal(Signal::SIGTERM);
@@ -98,7 +99,7 @@ fn a_signal_to_the_whole_group_does_not_spoil_the_drain() {
 }
 
 #[test]
-fn a_second_signal_ends_it_at_once() {
+fn a_second_signal_ends_the_daemon_at_once() {
     let mut daemon = relay("");
     let (mut client, _sink, _gate) = in_flight(&daemon);
     daemon.signal(Signal::SIGTERM);
@@ -145,7 +146,7 @@ fn silent_clients_hold_up_nothing() {
 
 #[test]
 fn connections_in_the_backlog_are_served() {
-    // Connected before the stop, heard after it.
+    // The clients connect before the stop, and are accepted after it.
     let mut daemon = relay("");
     let _sink = Sink::answering(daemon.path("out"), "Kok");
     crate::harness::processes::stop(daemon.pid());
@@ -173,7 +174,7 @@ fn a_socket_of_somebody_else_is_left_alone() {
 }
 
 #[test]
-fn while_the_script_still_loads() {
+fn a_stop_while_the_script_loads() {
     let script = "local f = io.open('$DIR/loading', 'w') f:close() while true do end";
     let mut daemon = Site::with(script).launch().spawn();
     eventually("the script runs", || daemon.path("loading").exists().then_some(()));
@@ -196,7 +197,7 @@ fn hangups_are_ignored_while_stopping() {
 }
 
 #[test]
-fn during_a_reload() {
+fn a_stop_during_a_reload() {
     let mut daemon = relay("");
     daemon.site().configure("local f = io.open('$DIR/loading', 'w') f:close() while true do end");
     daemon.signal(Signal::SIGHUP);
@@ -214,7 +215,7 @@ fn as_the_first_process_of_a_container() {
     );
     let wrapper = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"];
     let mut daemon = site.launch().through(&wrapper).ready();
-    // Seen from there, this process has no pid.
+    // This process has no pid in the daemon's pid namespace.
     assert_eq!(submit(daemon.path("in"), &Mail::new("x")), "Knil");
     let inside = crate::harness::processes::children_named(daemon.pid(), "qrelay");
     assert_eq!(inside.len(), 1);
@@ -281,14 +282,14 @@ fn an_actions_own_timeout_outlasts_the_drain() {
     let (mut client, _sink, gate) = in_flight(&daemon);
     daemon.signal(Signal::SIGTERM);
     wait_for_stopping(&daemon);
-    assert!(daemon.exit_within(Duration::from_secs(1)).is_none(), "its mail may take 20 s");
+    assert!(daemon.exit_within(Duration::from_secs(1)).is_none(), "the mail may take 20 s");
     gate.open();
     assert_eq!(client.outcome(), "Kok");
     assert_eq!(daemon.wait_exit().code(), Some(0));
 }
 
 #[test]
-fn silent_clients_do_not_stand_against_a_second_signal() {
+fn silent_clients_do_not_hold_up_a_second_signal() {
     let mut daemon = relay("client_timeout=50");
     let mut silent = Client::connect(daemon.path("in"));
     let (mut client, _sink, _gate) = in_flight(&daemon);
@@ -298,9 +299,9 @@ fn silent_clients_do_not_stand_against_a_second_signal() {
     assert_eq!(silent.outcome(), "Ztry again later");
     assert_eq!(client.outcome(), "Ztry again later");
     drop((silent, client));
-    let status = daemon.exit_within(Duration::from_secs(10)).expect("it ends");
+    let status = daemon.exit_within(Duration::from_secs(10)).expect("the daemon ends");
     assert_eq!(status.code(), Some(0));
-    assert_eq!(daemon.count_log("worker died"), 0, "none was replaced, and killed again");
+    assert_eq!(daemon.count_log("worker died"), 0, "no worker was replaced and killed again");
     daemon.assert_nothing_left();
 }
 

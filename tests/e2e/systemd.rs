@@ -1,5 +1,5 @@
-//! Under systemd: sockets passed, notifications, watchdog, with a notification socket of our own
-//! and with the real `systemd-socket-activate`.
+//! The daemon under systemd: passed sockets, notifications and the watchdog, with a notification
+//! socket of the test, and with the real `systemd-socket-activate`.
 
 use std::fs::{self, File};
 use std::os::fd::OwnedFd;
@@ -15,10 +15,10 @@ use crate::harness::daemon::{Launch, is_socket};
 use crate::harness::processes::TAG;
 use crate::harness::{Client, Daemon, Mail, PATIENCE, Sink, Site, Target, eventually, submit};
 
-/// Gives the daemon up to two sockets as systemd would, named `names` (separated by colons).
+/// Passes up to two sockets to the daemon as systemd would, named `names` (separated by colons).
 ///
-/// The shell moves them from stdin and stdout to 3 and 4 and learns the pid that the daemon will
-/// have: both can't be done before the process exists.
+/// A shell moves the sockets from stdin and stdout to descriptors 3 and 4, and sets LISTEN_PID.
+/// Neither is possible before the process exists, because the shell's pid becomes the daemon's.
 fn activate(launch: Launch, names: &str, sockets: Vec<OwnedFd>) -> Launch {
     let count = sockets.len();
     let script = "exec 3<&0 4<&1 0</dev/null 1>&2
@@ -48,7 +48,7 @@ fn one_passed_socket() {
     assert_eq!(submit(daemon.path("passed"), &Mail::new("x")).status(), 'K');
     daemon.signal(Signal::SIGTERM);
     assert_eq!(daemon.wait_exit().code(), Some(0));
-    let found = daemon.path("passed").metadata().expect("it belongs to systemd");
+    let found = daemon.path("passed").metadata().expect("the socket belongs to systemd");
     assert_eq!(found.ino(), inode);
 }
 
@@ -103,7 +103,7 @@ fn passed_sockets_survive_reloads() {
     let sockets = vec![listening(&site.path("a")), listening(&site.path("b"))];
     let daemon = activate(site.launch(), "one:two", sockets).ready();
     assert_eq!(submit(daemon.path("a"), &Mail::new("x")), "Kone");
-    // Nobody wants the first one now: it stays open, and its clients wait.
+    // No listener uses the first socket now: it stays open, and its clients wait.
     daemon.site().configure(&script("two"));
     assert!(daemon.reload());
     assert_eq!(submit(daemon.path("b"), &Mail::new("x")), "Ktwo");
@@ -123,7 +123,8 @@ fn systemd_socket_activate() {
     let wrapper = ["systemd-socket-activate", "-l", at.to_str().expect("UTF-8"), "--fdname=mail"];
     let variables = ["-E", "NOTIFY_SOCKET", "-E", TAG];
     let mut daemon = site.launch().through(&[&wrapper[..], &variables].concat()).spawn();
-    // It starts the daemon for the first connection, which has to wait until that is ready.
+    // systemd-socket-activate starts the daemon for the first connection, so the test must not
+    // connect before systemd-socket-activate listens.
     eventually("the socket", || is_listening(&at).then_some(()));
     let mail = Mail::new("wake up");
     assert_eq!(submit(at.clone(), &mail), "Kok");
@@ -133,9 +134,11 @@ fn systemd_socket_activate() {
     assert_eq!(daemon.wait_exit().code(), Some(0));
 }
 
-/// Whether somebody listens at a path. Trying would be the connection that starts the daemon.
+/// Returns whether a process listens at a path. The table of the kernel is read, because an attempt
+/// to connect would start the daemon.
 fn is_listening(path: &Path) -> bool {
-    // Num RefCount Protocol Flags Type St Inode Path; the flag is __SO_ACCEPTCON.
+    // The columns are Num RefCount Protocol Flags Type St Inode Path; the flag of a listener is
+    // __SO_ACCEPTCON.
     let table = fs::read_to_string("/proc/net/unix").expect("table of local sockets");
     table.lines().map(str::split_whitespace).any(|mut line| {
         line.nth(3) == Some("00010000") && line.nth(3).is_some_and(|at| Path::new(at) == path)
@@ -147,11 +150,13 @@ fn plain() -> Site {
 }
 
 #[test]
-fn notifications_of_a_life() {
+fn notifications_from_start_to_stop() {
     let mut daemon = plain().start();
     daemon.notify().after(0, "a status", |line| line.starts_with("STATUS="));
     assert!(daemon.reload());
-    daemon.notify().after(0, "the time for notify-reload", |l| l.starts_with("MONOTONIC_USEC="));
+    daemon
+        .notify()
+        .after(0, "the time, as Type=notify-reload needs it", |l| l.starts_with("MONOTONIC_USEC="));
     daemon.stop();
     let lines = daemon.notify().all();
     let states: Vec<_> = lines
@@ -178,9 +183,9 @@ fn the_watchdog_is_fed_by_the_loop() {
     let times = fed(6, 0).expect("fed");
     let mut gaps: Vec<_> = times.windows(2).map(|pair| pair[1] - pair[0]).collect();
     gaps.sort();
-    // The median: a busy machine may be late once.
+    // The median counts, because a busy machine may be late once.
     assert!(gaps[gaps.len() / 2] < interval, "{gaps:?}");
-    // A supervisor that doesn't run doesn't feed it, and no other process does.
+    // A stopped supervisor doesn't feed the watchdog, and neither does any other process.
     crate::harness::processes::stop(daemon.pid());
     let mark = daemon.notify().mark();
     let fed_while_stopped =
@@ -214,7 +219,7 @@ fn a_failed_reload_shows_in_the_status() {
     daemon.reload();
     let found = daemon.notify().after(mark, "the reason", |line| line.contains("my own words"));
     assert!(found.text.starts_with("STATUS="));
-    // Every line of a notification is an assignment, whatever the script's error looks like.
+    // Every line of a notification is an assignment, whatever the text of the script's error is.
     let known = ["STATUS=", "READY=", "RELOADING=", "MONOTONIC_USEC="];
     let lines = daemon.notify().all();
     assert!(lines.iter().all(|line| known.iter().any(|key| line.starts_with(key))), "{lines:?}");
@@ -222,7 +227,7 @@ fn a_failed_reload_shows_in_the_status() {
 
 #[test]
 fn without_a_service_manager() {
-    // No NOTIFY_SOCKET, stderr closed, stdin closed: a supervisor that only restarts.
+    // The daemon has no NOTIFY_SOCKET, and stdin and stderr are closed.
     let site = plain();
     let config = site.path("config.lua");
     let mut child = std::process::Command::new("sh")
@@ -231,7 +236,7 @@ fn without_a_service_manager() {
         .stdout(File::create("/dev/null").expect("null"))
         .spawn()
         .expect("runs");
-    eventually("it serves", || {
+    eventually("the daemon serves", || {
         (is_socket(&site.path("in")) && Target::from(site.path("in")).is_alive()).then_some(())
     });
     assert_eq!(submit(site.path("in"), &Mail::new("x")), "Kdiscarded");
