@@ -1,7 +1,8 @@
-"""The libraries sodium and jwt of a script against PyNaCl, PyJWT and cryptography.
+"""Tests the script's libraries sodium and jwt against PyNaCl, PyJWT and cryptography.
 
-Usage: crypto.py QRELAY. Loads scripts with `qrelay check`: each side makes boxes, signatures and
-tokens with fresh keys, and the other one reads them. Exits 1 with the script's error if they disagree.
+Usage: crypto.py QRELAY. The scripts are run by `qrelay check`: each side makes boxes, signatures
+and tokens with fresh keys, and the other side reads them. The exit status is 1, with the error of
+the script, if the two sides disagree.
 """
 
 import base64
@@ -21,25 +22,28 @@ from nacl.signing import SigningKey, VerifyKey
 MESSAGES = [b"", b"x", b"hello\0world\n", "ä€😀".encode(), os.urandom(1000), os.urandom(70000)]
 LISTENER = "qmqp_listen('@qrelay-interop', function(m) return m:discard() end)\n"
 HELPERS = """
-local function read(name) local f = assert(io.open(name, 'rb')) local s = f:read('a') f:close() return s end
+local function read(name)
+  local f = assert(io.open(name, 'rb')) local s = f:read('a') f:close() return s
+end
 local function write(name, s) local f = assert(io.open(name, 'wb')) f:write(s) f:close() end
 """
 
 
 def load(qrelay: str, directory: pathlib.Path, script: str) -> None:
-    """Runs a script; its working directory is where it is."""
+    """Runs a script, whose working directory is `directory`."""
     config = directory / "config.lua"
     config.write_text(HELPERS + script + LISTENER)
-    subprocess.run([qrelay, "check", "--config", str(config)], check=True, stdout=subprocess.DEVNULL)
+    command = [qrelay, "check", "--config", str(config)]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 
 def exchange(qrelay: str, directory: pathlib.Path, message: bytes) -> None:
-    """One message and one set of claims in both directions."""
+    """Exchanges one message and one set of claims in both directions."""
     box, sign = PrivateKey.generate(), SigningKey.generate()
     seed, claims = bytes(sign), {"sub": base64.b64encode(message).decode(), "n": [1, 2.5, None]}
     times = {"exp": int(time.time()) + 600, "nbf": int(time.time()) - 600}
-    token = jwt.encode(claims | times, Ed25519PrivateKey.from_private_bytes(seed), algorithm="EdDSA",
-                       headers={"kid": "python"})
+    key = Ed25519PrivateKey.from_private_bytes(seed)
+    token = jwt.encode(claims | times, key, algorithm="EdDSA", headers={"kid": "python"})
     files = {
         "message": message, "box_pk": bytes(box.public_key), "box_sk": bytes(box),
         "sealed": SealedBox(box.public_key).encrypt(message),
@@ -52,13 +56,15 @@ def exchange(qrelay: str, directory: pathlib.Path, message: bytes) -> None:
     load(qrelay, directory, """
         local message, pk, sk = read('message'), read('sign_pk'), read('sign_sk')
         assert(sodium.crypto_scalarmult_base(read('box_sk')) == read('box_pk'))
-        assert(sodium.crypto_box_seal_open(read('sealed'), read('box_pk'), read('box_sk')) == message)
+        local box_pk, box_sk = read('box_pk'), read('box_sk')
+        assert(sodium.crypto_box_seal_open(read('sealed'), box_pk, box_sk) == message)
         assert(sodium.crypto_sign_verify_detached(read('signature'), message, pk))
         assert(sodium.crypto_sign_detached(message, sk) == read('signature'))
         local payload, header = assert(jwt.verify(read('token'), pk))
         assert(payload.sub == read('sub') and payload.n[2] == 2.5 and header.kid == 'python')
         write('sealed', sodium.crypto_box_seal(message, read('box_pk')))
-        write('token', jwt.sign(sk, {kid = 'lua'}, {sub = read('sub'), exp = os.time() + 600, n = {1, 2.5}}))
+        local claims = {sub = read('sub'), exp = os.time() + 600, n = {1, 2.5}}
+        write('token', jwt.sign(sk, {kid = 'lua'}, claims))
         local pk, sk = sodium.crypto_sign_keypair()
         write('sign_pk', pk)
         write('signature', sodium.crypto_sign_detached(message, sk))
@@ -81,7 +87,7 @@ def exchange(qrelay: str, directory: pathlib.Path, message: bytes) -> None:
 
 
 def main() -> None:
-    """All messages."""
+    """Exchanges all messages."""
     qrelay = os.path.abspath(sys.argv[1])
     for message in MESSAGES:
         with tempfile.TemporaryDirectory() as directory:

@@ -1,4 +1,4 @@
--- json: values there and back, and what neither direction accepts.
+-- Tests json: values written and parsed again, and values and texts that are refused.
 local function raises(expected, ...)
   local ok, message = pcall(json.dump, ...)
   assert(not ok and message:find(expected, 1, true), tostring(message))
@@ -10,7 +10,7 @@ local function refused(expected, text)
   assert(message:find(expected, 1, true), message)
 end
 
--- Values that have one text.
+-- Values with exactly one text.
 for text, value in pairs{
   ['1'] = 1, ['-9223372036854775808'] = math.mininteger, ['9223372036854775807'] = math.maxinteger,
   ['1.0'] = 1.0, ['0.1'] = 0.1, ['-0.0'] = -0.0, ['true'] = true, ['false'] = false,
@@ -25,7 +25,7 @@ for _, value in ipairs{1e300, 5e-324, 2^53, 1 / 3} do
   assert(json.parse(json.dump(value)) == value)
 end
 
--- Other spellings.
+-- Texts and values with several spellings.
 assert(json.parse('"\\u00e4\\ud83d\\ude00\\/"') == 'ä😀/')
 assert(json.parse(' [ 1 , 2 ] \n')[2] == 2)
 assert(json.parse('1E2') == 100.0 and json.parse(7) == 7)
@@ -56,7 +56,7 @@ t = json.parse('{"a":null,"b":[null,2,null]}', {null = true})
 assert(t.a == json.null and t.b[1] == json.null and #t.b == 3)
 assert(json.parse('[null]', {null = false})[1] == nil)
 
--- What JSON has no words for.
+-- Values that JSON has no form for.
 raises('a function', print)
 raises("a function, at value[1]['f']", {{f = print}})
 raises('a thread', coroutine.create(print))
@@ -77,7 +77,7 @@ raises('the key true', {[true] = 1})
 local cycle = {}
 cycle[1] = {a = cycle}
 raises('contains itself', cycle)
--- A small table that would become a text of 2^40 elements.
+-- A small table whose text would have 2^40 elements.
 local wide = {1}
 for _ = 1, 40 do wide = {wide, wide} end
 raises('more than 1048576 values', wide)
@@ -97,10 +97,11 @@ refused('nested deeper than 128', ('['):rep(129) .. (']'):rep(129))
 refused('nested deeper than 128', ('['):rep(1000000))
 refused('nested deeper than 128', ('{"a":'):rep(1000000))
 
--- What isn't JSON.
+-- Texts that are not JSON.
 for _, text in ipairs{
-  '', ' ', '{', '[', '[1', '[1,]', '{"a"}', '{"a":}', '{a:1}', "{'a':1}", '{1:2}', '01', '+1', '.5', '1.', 'NaN',
-  'Infinity', 'nul', 'True', '"', '"\\x"', '"\\ud800"', '"\n"', '1 2', '[]]', '//', '1e999', 'undefined', '\xef\xbb\xbf1',
+  '', ' ', '{', '[', '[1', '[1,]', '{"a"}', '{"a":}', '{a:1}', "{'a':1}", '{1:2}', '01', '+1',
+  '.5', '1.', 'NaN', 'Infinity', 'nul', 'True', '"', '"\\x"', '"\\ud800"', '"\n"', '1 2', '[]]',
+  '//', '1e999', 'undefined', '\xef\xbb\xbf1',
 } do
   refused('', text)
 end

@@ -1,4 +1,5 @@
--- jwt: tokens by PyJWT, and what must be refused however well it is signed.
+-- Tests jwt: tokens made by PyJWT, and tokens that must be refused although their signature is
+-- right.
 local seed = '9d61b19deffd5a60ba844af492ec2cc44449c5697b326919703bac031cae7f60'
 local pk = sodium.hex2bin('d75a980182b10ab7d54bfed3c964073a0ee172f3daa62325af021a68f707511a')
 local sk = sodium.hex2bin(seed) .. pk
@@ -14,16 +15,17 @@ local function refused(expected, token, key)
   assert(payload == nil and message == expected, tostring(message))
 end
 
--- Made by PyJWT 2.15.1 with the key above.
+-- A token made by PyJWT 2.15.1 with the key above.
 local foreign = 'eyJhbGciOiJFZERTQSIsImtpZCI6IjEiLCJ0eXAiOiJKV1QifQ.'
-  .. 'eyJzdWIiOiJhbGljZSIsImV4cCI6NDEwMjQ0NDgwMCwibmJmIjoxLjUsImxpc3QiOlsxLDIuMCwieCJdLCJub25lIjpudWxsfQ.'
+  .. 'eyJzdWIiOiJhbGljZSIsImV4cCI6NDEwMjQ0NDgwMCwibmJmIjoxLjUsImxpc3QiOlsxLDIuMCwieCJd'
+  .. 'LCJub25lIjpudWxsfQ.'
   .. 'wHXQ1IU9nS-uXOdZsGNTkP-Iec8ASSYJkgrU5adrFzJ_ISUAoNMQ4dtyBYezUBzwaQy_L-wNL_UYp6Nf7itrBg'
 local payload, header = jwt.verify(foreign, pk)
 assert(payload.sub == 'alice' and payload.exp == 4102444800 and payload.nbf == 1.5)
 assert(#payload.list == 3 and payload.none == nil)
 assert(header.alg == 'EdDSA' and header.kid == '1' and header.typ == 'JWT')
 
--- Our own; Ed25519 is deterministic, so equal claims give equal tokens.
+-- Tokens made by this library. Ed25519 is deterministic, so equal claims give equal tokens.
 local token = jwt.sign(sk, {kid = '7'}, {sub = 'bob', exp = 4102444800, nbf = 0})
 assert(token == jwt.sign(sk, {kid = '7'}, {nbf = 0, exp = 4102444800, sub = 'bob'}))
 payload, header = assert(jwt.verify(token, pk))
@@ -31,7 +33,7 @@ assert(payload.sub == 'bob' and header.kid == '7' and header.alg == 'EdDSA')
 assert(jwt.sign(sk, nil, {}):find(head .. 'e30.', 1, true) == 1)
 assert(jwt.sign(sk, {alg = 'EdDSA'}, {}) == jwt.sign(sk, {}, {}))
 
--- Someone else's, and damaged ones.
+-- Tokens of another key, and damaged tokens.
 local other = sodium.crypto_sign_keypair()
 refused("the signature is not the key's", token, other)
 refused("the signature is not the key's", (token:gsub('^(.*%.)(.*)(%..*)$', '%1e30%3')))
@@ -41,12 +43,12 @@ end
 
 refused("the signature is not the key's", '..')
 
--- Without a signature, or one of another kind.
+-- Tokens without a signature, or with a signature of another kind.
 refused("the signature is not the key's", 'eyJhbGciOiJub25lIiwidHlwIjoiSldUIn0.eyJzdWIiOiJhIn0.')
 refused("the signature is not the key's", 'eyJhbGciOiJIUzI1NiIsInR5cCI6IkpXVCJ9.eyJzdWIiOiJhIn0.'
   .. 'nm20pCE2JBZ9MMAXsCdloEvFHdeOKHE1Xi00oeXbFB4')
 
--- Signed by the right key, but not by our rules.
+-- Tokens that are signed by the right key but break other rules.
 local digits = 'ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_'
 local function base64url(bytes)
   local result = {}
@@ -68,7 +70,9 @@ end
 
 assert(signed(json_head, '{"sub":"x"}') == jwt.sign(sk, nil, {sub = 'x'}))
 assert(jwt.verify(signed(json_head, ' {"exp":4102444800.5}'), pk))
-for _, header in ipairs{'{}', '{"alg":"none"}', '{"alg":"eddsa"}', '{"alg":null}', '{"alg":["EdDSA"]}'} do
+for _, header in ipairs{
+  '{}', '{"alg":"none"}', '{"alg":"eddsa"}', '{"alg":null}', '{"alg":["EdDSA"]}',
+} do
   refused('the algorithm is not EdDSA', signed(header, '{}'))
 end
 local demands = 'the header demands extensions that are not supported'
@@ -88,7 +92,7 @@ refused('the token has expired', jwt.sign(sk, nil, {exp = now}))
 refused('the token has expired', jwt.sign(sk, nil, {exp = -1e300}))
 refused('the token is not valid yet', jwt.sign(sk, nil, {nbf = now + 3600}))
 assert(jwt.verify(jwt.sign(sk, nil, {exp = now + 3600, nbf = now}), pk))
--- The last of equal names counts, for the check as for the script.
+-- The last of several equal names counts, both for the check and for the script.
 refused('the token has expired', signed(json_head, '{"exp":4102444800,"exp":1}'))
 
 raises('expected a key of 64 bytes, got 32', jwt.sign, pk, nil, {})

@@ -1,7 +1,8 @@
-//! E-mail addresses: what is valid is printable, and what is shown delimits nothing.
+//! Fuzzes e-mail addresses: a valid address is printable, and the form for logs contains no
+//! delimiter and no control character.
 //!
 //! # Failure
-//! A panic; libFuzzer keeps the input under `artifacts/`.
+//! A violation panics; libFuzzer keeps the input under `artifacts/`.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

@@ -1,7 +1,7 @@
-//! Socket addresses and networks: what is shown means the same again.
+//! Fuzzes socket addresses and networks: the displayed form parses to the same value again.
 //!
 //! # Failure
-//! A panic; libFuzzer keeps the input under `artifacts/`.
+//! A violation panics; libFuzzer keeps the input under `artifacts/`.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

@@ -1,7 +1,8 @@
-//! Headers: fields lie in order within the message, and removing them removes them.
+//! Fuzzes headers: fields lie in order within the message, and after the removal of a field's
+//! ranges no field of that name is left.
 //!
 //! # Failure
-//! A panic; libFuzzer keeps the input under `artifacts/`.
+//! A violation panics; libFuzzer keeps the input under `artifacts/`.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

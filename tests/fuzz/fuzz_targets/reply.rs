@@ -1,7 +1,8 @@
-//! Replies: a judgement on a beginning stands, and what is written reads back.
+//! Fuzzes replies: a verdict about the first bytes stands whatever follows, and an encoded reply
+//! parses to the same reply again.
 //!
 //! # Failure
-//! A panic; libFuzzer keeps the input under `artifacts/`.
+//! A violation panics; libFuzzer keeps the input under `artifacts/`.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

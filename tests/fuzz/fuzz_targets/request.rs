@@ -1,7 +1,7 @@
-//! Requests: `progress` and `parse` agree, and what is accepted is the canonical form.
+//! Fuzzes requests: `progress` and `parse` agree, and only the canonical form is accepted.
 //!
 //! # Failure
-//! A panic; libFuzzer keeps the input under `artifacts/`.
+//! A violation panics; libFuzzer keeps the input under `artifacts/`.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
