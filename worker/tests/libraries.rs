@@ -1,5 +1,5 @@
-//! The libraries of the script: those that only compute are tested in Lua (tests/lua), the others
-//! against real sockets, threads and a log.
+//! The libraries of the script. Libraries that only compute are tested in Lua (tests/lua), the
+//! others with real sockets, threads and a log.
 
 #[allow(dead_code, reason = "the other tests of scripts need more of it")]
 mod support;
@@ -15,7 +15,7 @@ use qrelay_worker::delivery::action::Action;
 use qrelay_worker::lua::binding::error::HandlerError;
 use support::{Options, Script, config_error, mail};
 
-/// Runs a test in Lua while it loads, and once more as a handler.
+/// Runs a test in Lua twice: while the script loads, and as a handler.
 fn passes(source: &str) {
     let script = Script::load(&format!(
         "settings{{handler_timeout = 100, hang_timeout = 200}}
@@ -26,7 +26,7 @@ fn passes(source: &str) {
     assert!(action.is_ok(), "{}", script.log());
 }
 
-/// What the handler says in its rejection.
+/// Runs the handler, which must reject the mail, and returns the text of the rejection.
 fn says(script: &Script) -> String {
     match script.handle(0, mail()).1 {
         Ok(Action::Reject(Some(text))) => text.to_string(),
@@ -34,23 +34,23 @@ fn says(script: &Script) -> String {
     }
 }
 
-/// What a worker does after its fork.
+/// Prepares the script as a worker does after its fork.
 fn become_worker(script: &Script) {
     script.state.after_fork(WorkerId(1), Box::new(|_| Err(SendError::Closed)));
 }
 
-/// A directory for a test's sockets.
+/// Creates a temporary directory for the sockets of a test.
 fn scratch() -> (tempfile::TempDir, PathBuf) {
     let directory = tempfile::tempdir().expect("a temporary directory");
     let path = directory.path().to_owned();
     (directory, path)
 }
 
-/// Waits for something that becomes true by itself.
+/// Waits until a condition becomes true; `what` names the condition in the panic.
 fn until(what: &str, mut is_true: impl FnMut() -> bool) {
     let start = Instant::now();
     while !is_true() {
-        assert!(start.elapsed() < Duration::from_secs(20), "in vain: {what}");
+        assert!(start.elapsed() < Duration::from_secs(20), "waited in vain: {what}");
         std::thread::sleep(Duration::from_millis(2));
     }
 }
@@ -120,7 +120,7 @@ fn packets_keep_their_bounds() {
 }
 
 #[test]
-fn what_fails_at_run_time_is_returned() {
+fn failures_at_run_time_are_returned() {
     let (_directory, path) = scratch();
     let script = Script::load(&format!(
         "qmqp_listen('/a', function(m)
@@ -150,7 +150,7 @@ fn misuse_of_sockets_raises() {
     );
 }
 
-/// The mail's own end comes before the ten seconds of an operation.
+/// The mail's deadline comes before the ten seconds of an operation.
 #[test]
 fn sending_ends_with_the_mail() {
     let (_directory, path) = scratch();
@@ -185,7 +185,7 @@ fn sockets_made_while_loading_connect_when_they_are_used() {
     assert_eq!(says(&script), "1");
 }
 
-/// A connection that the script used while it loaded is not inherited by workers.
+/// Workers don't inherit a connection that the script used while it loaded.
 #[test]
 fn no_connection_outlives_loading() {
     let server = TcpListener::bind("127.0.0.1:0").expect("bind");
@@ -196,7 +196,7 @@ fn no_connection_outlives_loading() {
         server.local_addr().expect("address")
     ));
     let text = || std::io::read_to_string(server.accept().expect("accept").0).expect("text");
-    // It ends although the script still has the socket.
+    // The connection ends although the script still has the socket.
     assert_eq!(text(), "loading");
     assert!(script.handle(0, mail()).1.is_ok(), "{}", script.log());
     assert_eq!(text(), "handler");
@@ -207,8 +207,10 @@ fn control_commands_byte_by_byte() {
     let server = UdpSocket::bind("127.0.0.1:0").expect("bind");
     let script = Script::load(&format!(
         "local c = control_client:new('{}')
-         local all = c:build():fade_children('a', 'tag2'):flush_filter_cache(''):discard_session('id')
-           :flush_http_cache('x'):terminate_children('x'):disconnect_database('x'):reset_limiter('x')
+         local all = c:build()
+           :fade_children('a', 'tag2'):flush_filter_cache(''):discard_session('id')
+           :flush_http_cache('x'):terminate_children('x'):disconnect_database('x')
+           :reset_limiter('x')
            :reject_client('192.0.2.1'):tarpit_client(7):cancel_job('part', 'j1')
          assert(c:send(all) == 100)
          qmqp_listen('/a', function(m)
@@ -265,7 +267,7 @@ fn log_records() {
     assert!(script.handle(0, mail()).1.is_ok(), "{}", script.log());
     let log = script.log();
     let lines: Vec<&str> = log.lines().collect();
-    // The test's log shows the last field first.
+    // The log of these tests shows the last field first.
     assert!(lines[0].starts_with("INFO loaded on=true b=2 at=@q a=x y"), "{log}");
     assert!(lines[1].starts_with("WARN careful") && lines[1].contains("id=id-1"), "{log}");
     assert!(lines[2].starts_with("ERRO 42") && lines[2].contains("n="), "{log}");
@@ -285,14 +287,15 @@ fn every_runs_in_a_worker_and_goes_on_after_errors() {
          end)
          every(0.01, function() print('other') end)
          qmqp_listen('/a', function(m) return m:reject(runs .. ' ' .. together) end)
-         assert(not pcall(every, 0, print) and not pcall(every, 1) and not pcall(every, 86401, print))",
+         assert(not pcall(every, 0, print) and not pcall(every, 1))
+         assert(not pcall(every, 86401, print))",
     );
     std::thread::sleep(Duration::from_millis(30));
     assert_eq!(says(&script), "0 0", "nothing runs in the zygote");
     become_worker(&script);
     let runs = || says(&script).split(' ').next().and_then(|n| n.parse().ok()).unwrap_or(0);
     until("runs after the error", || runs() >= 4);
-    assert!(says(&script).ends_with(" 1"), "it overlapped itself: {}", says(&script));
+    assert!(says(&script).ends_with(" 1"), "two runs overlapped: {}", says(&script));
     let log = script.log();
     assert!(log.contains("the second") && log.contains("in function"), "{log}");
     assert!(log.contains("INFO other"), "{log}");
@@ -323,7 +326,7 @@ fn every_belongs_to_loading() {
          end)",
     );
     assert!(says(&script).ends_with("only be called while the script is loaded"));
-    // reload() belongs to loading, too: what it adds runs like the rest.
+    // reload() is a part of loading: a function that it adds runs like the others.
     let source = "local runs = 0
         function reload() every(0.01, function() runs = runs + 1 end) end
         qmqp_listen('/a', function(m) return m:reject(runs) end)";

@@ -1,4 +1,5 @@
-//! The script as the rest of the worker sees it: temporary scripts, real mails, real threads.
+//! The interface between a script and the rest of the worker, with temporary scripts, real mails
+//! and real threads.
 
 mod configuration;
 mod support;
@@ -10,7 +11,7 @@ use qrelay_worker::delivery::action::Action;
 use qrelay_worker::lua::binding::error::HandlerError;
 use support::{Script, mail, remote_mail};
 
-/// Loads a script of `tests/lua/` and runs all its handlers, whose asserts must hold.
+/// Loads a script of `tests/lua/` and runs all its handlers, whose assertions must hold.
 fn run(file: &str) -> Script {
     let path = format!("{}/tests/lua/{file}", env!("CARGO_MANIFEST_DIR"));
     let source = std::fs::read_to_string(path).expect("the test's script");
@@ -97,7 +98,7 @@ fn remote_clients_have_no_ids() {
     assert!(action.is_ok(), "{}", script.log());
 }
 
-/// The handler fails, and the log says why and where.
+/// Checks that the handler fails, and that the log has the reason and the mail's id.
 fn failure(handler: &str, reason: &str) {
     let script = Script::load(&format!("qmqp_listen('/a', {handler})"));
     let (_, action) = script.handle(0, mail());
@@ -142,8 +143,8 @@ fn a_full_memory_is_noticed() {
     assert!(script.state.exhausted(), "{}", script.log());
 }
 
-/// Under a script that keeps a large table, the collector of Lua 5.3 may fall behind objects with
-/// finalizers, of which each mail leaves some.
+/// The collector of Lua 5.3 may fall behind if a script keeps a large table, while each mail leaves
+/// some objects with finalizers.
 #[test]
 fn objects_of_mails_are_collected_in_time() {
     let script = Script::load(
@@ -171,7 +172,7 @@ fn objects_of_mails_are_collected_in_time() {
     assert!(percent.is_some_and(|percent| percent < 300), "{percent:?} % of what the script keeps");
 }
 
-/// The collector may run wherever memory is taken: also when the mail's object is made.
+/// The collector may run wherever memory is allocated, also while the mail's object is created.
 #[test]
 fn finalizers_never_run_as_if_the_script_were_loading() {
     let script = Script::load(
@@ -215,7 +216,8 @@ fn a_handler_decides() {
     assert!(matches!(&action, Ok(Action::Reject(Some(text))) if &**text == "no"), "{action:?}");
 }
 
-/// 200 handlers that each wait 0.2 s; the script says where.
+/// Runs 200 handlers that each wait 0.2 s at a place that the script chooses, and checks that they
+/// wait at the same time.
 fn many_sleepers(handler: &str) {
     let script = Script::load(&format!("qmqp_listen('/a', {handler})"));
     let start = Instant::now();
@@ -237,7 +239,7 @@ fn sleeping_handlers_run_at_the_same_time() {
 }
 
 #[test]
-fn also_inside_pcall() {
+fn handlers_that_sleep_inside_pcall_run_at_the_same_time() {
     many_sleepers("function(m) assert(pcall(sleep, 0.2)) return m:discard() end");
     many_sleepers(
         "function(m) assert(xpcall(function() sleep(0.2) end, print)) return m:discard() end",
@@ -245,7 +247,7 @@ fn also_inside_pcall() {
 }
 
 #[test]
-fn also_inside_coroutines_of_the_script() {
+fn handlers_that_sleep_inside_coroutines_run_at_the_same_time() {
     many_sleepers(
         "function(m)
            local co = coroutine.create(function(a)
@@ -276,7 +278,7 @@ fn also_inside_coroutines_of_the_script() {
 }
 
 #[test]
-fn also_inside_metamethods_and_iterators() {
+fn handlers_that_sleep_inside_metamethods_and_iterators_run_at_the_same_time() {
     many_sleepers(
         "function(m)
            local t = setmetatable({}, {__index = function(t, k) sleep(0.1) return k end})
@@ -288,7 +290,7 @@ fn also_inside_metamethods_and_iterators() {
 }
 
 #[test]
-fn where_yielding_is_impossible_it_blocks() {
+fn sleep_blocks_where_yielding_is_impossible() {
     let script = Script::load(
         "sleep(0.01)
          qmqp_listen('/a', function(m)
@@ -318,12 +320,13 @@ fn the_deadline_ends_waiting() {
     assert!(start.elapsed() < Duration::from_secs(1));
 }
 
-/// What this thread has used of the processors.
+/// Returns the CPU time of this thread.
 fn cpu_time() -> Duration {
     clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).expect("a clock").into()
 }
 
-/// The handler is stopped soon after its time is over, and the next one runs normally.
+/// Checks that a handler is stopped soon after its time is over, and that the next one runs
+/// normally.
 fn runaway(handler: &str) {
     let script = Script::load(&format!(
         "settings{{handler_timeout=0.2, hang_timeout=5}}
@@ -347,7 +350,7 @@ fn runaway(handler: &str) {
     let (elapsed, cpu) = (start.elapsed(), cpu_time() - cpu);
     assert_eq!(action.err(), Some(HandlerError::Script));
     assert!(elapsed >= Duration::from_millis(200), "{elapsed:?}");
-    // Of this thread alone: other tests run at the same time.
+    // The limit is for this thread alone, because other tests run at the same time.
     assert!(cpu < Duration::from_millis(450), "{cpu:?}");
     assert!(script.log().contains("handler_timeout"), "{}", script.log());
     let (_, action) = script.handle(1, mail());
@@ -461,14 +464,14 @@ fn endless_recursion_is_an_error() {
     );
 }
 
-/// Resident memory of this process in KiB.
+/// Returns the resident memory of this process in KiB.
 fn resident() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").expect("/proc");
     let line = status.lines().find(|line| line.starts_with("VmRSS:")).expect("VmRSS");
     line.split_whitespace().nth(1).and_then(|n| n.parse().ok()).expect("a number")
 }
 
-/// Many threads, every way in which a handler can end; nothing accumulates.
+/// Many threads run handlers that end in every possible way, and nothing accumulates.
 #[test]
 fn many_threads_leave_nothing_behind() {
     let script = Script::load(

@@ -1,5 +1,5 @@
-//! The processes `qrelay zygote`, standby and worker, driven by a supervisor that is this
-//! program. It runs itself again as the zygote, so it has a `main` of its own.
+//! The processes zygote, standby and worker, driven by this program in place of a supervisor. The
+//! program starts itself again as the zygote, so it has a `main` of its own.
 
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -22,8 +22,9 @@ use qrelay_shared::ipc::message::{
 use qrelay_shared::qmqp::encode_request;
 use qrelay_shared::settings::Declaration;
 
-/// Says what a new process of this program is to be.
+/// Environment variable that tells a new process of this program its role.
 const ROLE: &str = "QRELAY_TEST_ROLE";
+/// Longest wait for the end of a process.
 const LIMIT: Duration = Duration::from_secs(10);
 
 fn main() -> ExitCode {
@@ -52,7 +53,7 @@ fn tests() {
     }
 }
 
-/// A process that runs this program.
+/// Returns a command that runs this program again in a role.
 fn again(role: &str, stdin: impl Into<Stdio>) -> Command {
     let mut command = Command::new(std::env::current_exe().expect("path of this program"));
     command.env(ROLE, role).stdin(stdin);
@@ -162,7 +163,7 @@ impl Worker {
         assert!(matches!(report, Report::Done { record: Some(_), .. }), "{report:?}");
     }
 
-    /// Ends the queue of jobs.
+    /// Shuts down the queue of jobs, and waits until the worker has ended with status 0.
     fn retire(self) {
         shutdown(self.jobs.as_fd().as_raw_fd(), Shutdown::Write).expect("shutdown");
         assert_eq!(reap(self.pid), WaitStatus::Exited(self.pid, 0));
@@ -175,13 +176,13 @@ fn reply(mut client: UnixStream) -> String {
     reply
 }
 
-/// Waits for a child, whoever forked it.
+/// Waits for the end of a child or of a process that will become one.
 fn reap(pid: Pid) -> WaitStatus {
     let start = Instant::now();
     loop {
         match waitpid(pid, Some(WaitPidFlag::WNOHANG)) {
             Ok(WaitStatus::StillAlive) => {}
-            // It may be on its way to us.
+            // The process may be about to become a child, since this process is a subreaper.
             Err(nix::errno::Errno::ECHILD) if start.elapsed() < LIMIT => {}
             other => return other.expect("a child"),
         }
@@ -266,7 +267,7 @@ fn standby() {
     assert_eq!(comm(standby.pid), "qrelay-zygote");
     let next = standby.standby();
     standby.end();
-    // Neither workers nor standbys hang on the zygote that forked them.
+    // Workers and standbys don't depend on the zygote that forked them.
     assert_eq!(reply(worker.dispatch(1)), "10:Kdiscarded,");
     worker.done();
     worker.retire();
@@ -294,7 +295,7 @@ fn no_descriptors_kept() {
     zygote.end();
 }
 
-/// Starts everything, says who it is, and waits to be killed.
+/// Starts zygote, standby and two workers, prints their pids, and waits to be killed.
 fn doomed_supervisor() {
     prctl::set_child_subreaper(true).expect("subreaper");
     let zygote = Zygote::loaded(SLOW);

@@ -1,4 +1,4 @@
-//! What a script declares while it loads, and what happens to one that can't be used.
+//! The declarations of a script while it loads, and the errors of scripts that can't be used.
 
 use std::time::Duration;
 
@@ -64,7 +64,8 @@ fn bad_configurations_name_file_line_and_cause() {
         ("qmqp_listen()", "config.lua:1: bad argument #1 to 'qmqp_listen' (where: expected"),
         (
             "qmqp_listen('/a')",
-            "config.lua:1: bad argument #2 to 'qmqp_listen' (handler: expected a function, got nil)",
+            "config.lua:1: bad argument #2 to 'qmqp_listen' \
+             (handler: expected a function, got nil)",
         ),
         ("qmqp_listen('a/b', print)", "where: expected an absolute path"),
         ("qmqp_listen('localhost:1', print)", "where: expected an absolute path"),
@@ -133,7 +134,8 @@ fn bad_configurations_name_file_line_and_cause() {
         ),
         (
             "log_server = {}",
-            "config.lua: bad value for 'log_server' (expected a string or an address object, got a table)",
+            "config.lua: bad value for 'log_server' \
+             (expected a string or an address object, got a table)",
         ),
         ("require 'missing'", "module 'missing' not found"),
         ("coroutine.yield()", "attempt to yield from outside a coroutine"),

@@ -1,4 +1,4 @@
--- Actions and what they refuse.
+-- Tests actions, and the arguments that they refuse.
 
 local function raises(expected, f, ...)
   local ok, message = pcall(f, ...)
@@ -18,7 +18,8 @@ qmqp_listen('/connect', function(m)
   end
   m:connect({'/a', '/b'}, {timeout = 1.5, connect_timeout = '2', order = 'random'})
 
-  raises("qmqp_resolve('mail.example.net') makes an address object", m.connect, m, 'mail.example.net')
+  raises("qmqp_resolve('mail.example.net') makes an address object",
+    m.connect, m, 'mail.example.net')
   raises("bad argument #1 to 'connect' (address: expected a string or an address object, got nil)",
     m.connect, m)
   raises("expected a string or an address object, got a table", m.connect, m, {{}})
@@ -26,8 +27,8 @@ qmqp_listen('/connect', function(m)
   raises("the port must be a number from 1 to 65535", m.connect, m, '127.0.0.1:99999')
   raises("connect has no option 'timeot'; did you mean 'timeout'?",
     m.connect, m, '/a', {timeot = 1})
-  raises("bad option 'timeout' of 'connect' (expected seconds, more than 0 and at most 3600, got 0)",
-    m.connect, m, '/a', {timeout = 0})
+  raises("bad option 'timeout' of 'connect' (expected seconds, more than 0 and at most 3600, " ..
+    "got 0)", m.connect, m, '/a', {timeout = 0})
   raises("got 3601", m.connect, m, '/a', {timeout = 3601})
   raises("bad option 'order' of 'connect' (expected 'random', got 'sorted')",
     m.connect, m, '/a', {order = 'sorted'})
@@ -67,8 +68,10 @@ qmqp_listen('/exec', function(m)
     m.exec_raw, m, '/bin/true', 'a', nil, 'b')
   raises("expected text without NUL bytes", m.exec, m, '/bin/true', 'a\0b')
   raises("exec has no option 'environ'", m.exec, m, '/bin/true', {environ = {}})
-  raises("bad option 'env' of 'exec' (expected a table, got 'x')", m.exec, m, '/bin/true', {env = 'x'})
-  raises("names of letters, digits and '_', got 'A-B'", m.exec, m, '/bin/true', {env = {['A-B'] = ''}})
+  raises("bad option 'env' of 'exec' (expected a table, got 'x')",
+    m.exec, m, '/bin/true', {env = 'x'})
+  raises("names of letters, digits and '_', got 'A-B'",
+    m.exec, m, '/bin/true', {env = {['A-B'] = ''}})
   raises("names of letters, digits and '_', got 1", m.exec, m, '/bin/true', {env = {'x'}})
   raises("string values, got true", m.exec, m, '/bin/true', {env = {A = true}})
   local many = {}

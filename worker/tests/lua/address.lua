@@ -1,4 +1,4 @@
--- Address objects.
+-- Tests address objects.
 
 local function raises(expected, f, ...)
   local ok, message = pcall(f, ...)

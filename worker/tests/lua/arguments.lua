@@ -1,10 +1,10 @@
--- Every function of qrelay raises when it gets more arguments than it takes.
+-- Tests that every function of qrelay raises an error when it gets more arguments than it takes.
 local db = pg:new('host=/nowhere')
 local client = control_client:new('@nobody')
 local channel = socket:connect('@nobody', {type = 'dgram'})
 local dictionary = shared:new('arguments')
 
--- What takes any number.
+-- Functions that take any number of arguments.
 local ANY = {
   exec = true, exec_raw = true,
   fade_children = true, flush_filter_cache = true, discard_session = true, flush_http_cache = true,
@@ -56,7 +56,8 @@ local function expected(count)
   return 'at most ' .. count .. (count == 1 and ' argument' or ' arguments')
 end
 
--- `object` is what comes before the arguments, if anything does.
+-- Checks one function, which takes `count` arguments. The further arguments of `check`, such as the
+-- object of a method, are passed first in every call.
 local function check(name, f, count, ...)
   local arguments = table.pack(...)
   local function call(more, value)
@@ -72,14 +73,14 @@ local function check(name, f, count, ...)
     local wanted = name .. ': expected ' .. expected(count) .. ', got ' .. got
     assert(not ok and message:find(wanted, 1, true), name .. ': ' .. tostring(message))
   end
-  -- Nils at the end don't count, and as many as it takes are never too many.
+  -- Nils at the end don't count, and `count` arguments are never too many.
   for _, more in ipairs({count, count + 1, count + 5}) do
     local _, message = call(more, nil)
     assert(not tostring(message):find('expected [%a ]*%d* ?arguments?, got %d'), message)
   end
 end
 
--- The methods of an object, as it says itself.
+-- Returns the names of an object's methods, which the error about an unknown name lists.
 local function names_of(object)
   local ok, message = pcall(function() return object.zzzzzzzzzzzzzzzzzzzz end)
   assert(not ok)
@@ -122,13 +123,13 @@ qmqp_listen('/a', function(m)
     end
     assert(checked == 0, tostring(object))
   end
-  -- The error has the position of the script's line.
+  -- The error has the position of the line in the script.
   local ok, message = pcall(function() m:discard('a', 'b') end)
   assert(message:find('config.lua:%d+: discard: expected at most 1 argument, got 2$'), message)
-  -- Of a builder all or nothing counts.
+  -- A method of a builder that refuses its arguments adds nothing.
   ok, message = pcall(function() client:build():cancel_job('a', 'b', 'c') end)
   assert(not ok and message:find('got 3', 1, true), message)
-  -- Lua's own functions are as Lua has them.
+  -- Lua's own functions ignore surplus arguments, as in standard Lua.
   assert(math.pow(2, 3, 4) == 8 and io.stdout:flush(1) == io.stdout)
   return m:discard()
 end)

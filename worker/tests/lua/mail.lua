@@ -1,4 +1,4 @@
--- The mail object: attributes, header, staleness.
+-- Tests the mail object: attributes, header, staleness.
 
 local function raises(expected, f, ...)
   local ok, message = pcall(f, ...)
@@ -73,7 +73,7 @@ qmqp_listen('/stale', function(m)
   raises('Stale object', function() kept:discard() end)
   raises('Stale object', function() kept:insert_header('A', 'b') end)
   raises('Stale object', function() kept:header('A') end)
-  -- Kept results of connect don't hide it.
+  -- A cached result of connect doesn't hide that the mail is stale.
   m:connect('/cached')
   raises('Stale object', function() kept:connect('/cached') end)
   return m:discard()

@@ -1,4 +1,4 @@
--- What print and io write; the test looks at the log.
+-- Writes with print and io; the test in Rust checks the log.
 
 print('loading', 1, nil, true)
 io.write('no line end')

@@ -1,7 +1,10 @@
--- Lua 5.3 as it is here: the whole library, old names, wrapped functions.
+-- Tests the standard library of Lua 5.3 as scripts see it: all of the library, old names, wrapped
+-- functions.
 
 assert(_VERSION == 'Lua 5.3')
-for _, name in ipairs{'coroutine', 'debug', 'io', 'math', 'os', 'package', 'string', 'table', 'utf8'} do
+for _, name in ipairs{
+  'coroutine', 'debug', 'io', 'math', 'os', 'package', 'string', 'table', 'utf8',
+} do
   assert(type(_G[name]) == 'table', name)
 end
 assert(debug.sethook == nil)
@@ -13,7 +16,7 @@ local function raises(expected, f, ...)
   assert(message:find(expected, 1, true), message)
 end
 
--- 5.1
+-- Names of Lua 5.1.
 assert(select('#', unpack{1, 2, 3}) == 3)
 assert(loadstring('return 5')() == 5)
 assert(math.pow(2, 10) == 1024)
@@ -52,7 +55,7 @@ raises("module is not available", module, 'x')
 raises("ffi is not available", function() return ffi.cdef end)
 raises("jit is not available", function() jit.off() end)
 raises("ffi is not available", require, 'ffi')
--- With the position of the script's line, and again at the second attempt.
+-- The error has the position of the line in the script, also at the second attempt.
 for _ = 1, 2 do
   local ok, message = pcall(function() local x = require 'ffi' return x end)
   assert(not ok and message:find('^[^ ]*config.lua:%d+: ffi is not'), message)
@@ -70,7 +73,7 @@ assert(bit.rol(0x12345678, 12) == 0x45678123 and bit.ror(0x12345678, 12) == 0x67
 assert(bit.bswap(0x12345678) == 0x78563412)
 assert(bit.tohex(255) == '000000ff' and bit.tohex(-1, 4) == 'ffff' and bit.tohex(255, -4) == '00FF')
 
--- Errors are values, and strings keep their position.
+-- Errors are values, and error messages keep their position.
 local ok, e = pcall(error, {code = 1})
 assert(not ok and e.code == 1)
 ok, e = pcall(function() error('text') end)
@@ -114,7 +117,7 @@ assert(select(2, coroutine.running()) == true)
 
 qmqp_listen('/a', function(m)
   assert(select(2, coroutine.running()) == false and coroutine.isyieldable())
-  -- Nobody but the operation resumes a coroutine that waits in one.
+  -- Only the operation resumes a coroutine that waits in it.
   local other
   local inner = coroutine.create(function() sleep(0.01) return 'done' end)
   local spy = setmetatable({}, {__gc = function() end})

@@ -1,4 +1,4 @@
-//! What becomes of one connection.
+//! The handling of one connection by a worker.
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener};
@@ -83,7 +83,7 @@ fn a_client_that_leaves_gets_nothing() {
         assert_eq!(read_reply(&mut client), "");
         assert_eq!(harness.finished().record, None);
     }
-    // One that leaves after its request has its mail handled all the same.
+    // The mail of a client that leaves after its request is handled nevertheless.
     let mut client = harness.connect();
     client.write_all(&request).expect("write");
     drop(client);
@@ -123,7 +123,7 @@ fn the_reply_survives_what_is_sent_while_it_is_awaited() {
     });
     let mut client = harness.connect();
     client.write_all(&request()).expect("write");
-    // The handler may be running or not: the rest is there before the answer in any case.
+    // Whether or not the handler runs already, the surplus bytes are there before the answer.
     client.write_all(b"surplus").expect("write");
     release.send(()).expect("send");
     client.shutdown(Shutdown::Write).expect("shutdown");

@@ -1,4 +1,4 @@
-//! The supervisor's side of a worker, and a client's.
+//! The supervisor's side of a worker, and the client's side of a connection.
 
 use std::collections::VecDeque;
 use std::io::{Read, Write};
@@ -51,11 +51,12 @@ pub struct Harness {
     next: u64,
     pub ended: Receiver<()>,
     pub worker: Arc<Worker>,
-    /// Came with others.
+    /// Jobs of a datagram with several reports that no test has asked for yet.
     finished: VecDeque<Finished>,
 }
 
-/// What a test keeps of a `Done`.
+/// The part of a `Done` that tests look at: status, action, text, and whether the request was
+/// refused.
 #[derive(Debug, PartialEq)]
 pub struct Finished {
     pub job: u64,
@@ -104,7 +105,7 @@ impl Harness {
         Self { jobs, next: 1, ended, worker, finished: VecDeque::new() }
     }
 
-    /// Dispatches a connection whose client's end is returned.
+    /// Dispatches a new connection, and returns the client's end.
     pub fn connect(&mut self) -> UnixStream {
         let (client, server) = UnixStream::pair().expect("pair");
         client.set_read_timeout(Some(Duration::from_secs(10))).expect("timeout");
@@ -112,7 +113,7 @@ impl Harness {
         client
     }
 
-    /// Dispatches this connection.
+    /// Dispatches a connection whose server's end is `server`.
     pub fn dispatch(&mut self, server: &UnixStream, listener: u32) {
         let job = self.job(listener);
         self.jobs.send(&job, &[server.as_fd()]).expect("send");
@@ -132,8 +133,8 @@ impl Harness {
         job
     }
 
-    /// Dispatches connections with a request each, all at once; the last `lost` of them without
-    /// their sockets.
+    /// Dispatches `count` connections with a request each in one datagram, the last `lost` of them
+    /// without their sockets. Returns the clients' ends.
     pub fn submit_at_once(&mut self, count: usize, lost: usize) -> Vec<UnixStream> {
         let pairs: Vec<_> = (0..count).map(|_| UnixStream::pair().expect("pair")).collect();
         let mut batch = Batch::default();
@@ -147,7 +148,8 @@ impl Harness {
         pairs.into_iter().map(|(client, _)| client).collect()
     }
 
-    /// Dispatches connections with a request each, one after the other.
+    /// Dispatches `count` connections with a request each, one after the other. Returns the
+    /// clients' ends.
     pub fn submit_several(&mut self, count: usize) -> Vec<UnixStream> {
         let submit = |_| {
             let mut client = self.connect();
@@ -157,14 +159,14 @@ impl Harness {
         (0..count).map(submit).collect()
     }
 
-    /// One whole exchange.
+    /// Dispatches a connection, sends `bytes`, and returns the whole reply.
     pub fn submit(&mut self, bytes: &[u8]) -> String {
         let mut client = self.connect();
         client.write_all(bytes).expect("write");
         read_reply(&mut client)
     }
 
-    /// The next mail that is done.
+    /// Waits for the next `Done`.
     pub fn finished(&mut self) -> Finished {
         let mut buffer = RecvBuffer::new();
         while self.finished.is_empty() {
@@ -180,7 +182,7 @@ impl Harness {
         self.finished.pop_front().expect("one is there")
     }
 
-    /// Ends the queue of jobs, and waits for the last thread.
+    /// Shuts down the queue of jobs, and waits until the last thread has ended.
     pub fn end(self) {
         nix::sys::socket::shutdown(
             self.jobs.as_fd().as_raw_fd(),

@@ -1,4 +1,4 @@
-//! The threads of a worker, driven as the supervisor drives them, with a script in Rust.
+//! The threads of a worker with a script in Rust. The tests take the part of the supervisor.
 
 mod connections;
 mod harness;

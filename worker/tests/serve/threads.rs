@@ -1,4 +1,4 @@
-//! Who serves which connection, and when.
+//! The distribution of jobs to the threads of a worker.
 
 use std::io::Write as _;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -26,7 +26,7 @@ fn jobs_that_come_together_are_served_side_by_side() {
         all.wait();
         Ok(Action::Discard(None))
     });
-    // First of threads that have to be started, then of some that wait.
+    // In the first round the threads have to be started; later, threads wait already.
     for _ in 0..3 {
         for mut client in harness.submit_at_once(8, 0) {
             assert_eq!(read_reply(&mut client), "10:Kdiscarded,");
@@ -60,7 +60,7 @@ fn a_report_does_not_wait_for_the_next_mails() {
 }
 
 #[test]
-fn who_comes_without_a_socket_is_handed_back_alone() {
+fn a_job_without_a_socket_is_handed_back_alone() {
     let mut harness = Harness::new(discard);
     let clients = harness.submit_at_once(3, 1);
     for mut client in clients.into_iter().take(2) {
@@ -94,7 +94,7 @@ fn threads_come_as_needed_and_go() {
     for _ in 0..8 {
         entries.recv_timeout(Duration::from_secs(10)).expect("eight at once");
     }
-    // The limit is eight: the ninth waits.
+    // The limit is eight threads, so the ninth mail waits.
     let ninth = entries.recv_timeout(Duration::from_millis(50));
     assert_eq!(ninth, Err(RecvTimeoutError::Timeout));
     for _ in 0..9 {
@@ -116,7 +116,8 @@ fn threads_come_as_needed_and_go() {
     harness.end();
 }
 
-/// Computes for long about the first mail, and decides about the others when the gate is gone.
+/// A script that computes for long for the first mail. For the others it decides when the gate is
+/// gone.
 struct SlowAtFirst(crossbeam_channel::Receiver<()>);
 
 impl Script for SlowAtFirst {
@@ -153,7 +154,7 @@ fn a_slow_mail_is_answered_before_others_are_begun() {
 }
 
 #[test]
-fn jobs_are_received_though_all_are_busy() {
+fn jobs_are_received_while_all_threads_are_busy() {
     let (entered, entries) = channel();
     let (release, gate) = crossbeam_channel::bounded::<()>(0);
     let settings = Settings { worker_connections: 2, ..Settings::default() };
@@ -167,7 +168,7 @@ fn jobs_are_received_though_all_are_busy() {
         entries.recv_timeout(Duration::from_secs(10)).expect("two at once");
     }
     clients.extend(harness.submit_at_once(3, 0));
-    // They wait in the worker, not in the kernel.
+    // The new jobs wait in the worker, not in the kernel.
     let start = Instant::now();
     while !format!("{:?}", harness.worker).contains("tasks: 3") {
         assert!(start.elapsed() < Duration::from_secs(10), "{:?}", harness.worker);
@@ -182,7 +183,7 @@ fn jobs_are_received_though_all_are_busy() {
 }
 
 #[test]
-fn what_is_queued_is_served_before_the_end() {
+fn queued_jobs_are_served_before_the_end() {
     let mut harness = Harness::new(|_| {
         std::thread::sleep(Duration::from_millis(1));
         Ok(Action::Discard(None))

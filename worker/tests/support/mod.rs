@@ -1,5 +1,5 @@
-//! What the tests of the script are made with: a script in a temporary directory, a log that can
-//! be read, and mails.
+//! The tools of the tests of scripts: a script in a temporary directory, a log that can be read,
+//! and mails.
 
 use std::fmt::Write as _;
 use std::net::{IpAddr, Ipv4Addr};
@@ -20,10 +20,10 @@ use qrelay_worker::mail::{Inserted, Mail};
 use qrelay_worker::session::script::Decision;
 use slog::{Drain, KV as _, Logger, OwnedKVList, Record, Serializer};
 
-/// The working directory belongs to the process: one script loads at a time.
+/// Held while a script loads, because loading changes the working directory of the process.
 static LOADING: Mutex<()> = Mutex::new(());
 
-/// A loaded script.
+/// A loaded script with its declaration and its log.
 pub struct Script {
     pub state: Arc<State>,
     pub declaration: Declaration,
@@ -31,7 +31,7 @@ pub struct Script {
     _directory: tempfile::TempDir,
 }
 
-/// How a script is loaded.
+/// Options for loading a script.
 #[derive(Default)]
 pub struct Options {
     pub reload: bool,
@@ -39,7 +39,7 @@ pub struct Options {
 }
 
 impl Script {
-    /// Loads it, or panics with the reason.
+    /// Loads a script, and panics with the error if that fails.
     pub fn load(source: &str) -> Self {
         match Self::load_with(source, Options::default()).0 {
             Ok(script) => script,
@@ -47,7 +47,7 @@ impl Script {
         }
     }
 
-    /// Loads it; the log, too, if that fails.
+    /// Loads a script. The second value is the log, which is also there if loading fails.
     pub fn load_with(source: &str, options: Options) -> (Result<Self, ConfigError>, String) {
         let _one = LOADING.lock().unwrap_or_else(PoisonError::into_inner);
         let directory = tempfile::tempdir().expect("a temporary directory");
@@ -73,24 +73,24 @@ impl Script {
         (script, text)
     }
 
-    /// Runs a listener's handler, within a minute.
+    /// Runs a listener's handler with a deadline of one minute.
     pub fn handle(&self, listener: usize, mail: Mail) -> Decision {
         self.handle_within(listener, mail, Duration::from_secs(60))
     }
 
-    /// Runs a listener's handler by a deadline.
+    /// Runs a listener's handler with a deadline after `limit`.
     pub fn handle_within(&self, listener: usize, mail: Mail, limit: Duration) -> Decision {
         let state = Arc::clone(&self.state);
         state.start(listener, Box::new(mail), Deadline::after(limit)).finish()
     }
 
-    /// What has been logged so far.
+    /// Returns the log so far.
     pub fn log(&self) -> String {
         self.log.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 }
 
-/// The error of a script that can't be used, without the directory it was in.
+/// Returns the error of a script that can't be used, without the directory of the script.
 pub fn config_error(source: &str, options: Options) -> String {
     match Script::load_with(source, options).0 {
         Ok(_) => panic!("this configuration was accepted: {source}"),
@@ -101,7 +101,7 @@ pub fn config_error(source: &str, options: Options) -> String {
     }
 }
 
-/// A logger that keeps its lines: level, message, fields.
+/// A drain that keeps each record as a line: level, message, fields.
 struct Lines(Arc<Mutex<String>>);
 
 impl Drain for Lines {
@@ -126,12 +126,12 @@ impl Serializer for Fields {
     }
 }
 
-/// A mail of a local client.
+/// Returns a mail from a local client.
 pub fn mail() -> Mail {
     mail_from(Peer::Local { pid: Some(42), uid: 1000, gid: 100 }, MESSAGE)
 }
 
-/// A mail of a client on the network.
+/// Returns a mail from a client on the network.
 pub fn remote_mail() -> Mail {
     mail_from(Peer::Remote(IpAddr::V4(Ipv4Addr::new(192, 0, 2, 7))), MESSAGE)
 }
@@ -139,7 +139,7 @@ pub fn remote_mail() -> Mail {
 /// The message of [`mail`].
 pub const MESSAGE: &str = "Subject: one\r\nX-Spam: a\r\n b\r\nx-spam: c\r\n\r\nbody X-Spam: d\r\n";
 
-/// A mail with this message.
+/// Returns a mail from `peer` with this message.
 pub fn mail_from(peer: Peer, message: &str) -> Mail {
     let recipients = ["r1@example.net", "r2@example.net"];
     let mut buffer = Vec::new();
