@@ -1,5 +1,5 @@
-//! Descriptors that arrive when there is room only for some of them. A test of its own process,
-//! whose limit it changes.
+//! Receiving descriptors while the process has room only for some of them. The test changes the
+//! limit of its process, so it must stay the only test of this file.
 
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -10,7 +10,7 @@ use qrelay_shared::ids::{JobId, ListenerId};
 use qrelay_shared::ipc::channel::{Batch, Channel, MAX_FDS, RecvBuffer};
 use qrelay_shared::ipc::message::{Job, Peer, ToJobs, ToReports};
 
-/// Descriptors that this process can still have.
+/// Returns the number of descriptors that this process can still open.
 fn free() -> usize {
     let mut taken: Vec<OwnedFd> = Vec::new();
     loop {
@@ -36,7 +36,7 @@ fn job(job: u64) -> Job {
 }
 
 #[test]
-fn the_first_ones_arrive_and_none_leaks() {
+fn the_first_descriptors_arrive_and_none_leaks() {
     let (ours, theirs) = Channel::<ToJobs, ToReports>::pair().expect("pair");
     let file = File::open("/dev/null").expect("open");
     let fds: [BorrowedFd<'_>; MAX_FDS] = [file.as_fd(); MAX_FDS];

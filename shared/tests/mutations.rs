@@ -1,11 +1,13 @@
-//! Mutates valid inputs at random, the same way in every run, and checks what must hold for any
-//! bytes: nothing panics, two readers of the same bytes agree, what was written reads back, and a
-//! judgement on a beginning stands whatever follows.
+//! Random mutations of valid inputs, the same in every run, with checks that must hold for any
+//! bytes. Nothing panics. Two readers of the same bytes agree. Written values parse to the same
+//! values again. A verdict about the first bytes stands whatever follows.
 //!
-//! `tests/fuzz` looks further by coverage; this runs everywhere.
+//! The fuzz targets in `tests/fuzz` reach more code, guided by coverage; the mutations run with
+//! every compiler.
 //!
 //! # Failure
-//! A failed assertion shows the input; the generator has a fixed seed, so it comes again.
+//! A failed assertion shows the input. The generator has a fixed seed, so the next run finds the
+//! same failure.
 
 use qrelay_shared::endpoint::{self, Parsed};
 use qrelay_shared::network::Network;
@@ -19,7 +21,7 @@ use qrelay_shared::{address, header, netstring};
 const LIMITS: Limits = Limits { max_size: 1000 };
 const ROUNDS: usize = 30_000;
 
-/// Marsaglia's xorshift64.
+/// A random number generator: Marsaglia's xorshift64.
 struct Random(u64);
 
 impl Random {
@@ -30,7 +32,7 @@ impl Random {
         self.0
     }
 
-    /// Less than `bound`, which is not 0.
+    /// Returns a number less than `bound`, which must not be 0.
     fn below(&mut self, bound: usize) -> usize {
         (self.next() % bound as u64) as usize
     }
@@ -39,7 +41,7 @@ impl Random {
         from[self.below(from.len())]
     }
 
-    /// A seed with up to four changes, or none at all.
+    /// Returns a random seed with up to four changes, or with none.
     fn mutated(&mut self, seeds: &[&[u8]]) -> Vec<u8> {
         let mut bytes = self.pick(seeds).to_vec();
         for _ in 0..self.below(5) {
@@ -82,7 +84,7 @@ const REQUESTS: &[&[u8]] = &[
     b"99999999999999999999:",
 ];
 
-/// What `parse` finds, as values.
+/// Returns message, sender and recipients of a parsed request.
 fn parts<'a>(input: &'a [u8], request: &Request) -> (&'a [u8], &'a [u8], Vec<&'a [u8]>) {
     let recipients = request.recipients.iter().map(|r| &input[r.clone()]).collect();
     (&input[request.message.clone()], &input[request.sender.clone()], recipients)
@@ -116,7 +118,8 @@ fn requests() {
     assert!(accepted > ROUNDS / 20, "only {accepted} inputs were valid");
 }
 
-/// An error stands, a total stays, and completeness comes exactly at the total.
+/// Checks the verdicts about all beginnings of `input`: an error stands, a known total stays, and
+/// the request is complete exactly at the total.
 fn check_prefixes(input: &[u8]) {
     let mut refused = None;
     let mut known = None;
@@ -147,7 +150,7 @@ fn check_request(input: &[u8], request: &Request) {
     assert!(address::is_valid_sender(sender));
     assert!(!recipients.is_empty());
     assert!(recipients.iter().all(|recipient| address::is_valid(recipient)));
-    // Nothing but the canonical form is accepted.
+    // Only the canonical form is accepted.
     let again = encode_request(message, sender, &recipients);
     assert_eq!(again, input[..request.payload.end + 1]);
     let insert = |out: &mut Vec<u8>| out.extend_from_slice(b"A: b\r\n");
@@ -258,7 +261,8 @@ fn headers() {
     }
 }
 
-/// Without its fields, the message has none of that name, and all others as before.
+/// Checks that after the removal of all fields of one name, the message has no field of that name
+/// and the same other fields.
 fn check_removal(message: &[u8]) {
     let mut left = message.to_vec();
     for range in header::field_ranges(message, b"X-A").into_iter().rev() {
