@@ -1,13 +1,14 @@
-//! E-mail addresses: which ones are accepted, and how foreign text is shown.
+//! E-mail addresses: the check whether an address is valid, and the display of text from other
+//! programs.
 //!
 //! Contract: an address is `local@domain`, at most 254 bytes (RFC 5321 4.5.3.1.3, less the angle
 //! brackets), split at the last `@`. The local part has at most 64 bytes and is a dot-atom of RFC
-//! 5322 atext, or a quoted string of the bytes 33–126 without `"`. The domain consists of labels
-//! of letters, digits, `-` and `_` (which exist in the wild), or is an address literal (RFC 5321
-//! 4.1.3). Everything is linear in the length of its input.
+//! 5322 atext, or a quoted string of the bytes 33–126 without `"`. The domain is an address literal
+//! (RFC 5321 4.1.3) or consists of labels of letters, digits, `-` and `_`, because domains with `_`
+//! exist. Every function takes time linear in the length of its input.
 //!
 //! # Failure
-//! The checks answer yes or no. The functions that make text printable take any bytes.
+//! The checks return a boolean. The functions that make text printable accept any bytes.
 
 use std::borrow::Cow;
 use std::fmt::Write;
@@ -20,19 +21,19 @@ pub const MAX_LOCAL_PART: usize = 64;
 /// Longest label of a domain name in bytes (RFC 1035 2.3.4).
 const MAX_LABEL: usize = 63;
 
-/// Which bytes may stand somewhere; looking here is what checking an address mostly consists of.
+/// A set of bytes. A table lookup per byte is fast, and makes up most of the check of an address.
 type Set = [bool; 256];
 
-/// RFC 5322 3.2.3, atext.
+/// The bytes of an atom: atext of RFC 5322 3.2.3.
 const ATEXT: Set = alphanumeric_and(b"!#$%&'*+-/=?^_`{|}~");
-/// What labels of a domain name consist of.
+/// The bytes of a label of a domain name.
 const LABEL: Set = alphanumeric_and(b"-_");
-/// Printable ASCII.
+/// The bytes that [`printable`] leaves as they are: printable ASCII.
 const PLAIN: Set = plain_without(b"");
-/// The same without what delimits addresses in a log.
+/// The bytes that [`escape_for_log`] leaves as they are: printable ASCII without [`LIST_SYNTAX`].
 const PLAIN_IN_LIST: Set = plain_without(LIST_SYNTAX);
 
-/// What delimits addresses in logs and Pond records, and what escapes it.
+/// The bytes that delimit addresses in logs and Pond records, and the byte that escapes them.
 const LIST_SYNTAX: &[u8] = b"\\<>,";
 
 const fn alphanumeric_and(others: &[u8]) -> Set {
@@ -68,7 +69,7 @@ fn all_in(text: &[u8], set: &Set) -> bool {
     text.iter().all(|&byte| set[usize::from(byte)])
 }
 
-/// Is this an address that mail can be sent to?
+/// Returns whether `addr` is an address that mail can be sent to.
 pub fn is_valid(addr: &[u8]) -> bool {
     if addr.len() > MAX_ADDRESS {
         return false;
@@ -77,7 +78,8 @@ pub fn is_valid(addr: &[u8]) -> bool {
     is_local_part(&addr[..at]) && is_domain(&addr[at + 1..])
 }
 
-/// Is this valid as a sender? The empty one (the null reverse-path of bounces, RFC 5321 4.5.5) is.
+/// Returns whether `addr` is valid as a sender. The empty sender (the null reverse-path of bounces,
+/// RFC 5321 4.5.5) is valid.
 pub fn is_valid_sender(addr: &[u8]) -> bool {
     addr.is_empty() || is_valid(addr)
 }
@@ -103,8 +105,8 @@ fn is_domain(domain: &[u8]) -> bool {
     }
 }
 
-/// What stands between the brackets: an IPv4 address, or `IPv6:` (in any case, as ABNF has it) and
-/// an IPv6 address.
+/// Returns whether the text between the brackets is an IPv4 address, or `IPv6:` (in upper or lower
+/// case, as in ABNF) and an IPv6 address.
 fn is_address_literal(inner: &[u8]) -> bool {
     let Ok(text) = str::from_utf8(inner) else { return false };
     match text.split_at_checked(5) {
@@ -113,7 +115,8 @@ fn is_address_literal(inner: &[u8]) -> bool {
     }
 }
 
-/// Labels of letters, digits, `-` and `_`, 1–63 bytes each, that neither start nor end with `-`.
+/// Returns whether a name consists of labels of letters, digits, `-` and `_`, 1–63 bytes each, that
+/// neither start nor end with `-`.
 pub(crate) fn is_domain_name(name: &[u8]) -> bool {
     name.split(|&b| b == b'.').all(is_label)
 }
@@ -125,9 +128,10 @@ fn is_label(label: &[u8]) -> bool {
         && !label.ends_with(b"-")
 }
 
-/// An address as it appears in logs and Pond records, where `<`, `>` and `,` delimit addresses.
+/// Returns an address as it appears in logs and Pond records, where `<`, `>` and `,` delimit
+/// addresses.
 ///
-/// `\`, `<`, `>`, `,` and bytes that are no UTF-8 become `\xNN`, control characters `?`.
+/// `\`, `<`, `>`, `,` and bytes that are not UTF-8 become `\xNN`. Control characters become `?`.
 pub fn escape_for_log(addr: &[u8]) -> Cow<'_, str> {
     if let Some(text) = plain(addr, &PLAIN_IN_LIST) {
         return Cow::Borrowed(text);
@@ -150,8 +154,8 @@ fn push_escaped(out: &mut String, byte: u8) {
     let _ = write!(out, "\\x{byte:02x}");
 }
 
-/// Foreign text (a reply, a name) as one printable line: control characters become `?`, bytes that
-/// are no UTF-8 the replacement character U+FFFD.
+/// Returns text from another program (a reply, a name) as one printable line. Control characters
+/// become `?`, and bytes that are not UTF-8 become the replacement character U+FFFD.
 pub fn printable(text: &[u8]) -> Cow<'_, str> {
     match plain(text, &PLAIN) {
         Some(text) => Cow::Borrowed(text),
@@ -159,13 +163,14 @@ pub fn printable(text: &[u8]) -> Cow<'_, str> {
     }
 }
 
-/// Nearly every address and reply is of these bytes of ASCII, which are shown as they are.
+/// Returns the text as it is if it consists of bytes in `shown` only, as nearly every address and
+/// reply does.
 fn plain<'t>(text: &'t [u8], shown: &Set) -> Option<&'t str> {
     all_in(text, shown).then(|| str::from_utf8(text).ok()).flatten()
 }
 
-/// `?` for what would change a terminal or break a line instead of showing something: the control
-/// characters of ASCII and Latin-1, Unicode's line separators, and its overrides of direction.
+/// Returns `?` for characters that would change a terminal or break a line: the control characters
+/// of ASCII and Latin-1, Unicode's line separators, and its overrides of direction.
 fn shown(c: char) -> char {
     let hidden = c.is_control()
         || matches!(c, '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}' | '\u{200e}' | '\u{200f}');

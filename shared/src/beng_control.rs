@@ -1,59 +1,59 @@
 //! Datagrams of beng-proxy's control protocol.
 //!
-//! Contract: a datagram is the magic number and commands, each with the length of its payload, its
-//! number, the payload and zeros up to a multiple of 4 bytes; integers are big-endian. Nothing is
-//! sent here.
+//! Contract: a datagram is the magic number followed by commands. A command is the length of its
+//! payload, its number, the payload, and zeros up to a multiple of 4 bytes. Integers are
+//! big-endian. This module sends nothing.
 //!
 //! # Failure
-//! [`ControlError`]; the datagram is as it was before.
+//! Every error is a [`ControlError`], and leaves the datagram as it was before.
 
 use thiserror::Error;
 
-/// The first four bytes.
+/// The magic number: the first four bytes of a datagram.
 const MAGIC: u32 = 0x6304_6101;
 
-/// Longest datagram: the largest payload of UDP over IPv4 (65,535 bytes without the headers of IP
-/// and UDP).
+/// Longest datagram in bytes: the largest payload of UDP over IPv4 (65,535 bytes without the
+/// headers of IP and UDP).
 pub const MAX_DATAGRAM: usize = 65_507;
 
-/// What the receiver is asked to do; the numbers are the protocol's.
+/// The command to the receiver; the numbers are the protocol's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u16)]
 pub enum Command {
-    /// Let child processes with a tag finish and end.
+    /// Lets child processes with a tag finish their work and end.
     FadeChildren = 8,
-    /// Forget cached results of a filter with a tag.
+    /// Removes cached results of a filter with a tag.
     FlushFilterCache = 12,
-    /// Forget a session.
+    /// Removes a session.
     DiscardSession = 14,
-    /// Forget cached HTTP responses with a tag.
+    /// Removes cached HTTP responses with a tag.
     FlushHttpCache = 15,
-    /// End child processes with a tag.
+    /// Ends child processes with a tag.
     TerminateChildren = 16,
-    /// Close connections to databases with a tag.
+    /// Closes connections to databases with a tag.
     DisconnectDatabase = 20,
-    /// Reset an account's limiter.
+    /// Resets the limiter of an account.
     ResetLimiter = 22,
-    /// Refuse a client.
+    /// Refuses the connections of a client.
     RejectClient = 23,
-    /// Slow a client down.
+    /// Delays the requests of a client.
     TarpitClient = 24,
-    /// Cancel a job; its payload is made by [`Datagram::cancel_job`].
+    /// Cancels a job; the payload comes from [`Datagram::cancel_job`].
     CancelJob = 25,
 }
 
-/// Why a command can't be added.
+/// The reason why a command can't be added.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
 pub enum ControlError {
     /// The datagram would be longer than UDP can carry.
     #[error("the datagram would be longer than {MAX_DATAGRAM} bytes")]
     TooLong,
-    /// The partition's name ends at a NUL.
+    /// A partition or a job id contains a NUL, which would end it in the payload.
     #[error("a partition or job id can't contain a NUL byte")]
     Nul,
 }
 
-/// A datagram that is being put together.
+/// A datagram under construction.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Datagram(Vec<u8>);
 
@@ -64,15 +64,15 @@ impl Default for Datagram {
 }
 
 impl Datagram {
-    /// One without commands.
+    /// Returns a datagram without commands.
     pub fn new() -> Self {
         Self(MAGIC.to_be_bytes().to_vec())
     }
 
-    /// Adds a command.
+    /// Adds a command with its payload.
     ///
     /// # Errors
-    /// [`ControlError::TooLong`].
+    /// Returns [`ControlError::TooLong`] if the datagram or the payload would be too long.
     pub fn push(&mut self, command: Command, payload: &[u8]) -> Result<(), ControlError> {
         let length = u16::try_from(payload.len()).map_err(|_| ControlError::TooLong)?;
         let padded = payload.len().next_multiple_of(4);
@@ -86,10 +86,10 @@ impl Datagram {
         Ok(())
     }
 
-    /// Adds [`Command::CancelJob`].
+    /// Adds [`Command::CancelJob`] for the job `id` of a partition.
     ///
     /// # Errors
-    /// See [`ControlError`].
+    /// Returns every [`ControlError`].
     pub fn cancel_job(&mut self, partition: &[u8], id: &[u8]) -> Result<(), ControlError> {
         if partition.contains(&0) || id.contains(&0) {
             return Err(ControlError::Nul);
@@ -97,12 +97,12 @@ impl Datagram {
         self.push(Command::CancelJob, &[partition, b"\0", id].concat())
     }
 
-    /// Whether there is no command yet.
+    /// Returns whether the datagram has no command.
     pub fn is_empty(&self) -> bool {
         self.0.len() == size_of_val(&MAGIC)
     }
 
-    /// As it is sent.
+    /// Returns the bytes to send.
     pub fn as_bytes(&self) -> &[u8] {
         &self.0
     }

@@ -1,7 +1,7 @@
-//! What a shared dictionary is asked, and what it answers.
+//! Requests to shared dictionaries, and the answers to them.
 //!
-//! Limits: keys up to [`MAX_KEY`] bytes, strings up to [`MAX_VALUE`]; both are
-//! checked where the script's values are converted, and again by the supervisor.
+//! Limits: keys have up to [`MAX_KEY`] bytes, strings up to [`MAX_VALUE`]. A worker checks both
+//! where the script's values are converted, and the supervisor checks them again.
 
 use std::borrow::Cow;
 use std::time::Duration;
@@ -10,25 +10,26 @@ use serde::{Deserialize, Serialize};
 
 use crate::ipc::message::Direction;
 
-/// Bytes of a key.
+/// Longest key in bytes.
 pub const MAX_KEY: usize = 256;
-/// Bytes of a string.
+/// Longest string value in bytes.
 pub const MAX_VALUE: usize = 64 * 1024;
-/// Bytes of a dictionary's name, of `a-z`, `0-9` and `_`.
+/// Longest name of a dictionary in bytes; a name consists of `a-z`, `0-9` and `_`.
 pub const MAX_NAME: usize = 64;
-/// Keys that one `keys()` returns at most, and bytes in all, so that an answer fits a message.
+/// Highest number of keys that one `keys()` returns. The supervisor also limits their bytes, so
+/// that an answer fits a message.
 pub const MAX_KEYS: usize = 10_000;
 
-/// Whether a dictionary may be called so.
+/// Returns whether `name` is a valid name of a dictionary.
 pub fn is_name(name: &[u8]) -> bool {
     (1..=MAX_NAME).contains(&name.len())
         && name.iter().all(|b| matches!(b, b'a'..=b'z' | b'0'..=b'9' | b'_'))
 }
 
-/// Anything that can be stored.
+/// A value that can be stored.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum Value<'a> {
-    /// Any bytes.
+    /// A string of any bytes.
     #[serde(borrow)]
     String(Cow<'a, [u8]>),
     /// A Lua integer.
@@ -40,7 +41,7 @@ pub enum Value<'a> {
 }
 
 impl Value<'_> {
-    /// The same value, borrowing nothing.
+    /// Returns the same value without borrowed memory.
     pub fn into_owned(self) -> Value<'static> {
         match self {
             Self::String(bytes) => Value::String(Cow::Owned(bytes.into_owned())),
@@ -50,7 +51,7 @@ impl Value<'_> {
         }
     }
 
-    /// Bytes of memory beyond the value itself.
+    /// Returns the bytes that the value occupies on the heap.
     pub fn heap_size(&self) -> usize {
         match self {
             Self::String(bytes) => bytes.len(),
@@ -59,76 +60,77 @@ impl Value<'_> {
     }
 }
 
-/// One operation on one dictionary; each is atomic.
+/// An operation on a dictionary. Every operation is atomic.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum Operation<'a> {
-    /// The value of a key.
+    /// Reads the value of a key.
     Get,
-    /// Stores a value, for as long as `ttl` says.
+    /// Stores a value under a key.
     Set {
-        /// What to store.
+        /// The value to store.
         #[serde(borrow)]
         value: Value<'a>,
-        /// Until it is forgotten.
+        /// Time until the key is removed; `None` means never.
         ttl: Option<Duration>,
     },
-    /// As `Set`, unless the key is there.
+    /// Stores a value under a key if the key doesn't exist.
     Add {
-        /// What to store.
+        /// The value to store.
         #[serde(borrow)]
         value: Value<'a>,
-        /// Until it is forgotten.
+        /// Time until the key is removed; `None` means never.
         ttl: Option<Duration>,
     },
-    /// Adds to a number; a missing key starts at 0, and only then `ttl` counts.
+    /// Adds to the number under a key. A missing key starts at 0, and only then `ttl` applies.
     Increment {
-        /// An integer or a float.
+        /// The number to add, an integer or a float.
         #[serde(borrow)]
         by: Value<'a>,
-        /// Until it is forgotten.
+        /// Time until the key is removed; `None` means never.
         ttl: Option<Duration>,
     },
-    /// Forgets a key.
+    /// Removes a key.
     Delete,
-    /// The keys that are there; the request's own key is not used.
+    /// Lists keys of the dictionary. The key of the request is not used.
     Keys {
-        /// How many at most.
+        /// Highest number of keys to return.
         max: u32,
     },
 }
 
-/// A question.
+/// A request for one operation.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Request<'a> {
-    /// Which dictionary.
+    /// Name of the dictionary.
     pub dictionary: &'a str,
-    /// Which key.
+    /// The key to read or change.
     pub key: &'a [u8],
-    /// What to do.
+    /// The operation.
     pub operation: Operation<'a>,
 }
 
-/// Its answer.
+/// The answer to a request.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum Answer<'a> {
-    /// The key's value, if there is one.
+    /// The value of the key, or `None` if the key doesn't exist.
     Value(#[serde(borrow)] Option<Value<'a>>),
-    /// Whether it was stored or deleted.
+    /// Whether a value was stored or removed.
     Changed(bool),
-    /// The keys.
+    /// The keys that were asked for.
     Keys(Vec<Cow<'a, [u8]>>),
-    /// It can't be done: the message for the script.
+    /// The operation failed; the text is the message for the script.
     Failed(Cow<'a, str>),
 }
 
-/// Asker → supervisor.
+/// Direction from a worker or zygote to the supervisor.
 #[derive(Debug)]
 pub enum ToDictionary {}
 impl Direction for ToDictionary {
     type Message<'a> = Request<'a>;
 }
 
-/// Supervisor → asker; one answer for each question, in their order.
+/// Direction from the supervisor to a worker or zygote: one answer for each request, in the order
+/// of the requests.
 #[derive(Debug)]
 pub enum FromDictionary {}
 impl Direction for FromDictionary {

@@ -1,12 +1,13 @@
-//! Addresses of sockets, as they are written in a configuration.
+//! Addresses of sockets, in the form in which a configuration has them.
 //!
 //! Contract: `192.0.2.1`, `192.0.2.1:628`, `2001:db8::1`, `[2001:db8::1]`, `[2001:db8::1]:628`,
-//! IPv6 with a `%scope`, `/path`, `@abstract` are [`Endpoint`]s; `host` and `host:port` are handed
-//! back for somebody else to look up. No name is resolved here; the only question to the system is
-//! the index of an interface that a `%scope` names.
+//! IPv6 with a `%scope`, `/path`, `@abstract` are [`Endpoint`]s. `host` and `host:port` are
+//! returned as [`Parsed::Host`], because this module resolves no names. The only request to the
+//! system is for the index of the interface that a `%scope` names.
 //!
 //! # Failure
-//! [`EndpointError`], which tells the author of a configuration what was expected.
+//! Every error is an [`EndpointError`], which tells the author of a configuration what was
+//! expected.
 
 use std::ffi::OsString;
 use std::fmt;
@@ -20,15 +21,15 @@ use thiserror::Error;
 
 use crate::address::{is_domain_name, printable};
 
-/// QMQP (registered with IANA).
+/// Port of QMQP, registered with IANA.
 pub const QMQP_PORT: u16 = 628;
-/// The Pond log server.
+/// Port of the Pond log server.
 pub const POND_PORT: u16 = 5479;
-/// beng-proxy's control protocol.
+/// Port of beng-proxy's control protocol.
 pub const CONTROL_PORT: u16 = 5478;
 
-/// Longest path, and longest abstract name without its `@`: `sun_path` has 108 bytes, one of which
-/// is a NUL, after the path or before the name (unix(7)).
+/// Longest path in bytes, and longest abstract name without its `@`. `sun_path` has 108 bytes, one
+/// of which is a NUL, after the path or before the name (unix(7)).
 pub const MAX_LOCAL_NAME: usize = 107;
 /// Longest host name in bytes (RFC 1035 2.3.4, in its written form).
 const MAX_HOST: usize = 253;
@@ -45,7 +46,7 @@ pub enum Endpoint {
     Abstract(Vec<u8>),
 }
 
-/// What a text means.
+/// The meaning of a text.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Parsed {
     /// An address that can be used right away.
@@ -59,45 +60,45 @@ pub enum Parsed {
     },
 }
 
-/// Why a text is no address.
+/// The reason why a text is no address.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum EndpointError {
-    /// Nothing at all.
+    /// The text is empty.
     #[error("empty address; expected an IP address, a host name, /path or @name")]
     Empty,
-    /// A path or an abstract name that doesn't fit a socket address.
+    /// The path or the abstract name doesn't fit a socket address.
     #[error("too long; a socket's path or @name has at most {MAX_LOCAL_NAME} bytes")]
     TooLong,
-    /// An abstract name without a name.
+    /// Nothing follows the `@` of an abstract name.
     #[error("expected a name after '@'")]
     NoName,
-    /// A NUL where none can be.
+    /// The path or the abstract name contains a NUL.
     #[error("a socket's path or @name can't contain a NUL byte")]
     Nul,
-    /// Neither an IP address nor a host name.
+    /// The text is neither an IP address nor a host name.
     #[error("expected an IP address, a host name, /path or @name")]
     Syntax,
-    /// Digits and dots only, but no IPv4 address.
+    /// The text consists of digits and dots, but is no IPv4 address.
     #[error("expected an IPv4 address of the form 192.0.2.1")]
     Ipv4,
-    /// Something with colons or brackets.
+    /// The text has colons or brackets, but is no IPv6 address.
     #[error("expected an IPv6 address, in brackets if a port follows: [2001:db8::1]:628")]
     Ipv6,
-    /// A scope that is neither a number nor an interface.
+    /// The scope is neither a number nor the name of an interface.
     #[error("no network interface of the name that follows '%'")]
     Scope,
-    /// What follows the last colon.
+    /// The text after the last colon is no port.
     #[error("the port must be a number from 1 to 65535")]
     Port,
-    /// No port, and no default for it.
+    /// The text has no port, and there is no default.
     #[error("expected a port after the address, such as 127.0.0.1:628 or [::1]:628")]
     PortMissing,
 }
 
-/// Reads an address. Where no port is written, it is `default_port`, or an error if that is 0.
+/// Parses an address. A text without a port gets `default_port`, or an error if that is 0.
 ///
 /// # Errors
-/// See [`EndpointError`].
+/// Returns every [`EndpointError`].
 pub fn parse(text: &[u8], default_port: u16) -> Result<Parsed, EndpointError> {
     match text {
         [] => Err(EndpointError::Empty),
@@ -141,7 +142,7 @@ fn network_address(text: &str, default_port: u16) -> Result<Parsed, EndpointErro
     Ok(Parsed::Host { host: host.to_owned(), port })
 }
 
-/// Separates the port, if there is one; the host comes without brackets.
+/// Separates the port, if there is one, from the host, and removes the brackets of the host.
 fn split_port(text: &str) -> Result<(&str, Option<&str>), EndpointError> {
     if let Some(inner) = text.strip_prefix('[') {
         let (host, rest) = inner.split_once(']').ok_or(EndpointError::Ipv6)?;
@@ -155,7 +156,7 @@ fn split_port(text: &str) -> Result<(&str, Option<&str>), EndpointError> {
         };
     }
     match text.split_once(':') {
-        // More than one colon and no brackets: all of it is the address.
+        // A text with several colons and no brackets is an address without a port.
         Some((_, rest)) if rest.contains(':') => Ok((text, None)),
         Some((host, port)) => Ok((host, Some(port))),
         None => Ok((text, None)),
@@ -163,7 +164,7 @@ fn split_port(text: &str) -> Result<(&str, Option<&str>), EndpointError> {
 }
 
 fn port_number(digits: &str) -> Result<u16, EndpointError> {
-    // `parse` alone would take a sign.
+    // `parse` alone would also accept a sign.
     let plain = digits.bytes().all(|b| b.is_ascii_digit());
     digits.parse().ok().filter(|&port| plain && port != 0).ok_or(EndpointError::Port)
 }
@@ -177,7 +178,8 @@ fn ipv6(text: &str, port: u16) -> Result<SocketAddrV6, EndpointError> {
     Ok(SocketAddrV6::new(address, port, 0, scope))
 }
 
-/// A scope is the index or the name of an interface (RFC 4007 11).
+/// Returns the index of the interface for a scope, which is the index or the name of the interface
+/// (RFC 4007 11).
 fn scope_id(scope: &str) -> Result<u32, EndpointError> {
     if !scope.is_empty() && scope.bytes().all(|b| b.is_ascii_digit()) {
         return scope.parse().map_err(|_| EndpointError::Scope);
@@ -190,13 +192,14 @@ fn host_name(host: &str) -> Result<(), EndpointError> {
     if name.len() > MAX_HOST || !is_domain_name(name.as_bytes()) {
         return Err(EndpointError::Syntax);
     }
-    // No top-level domain is a number: a mistyped IPv4 address, then.
+    // No top-level domain is a number, so the text is a mistyped IPv4 address.
     let last = name.rsplit('.').next().unwrap_or(name);
     if last.bytes().all(|b| b.is_ascii_digit()) { Err(EndpointError::Ipv4) } else { Ok(()) }
 }
 
 impl fmt::Display for Endpoint {
-    /// As one would write it, the port always included; control characters become `?`.
+    /// Writes the address as a configuration has it, always with the port. Control characters
+    /// become `?`.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Inet(address) => address.fmt(f),
@@ -206,8 +209,8 @@ impl fmt::Display for Endpoint {
     }
 }
 
-/// How an endpoint travels: serde's own formats would drop the scope of an IPv6 address and refuse
-/// a path that isn't UTF-8.
+/// The form of an endpoint in messages. serde's own formats would drop the scope of an IPv6 address
+/// and refuse a path that isn't UTF-8.
 #[derive(Serialize, Deserialize)]
 enum Wire {
     V4(Ipv4Addr, u16),
@@ -253,7 +256,7 @@ mod tests {
             ("::1", "[::1]:628"),
             ("::", "[::]:628"),
             ("2001:db8::1", "[2001:db8::1]:628"),
-            // Without brackets this is an address, not a port.
+            // Without brackets the last group is a part of the address, not a port.
             ("2001:db8::1:25", "[2001:db8::1:25]:628"),
             ("[::1]", "[::1]:628"),
             ("[::1]:4321", "[::1]:4321"),
@@ -271,7 +274,7 @@ mod tests {
             match parse(text.as_bytes(), QMQP_PORT) {
                 Ok(Parsed::Endpoint(endpoint)) => {
                     assert_eq!(endpoint.to_string(), shown, "{text}");
-                    // What is shown means the same.
+                    // The displayed form parses to the same endpoint again.
                     let again = parse(shown.as_bytes(), CONTROL_PORT);
                     assert_eq!(again, Ok(Parsed::Endpoint(endpoint)), "{shown}");
                 }

@@ -1,9 +1,9 @@
-//! The exit statuses of every command, from sysexits.h, in one table.
+//! The exit statuses of all commands, from sysexits.h.
 
-/// Why a command ended.
+/// The exit status of a command.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Exit {
-    /// It did what was asked.
+    /// The command succeeded.
     Success = 0,
     /// EX_USAGE: the command line is wrong.
     Usage = 64,
@@ -11,7 +11,7 @@ pub enum Exit {
     Unavailable = 69,
     /// EX_OSERR: the system refused something, such as a socket that is in use.
     System = 71,
-    /// EX_TEMPFAIL: a mail was refused for now, or nobody answered.
+    /// EX_TEMPFAIL: a mail was refused for now, or got no answer.
     Temporary = 75,
     /// EX_CONFIG: config.lua can't be used.
     Config = 78,

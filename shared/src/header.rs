@@ -1,67 +1,68 @@
-//! The header of a raw message (RFC 5322 2.2), without changing or copying it.
+//! The header of a raw message (RFC 5322 2.2), read without changing or copying the message.
 //!
-//! Contract: a header consists of fields, a field of a line and the folded lines after it (those
-//! that begin with a space or tab). Lines end in LF or CRLF. The header ends at the first empty
-//! line, or with the message. What is no field — a line without a colon, or with a name that is
-//! none — is passed over, together with its folded lines: stopping there would hide the fields
-//! behind it, and some next hop would still see them. Time is linear in the size of the header.
+//! Contract: a header consists of fields. A field is a line and the folded lines after it, which
+//! begin with a space or tab. Lines end in LF or CRLF. The header ends at the first empty line, or
+//! with the message. A line that is no field, because it has no colon or no valid name, is skipped
+//! together with its folded lines. Stopping at such a line would hide the fields behind it, which a
+//! next hop might still see. The time is linear in the size of the header.
 //!
 //! # Failure
-//! None: any bytes are a message, if perhaps one without fields.
+//! None: any bytes are a message, possibly without fields.
 
 use std::ops::Range;
 
 use memchr::memchr;
 
-/// Bytes of a value that [`header_value`] and [`headers`] return at most: a Lua pattern on a
+/// Longest value in bytes that [`header_value`] and [`headers`] return, because a Lua pattern on a
 /// hostile megabyte would hang a worker.
 pub const MAX_HEADER_VALUE: usize = 8192;
-/// Values that [`headers`] returns at most.
+/// Highest number of values that [`headers`] returns.
 pub const MAX_HEADERS: usize = 1000;
 
-/// One header field, as ranges into the message.
+/// A header field, as ranges into the message.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Field {
     /// The name, without colon.
     pub name: Range<usize>,
-    /// Everything after the colon, still folded, the last line's end included.
+    /// Everything after the colon, still folded, including the end of the last line.
     pub value: Range<usize>,
 }
 
 impl Field {
-    /// The whole field with its folded lines and the end of the last one.
+    /// Returns the range of the whole field, including its folded lines and the end of the last
+    /// one.
     pub fn whole(&self) -> Range<usize> {
         self.name.start..self.value.end
     }
 }
 
-/// The fields of a message's header, in their order.
+/// Returns the fields of a message's header, in their order.
 pub fn fields(message: &[u8]) -> impl Iterator<Item = Field> {
     Lines { message, at: 0 }.filter_map(|line| line.field(message))
 }
 
-/// The fields of that name; case doesn't matter.
+/// Returns the fields with this name, in upper or lower case.
 fn named<'a>(message: &'a [u8], name: &'a [u8]) -> impl Iterator<Item = Field> + 'a {
     let may_be = move |line: &Line| {
         let start = message[line.first.clone()].get(..name.len());
         start.is_some_and(|start| start.eq_ignore_ascii_case(name))
     };
-    // Most lines can be told from a field of that name without being taken apart.
+    // Most lines can be excluded by their first bytes, without parsing them.
     let lines = Lines { message, at: 0 }.filter(may_be);
     lines.filter_map(|line| line.field(message)).filter(|field| field.name.len() == name.len())
 }
 
-/// A line of a header with those that are folded into it.
+/// A line of a header, and the lines that are folded into it.
 struct Line {
-    /// Itself, its end included.
+    /// The line itself, including its end.
     first: Range<usize>,
-    /// Where the last folded one ends.
+    /// Index of the first byte after the last folded line.
     end: usize,
 }
 
 impl Line {
-    /// The field that it is, if it is one. Spaces between name and colon are obsolete (RFC 5322
-    /// 4.5), but next hops accept them.
+    /// Returns the field in this line, if there is one. Spaces between name and colon are obsolete
+    /// (RFC 5322 4.5), but next hops accept them.
     fn field(&self, message: &[u8]) -> Option<Field> {
         let start = self.first.start;
         let text = &message[self.first.clone()];
@@ -96,36 +97,37 @@ impl Iterator for Lines<'_> {
 }
 
 impl Lines<'_> {
-    /// Where the line ends that begins here.
+    /// Returns the index after the end of the line that begins at `at`.
     fn line_end(&self) -> usize {
         let rest = &self.message[self.at..];
         self.at + memchr(b'\n', rest).map_or(rest.len(), |lf| lf + 1)
     }
 }
 
-/// The value of the first field of that name, unfolded, without the white space around it, and
-/// at most [`MAX_HEADER_VALUE`] bytes of it.
+/// Returns the value of the first field with this name: unfolded, without the surrounding white
+/// space, and cut to [`MAX_HEADER_VALUE`] bytes.
 pub fn header_value(message: &[u8], name: &[u8]) -> Option<Vec<u8>> {
     named(message, name).next().map(|field| unfold(&message[field.value]))
 }
 
-/// The values of all fields of that name, each as from [`header_value`], at most [`MAX_HEADERS`].
+/// Returns the values of all fields with this name, each as from [`header_value`], and
+/// [`MAX_HEADERS`] of them at most.
 pub fn headers(message: &[u8], name: &[u8]) -> Vec<Vec<u8>> {
     named(message, name).take(MAX_HEADERS).map(|field| unfold(&message[field.value])).collect()
 }
 
-/// Where all fields of that name are, folded lines and line ends included: leaving these bytes out
-/// removes the fields.
+/// Returns the ranges of all fields with this name, including folded lines and line ends. Leaving
+/// out these bytes removes the fields.
 pub fn field_ranges(message: &[u8], name: &[u8]) -> Vec<Range<usize>> {
     named(message, name).map(|field| field.whole()).collect()
 }
 
-/// How many hops a message has been through: its `Received` fields (RFC 5321 6.3).
+/// Returns the number of hops that a message has passed: its `Received` fields (RFC 5321 6.3).
 pub fn received_count(message: &[u8]) -> usize {
     named(message, b"Received").count()
 }
 
-/// Removes line ends, keeps the white space that follows them (RFC 5322 2.2.3).
+/// Removes line ends, and keeps the white space that follows them (RFC 5322 2.2.3).
 fn unfold(value: &[u8]) -> Vec<u8> {
     let mut out = Vec::new();
     for line in value.trim_ascii().split(|&b| b == b'\n') {
@@ -140,13 +142,14 @@ fn unfold(value: &[u8]) -> Vec<u8> {
     out
 }
 
-/// Is this a field name: one or more of the bytes 33–126 without `:` (RFC 5322 3.6.8)?
+/// Returns whether `name` is a field name: one or more of the bytes 33–126 without `:` (RFC 5322
+/// 3.6.8).
 pub fn valid_header_name(name: &[u8]) -> bool {
     !name.is_empty() && name.iter().all(|&b| matches!(b, b'!'..=b'~') && b != b':')
 }
 
-/// May this be the value of an inserted field: printable ASCII, spaces included, and nothing else,
-/// so that it can't bring in further lines?
+/// Returns whether `value` may be the value of an inserted field: printable ASCII and spaces only,
+/// so that the value can't add further lines.
 pub fn valid_header_value(value: &[u8]) -> bool {
     value.iter().all(|b| matches!(b, b' '..=b'~'))
 }
@@ -173,13 +176,13 @@ mod tests {
             (b"A:b\nC:d\n\nE:f\n", &[(b"A", b"b\n"), (b"C", b"d\n")]),
             (b"A:b\r\nC:d\n\r\nE:f\n", &[(b"A", b"b\r\n"), (b"C", b"d\n")]),
             (b"A: b\n c\n\td\nE: f\n", &[(b"A", b" b\n c\n\td\n"), (b"E", b" f\n")]),
-            // A line of white space is folded, not empty.
+            // A line of white space is folded into the line before, and doesn't end the header.
             (b"A: b\n \nC: d\n", &[(b"A", b" b\n \n"), (b"C", b" d\n")]),
             (b"A:\n", &[(b"A", b"\n")]),
             (b"A:", &[(b"A", b"")]),
             (b"A : b\nC\t: d\n", &[(b"A", b" b\n"), (b"C", b" d\n")]),
             (b"A:b:c\n", &[(b"A", b"b:c\n")]),
-            // What is no field, is passed over.
+            // Lines that are no fields are skipped.
             (b"From x y\nA: b\n", &[(b"A", b" b\n")]),
             (b">From x 12:00\nA: b\n", &[(b"A", b" b\n")]),
             (b" folded: x\nA: b\n", &[(b"A", b" b\n")]),
@@ -187,7 +190,7 @@ mod tests {
             (b": x\nA: b\n", &[(b"A", b" b\n")]),
             (b"\xff: x\nA: b\n", &[(b"A", b" b\n")]),
             (b"\0\0:\0\nA: \0\n", &[(b"A", b" \0\n")]),
-            // A bare CR ends nothing.
+            // A bare CR ends neither a line nor the header.
             (b"A: b\rC: d\n\r\n", &[(b"A", b" b\rC: d\n")]),
             (b"\r\r\nA: b\n", &[(b"A", b" b\n")]),
             (b"A: b\n\r", &[(b"A", b" b\n")]),
@@ -207,7 +210,8 @@ mod tests {
 
     #[test]
     fn reads_values() {
-        let message = b"Subject:  a\r\n  b\r\n\tc \r\nsubject: second\r\nEmpty:\r\nBlank: \r\n \r\n\r\nBody: x\r\n";
+        let message = b"Subject:  a\r\n  b\r\n\tc \r\nsubject: second\r\n\
+            Empty:\r\nBlank: \r\n \r\n\r\nBody: x\r\n";
         assert_eq!(header_value(message, b"subject").as_deref(), Some(&b"a  b\tc"[..]));
         assert_eq!(headers(message, b"SUBJECT"), [&b"a  b\tc"[..], b"second"]);
         assert_eq!(header_value(message, b"Empty").as_deref(), Some(&b""[..]));

@@ -1,5 +1,5 @@
-//! The numbers that name things across the processes of qrelay. Each kind is a type of its own,
-//! so that the compiler refuses a worker's number where a job's is meant.
+//! The numbers that name things across the processes of qrelay. Each kind is a type of its own, so
+//! that the compiler rejects a worker's number in place of a job's.
 
 /// Defines types of numbers that count up from 1 while the supervisor lives.
 ///

@@ -1,4 +1,5 @@
-//! How supervisor, zygote and workers talk: typed messages over `SOCK_SEQPACKET` pairs.
+//! The communication between supervisor, zygote and workers: typed messages over `SOCK_SEQPACKET`
+//! pairs.
 
 pub mod channel;
 pub mod message;

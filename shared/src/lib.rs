@@ -1,9 +1,11 @@
-//! What the processes of qrelay have in common.
+//! The parts of qrelay that several of its processes use.
 //!
-//! Protocols ([`netstring`], [`qmqp`], [`address`], [`header`], [`endpoint`],
-//! [`network`], [`pond`]) take bytes and return values; they do no I/O.
-//! [`ipc`] is how the processes talk. [`sys`] is the operating system, and the
-//! only place with unsafe code in the whole project.
+//! The protocols ([`netstring`], [`qmqp`], [`address`], [`header`], [`endpoint`], [`network`],
+//! [`pond`], [`beng_control`]) take bytes and return values, and do no I/O. [`ipc`] is the
+//! communication between the processes, with [`ids`], [`settings`] and [`dictionary`] as its
+//! vocabulary. [`texts`] has every reply text, [`log`] the log of every process, [`exit`] the exit
+//! statuses. [`sys`] is the operating system, and the only place with unsafe code in the whole
+//! project.
 
 // The macro in `ids` names this crate as the others do.
 extern crate self as qrelay_shared;

@@ -1,13 +1,13 @@
-//! The log of every process: structured fields to the journal when stderr is
-//! the journal, else one readable line per record on stderr.
+//! The log of every process: an entry with fields in the journal when stderr leads to the journal,
+//! else one readable line per record on stderr.
 //!
-//! Contract: writing never waits. A line is written whole or not at all (it is
-//! at most [`LINE_MAX`] bytes, which a pipe takes in one piece), and holds no
-//! control characters, whatever a mail or a script put into it.
+//! Contract: writing never waits. A line is written as a whole or not at all: it has at most
+//! [`LINE_MAX`] bytes, which a pipe takes in one piece. A line contains no control characters,
+//! whatever a mail or a script put into it.
 //!
 //! # Failure
-//! What can't be written at once is counted, and the count is written before
-//! the next line that can be.
+//! A line that can't be written at once is dropped and counted. The count is written before the
+//! next line that can be written.
 
 use std::borrow::Cow;
 use std::fmt::{Arguments, Write as _};
@@ -24,23 +24,24 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{MsgFlags, send};
 use slog::{Drain, KV, Key, Level, Logger, OwnedKVList, Record, Serializer};
 
-/// Longest line: PIPE_BUF, up to which writes to a pipe are atomic (pipe(7)).
+/// Longest line in bytes: PIPE_BUF, up to which writes to a pipe are atomic (pipe(7)).
 pub const LINE_MAX: usize = 4096;
 
-/// Longest value of a field: no record is larger than a datagram to journald may be.
+/// Longest value of a field in bytes, so that no entry exceeds the size of a datagram to journald.
 const VALUE_MAX: usize = LINE_MAX;
 
-/// Longest message: what a script's error says must not push the mail's id out of the line.
+/// Longest message in bytes, so that the text of a script's error can't push the mail's id out of
+/// the line.
 const MESSAGE_MAX: usize = LINE_MAX / 4 * 3;
 
-/// Bytes that a usual line fits in.
+/// Memory in bytes for a line of usual length.
 const LINE_ROOM: usize = 512;
 
-/// Where the native protocol of systemd-journald is spoken.
+/// Socket of systemd-journald for its native protocol.
 const JOURNAL: &str = "/run/systemd/journal/socket";
 
-/// Makes the process's logger; `process` names it in every line. Call it again
-/// after a fork.
+/// Creates the logger of this process; `process` is its name in every line. A process has to call
+/// this function again after its fork, because a line also contains the process id.
 pub fn init(level: Level, process: &'static str) -> Logger {
     let output = Output {
         process,
@@ -52,16 +53,16 @@ pub fn init(level: Level, process: &'static str) -> Logger {
     Logger::root(slog::LevelFilter::new(output, level).fuse(), slog::o!())
 }
 
-/// How lines leave the process.
+/// The destination of lines.
 enum Sink {
-    /// Connected to journald.
+    /// A socket connected to journald.
     Journal(UnixDatagram),
-    /// Standard error is some other socket.
+    /// Standard error, which is another socket.
     Socket(OwnedFd),
-    /// A description of our own, so that O_NONBLOCK is nobody else's.
+    /// Standard error, opened anew, so that O_NONBLOCK doesn't affect other users of the file.
     NonBlocking(std::fs::File),
-    /// A pipe or terminal that belongs to somebody else: it is asked before each line whether it
-    /// has room.
+    /// A pipe or terminal that can't be opened anew. Before each line, poll(2) says whether there
+    /// is room.
     Polled,
     /// A regular file, which never makes a writer wait for a reader.
     Plain,
@@ -89,7 +90,7 @@ impl Sink {
         }
     }
 
-    /// Whether the whole line was taken.
+    /// Writes a line without waiting, and returns whether all of it was written.
     fn write(&self, line: &[u8]) -> bool {
         match self {
             Self::Journal(socket) => send_now(socket.as_raw_fd(), line),
@@ -101,7 +102,7 @@ impl Sink {
             Self::Polled => {
                 let stderr = std::io::stderr();
                 let mut fds = [PollFd::new(stderr.as_fd(), PollFlags::POLLOUT)];
-                // A pipe that is ready takes PIPE_BUF without making us wait (pipe(7)).
+                // A pipe that is ready takes PIPE_BUF bytes without waiting (pipe(7)).
                 poll(&mut fds, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
                     && std::io::stderr().write_all(line).is_ok()
             }
@@ -116,10 +117,10 @@ fn send_now(fd: std::os::fd::RawFd, bytes: &[u8]) -> bool {
 
 struct Output {
     process: &'static str,
-    /// What names the process in a line.
+    /// Name and id of the process, as they appear in a line.
     origin: String,
     sink: Sink,
-    /// The latest second, since the epoch and as text.
+    /// The second of the last line, as a number since the epoch and as text.
     second: Mutex<(u64, String)>,
     lost: AtomicU64,
 }
@@ -167,7 +168,8 @@ impl Output {
         self.sink.write(line.cut().get())
     }
 
-    /// With milliseconds; the rest is mostly the same as in the last line.
+    /// Prepends the time with milliseconds. Formatting the date is slow, so its text is kept for
+    /// the lines of the same second.
     fn prepend_time(&self, line: &mut Prepended) {
         let now = UNIX_EPOCH.elapsed().unwrap_or_default();
         let mut second = self.second.lock().unwrap_or_else(PoisonError::into_inner);
@@ -182,14 +184,15 @@ impl Output {
     }
 }
 
-/// What a text holds, as flags: bytes that have it quoted in a line.
+/// Flag of a byte that makes the value appear in quotes in a line.
 const QUOTED: u8 = 1;
-/// Bytes that get a backslash in quotes.
+/// Flag of a byte that gets a backslash in quotes.
 const BACKSLASHED: u8 = 2;
-/// Anything but printable ASCII.
+/// Flag of a byte that is not printable ASCII.
 const UNPRINTABLE: u8 = 4;
 
-/// The flags of each byte; control characters become text with a backslash.
+/// The flags of each byte. Control characters have [`BACKSLASHED`], because they become text with a
+/// backslash.
 const FLAGS: [u8; 256] = {
     let mut flags = [UNPRINTABLE | BACKSLASHED; 256];
     let mut byte = b' ';
@@ -205,7 +208,7 @@ const FLAGS: [u8; 256] = {
     flags
 };
 
-/// A text's flags, and the text with its control characters made harmless.
+/// Returns the text with its control characters escaped, and the flags of all its bytes.
 fn printable(text: &str) -> (Cow<'_, str>, u8) {
     let flags = text.bytes().fold(0, |flags, byte| flags | FLAGS[usize::from(byte)]);
     match flags & UNPRINTABLE {
@@ -229,22 +232,22 @@ fn escape(text: &str) -> String {
     escaped
 }
 
-/// A literal isn't copied.
+/// Returns the formatted text; a literal is not copied.
 fn formatted<'a>(text: &Arguments<'a>) -> Cow<'a, str> {
     text.as_str().map_or_else(|| Cow::Owned(text.to_string()), Cow::Borrowed)
 }
 
-/// A text that is written from its end to its start: slog serializes the last field first.
+/// A text that is written from its end to its start, because slog serializes the last field first.
 struct Prepended {
     bytes: Vec<u8>,
-    /// Where it starts in them.
+    /// Index of the text's first byte.
     start: usize,
 }
 
 impl Prepended {
-    /// Empty, with memory for a usual line.
+    /// Returns an empty text with memory for a line of usual length.
     fn new() -> Self {
-        // Spaces, since for zeros the slower calloc is called.
+        // The memory is filled with spaces, because for zeros the slower calloc would be called.
         Self { bytes: vec![b' '; LINE_ROOM], start: LINE_ROOM }
     }
 
@@ -269,7 +272,8 @@ impl Prepended {
         self.start = room;
     }
 
-    /// Cuts the text at a character boundary, and shows that it did.
+    /// Prepends a text that is cut to `max` bytes at a character boundary; a cut text ends with an
+    /// ellipsis.
     fn prepend_cut(&mut self, text: &str, max: usize) {
         const MARK: &str = "…";
         if text.len() <= max {
@@ -283,7 +287,7 @@ impl Prepended {
         self.prepend(&text[..end]);
     }
 
-    /// Cuts a line, which has its newline, at [`LINE_MAX`].
+    /// Cuts the line, which ends with a newline, to [`LINE_MAX`] bytes.
     fn cut(self) -> Self {
         if self.get().len() <= LINE_MAX {
             return self;
@@ -306,7 +310,7 @@ fn level_name(level: Level) -> &'static str {
     }
 }
 
-/// Syslog's severities (RFC 5424, 6.2.1).
+/// Returns the severity of syslog for a level (RFC 5424, 6.2.1).
 fn priority(level: Level) -> u8 {
     match level {
         Level::Critical => 2,
@@ -317,7 +321,7 @@ fn priority(level: Level) -> u8 {
     }
 }
 
-/// A record's fields: the tail of a line and, for the journal, of an entry.
+/// The fields of a record: the end of a line and, for the journal, of an entry.
 struct Fields {
     line: Prepended,
     entry: Option<Prepended>,
@@ -330,7 +334,8 @@ impl Fields {
         Self { line, entry: journal.then(Prepended::new) }
     }
 
-    /// Puts a printable value, in quotes if something in it looks like another field.
+    /// Prepends a field with a printable value, in quotes if a part of the value could be taken for
+    /// another field.
     fn push(&mut self, key: &str, value: &str, flags: u8) -> slog::Result {
         if let Some(entry) = &mut self.entry {
             entry.prepend("\n");
@@ -360,7 +365,7 @@ impl Fields {
     }
 }
 
-/// A field's name in the journal.
+/// Returns the name of a field in the journal.
 fn journal_name(key: &str) -> String {
     let name = key.chars().map(|c| match c.to_ascii_uppercase() {
         c @ ('A'..='Z' | '0'..='9') => c,
@@ -395,7 +400,7 @@ impl Serializer for Fields {
         self.push_integer(key, value)
     }
 
-    /// Absent is absent.
+    /// Leaves out a field without a value.
     fn emit_none(&mut self, _: Key) -> slog::Result {
         Ok(())
     }
@@ -409,7 +414,7 @@ mod tests {
         std::str::from_utf8(text.get()).expect("UTF-8")
     }
 
-    /// Fields with these values, the first of the source first.
+    /// Returns fields with these values, the first value first in the line.
     fn fields(values: &[&str]) -> Fields {
         let mut fields = Fields::new(true);
         for (value, key) in values.iter().zip(["a", "b-b", "c"]).rev() {

@@ -1,17 +1,17 @@
 //! Netstrings: `len:payload,` (<https://cr.yp.to/proto/netstrings.txt>).
 //!
-//! Contract: the writer is exact, the reader is strict. A length is decimal, without sign, space
-//! or leading zero (`0` itself excepted), and is compared with the caller's limit digit by digit,
-//! so that nobody takes memory for a length that was never acceptable. What tolerates more (a
-//! reply's length with leading zeros) lives in [`crate::qmqp`].
+//! Contract: the writer is exact, and the reader is strict. A length is decimal, without sign,
+//! space or leading zero (except for `0` itself). The reader compares the length with the caller's
+//! limit digit by digit, so that no caller reserves memory for a length over its limit. A reader
+//! that tolerates more (leading zeros in the length of a reply) is in [`crate::qmqp`].
 //!
 //! # Failure
-//! Every function is total: foreign bytes yield a [`NetstringError`], never a panic, and an error
-//! is reported at the first byte that no valid continuation can repair.
+//! No function panics on foreign bytes: invalid bytes return a [`NetstringError`], at the first
+//! byte that no valid continuation can repair.
 
 use thiserror::Error;
 
-/// Why bytes are no acceptable netstring.
+/// The reason why bytes are no acceptable netstring.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
 pub enum NetstringError {
     /// The bytes break the syntax, whatever may follow.
@@ -22,24 +22,25 @@ pub enum NetstringError {
     TooLarge,
 }
 
-/// What the first bytes of a netstring tell about it.
+/// The head of a netstring, as far as it has arrived.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Head {
-    /// The colon has not arrived yet; so far nothing is wrong.
+    /// The colon has not arrived yet, and the bytes so far are valid.
     NeedMore,
-    /// The length is known.
+    /// The head is complete, and the length is known.
     Complete {
-        /// Bytes of payload.
+        /// Length of the payload in bytes.
         len: usize,
-        /// Bytes of the head itself: digits and colon.
+        /// Length of the head in bytes: digits and colon.
         header: usize,
     },
 }
 
-/// Digits of the largest `usize` (20 where it has 64 bits) and the colon.
+/// Longest head in bytes: the digits of the largest `usize` (20 with 64 bits) and the colon.
 pub(crate) const MAX_PREFIX: usize = 21;
 
-/// The head `len:` of a netstring, kept in place so that it can be one piece of a `writev`.
+/// The head `len:` of a netstring, stored without the heap, so that it can be one piece of a
+/// `writev`.
 #[derive(Debug, Clone, Copy)]
 pub struct Prefix {
     buf: [u8; MAX_PREFIX],
@@ -47,7 +48,7 @@ pub struct Prefix {
 }
 
 impl Prefix {
-    /// The digits and the colon.
+    /// Returns the digits and the colon.
     pub fn as_bytes(&self) -> &[u8] {
         &self.buf[..usize::from(self.len)]
     }
@@ -59,13 +60,13 @@ impl AsRef<[u8]> for Prefix {
     }
 }
 
-/// The head of a netstring whose payload has `len` bytes; takes no memory from the heap.
+/// Returns the head of a netstring whose payload has `len` bytes, without a heap allocation.
 pub fn header(len: usize) -> Prefix {
     let mut digits = itoa::Buffer::new();
     let digits = digits.format(len).as_bytes();
     let mut buf = [b':'; MAX_PREFIX];
     buf[..digits.len()].copy_from_slice(digits);
-    // Not more than MAX_PREFIX.
+    // The length is at most MAX_PREFIX, so it fits a `u8`.
     Prefix { buf, len: digits.len() as u8 + 1 }
 }
 
@@ -78,13 +79,13 @@ pub fn encode_into(out: &mut Vec<u8>, payload: &[u8]) {
     out.push(b',');
 }
 
-/// Reads the head of a netstring from the bytes that have arrived so far.
+/// Parses the head of a netstring from the bytes that have arrived so far.
 ///
-/// `max` is the largest acceptable payload in bytes. Never looks at more bytes than `max` has
-/// digits, plus one.
+/// `max` is the largest acceptable payload in bytes. The function reads at most as many bytes as
+/// `max` has digits, plus one.
 ///
 /// # Errors
-/// [`NetstringError::TooLarge`] as soon as the digits so far exceed `max`;
+/// Returns [`NetstringError::TooLarge`] as soon as the digits so far exceed `max`, and
 /// [`NetstringError::Malformed`] at the first byte that can't be part of a length.
 pub fn parse_head(input: &[u8], max: usize) -> Result<Head, NetstringError> {
     let mut len: usize = 0;
@@ -104,15 +105,16 @@ pub fn parse_head(input: &[u8], max: usize) -> Result<Head, NetstringError> {
     Ok(Head::NeedMore)
 }
 
-/// `len` with one more decimal digit, or nothing if that leaves the range of `usize`.
+/// Returns `len` with one more decimal digit, or `None` if the result exceeds `usize`.
 pub(crate) fn append_digit(len: usize, digit: u8) -> Option<usize> {
     len.checked_mul(10)?.checked_add(usize::from(digit - b'0'))
 }
 
-/// Splits the first netstring off an input that is known to be complete: `(payload, rest)`.
+/// Splits the first netstring off an input that is known to be complete, and returns `(payload,
+/// rest)`.
 ///
 /// # Errors
-/// [`NetstringError::Malformed`], also for a netstring that reaches beyond the input.
+/// Returns [`NetstringError::Malformed`], also for a netstring that reaches beyond the input.
 pub fn split(input: &[u8]) -> Result<(&[u8], &[u8]), NetstringError> {
     let Ok(Head::Complete { len, header }) = parse_head(input, input.len()) else {
         return Err(NetstringError::Malformed);

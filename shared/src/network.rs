@@ -1,13 +1,13 @@
 //! Networks in CIDR notation, for the `allow` option of a listener.
 //!
-//! Contract: `10.0.0.0/8`, `fd00::/8`, or a single address without a prefix length. Host bits that
-//! are set are an error, since they show that something else was meant. IPv4-mapped addresses
-//! (`::ffff:192.0.2.1`, as a dual-stack socket reports IPv4 clients) are IPv4 addresses here, on
-//! either side.
+//! Contract: a network is `10.0.0.0/8`, `fd00::/8`, or a single address without a prefix length.
+//! Host bits that are set are an error, because the author probably meant another network.
+//! IPv4-mapped addresses (`::ffff:192.0.2.1`, as a dual-stack socket reports IPv4 clients) count as
+//! IPv4 addresses, both in networks and for clients.
 //!
 //! # Failure
-//! [`NetworkError`], which tells the author of a configuration what was expected. A network that
-//! comes by serde is checked like a written one.
+//! Every error is a [`NetworkError`], which tells the author of a configuration what was expected.
+//! A network that is deserialized is checked like a written one.
 
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -16,22 +16,22 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-/// Why a text is no network.
+/// The reason why a text is no network.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum NetworkError {
-    /// The part before the slash is no numeric address.
+    /// The part before the slash is no numeric IP address.
     #[error("expected a network such as 10.0.0.0/8, fd00::/8 or a single IP address")]
     Address,
-    /// The part after the slash is no number, or too large.
+    /// The part after the slash is no number, or too large a number.
     #[error("the prefix length must be a number from 0 to {max}")]
     PrefixLength {
-        /// Bits of an address of that family.
+        /// Number of bits of an address of this family.
         max: u8,
     },
-    /// The address has bits beyond its prefix.
+    /// The address has bits that are set beyond its prefix.
     #[error("host bits are set; the network is {network}")]
     HostBits {
-        /// What was probably meant.
+        /// The network that was probably meant.
         network: Network,
     },
 }
@@ -45,16 +45,16 @@ pub struct Network {
 }
 
 impl Network {
-    /// The network of the addresses whose first `prefix` bits are those of `address`.
+    /// Returns the network of all addresses whose first `prefix` bits equal those of `address`.
     ///
     /// # Errors
-    /// A prefix length beyond the family's, or host bits that are set.
+    /// Returns an error for a prefix length beyond the family's, and for host bits that are set.
     pub fn new(address: IpAddr, prefix: u8) -> Result<Self, NetworkError> {
         let max = bits(address);
         if prefix > max {
             return Err(NetworkError::PrefixLength { max });
         }
-        // Within ::ffff:0:0/96 a prefix counts from the start of the IPv4 address.
+        // Within ::ffff:0:0/96 the prefix counts from the start of the IPv4 address.
         let (address, prefix) = match address.to_canonical() {
             v4 @ IpAddr::V4(_) if max == 128 && prefix >= 96 => (v4, prefix - 96),
             _ => (address, prefix),
@@ -67,7 +67,8 @@ impl Network {
         }
     }
 
-    /// Does the network contain this peer? An IPv4-mapped peer is looked for in IPv4 networks.
+    /// Returns whether the network contains `peer`. An IPv4-mapped peer is looked up in IPv4
+    /// networks.
     pub fn contains(&self, peer: IpAddr) -> bool {
         let peer = peer.to_canonical();
         peer.is_ipv4() == self.address.is_ipv4() && mask(peer, self.prefix) == self.address
@@ -78,7 +79,7 @@ fn bits(address: IpAddr) -> u8 {
     if address.is_ipv4() { 32 } else { 128 }
 }
 
-/// `address` with all bits after the first `prefix` cleared.
+/// Returns `address` with all bits after the first `prefix` cleared.
 fn mask(address: IpAddr, prefix: u8) -> IpAddr {
     let hosts = u32::from(bits(address).saturating_sub(prefix));
     match address {
@@ -112,7 +113,7 @@ impl FromStr for Network {
 }
 
 fn prefix_length(digits: &str) -> Option<u8> {
-    // `parse` alone would take a sign.
+    // `parse` alone would also accept a sign.
     if digits.bytes().all(|b| b.is_ascii_digit()) { digits.parse().ok() } else { None }
 }
 

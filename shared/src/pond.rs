@@ -1,24 +1,24 @@
-//! The Pond log datagram: one per mail.
+//! The log datagram of the Pond protocol; each mail has one.
 //!
-//! Contract: magic, attributes (a byte of id each, then the payload) in the original program's
-//! order, CRC-32; integers big-endian, strings ended by NUL and made free of control characters.
-//! A datagram always fits: its message stays under 32 KiB ([`MAX_MESSAGE`]), and says so by the
-//! attribute TRUNCATED if that took cutting.
+//! Contract: a datagram consists of the magic number, the attributes (a byte with the id, then the
+//! payload) in the original program's order, and a CRC-32. Integers are big-endian. Strings end
+//! with a NUL and contain no control characters. The message stays below 32 KiB ([`MAX_MESSAGE`]),
+//! so that a datagram always fits; a message that had to be cut has the attribute TRUNCATED.
 //!
 //! # Failure
-//! None: whatever text a client or next hop sent becomes a record.
+//! None: every text of a client or next hop can be put into a record.
 
 use serde::{Deserialize, Serialize};
 
 use crate::address::{escape_for_log, printable};
 
-/// First bytes of a datagram.
+/// The magic number: the first four bytes of a datagram.
 const MAGIC: u32 = 0x6304_6103;
-/// Value of the attribute TYPE: mail submission.
+/// Value of the attribute TYPE for the submission of a mail.
 const TYPE_SUBMISSION: u8 = 3;
-/// The attribute MESSAGE is shorter than this many bytes.
+/// Size in bytes that the attribute MESSAGE stays below.
 pub const MAX_MESSAGE: usize = 32 * 1024;
-/// Bytes of any other string, and of the text at the end of a message, at most.
+/// Longest other string in bytes, and longest text at the end of a message.
 const MAX_TEXT: usize = 4096;
 
 /// Ids of the attributes.
@@ -38,14 +38,14 @@ mod id {
 /// The attribute MESSAGE: `from=<S> to=<R1>,<R2>,… TEXT`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Message {
-    /// Printable and shorter than [`MAX_MESSAGE`] when made by [`Message::new`].
+    /// The text, printable and shorter than [`MAX_MESSAGE`] when made by [`Message::new`].
     pub text: String,
-    /// Was anything cut?
+    /// Whether a part of the text was cut.
     pub truncated: bool,
 }
 
 impl Message {
-    /// Puts a message together. `text` is the reply without its first byte, or `canceled`.
+    /// Builds a message. `text` is the reply without its first byte, or `canceled`.
     ///
     /// Recipients that don't fit are counted instead: `<R1>,… +N more`.
     pub fn new<R>(sender: &[u8], recipients: R, text: &[u8]) -> Self
@@ -55,7 +55,8 @@ impl Message {
         let (end, text_cut) = cut(printable(text).into_owned(), MAX_TEXT);
         let (from, from_cut) = cut(escape_for_log(sender).into_owned(), MAX_TEXT);
         let mut message = format!("from=<{from}> to=");
-        // What follows the recipients: ",… +18446744073709551615 more", a space, the text.
+        // The recipients are followed by at most: ",… +18446744073709551615 more", a space, the
+        // text.
         let room = MAX_MESSAGE - end.len() - 33;
         let more = push_recipients(&mut message, recipients, room);
         message.push(' ');
@@ -64,7 +65,8 @@ impl Message {
     }
 }
 
-/// Appends recipients while `message` stays within `room` bytes; true if some were left out.
+/// Appends recipients while `message` stays within `room` bytes. Returns whether some were left
+/// out.
 fn push_recipients<R>(message: &mut String, recipients: R, room: usize) -> bool
 where
     R: IntoIterator<Item: AsRef<[u8]>>,
@@ -84,7 +86,7 @@ where
     false
 }
 
-/// Cuts a text to `max` bytes, but not within a character; true if that changed it.
+/// Cuts a text to `max` bytes at a character boundary. Returns the text, and whether it was cut.
 fn cut(mut text: String, max: usize) -> (String, bool) {
     let whole = text.len();
     if whole > max {
@@ -95,33 +97,34 @@ fn cut(mut text: String, max: usize) -> (String, bool) {
     (text, shorter)
 }
 
-/// What a record says about a mail.
+/// The content of a record about a mail.
 #[derive(Debug, Clone, Copy)]
 pub struct Record<'a> {
-    /// TIMESTAMP: µs since the epoch.
+    /// TIMESTAMP: microseconds since the epoch.
     pub timestamp: u64,
-    /// REMOTE_HOST: the client's IP address; only for IP clients.
+    /// REMOTE_HOST: the IP address of a client on the network.
     pub remote_host: Option<&'a str>,
     /// SITE: the account that the script set.
     pub site: Option<&'a [u8]>,
     /// FORWARDED_TO: the address of the next hop, if the mail was relayed.
     pub forwarded_to: Option<&'a str>,
-    /// MESSAGE, and TRUNCATED.
+    /// MESSAGE, and TRUNCATED if the message was cut.
     pub message: &'a Message,
     /// LENGTH: bytes of the message and the inserted header lines.
     pub length: u64,
     /// TRAFFIC, first part: bytes of the request's payload.
     pub received: u64,
-    /// TRAFFIC, second part: the same plus the inserted header lines if relaying was attempted,
-    /// else 0.
+    /// TRAFFIC, second part: bytes of the request's payload and the inserted header lines if
+    /// relaying was attempted, else 0.
     pub sent: u64,
-    /// DURATION in µs.
+    /// DURATION in microseconds.
     pub duration: u64,
 }
 
-/// The datagram for a record.
+/// Returns the datagram for a record.
 ///
-/// A message that comes from another process is made to fit again, whatever it says.
+/// A message from another process is cut and made printable again, because that process may be
+/// faulty.
 pub fn encode(record: &Record<'_>) -> Vec<u8> {
     let (message, cut_again) =
         cut(printable(record.message.text.as_bytes()).into_owned(), MAX_MESSAGE - 1);
@@ -155,7 +158,7 @@ fn push_optional(out: &mut Vec<u8>, id: u8, text: Option<&[u8]>) {
     }
 }
 
-/// `text` is printable, so there is no NUL in it.
+/// Appends a string attribute. `text` is printable, so it contains no NUL.
 fn push_string(out: &mut Vec<u8>, id: u8, text: &str) {
     out.push(id);
     out.extend_from_slice(text.as_bytes());
@@ -167,9 +170,18 @@ mod tests {
     use super::*;
 
     // Datagrams of the original program, captured on loopback.
-    const RELAYED: &str = "6304610301000660ff6bc4ca1a03616363743432000d66726f6d3d3c616363406578616d706c652e636f6d3e20746f3d3c7231406578616d706c652e6f72673e2c3c7232406578616d706c652e6f72673e206f6b0009000000000000001a0a000000000000004d00000000000000550b00000000000001d50f03e13a0bc1";
-    const REJECTED: &str = "6304610301000660ff6bc4cb810d66726f6d3d3c72656a406578616d706c652e636f6d3e20746f3d3c7231406578616d706c652e6f72673e2072656a6563746564000900000000000000120a000000000000003b00000000000000000b000000000000001a0f03d055ac87";
-    const DISCARDED: &str = "6304610301000660ff6bc4cc950d66726f6d3d3c64406578616d706c652e636f6d3e20746f3d3c7231406578616d706c652e6f72673e20646973636172646564000900000000000000120a000000000000003900000000000000000b000000000000001a0f0382f3f8bf";
+    const RELAYED: &str = "\
+        6304610301000660ff6bc4ca1a03616363743432000d66726f6d3d3c616363406578616d706c652e636f6d3e\
+        20746f3d3c7231406578616d706c652e6f72673e2c3c7232406578616d706c652e6f72673e206f6b00090000\
+        00000000001a0a000000000000004d00000000000000550b00000000000001d50f03e13a0bc1";
+    const REJECTED: &str = "\
+        6304610301000660ff6bc4cb810d66726f6d3d3c72656a406578616d706c652e636f6d3e20746f3d3c723140\
+        6578616d706c652e6f72673e2072656a6563746564000900000000000000120a000000000000003b00000000\
+        000000000b000000000000001a0f03d055ac87";
+    const DISCARDED: &str = "\
+        6304610301000660ff6bc4cc950d66726f6d3d3c64406578616d706c652e636f6d3e20746f3d3c7231406578\
+        616d706c652e6f72673e20646973636172646564000900000000000000120a00000000000000390000000000\
+        0000000b000000000000001a0f0382f3f8bf";
 
     fn hex(bytes: &[u8]) -> String {
         bytes.iter().map(|byte| format!("{byte:02x}")).collect()

@@ -1,10 +1,9 @@
-//! What one generation of the configuration asks of the processes: the typed
-//! form of `settings{}`, of the listeners and of the globals that the script
-//! leaves behind.
+//! The configuration of one generation: the typed form of `settings{}`, of the listeners and of the
+//! globals that the script leaves behind.
 //!
-//! The zygote builds these values and sends them to the supervisor inside
-//! [`Declaration`]; nothing here is checked again on the other side, so the
-//! limits named below are enforced where the script's values are converted.
+//! The zygote builds these values and sends them to the supervisor inside a [`Declaration`]. The
+//! supervisor doesn't check them again, so the zygote enforces the limits named below where it
+//! converts the script's values.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -15,49 +14,50 @@ use serde::{Deserialize, Serialize};
 use crate::endpoint::Endpoint;
 use crate::network::Network;
 
-/// `max_size` when the script doesn't set it: 16 MiB, as in the original.
+/// Default of `max_size` in bytes: 16 MiB, as in the original program.
 pub const DEFAULT_MAX_SIZE: usize = 16 * 1024 * 1024;
 
-/// Backlog of a listener that doesn't say: pending connections in the kernel.
+/// Default backlog of a listener: the number of connections that may wait in the kernel.
 pub const DEFAULT_BACKLOG: u32 = 1024;
 
-/// Mode of a bound socket file that doesn't say.
+/// Default file mode of a bound socket file.
 pub const DEFAULT_MODE: u32 = 0o666;
 
-/// The values of `settings{}`; every field's default is [`Settings::default`].
+/// The values of `settings{}`, with the defaults of [`Settings::default`].
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Settings {
-    /// Worker processes, 1 … 256.
+    /// Number of worker processes, 1 … 256.
     pub workers: u32,
-    /// Mails at once per worker (its credit), 1 … 4096.
+    /// Number of mails that a worker handles at once (its credit), 1 … 4096.
     pub worker_connections: u32,
     /// Longest silence of a client during its request.
     pub client_timeout: Duration,
     /// Longest time for a whole request.
     pub request_timeout: Duration,
-    /// From the last byte of the request to the answer.
+    /// Longest time from the last byte of the request to the answer.
     pub relay_timeout: Duration,
-    /// Running Lua per mail; waiting doesn't count.
+    /// Longest time that Lua may run for one mail; waiting doesn't count.
     pub handler_timeout: Duration,
-    /// Per address of a `connect`.
+    /// Longest time for connecting to one address of a `connect`.
     pub connect_timeout: Duration,
-    /// How long Lua may be held, or pings unanswered, before the worker is killed.
+    /// Longest time that Lua may be held, or pings may stay unanswered, before the worker is
+    /// killed.
     pub hang_timeout: Duration,
-    /// How long a generation that is replaced, or a stopping daemon, may finish its mails.
+    /// Longest time that a replaced generation, or a stopping daemon, may take to finish its mails.
     pub drain_timeout: Duration,
-    /// Mails after which a worker is replaced; 0 means never.
+    /// Number of mails after which a worker is replaced; 0 means never.
     pub worker_max_mails: u64,
-    /// Bytes of Lua memory per worker.
+    /// Limit of Lua's memory in bytes per worker.
     pub lua_memory_limit: usize,
-    /// Bytes of messages held in memory per worker.
+    /// Limit of the messages in memory, in bytes per worker.
     pub mail_memory: usize,
-    /// Bytes per shared dictionary.
+    /// Limit of a shared dictionary in bytes.
     pub shared_memory: usize,
-    /// Connections at once per uid; 0 means no limit.
+    /// Highest number of connections at once per user id; 0 means no limit.
     pub max_connections_per_uid: u32,
     /// Largest part of all credits that one client may hold, 0 < x ≤ 1.
     pub client_share: f64,
-    /// `Received` fields after which a mail is refused as looping.
+    /// Highest number of `Received` fields; a mail with more is refused as looping.
     pub max_hops: u32,
 }
 
@@ -85,16 +85,17 @@ impl Default for Settings {
     }
 }
 
-/// Where a listener gets its connections from.
+/// The source of a listener's connections.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum ListenAddress {
     /// A socket file; the path is absolute.
     Path(PathBuf),
-    /// A socket in the abstract namespace, name without the leading NUL.
+    /// A socket in the abstract namespace; the name is without the leading NUL.
     Abstract(Vec<u8>),
-    /// A TCP port.
+    /// A TCP socket with this IP address and port.
     Inet(SocketAddr),
-    /// Sockets passed by systemd: all that no name claims, or those of one FileDescriptorName.
+    /// Sockets passed by systemd: those with this FileDescriptorName, or all that no other listener
+    /// names.
     Systemd(Option<String>),
 }
 
@@ -110,33 +111,33 @@ impl std::fmt::Display for ListenAddress {
     }
 }
 
-/// One `qmqp_listen()` as the supervisor needs it. Its place in
+/// A listener: one `qmqp_listen()`, as the supervisor needs it. Its index in
 /// [`Declaration::listeners`] is the number by which workers find the handler.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct ListenerDecl {
-    /// Where to listen.
+    /// The address to listen on.
     pub address: ListenAddress,
-    /// File mode of a bound path.
+    /// File mode of a bound socket file.
     pub mode: u32,
-    /// Owner of a bound path.
+    /// User id of the owner of a bound socket file; `None` leaves the owner as it is.
     pub owner: Option<u32>,
-    /// Group of a bound path.
+    /// Group id of a bound socket file; `None` leaves the group as it is.
     pub group: Option<u32>,
-    /// Connections that may wait in the kernel.
+    /// Number of connections that may wait in the kernel.
     pub backlog: u32,
-    /// Bytes of a message, 1024 … 1 GiB.
+    /// Largest message in bytes, 1024 … 1 GiB.
     pub max_size: usize,
-    /// Networks whose clients are served; `None` is the default of the kind of listener.
+    /// Networks whose clients are served; `None` means the default of this kind of address.
     pub allow: Option<Vec<Network>>,
 }
 
-/// Everything that a generation's script wants from the supervisor.
+/// Everything that the script of a generation wants from the supervisor.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 pub struct Declaration {
-    /// At least one, without duplicates.
+    /// The listeners: at least one, without duplicates.
     pub listeners: Vec<ListenerDecl>,
     /// The final values of `settings{}`.
     pub settings: Settings,
-    /// The Pond server, if log datagrams are wanted.
+    /// Address of the Pond log server, if log datagrams are wanted.
     pub log_server: Option<Endpoint>,
 }

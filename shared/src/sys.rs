@@ -1,6 +1,6 @@
-//! The operating system where nix has no safe call for it: the only module
-//! with unsafe code. Each function is small, safe to call, and says why its
-//! unsafe part is sound.
+//! System calls for which nix has no safe function, and /proc. The module is the only one with
+//! unsafe code. Each function with unsafe code is small, safe to call, and says why its unsafe part
+//! is sound.
 
 pub mod activation;
 pub mod fdpass;

@@ -1,5 +1,5 @@
-//! Every text with which qrelay itself answers a client. What a next hop, a program or a script
-//! answers is passed on, and stands nowhere here.
+//! Every text with which qrelay itself answers a client. The answers of next hops, programs and
+//! scripts are passed on and are not listed here.
 //!
 //! Administrators search their logs for these texts, so a changed text belongs in the CHANGELOG,
 //! and docs/protocol/qmqp.md says what each of them means.

@@ -1,13 +1,14 @@
-//! One end of a `SOCK_SEQPACKET` pair that carries [`super::message`]s and descriptors.
+//! Channels between processes: `SOCK_SEQPACKET` pairs that carry [`super::message`]s and
+//! descriptors.
 //!
-//! Contract: a datagram holds one message, or several where both ends say so ([`Batch`],
-//! [`Messages`]): under load one system call and one wake-up do for all of them. Its descriptors
-//! belong to those of its messages that have one, in their order.
+//! Contract: a datagram holds one message, or several where both ends expect several ([`Batch`],
+//! [`Messages`]). Under load one system call and one wake-up then serve all of them. The
+//! descriptors of a datagram belong to those of its messages that have one, in their order.
 //!
 //! # Failure
-//! [`SendError::Full`] is what a non-blocking send gets when the other side
-//! doesn't read; the caller decides what that means. [`RecvError::Malformed`]
-//! means the other process is not to be trusted any more.
+//! [`SendError::Full`] is the result of a send without waiting when the other side doesn't read;
+//! the caller decides how to react. [`RecvError::Malformed`] means that the other process must not
+//! be trusted any more.
 
 use std::io::IoSlice;
 use std::marker::PhantomData;
@@ -22,48 +23,48 @@ use serde::Serialize;
 use crate::ipc::message::Direction;
 use crate::sys::fdpass;
 
-/// Most descriptors that one datagram carries, hence most jobs: beyond some 8 the cost of the
-/// datagram itself hardly shows (measured), while one thread has to hand more and more on.
+/// Highest number of descriptors in one datagram, and so of jobs. With more than 8, the cost of the
+/// datagram itself hardly matters (measured), but one thread would have to hand on more jobs.
 pub const MAX_FDS: usize = fdpass::MAX_FDS;
 
-/// Largest datagram: a declaration with many listeners, or a record with 32 KiB
-/// of recipients, stays far below; the kernel's default socket buffer is 208 KiB.
+/// Largest datagram in bytes. A declaration with many listeners, or a record with 32 KiB of
+/// recipients, stays far below; the kernel's default socket buffer is 208 KiB.
 pub const MAX_MESSAGE: usize = 128 * 1024;
 
-/// Why a message could not be sent.
+/// The reason why a message could not be sent.
 #[derive(Debug, thiserror::Error)]
 pub enum SendError {
-    /// The other side doesn't read fast enough.
+    /// The socket's buffer is full, because the other side doesn't read fast enough.
     #[error("the socket's buffer is full")]
     Full,
-    /// The other process is gone.
+    /// The other end is closed.
     #[error("the other process has closed the channel")]
     Closed,
-    /// It can't be sent within [`MAX_MESSAGE`] bytes, [`MAX_FDS`] descriptors and the socket's
+    /// The message needs more than [`MAX_MESSAGE`] bytes, [`MAX_FDS`] descriptors or the socket's
     /// buffer.
     #[error("message of more than {MAX_MESSAGE} bytes or {MAX_FDS} descriptors")]
     TooLarge,
-    /// Anything else, such as ETOOMANYREFS or ENOMEM.
+    /// Any other error, such as ETOOMANYREFS or ENOMEM.
     #[error("sendmsg: {0}")]
     Os(Errno),
 }
 
-/// Why no message could be received.
+/// The reason why no message could be received.
 #[derive(Debug, thiserror::Error)]
 pub enum RecvError {
-    /// Nothing there now, or the receive timeout ran out.
+    /// No message is there, or the receive timeout has passed.
     #[error("no message")]
     Empty,
-    /// The other side has closed, or shut down, its end.
+    /// The other side has closed or shut down its end.
     #[error("end of channel")]
     Closed,
-    /// A descriptor was sent but this process had none free.
+    /// A descriptor was sent, but this process had no free one.
     #[error("a descriptor was lost: too many open files")]
     DescriptorLost,
     /// The bytes are no message of this direction.
     #[error("malformed message")]
     Malformed,
-    /// Anything else.
+    /// Any other error.
     #[error("recvmsg: {0}")]
     Os(Errno),
 }
@@ -73,11 +74,11 @@ pub enum RecvError {
 pub struct Received<M> {
     /// The message.
     pub message: M,
-    /// As many as were sent, all close-on-exec.
+    /// All descriptors that were sent, close-on-exec.
     pub fds: fdpass::Fds,
 }
 
-/// One end: sends `Out`, receives `In`.
+/// An end of a channel, which sends messages of `Out` and receives messages of `In`.
 pub struct Channel<Out, In> {
     fd: OwnedFd,
     directions: PhantomData<fn(Out) -> In>,
@@ -102,22 +103,23 @@ impl<Out, In> From<Channel<Out, In>> for OwnedFd {
 }
 
 impl<Out: Direction, In: Direction> Channel<Out, In> {
-    /// A new pair: the other end has the directions swapped. Both are close-on-exec.
+    /// Creates a channel and returns both ends, the second with the directions swapped. Both are
+    /// close-on-exec.
     ///
     /// # Errors
-    /// Out of descriptors or memory.
+    /// Returns the error of socketpair(2), such as a lack of descriptors or memory.
     pub fn pair() -> Result<(Self, Channel<In, Out>), Errno> {
         let (a, b) =
             socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?;
         Ok((Self::from_fd(a), Channel::from_fd(b)))
     }
 
-    /// Takes a descriptor that is one end of such a pair.
+    /// Makes a channel of a descriptor that is one end of such a pair.
     pub fn from_fd(fd: OwnedFd) -> Self {
         Self { fd, directions: PhantomData }
     }
 
-    /// Sends, waiting while the buffer is full.
+    /// Sends a message, and waits while the buffer is full.
     ///
     /// # Errors
     /// See [`SendError`]; never `Full`.
@@ -129,7 +131,7 @@ impl<Out: Direction, In: Direction> Channel<Out, In> {
         encoded(message, |bytes| self.send_bytes(bytes, fds, MsgFlags::empty()))
     }
 
-    /// Sends without waiting.
+    /// Sends a message without waiting.
     ///
     /// # Errors
     /// See [`SendError`].
@@ -141,7 +143,7 @@ impl<Out: Direction, In: Direction> Channel<Out, In> {
         encoded(message, |bytes| self.send_bytes(bytes, fds, MsgFlags::MSG_DONTWAIT))
     }
 
-    /// As [`Self::send`], all messages of a batch at once.
+    /// Sends all messages of a batch in one datagram, and waits while the buffer is full.
     ///
     /// # Errors
     /// See [`SendError`]; never `Full`.
@@ -149,10 +151,11 @@ impl<Out: Direction, In: Direction> Channel<Out, In> {
         self.send_bytes(&batch.bytes, &[], MsgFlags::empty())
     }
 
-    /// As [`Self::try_send`], all messages of a batch at once, each with one of the descriptors.
+    /// Sends all messages of a batch in one datagram without waiting, with `fds` for those of them
+    /// that have one.
     ///
     /// # Errors
-    /// See [`SendError`]; nothing was sent then.
+    /// See [`SendError`]; none of the messages was sent then.
     pub fn try_send_batch(
         &self,
         batch: &Batch<Out>,
@@ -191,8 +194,8 @@ impl<Out: Direction, In: Direction> Channel<Out, In> {
         }
     }
 
-    /// Receives one message into `buffer`, waiting for it (at most the socket's
-    /// receive timeout, if it has one).
+    /// Receives one message into `buffer`. Waits until a message comes, or until the receive
+    /// timeout of the socket, if it has one.
     ///
     /// # Errors
     /// See [`RecvError`].
@@ -203,7 +206,7 @@ impl<Out: Direction, In: Direction> Channel<Out, In> {
         self.recv_batch(buffer)?.only()
     }
 
-    /// Receives one message if there is one.
+    /// Receives one message if one is there.
     ///
     /// # Errors
     /// See [`RecvError`].
@@ -214,10 +217,10 @@ impl<Out: Direction, In: Direction> Channel<Out, In> {
         self.try_recv_batch(buffer)?.only()
     }
 
-    /// Receives the messages of one datagram, waiting for it as [`Self::recv`] does.
+    /// Receives the messages of one datagram, and waits for it as [`Self::recv`] does.
     ///
     /// # Errors
-    /// See [`RecvError`]; lost descriptors are no error here.
+    /// See [`RecvError`]; lost descriptors are reported in [`Messages::descriptor_lost`] instead.
     pub fn recv_batch<'b>(
         &self,
         buffer: &'b mut RecvBuffer,
@@ -225,10 +228,10 @@ impl<Out: Direction, In: Direction> Channel<Out, In> {
         self.recv_flags(buffer, MsgFlags::empty())
     }
 
-    /// Receives the messages of one datagram if there is one.
+    /// Receives the messages of one datagram if one is there.
     ///
     /// # Errors
-    /// See [`RecvError`]; lost descriptors are no error here.
+    /// See [`RecvError`]; lost descriptors are reported in [`Messages::descriptor_lost`] instead.
     pub fn try_recv_batch<'b>(
         &self,
         buffer: &'b mut RecvBuffer,
@@ -275,7 +278,7 @@ fn encoded<M: Serialize>(
     }
 }
 
-/// Messages that travel in one datagram, in their order.
+/// Messages that are sent in one datagram, in their order.
 pub struct Batch<Out> {
     bytes: Vec<u8>,
     direction: PhantomData<fn(Out)>,
@@ -294,10 +297,10 @@ impl<Out> Default for Batch<Out> {
 }
 
 impl<Out: Direction> Batch<Out> {
-    /// Adds a message.
+    /// Adds a message to the batch.
     ///
     /// # Errors
-    /// It can't be encoded within what is left of [`MAX_MESSAGE`].
+    /// Returns [`SendError::TooLarge`] if the message doesn't fit in the rest of [`MAX_MESSAGE`].
     pub fn push(&mut self, message: &Out::Message<'_>) -> Result<(), SendError> {
         encoded(message, |bytes| {
             if self.bytes.len() + bytes.len() > MAX_MESSAGE {
@@ -308,24 +311,25 @@ impl<Out: Direction> Batch<Out> {
         })
     }
 
-    /// Bytes of all of them.
+    /// Returns the size of all messages in bytes.
     pub fn size(&self) -> usize {
         self.bytes.len()
     }
 
-    /// Takes all out; memory for some short ones is kept.
+    /// Removes all messages. Memory for some short messages is kept for the next ones.
     pub fn clear(&mut self) {
         self.bytes.clear();
         self.bytes.shrink_to(16 * 1024);
     }
 }
 
-/// What one datagram brought: an iterator over its messages.
+/// The messages of a received datagram, as an iterator.
 pub struct Messages<'b, In> {
     bytes: &'b [u8],
-    /// As many as were sent, all close-on-exec, unless some were lost.
+    /// The descriptors that were sent, all close-on-exec, without the lost ones.
     pub fds: fdpass::Fds,
-    /// Descriptors were sent that this process could not take: the last ones.
+    /// Whether the last descriptors of the datagram are missing, because this process had no free
+    /// ones.
     pub descriptor_lost: bool,
     direction: PhantomData<fn() -> In>,
 }
@@ -337,12 +341,12 @@ impl<In> std::fmt::Debug for Messages<'_, In> {
 }
 
 impl<'b, In: Direction> Messages<'b, In> {
-    /// Whether all of them have been taken out.
+    /// Returns whether all messages have been taken out.
     pub fn is_empty(&self) -> bool {
         self.bytes.is_empty()
     }
 
-    /// The datagram's one message.
+    /// Returns the only message of the datagram, or an error if there are several.
     fn only(mut self) -> Result<Received<In::Message<'b>>, RecvError> {
         if self.descriptor_lost {
             return Err(RecvError::DescriptorLost);
@@ -358,7 +362,7 @@ impl<'b, In: Direction> Messages<'b, In> {
 impl<'b, In: Direction> Iterator for Messages<'b, In> {
     type Item = Result<In::Message<'b>, RecvError>;
 
-    /// The next message; nothing follows one that is malformed.
+    /// Returns the next message. No message follows a malformed one.
     fn next(&mut self) -> Option<Self::Item> {
         if self.bytes.is_empty() {
             return None;
@@ -373,7 +377,7 @@ impl<'b, In: Direction> Iterator for Messages<'b, In> {
     }
 }
 
-/// Room for one datagram; reused, so that receiving allocates nothing.
+/// Memory for one datagram, reused so that receiving allocates nothing.
 #[derive(Debug)]
 pub struct RecvBuffer {
     bytes: Box<[u8]>,
@@ -381,12 +385,12 @@ pub struct RecvBuffer {
 }
 
 impl RecvBuffer {
-    /// A buffer for any datagram.
+    /// Returns a buffer for datagrams of every size.
     pub fn new() -> Self {
         Self::with_size(MAX_MESSAGE)
     }
 
-    /// A buffer for messages that are known to be short, such as [`MAX_FDS`] of
+    /// Returns a buffer for messages that are known to be short, such as [`MAX_FDS`] times
     /// [`super::message::Job`].
     pub fn small() -> Self {
         Self::with_size(1024)

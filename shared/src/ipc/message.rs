@@ -1,14 +1,14 @@
 //! The messages between supervisor, zygote and workers.
 //!
-//! Messages travel in datagrams on a `SOCK_SEQPACKET` pair: jobs, and reports of
-//! finished mails, several in one when there are several, all others alone. The two directions
-//! of a pair carry different types, and [`super::channel::Channel`] holds a
-//! pair's end by both, so sending the wrong way doesn't compile. Descriptors
-//! travel beside a message: which, is said with it.
+//! Messages are sent in datagrams over a `SOCK_SEQPACKET` pair. Jobs, and reports of finished
+//! mails, can share a datagram; every other message has a datagram of its own. The two directions
+//! of a pair carry different types, and a [`super::channel::Channel`] is typed by both, so that
+//! sending in the wrong direction doesn't compile. Descriptors are sent along with a message; the
+//! documentation of the message says which.
 //!
 //! # Failure
-//! Decoding foreign bytes yields an error, never a panic; whoever gets one
-//! ends the process at the other end.
+//! Decoding foreign bytes returns an error and never panics. The receiver of malformed bytes ends
+//! the process at the other end.
 
 use std::borrow::Cow;
 use std::net::IpAddr;
@@ -21,22 +21,24 @@ use crate::ids::{JobId, ListenerId, WorkerId};
 use crate::qmqp::Status;
 use crate::settings::Declaration;
 
-/// Messages of one direction; the view borrows from the buffer it was decoded from.
+/// A direction of a channel. Its messages borrow from the buffer that they were decoded from.
 pub trait Direction {
-    /// The message as read from or written to a datagram.
+    /// The message that a datagram contains.
     type Message<'a>: Serialize + Deserialize<'a>;
 }
 
-/// The name of a mail in every log.
+/// The id of a mail, which names the mail in every log.
 pub type MailId = ArrayString<{ INSTANCE_MAX + 1 + 16 }>;
 
-/// Longest name of a supervisor's run: its time and its process id in hexadecimal.
+/// Longest name in bytes of a run of the supervisor: its start time and its process id in
+/// hexadecimal.
 const INSTANCE_MAX: usize = 32;
 
-/// The name of this job's mail: the supervisor's run and the job in hexadecimal.
+/// Returns the id of a job's mail: the name of the supervisor's run and the number of the job in
+/// hexadecimal.
 pub fn mail_id(instance: &str, job: JobId) -> MailId {
     let mut id = MailId::new();
-    // What doesn't fit is no name that a supervisor gives itself.
+    // A longer name is left out; no supervisor gives itself one.
     let _ = id.try_push_str(instance);
     let _ = id.try_push('-');
     let digits = (u64::BITS - job.0.leading_zeros()).div_ceil(4).max(1);
@@ -47,10 +49,10 @@ pub fn mail_id(instance: &str, job: JobId) -> MailId {
     id
 }
 
-/// Who is at the other end of a client's connection.
+/// The process or host at the other end of a client's connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Peer {
-    /// A local process, from SO_PEERCRED. `pid` is `None` in a foreign pid namespace.
+    /// A local process, from SO_PEERCRED. `pid` is `None` for a process in a foreign pid namespace.
     Local {
         /// Process id.
         pid: Option<i32>,
@@ -63,122 +65,123 @@ pub enum Peer {
     Remote(IpAddr),
 }
 
-/// Supervisor → worker on the job socket.
+/// Direction from the supervisor to a worker on the job socket.
 #[derive(Debug)]
 pub enum ToJobs {}
 impl Direction for ToJobs {
     type Message<'a> = Job;
 }
 
-/// An accepted connection for a worker; carries the client's socket.
+/// An accepted connection for a worker. The message carries the client's socket.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Job {
     /// Names the connection in every later message.
     pub job: JobId,
     /// Index into [`Declaration::listeners`] of the worker's generation.
     pub listener: u32,
-    /// The supervisor's number of the listening socket; a listener may have several.
+    /// Names the listening socket; a listener of the configuration can have several.
     pub listening: ListenerId,
     /// The client.
     pub peer: Peer,
-    /// When it was accepted: nanoseconds of CLOCK_BOOTTIME, comparable with
-    /// process start times in /proc.
+    /// Time of the accept in nanoseconds of CLOCK_BOOTTIME, comparable with the start times of
+    /// processes in /proc.
     pub accepted: u64,
-    /// When its first byte was there, on the same clock.
+    /// Time at which the first byte was there, on the same clock.
     pub spoke: u64,
 }
 
-/// Worker → supervisor on the job socket.
+/// Direction from a worker to the supervisor on the job socket.
 #[derive(Debug)]
 pub enum ToReports {}
 impl Direction for ToReports {
     type Message<'a> = Report<'a>;
 }
 
-/// What a worker tells about its jobs.
+/// A report of a worker about its jobs.
 #[derive(Debug, Serialize, Deserialize)]
 pub enum Report<'a> {
-    /// The worker can take jobs. Sent once.
+    /// The worker can take jobs. This report is sent once.
     Ready,
-    /// The worker wants one more way to the shared dictionaries; carries the supervisor's end of a
-    /// channel ([`crate::dictionary`]).
+    /// The worker wants one more channel to the shared dictionaries. The message carries the
+    /// supervisor's end of the channel ([`crate::dictionary`]).
     Dictionary,
-    /// A child program, leader of its own process group, runs for this job.
+    /// A child program, the leader of its own process group, runs for this job.
     Child {
-        /// The mail it handles.
+        /// The job that the program runs for.
         job: JobId,
-        /// Its process id, equal to its process group.
+        /// Process id of the program, equal to its process group.
         pid: i32,
     },
-    /// That child has ended and is about to be reaped: from now on its number may become
-    /// another process'.
+    /// The child of this job has ended and is about to be reaped. From now on its process id may
+    /// become another process'.
     ChildGone {
-        /// The mail it handled.
+        /// The job that the program ran for.
         job: JobId,
     },
-    /// The job's action has a time limit of its own, which a drain waits for.
+    /// The action of the job has a time limit of its own, which a drain waits for.
     Timeout {
-        /// The mail.
+        /// The job.
         job: JobId,
-        /// Milliseconds from now.
+        /// Time limit in milliseconds from now.
         milliseconds: u64,
     },
-    /// The job came without its socket, because this process had no descriptor free:
-    /// the client is to be answered from the supervisor's duplicate. No `Done` follows.
+    /// The job came without its socket, because the worker had no free descriptor. The supervisor
+    /// has to answer the client through its duplicate of the socket. No `Done` follows.
     Lost {
         /// The job.
         job: JobId,
     },
-    /// The client's socket is answered and finished with.
+    /// The client has been answered, and its socket is closed.
     Done {
-        /// The mail.
+        /// The job.
         job: JobId,
-        /// What to log, absent when the client left, or was lost, before an answer was due.
+        /// The record of the mail; `None` when the client left, or was lost, before an answer was
+        /// due.
         #[serde(borrow)]
         record: Option<MailRecord<'a>>,
     },
 }
 
-/// One finished mail, as logged by the supervisor.
+/// A finished mail, as the supervisor logs it.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct MailRecord<'a> {
     /// Envelope sender as relayed, escaped as in a Pond record, without `<` and `>`.
     #[serde(borrow)]
     pub sender: Cow<'a, str>,
-    /// Envelope recipients as relayed, escaped and separated by commas as in a
-    /// Pond record (`<a@b>,<c@d>`), as many as fit in 32 KiB.
+    /// Envelope recipients as relayed, escaped and separated by commas as in a Pond record
+    /// (`<a@b>,<c@d>`), as many as fit in 32 KiB.
     #[serde(borrow)]
     pub recipients: Cow<'a, str>,
-    /// How many recipients there are in all.
+    /// Number of all recipients.
     pub recipient_count: u32,
-    /// How many of them `recipients` leaves out.
+    /// Number of recipients that `recipients` leaves out.
     pub recipients_cut: u32,
-    /// The account the script set.
+    /// The account that the script set.
     pub account: Option<&'a str>,
-    /// What was done: `connect`, `exec`, `exec_raw`, `discard`, `reject`, `defer`, or `-`
-    /// when the request or the handler failed before that.
+    /// The action: `connect`, `exec`, `exec_raw`, `discard`, `reject`, `defer`, or `-` when the
+    /// request or the handler failed before an action.
     pub action: &'a str,
-    /// Address or program the mail was to go to; it did if `sent` isn't 0. Of several addresses
-    /// the last that was tried.
+    /// Address or program that the mail was to go to. The mail was sent there if `sent` isn't 0. Of
+    /// several addresses, the last one that was tried.
     pub next_hop: Option<&'a str>,
-    /// The answer; `None` when the client left before it was due.
+    /// The status of the answer; `None` when the client left before an answer was due.
     pub status: Option<Status>,
-    /// The answer's text, printable.
+    /// The text of the answer, made printable.
     #[serde(borrow)]
     pub text: Cow<'a, str>,
-    /// Bytes of the message with inserted header lines (without our own `Received`).
+    /// Bytes of the message with inserted header lines, but without qrelay's own `Received` line.
     pub size: u64,
     /// Bytes of the request's payload.
     pub received: u64,
-    /// Bytes sent to the next hop: payload with inserted lines, 0 if it wasn't tried.
+    /// Bytes sent to the next hop: payload with inserted lines; 0 if no next hop was tried.
     pub sent: u64,
     /// Microseconds from accept to answer.
     pub duration: u64,
-    /// The handler never ran; such a mail has no Pond record.
+    /// Whether the handler never ran. A mail that was refused in this way has no Pond record.
     pub refused: bool,
 }
 
-/// Supervisor → worker on the control socket.
+/// Direction from the supervisor to a worker on the control socket.
 #[derive(Debug)]
 pub enum ToControl {}
 impl Direction for ToControl {
@@ -188,34 +191,35 @@ impl Direction for ToControl {
 /// Orders for a worker. The end of this socket means that the supervisor is gone.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub enum Control {
-    /// Answer at once with a [`Pong`].
+    /// Asks for a [`Pong`] at once.
     Ping {
-        /// Comes back in the answer.
+        /// Number that the answer repeats.
         sequence: u64,
     },
 }
 
-/// Worker → supervisor on the control socket.
+/// Direction from a worker to the supervisor on the control socket.
 #[derive(Debug)]
 pub enum FromControl {}
 impl Direction for FromControl {
     type Message<'a> = Pong;
 }
 
-/// How a worker is, sent by its control thread without taking any lock.
+/// The state of a worker. The control thread of the worker sends it without taking any lock.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Pong {
-    /// Of the ping.
+    /// Number of the ping.
     pub sequence: u64,
-    /// Milliseconds that Lua has been held by the call that runs now, 0 when free.
+    /// Milliseconds that the current call has held Lua; 0 when Lua is free.
     pub held: u64,
-    /// The job that holds it, 0 when unknown.
+    /// The job that holds Lua, 0 when unknown.
     pub job: JobId,
-    /// The Lua state hit its memory limit even after a collection: replace this worker.
+    /// Whether the Lua state has hit its memory limit even after a collection. Such a worker has to
+    /// be replaced.
     pub exhausted: bool,
 }
 
-/// Supervisor → zygote.
+/// Direction from the supervisor to a zygote.
 #[derive(Debug)]
 pub enum ToZygote {}
 impl Direction for ToZygote {
@@ -225,63 +229,64 @@ impl Direction for ToZygote {
 /// Orders for a zygote, in the order in which they are sent.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub enum ZygoteOrder {
-    /// First of all: run the script, answer `Declared` or `Failed`.
+    /// Runs the script. This is the first order; the zygote answers with `Declared` or `Failed`.
     Load {
         /// Absolute path of config.lua.
         config: PathBuf,
-        /// Call the script's `reload` afterwards.
+        /// Whether to call the script's function `reload` afterwards.
         reload: bool,
-        /// FileDescriptorNames of the sockets that systemd passed, one entry each.
+        /// FileDescriptorNames of the sockets that systemd passed, one entry for each socket.
         systemd: Vec<String>,
-        /// Prefix of every mail's id, unique to this run of the supervisor.
+        /// Name of this run of the supervisor, the first part of every mail's id.
         instance: String,
     },
-    /// Fork a worker; carries its job socket and its control socket, in this order.
+    /// Forks a worker. The message carries the worker's job socket and its control socket, in this
+    /// order.
     Fork {
-        /// Its name.
+        /// Number of the new worker.
         worker: WorkerId,
     },
-    /// Fork a standby of this zygote; carries that one's channel.
+    /// Forks a standby of this zygote. The message carries the standby's end of a new channel.
     Standby,
 }
 
-/// Zygote → supervisor.
+/// Direction from a zygote to the supervisor.
 #[derive(Debug)]
 pub enum FromZygote {}
 impl Direction for FromZygote {
     type Message<'a> = ZygoteReport;
 }
 
-/// What a zygote answers.
+/// A report of a zygote, in most cases the answer to an order.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub enum ZygoteReport {
-    /// The script ran; this is what it wants.
+    /// The script has run; the value is what the script wants.
     Declared(Box<Declaration>),
-    /// The script uses a shared dictionary while it loads; carries the supervisor's end of a
-    /// channel ([`crate::dictionary`]).
+    /// The script uses a shared dictionary while it loads. The message carries the supervisor's end
+    /// of a channel ([`crate::dictionary`]).
     Dictionary,
     /// The script can't be used; the text has file, line and cause.
     Failed {
-        /// For the administrator.
+        /// The error, for the administrator.
         message: String,
     },
     /// The worker runs, as a child of the supervisor.
     Forked {
-        /// As ordered.
+        /// Number of the worker, from the order.
         worker: WorkerId,
-        /// Its process id.
+        /// Process id of the new process.
         pid: i32,
     },
     /// The worker could not be forked.
     ForkFailed {
-        /// As ordered.
+        /// Number of the worker, from the order.
         worker: WorkerId,
         /// The cause.
         message: String,
     },
     /// The standby runs, as a child of the supervisor.
     StandbyForked {
-        /// Its process id.
+        /// Process id of the new process.
         pid: i32,
     },
     /// The standby could not be forked.

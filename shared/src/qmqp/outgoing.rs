@@ -1,15 +1,15 @@
-//! The request as a client writes it.
+//! A request as a client writes it.
 //!
-//! Contract: the message itself is never copied for a relay. [`outgoing`] makes the two small
-//! pieces around it, so that one `writev` of head, message and tail is the whole request. The
-//! envelope is written as given: whoever calls has validated the addresses.
+//! Contract: the message itself is never copied for a relay. [`outgoing`] builds the two small
+//! pieces around the message, so that one `writev` of head, message and tail is the whole request.
+//! The envelope is written as given; the caller has validated the addresses.
 //!
 //! # Failure
 //! None.
 
 use crate::netstring::{MAX_PREFIX, encode_into, header};
 
-/// What stands around the message in a request: one piece of memory, so that it is taken once.
+/// The bytes around the message in a request, in one allocation.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Outgoing {
     bytes: Vec<u8>,
@@ -18,28 +18,29 @@ pub struct Outgoing {
 }
 
 impl Outgoing {
-    /// Heads of the outer and the message's netstring, and the inserted header lines.
+    /// Returns the bytes before the message: the heads of the outer netstring and of the message's,
+    /// and the inserted header lines.
     pub fn head(&self) -> &[u8] {
         &self.bytes[self.start..self.middle]
     }
 
-    /// The message's comma, sender, recipients, and the last comma.
+    /// Returns the bytes after the message: its comma, sender, recipients, and the last comma.
     pub fn tail(&self) -> &[u8] {
         &self.bytes[self.middle..]
     }
 }
 
-/// Bytes that all around the message of a usual mail fits in.
+/// Memory in bytes that is enough for everything around the message of a usual mail.
 const ROOM: usize = 512;
 
-/// Bytes that the two heads take at most; they are known last and stand first.
+/// Memory in bytes that is reserved for the two heads, because they come first but are known last.
 const HEADS: usize = 2 * MAX_PREFIX;
 
-/// Builds the pieces around a message of `message_len` bytes that begins with what `prefix`
-/// appends: the inserted header lines.
+/// Builds the pieces around a message of `message_len` bytes. `prefix` appends the inserted header
+/// lines, which become the start of the message.
 ///
-/// The `message_len` bytes that are to be sent between head and tail may come in several pieces,
-/// say where header fields are left out.
+/// The `message_len` bytes that are sent between head and tail may consist of several pieces, for
+/// example where header fields are left out.
 pub fn outgoing<R>(
     prefix: impl FnOnce(&mut Vec<u8>),
     message_len: usize,
@@ -71,7 +72,7 @@ where
     Outgoing { bytes, start, middle }
 }
 
-/// The whole request in one piece.
+/// Returns a whole request in one piece.
 pub fn encode_request<R>(message: &[u8], sender: &[u8], recipients: R) -> Vec<u8>
 where
     R: IntoIterator<Item: AsRef<[u8]>>,

@@ -1,21 +1,22 @@
-//! The reply: a netstring of a status byte and human-readable text.
+//! A reply: a netstring of a status byte and human-readable text.
 //!
-//! Contract: [`Reply::encode`] writes what any client takes: at most 255 bytes of text, otherwise
-//! unchanged. [`parse_reply`] is lenient with what a next hop or a child sends: the first
-//! netstring counts, later bytes are ignored, and leading zeros in its length are tolerated.
+//! Contract: [`Reply::encode`] writes a form that every client accepts: at most 255 bytes of text,
+//! otherwise unchanged. [`parse_reply`] is lenient with the reply of a next hop or a child program:
+//! the first netstring counts, later bytes are ignored, and leading zeros in its length are
+//! tolerated.
 //!
 //! # Failure
-//! Whatever can't become a reply within [`MAX_REPLY`] bytes is [`ReplyProgress::Malformed`].
+//! Bytes that can't become a reply within [`MAX_REPLY`] bytes are [`ReplyProgress::Malformed`].
 
 use serde::{Deserialize, Serialize};
 
 use crate::netstring::{append_digit, header};
 use crate::qmqp::{MAX_REPLY, MAX_REPLY_TEXT};
 
-/// What became of a mail.
+/// The result of a mail.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Status {
-    /// `K`: responsibility has been taken.
+    /// `K`: the server has taken responsibility for the mail.
     Accepted,
     /// `Z`: not now; the client tries again later.
     Temporary,
@@ -24,7 +25,7 @@ pub enum Status {
 }
 
 impl Status {
-    /// The first byte of a reply.
+    /// Returns the first byte of a reply with this status.
     pub fn code(self) -> u8 {
         match self {
             Self::Accepted => b'K',
@@ -33,7 +34,7 @@ impl Status {
         }
     }
 
-    /// The status that a reply's first byte stands for, if any.
+    /// Returns the status for the first byte of a reply, or `None` if the byte is no status.
     pub fn from_code(code: u8) -> Option<Self> {
         match code {
             b'K' => Some(Self::Accepted),
@@ -44,32 +45,32 @@ impl Status {
     }
 }
 
-/// A reply; the text is foreign bytes unless we made it.
+/// A reply. Its text may come from another program, and so may contain any bytes.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Reply {
-    /// What became of the mail.
+    /// The status of the mail.
     pub status: Status,
-    /// What follows the status byte.
+    /// The text after the status byte.
     pub text: Vec<u8>,
 }
 
 impl Reply {
-    /// A reply `K`.
+    /// Returns a reply `K` with this text.
     pub fn accepted(text: impl Into<Vec<u8>>) -> Self {
         Self { status: Status::Accepted, text: text.into() }
     }
 
-    /// A reply `Z`.
+    /// Returns a reply `Z` with this text.
     pub fn temporary(text: impl Into<Vec<u8>>) -> Self {
         Self { status: Status::Temporary, text: text.into() }
     }
 
-    /// A reply `D`.
+    /// Returns a reply `D` with this text.
     pub fn permanent(text: impl Into<Vec<u8>>) -> Self {
         Self { status: Status::Permanent, text: text.into() }
     }
 
-    /// The netstring for the client, its text cut to [`MAX_REPLY_TEXT`] bytes.
+    /// Returns the netstring for the client, with the text cut to [`MAX_REPLY_TEXT`] bytes.
     pub fn encode(&self) -> Vec<u8> {
         let text = &self.text[..self.text.len().min(MAX_REPLY_TEXT)];
         let head = header(text.len() + 1);
@@ -82,20 +83,20 @@ impl Reply {
     }
 }
 
-/// How far a reply has arrived.
+/// The progress of a reply that arrives.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ReplyProgress {
-    /// Not all of it, and nothing is wrong so far.
+    /// The reply is incomplete, and the bytes so far are valid.
     NeedMore,
-    /// All of it.
+    /// The reply is complete.
     Complete(Reply),
-    /// No reply can come of this.
+    /// The bytes can't become a reply.
     Malformed,
 }
 
-/// Reads a reply from all of its bytes so far.
+/// Parses a reply from all bytes that have arrived so far.
 ///
-/// [`ReplyProgress::NeedMore`] is never the answer to [`MAX_REPLY`] bytes or more.
+/// The result is never [`ReplyProgress::NeedMore`] for [`MAX_REPLY`] bytes or more.
 pub fn parse_reply(input: &[u8]) -> ReplyProgress {
     let input = &input[..input.len().min(MAX_REPLY)];
     match read(input) {
@@ -105,7 +106,8 @@ pub fn parse_reply(input: &[u8]) -> ReplyProgress {
     }
 }
 
-/// `Some(None)`: incomplete; `None`: malformed.
+/// Parses the bytes of a reply. `Some(None)` means that it is incomplete, `None` that it is
+/// malformed.
 fn read(input: &[u8]) -> Option<Option<Reply>> {
     let mut len: usize = 0;
     for (at, &byte) in input.iter().enumerate() {
@@ -118,7 +120,8 @@ fn read(input: &[u8]) -> Option<Option<Reply>> {
     Some(None)
 }
 
-/// The part after the colon; `room` bytes may follow it at most, the comma included.
+/// Parses the part after the colon, of which at most `room` bytes may be read, including the comma.
+/// The result is as that of [`read`].
 fn body(input: &[u8], len: usize, room: usize) -> Option<Option<Reply>> {
     if len == 0 || len >= room {
         return None;

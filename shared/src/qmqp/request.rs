@@ -1,13 +1,15 @@
-//! The request as the server reads it.
+//! A request as a server reads it.
 //!
-//! Contract: [`progress`] is asked after each read, with all bytes so far, and costs the same
-//! however much has arrived; [`parse`] is asked once, at the end. Both judge alike: what
-//! `progress` refuses, `parse` refuses with the same error, and no beginning of a valid request is
-//! ever refused. Nothing is copied: a [`Request`] consists of ranges into the input.
+//! Contract: a server calls [`progress`] after each read with all bytes so far; the call takes the
+//! same time however much has arrived. The server calls [`parse`] once, at the end. Both agree: an
+//! input that `progress` refuses is refused by `parse` with the same error, and no beginning of a
+//! valid request is ever refused. Nothing is copied: a [`Request`] consists of ranges into the
+//! input.
 //!
 //! # Failure
-//! [`RequestError`], as early as the bytes show it: a length over a limit at the digit that exceeds
-//! it, so that no memory is taken for it, and a wrong comma as soon as it is there.
+//! Every error is a [`RequestError`], returned as early as the bytes show it: for a length over a
+//! limit at the digit that exceeds it, so that no memory is reserved for that length, and for a
+//! wrong comma as soon as it is there.
 
 use std::ops::Range;
 
@@ -19,7 +21,7 @@ use crate::netstring::{Head, NetstringError, parse_head};
 use crate::qmqp::{ENVELOPE_ALLOWANCE, MAX_RECIPIENTS};
 use crate::texts;
 
-/// What a listener accepts.
+/// The limits of a listener.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
     /// Largest message in bytes.
@@ -27,22 +29,23 @@ pub struct Limits {
 }
 
 impl Limits {
-    /// Largest payload of the whole request in bytes.
+    /// Returns the largest payload of the whole request in bytes.
     fn max_payload(&self) -> usize {
         self.max_size.saturating_add(ENVELOPE_ALLOWANCE)
     }
 }
 
-/// Why a request is refused, for good.
+/// The reason why a request is refused for good.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
 pub enum RequestError {
-    /// Not a QMQP request, or one without a recipient.
+    /// The input is no QMQP request, or a request without a recipient.
     #[error("{}", texts::MALFORMED_INPUT)]
     Malformed,
-    /// The message exceeds `max_size`, or the request exceeds that plus [`ENVELOPE_ALLOWANCE`].
+    /// The message exceeds `max_size`, or the request exceeds `max_size` plus
+    /// [`ENVELOPE_ALLOWANCE`].
     #[error("{}", texts::MESSAGE_TOO_LARGE)]
     MessageTooLarge,
-    /// More than [`MAX_RECIPIENTS`].
+    /// The request has more than [`MAX_RECIPIENTS`] recipients.
     #[error("{}", texts::TOO_MANY_RECIPIENTS)]
     TooManyRecipients,
     /// The sender or a recipient is no valid address.
@@ -51,7 +54,8 @@ pub enum RequestError {
 }
 
 impl RequestError {
-    /// The text for the client, to be sent with [`Status::Permanent`](super::Status::Permanent).
+    /// Returns the text for the client, to be sent with
+    /// [`Status::Permanent`](super::Status::Permanent).
     pub fn reply_text(&self) -> &'static str {
         match self {
             Self::Malformed => texts::MALFORMED_INPUT,
@@ -71,25 +75,26 @@ impl From<NetstringError> for RequestError {
     }
 }
 
-/// How far a request has arrived.
+/// The progress of a request that arrives.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Progress {
-    /// Not all of it, and nothing is wrong so far.
+    /// The request is incomplete, and the bytes so far are valid.
     NeedMore {
-        /// Bytes to have in total, if known.
+        /// Length of the whole request in bytes, if known.
         total: Option<usize>,
     },
-    /// All of it; bytes after `total` don't belong to it.
+    /// The request is complete. Bytes after `total` don't belong to it.
     Complete {
-        /// Length of the whole netstring, head and comma included.
+        /// Length of the whole netstring in bytes, including head and final comma.
         total: usize,
     },
 }
 
-/// Says how far a request has arrived, given all of its bytes so far.
+/// Returns the progress of a request, given all of its bytes so far.
 ///
 /// # Errors
-/// [`RequestError::Malformed`] or [`RequestError::MessageTooLarge`]; the rest is for [`parse`].
+/// Returns [`RequestError::Malformed`] or [`RequestError::MessageTooLarge`]; [`parse`] finds the
+/// other errors.
 pub fn progress(input: &[u8], limits: &Limits) -> Result<Progress, RequestError> {
     let Some(payload) = frame(input, limits.max_payload())? else {
         return Ok(Progress::NeedMore { total: None });
@@ -107,10 +112,11 @@ pub fn progress(input: &[u8], limits: &Limits) -> Result<Progress, RequestError>
     Ok(Progress::Complete { total })
 }
 
-/// Where the payload of the netstring at the start of `input` is or will be; nothing if its head
-/// is not complete. The comma is checked if it is there.
+/// Returns the range of the payload of the netstring at the start of `input`, also if the payload
+/// has not arrived yet, or `None` if the head is incomplete. The final comma is checked if it is
+/// there.
 fn frame(input: &[u8], max: usize) -> Result<Option<Range<usize>>, RequestError> {
-    // One more byte than the end must be countable: the comma.
+    // The sum of head, payload and comma must not overflow.
     let max = max.min(usize::MAX - 64);
     let Head::Complete { len, header } = parse_head(input, max)? else { return Ok(None) };
     let payload = header..header + len;
@@ -120,10 +126,10 @@ fn frame(input: &[u8], max: usize) -> Result<Option<Range<usize>>, RequestError>
     }
 }
 
-/// Where the recipients are; most mails have one.
+/// The ranges of the recipients, stored without the heap for one recipient, as most mails have.
 pub type Recipients = SmallVec<[Range<usize>; 1]>;
 
-/// Where the parts of a request are, as ranges into its bytes.
+/// The parts of a request, as ranges into its bytes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Request {
     /// The message: header, empty line, body.
@@ -132,14 +138,14 @@ pub struct Request {
     pub sender: Range<usize>,
     /// The recipients' addresses, 1 to [`MAX_RECIPIENTS`].
     pub recipients: Recipients,
-    /// The outer netstring's payload.
+    /// The payload of the outer netstring.
     pub payload: Range<usize>,
 }
 
-/// Takes a complete request apart; bytes after its netstring are ignored.
+/// Parses a complete request. Bytes after its netstring are ignored.
 ///
 /// # Errors
-/// Any [`RequestError`]. The syntax as a whole is judged before the addresses are.
+/// Returns any [`RequestError`]. Errors of the syntax come before errors of the addresses.
 pub fn parse(input: &[u8], limits: &Limits) -> Result<Request, RequestError> {
     let Progress::Complete { total } = progress(input, limits)? else {
         return Err(RequestError::Malformed);
@@ -170,12 +176,14 @@ fn recipients(input: &[u8], mut rest: Range<usize>) -> Result<Recipients, Reques
     if found.is_empty() { Err(RequestError::Malformed) } else { Ok(found) }
 }
 
-/// The payload of the netstring at the start of `input[within]`, which has to hold all of it.
+/// Returns the range of the payload of the netstring at the start of `input[within]`, which must
+/// contain the whole netstring.
 fn item(input: &[u8], within: Range<usize>, max: usize) -> Result<Range<usize>, RequestError> {
     let text = &input[within.clone()];
     let payload = match frame(text, max) {
         Ok(Some(payload)) if payload.end < text.len() => payload,
-        // Only the message has a limit of its own; anything else is just longer than its frame.
+        // Only the message has a limit of its own; any other item is just longer than the space for
+        // it.
         Err(RequestError::MessageTooLarge) if max < usize::MAX => {
             return Err(RequestError::MessageTooLarge);
         }
@@ -244,13 +252,13 @@ mod tests {
             (b"00", Malformed),
             (b"012:", Malformed),
             (b"12 ", Malformed),
-            // The limit of the whole: 1024 + 300,000.
+            // Over the limit of the whole request: 1024 + 300,000.
             (b"301025", MessageTooLarge),
             (b"99999999999999999999999", MessageTooLarge),
-            // The limit of the message.
+            // Over the limit of the message.
             (b"2000:1025", MessageTooLarge),
             (b"2000:9999", MessageTooLarge),
-            // No room for a message, or for what follows it.
+            // Without room for a message, or for the parts after it.
             (b"0:", Malformed),
             (b"1:1", Malformed),
             (b"2:1:", Malformed),
@@ -259,7 +267,7 @@ mod tests {
             (b"2:12", Malformed),
             (b"20:01", Malformed),
             (b"20:x", Malformed),
-            // Commas.
+            // With a wrong byte in place of a comma.
             (b"20:1:ab", Malformed),
             (b"14:0:,0:,5:a@b.c,;", Malformed),
         ];
@@ -310,7 +318,7 @@ mod tests {
             (b"1:m,3:s@x,0:,", BadAddress),
             (b"1:m,0:,3:r@x,0:,", BadAddress),
             (b"1:m,3:s@x,3:r x,", BadAddress),
-            // Malformed comes first, whatever the addresses are.
+            // The error about the syntax comes first, whatever the addresses are.
             (b"1:m,1:s,3:r@x,x", Malformed),
         ];
         for (payload, error) in table {

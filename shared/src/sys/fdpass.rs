@@ -1,15 +1,15 @@
 //! Receiving descriptors by SCM_RIGHTS as owned values.
 //!
 //! # Failure
-//! A message may arrive without some of its descriptors when this process has none
-//! free; that is reported in [`Received::descriptor_lost`].
+//! A message may arrive without some of its descriptors, when this process has no free ones;
+//! [`Received::descriptor_lost`] reports that.
 
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use nix::errno::Errno;
 use nix::sys::socket::MsgFlags;
 
-/// Most descriptors that one message brings.
+/// Highest number of descriptors of one message.
 pub const MAX_FDS: usize = 8;
 
 /// Up to [`MAX_FDS`] descriptors, without an allocation.
@@ -19,7 +19,7 @@ pub struct Fds {
 }
 
 impl Fds {
-    /// Takes the first one that is left.
+    /// Takes the first descriptor that is left.
     pub fn take(&mut self) -> Option<OwnedFd> {
         self.slots.iter_mut().find_map(Option::take)
     }
@@ -31,28 +31,31 @@ impl Fds {
     }
 }
 
-/// What one `recvmsg` brought.
+/// The result of one recvmsg(2).
 #[derive(Debug)]
 pub struct Received {
-    /// Bytes of the message.
+    /// Length of the message in bytes.
     pub length: usize,
-    /// The descriptors.
+    /// The descriptors that came with the message.
     pub fds: Fds,
-    /// The message was longer than the buffer.
+    /// Whether the message was longer than the buffer.
     pub truncated: bool,
-    /// Descriptors were sent that this process could not take: the last ones.
+    /// Whether the last descriptors of the message are missing, because this process had no free
+    /// ones.
     pub descriptor_lost: bool,
 }
 
-/// Room for the control messages that [`recv`] takes.
+/// Returns a buffer for the control messages that [`recv`] receives.
 pub fn control_buffer() -> Vec<u8> {
     nix::cmsg_space!([RawFd; MAX_FDS])
 }
 
-/// Receives one message; descriptors are close-on-exec. `control` is from [`control_buffer`].
+/// Receives one message; its descriptors are close-on-exec. `control` comes from
+/// [`control_buffer`].
 ///
-/// When only some of the message's descriptors could be installed, these are the first ones;
-/// nix's recvmsg doesn't name them then, and they would stay open for ever.
+/// If only some of the message's descriptors could be installed, they are the first ones, and they
+/// are returned. In that case nix's recvmsg returns no descriptors at all, so the installed ones
+/// would stay open for ever.
 ///
 /// # Errors
 /// As recvmsg(2).
@@ -82,16 +85,16 @@ pub fn recv(
     })
 }
 
-/// The descriptors that the kernel has just installed, as the control messages say that recvmsg(2)
-/// left. These are read where they are: a buffer of bytes needn't be aligned for them, which libc's
-/// CMSG_NXTHDR relies on.
+/// Returns the descriptors that the kernel has just installed, from the control messages that
+/// recvmsg(2) left. The headers are read byte by byte, because a buffer of bytes needn't be aligned
+/// for them; libc's CMSG_NXTHDR relies on the alignment.
 fn installed(mut control: &[u8]) -> Fds {
     let mut fds = Fds::default();
     while let Some(header) = first_header(control) {
         // SAFETY: this only calculates.
         let begin = unsafe { libc::CMSG_LEN(0) } as usize;
         let end = header.cmsg_len.min(control.len());
-        // What is shorter than a header is no message, and nothing follows it.
+        // A message that is shorter than a header is invalid, and no other message follows it.
         let Some(data) = control.get(begin..end) else { break };
         if header.cmsg_level == libc::SOL_SOCKET && header.cmsg_type == libc::SCM_RIGHTS {
             for fd in data.as_chunks().0 {
@@ -107,7 +110,7 @@ fn installed(mut control: &[u8]) -> Fds {
     fds
 }
 
-/// The header at the beginning of these control messages, if there is a whole one.
+/// Returns the header at the start of the control messages, if it is complete.
 fn first_header(control: &[u8]) -> Option<libc::cmsghdr> {
     let bytes = control.get(..size_of::<libc::cmsghdr>())?;
     // SAFETY: these are as many bytes as a header has, which may be unaligned and of any value.
@@ -122,7 +125,8 @@ mod tests {
     use std::io::IoSlice;
     use std::os::fd::AsFd;
 
-    /// Receives three descriptors into a part of a control buffer.
+    /// Receives three descriptors into a part of a control buffer. Returns the number of received
+    /// descriptors, and whether any were lost.
     fn receive(part: impl std::slice::SliceIndex<[u8], Output = [u8]>) -> (usize, bool) {
         let (kind, none) = (SockType::SeqPacket, SockFlag::empty());
         let (ours, theirs) = socketpair(AddressFamily::Unix, kind, None, none).expect("sockets");

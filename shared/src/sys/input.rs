@@ -1,12 +1,12 @@
-//! What a program reads on its standard input: a file in memory that holds all of it.
+//! The standard input of a program: a file in memory that contains all of the input.
 //!
-//! Contract: the file is complete and sealed before anybody sees it, so that a program gets
-//! everything or doesn't start, whatever happens to the process that started it. Its name says
-//! which mail it is for; so the supervisor recognizes a program whose worker died before it
-//! could report it.
+//! Contract: the file is complete and sealed before any other process sees it. So a program gets
+//! all of its input or doesn't start, whatever happens to the process that started it. The name of
+//! the file contains the number of the job. By that name the supervisor recognizes a program whose
+//! worker died before it could report the program.
 //!
 //! # Failure
-//! The errno of the call that failed; nothing is left behind.
+//! Every error is the errno of the failed call, and nothing is left behind.
 
 use crate::ids::JobId;
 use std::fs::File;
@@ -18,20 +18,21 @@ use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::unistd::Pid;
 
-/// How the kernel shows the name of a file in memory, up to our own part of it.
+/// Start of the name of such a file as the kernel shows it, before the number of the job.
 const LINK: &str = "/memfd:qrelay-mail-";
-/// What the kernel appends, since no directory has the file.
+/// Text that the kernel appends to the name, because no directory has the file.
 const NOWHERE: &str = " (deleted)";
 
-/// A sealed file with these bytes, close-on-exec, to be read from its beginning.
+/// Returns a sealed, close-on-exec file that contains `pieces`, to be read from its beginning.
 ///
 /// # Errors
-/// As memfd_create(2), pwrite(2), fcntl(2): usually out of descriptors or memory.
+/// As memfd_create(2), pwrite(2), fcntl(2): usually a lack of descriptors or memory.
 pub fn sealed(job: JobId, pieces: &[&[u8]]) -> Result<File, Errno> {
     let file = create(job)?;
     let mut at = 0;
     for piece in pieces {
-        // Written by position: the reader's offset is ours, and stays 0.
+        // The file is written by position, because the program shares the offset of the file, which
+        // must stay 0.
         file.write_all_at(piece, at)
             .map_err(|error| Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO)))?;
         at += piece.len() as u64;
@@ -47,7 +48,7 @@ pub fn sealed(job: JobId, pieces: &[&[u8]]) -> Result<File, Errno> {
 fn create(job: JobId) -> Result<File, Errno> {
     let name = format!("qrelay-mail-{job}");
     let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
-    // A system may insist on this (vm.memfd_noexec=2); before Linux 6.3 it isn't known.
+    // A system may require this flag (vm.memfd_noexec=2); Linux before 6.3 doesn't know it.
     let never_executed = MFdFlags::from_bits_retain(libc::MFD_NOEXEC_SEAL);
     let fd = memfd_create(name.as_str(), flags | never_executed).or_else(|error| match error {
         Errno::EINVAL => memfd_create(name.as_str(), flags),
@@ -56,13 +57,14 @@ fn create(job: JobId) -> Result<File, Errno> {
     Ok(File::from(fd))
 }
 
-/// The mail that a process has on its standard input, if it is one of these files.
+/// Returns the job whose mail a process has on its standard input, if the input is one of these
+/// files.
 pub fn mail_of(pid: Pid) -> Option<JobId> {
     named(&std::fs::read_link(format!("/proc/{pid}/fd/0")).ok()?)
 }
 
-/// All mails that a process has open in such files: more than one only in a copy of a worker
-/// that is about to become a program.
+/// Returns the jobs of all such files that a process has open. There is more than one only in a
+/// copy of a worker that is about to become a program.
 pub fn mails_of(pid: Pid) -> Vec<JobId> {
     let Ok(entries) = std::fs::read_dir(format!("/proc/{pid}/fd")) else { return Vec::new() };
     let links = entries.filter_map(|entry| std::fs::read_link(entry.ok()?.path()).ok());

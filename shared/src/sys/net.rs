@@ -1,15 +1,16 @@
-//! Reading from sockets into memory that has not been written before.
+//! Options and calls for sockets that nix lacks: receiving into memory that has not been written
+//! before, and delayed acknowledgements.
 //!
 //! # Failure
-//! As recv(2); the buffer is unchanged then.
+//! Every error is the errno of the failed call; a buffer is unchanged then.
 
 use std::os::fd::{AsRawFd, BorrowedFd};
 
 use nix::errno::Errno;
 use nix::sys::socket::MsgFlags;
 
-/// Receives into the spare capacity of `buffer`, and returns how many bytes came: 0 at the end
-/// of the stream, and when there is no spare capacity.
+/// Receives into the spare capacity of `buffer`. Returns the number of received bytes, which is 0
+/// at the end of the stream, and when there is no spare capacity.
 ///
 /// # Errors
 /// As recv(2).
@@ -19,21 +20,22 @@ pub fn recv_append(
     flags: MsgFlags,
 ) -> Result<usize, Errno> {
     let spare = buffer.spare_capacity_mut();
-    // SAFETY: the kernel writes at most `spare.len()` bytes to where `spare` is; they
-    // need not be initialised for that, and nobody else refers to them.
+    // SAFETY: the kernel writes at most `spare.len()` bytes to where `spare` is; they need not be
+    // initialised for that, and nobody else refers to them.
     let received = unsafe {
         libc::recv(socket.as_raw_fd(), spare.as_mut_ptr().cast(), spare.len(), flags.bits())
     };
     let received = usize::try_from(Errno::result(received)?).map_err(|_| Errno::EIO)?;
-    // SAFETY: the kernel has just written `received` bytes after the old length, within
-    // the capacity.
+    // SAFETY: the kernel has just written `received` bytes after the old length, within the
+    // capacity.
     unsafe { buffer.set_len(buffer.len() + received) };
     Ok(received)
 }
 
-/// Has a TCP socket send its acknowledgements with its data where it can, from the handshake on:
-/// the request carries the one that ends the handshake, and closing the one for the reply.
-/// Two packets less for a short exchange, on both sides (tcp(7), TCP_QUICKACK).
+/// Makes a TCP socket send its acknowledgements with its data where it can, from the handshake on:
+/// the request carries the acknowledgement that ends the handshake, and the end of the connection
+/// carries the one for the reply. A short exchange then needs two packets less, on both sides
+/// (tcp(7), TCP_QUICKACK).
 ///
 /// # Errors
 /// As setsockopt(2).

@@ -1,24 +1,24 @@
-//! Descriptors of processes: a process named so can't be mistaken for another one that got its
-//! number later.
+//! Descriptors of processes. A process that is named by a descriptor can't be mistaken for a later
+//! process with the same pid.
 //!
 //! # Failure
-//! The kernel's errno.
+//! Every error is the errno of the failed call.
 
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use nix::errno::Errno;
 use nix::unistd::Pid;
 
-/// `SO_PEERPIDFD` of include/uapi/asm-generic/socket.h (Linux 6.5); the architectures that
-/// number socket options otherwise (alpha, mips, parisc, sparc) are not supported.
+/// `SO_PEERPIDFD` of include/uapi/asm-generic/socket.h (Linux 6.5). Architectures with other
+/// numbers of socket options (alpha, mips, parisc, sparc) are not supported.
 const SO_PEERPIDFD: libc::c_int = 77;
 
 /// `PIDFD_GET_INFO` of include/uapi/linux/pidfd.h (Linux 6.13), `_IOWR(0xff, 11, …)` of 64 bytes.
-/// Architectures that encode ioctls otherwise (mips, powerpc, sparc) get `ENOTTY`, as do old
-/// kernels.
+/// Architectures with another encoding of ioctls (mips, powerpc, sparc) return `ENOTTY`, as old
+/// kernels do.
 const PIDFD_GET_INFO: libc::c_ulong = 0xc040_ff0b;
 
-/// Of the mask of `struct pidfd_info`: the id of the control group.
+/// Flag in the mask of `struct pidfd_info` that asks for the id of the control group.
 const PIDFD_INFO_CGROUPID: u64 = 1 << 2;
 
 /// `struct pidfd_info`, first version.
@@ -28,31 +28,31 @@ struct RawInfo {
     mask: u64,
     cgroup_id: u64,
     pid: u32,
-    /// What we don't ask for: eleven fields of 32 bits.
+    /// Eleven fields of 32 bits that are not asked for.
     rest: [u32; 11],
 }
 
-// The size is part of the request's number.
+// The size is a part of the ioctl's number.
 const _: () = assert!(size_of::<RawInfo>() == 64);
 
-/// What the kernel says about a process, all at one point in time.
+/// Facts about a process, all from one point in time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Info {
-    /// Its number here.
+    /// Process id in the pid namespace of this process.
     pub pid: Pid,
-    /// Its group of version 2: the inode number of that group's directory, never given twice.
+    /// Control group (version 2): the inode number of the group's directory, which is never reused.
     pub cgroup: Option<u64>,
 }
 
-/// Asks about a process that hasn't been reaped.
+/// Returns facts about a process that hasn't been reaped.
 ///
 /// # Errors
-/// `ESRCH` when it has been, has no number here, or (Linux 6.13 to 6.15) its parent has none;
-/// `ENOTTY` or `EINVAL` before Linux 6.13.
+/// `ESRCH` when the process has been reaped, has no pid in this namespace, or (Linux 6.13 to 6.15)
+/// its parent has none; `ENOTTY` or `EINVAL` before Linux 6.13.
 pub fn info(process: BorrowedFd<'_>) -> Result<Info, Errno> {
     let mut raw = RawInfo { mask: PIDFD_INFO_CGROUPID, ..RawInfo::default() };
-    // SAFETY: the kernel writes at most the 64 bytes that the request's number says, which
-    // `raw` has, and it outlives the call.
+    // SAFETY: the kernel writes at most the 64 bytes that the request's number says, which `raw`
+    // has, and it outlives the call.
     let result = unsafe { libc::ioctl(process.as_raw_fd(), PIDFD_GET_INFO, &raw mut raw) };
     Errno::result(result)?;
     let pid = i32::try_from(raw.pid).map_err(|_| Errno::ESRCH)?;
@@ -60,8 +60,8 @@ pub fn info(process: BorrowedFd<'_>) -> Result<Info, Errno> {
     Ok(Info { pid: Pid::from_raw(pid), cgroup })
 }
 
-/// A descriptor of the process that has this number now, close-on-exec. It becomes readable
-/// when the process ends.
+/// Returns a close-on-exec descriptor of the process that has this pid now. The descriptor becomes
+/// readable when the process ends.
 ///
 /// # Errors
 /// As pidfd_open(2); `ESRCH` when there is no such process.
@@ -73,17 +73,17 @@ pub fn open(pid: Pid) -> Result<OwnedFd, Errno> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// A descriptor of the process that connected this local socket, close-on-exec, whoever
-/// accepted the connection.
+/// Returns a close-on-exec descriptor of the process that connected this local socket, also if
+/// another process accepted the connection.
 ///
 /// # Errors
-/// `ENOPROTOOPT` before Linux 6.5; `ESRCH` or `EINVAL` when the process is gone; `ENODATA` when
-/// the socket has no peer.
+/// `ENOPROTOOPT` before Linux 6.5; `ESRCH` or `EINVAL` when the process is gone; `ENODATA` when the
+/// socket has no peer.
 pub fn of_peer(socket: BorrowedFd<'_>) -> Result<OwnedFd, Errno> {
     let mut fd: libc::c_int = -1;
     let mut length = size_of::<libc::c_int>() as libc::socklen_t;
-    // SAFETY: `fd` has room for the `length` bytes that the kernel writes at most, and both
-    // outlive the call.
+    // SAFETY: `fd` has room for the `length` bytes that the kernel writes at most, and both outlive
+    // the call.
     let result = unsafe {
         libc::getsockopt(
             socket.as_raw_fd(),

@@ -1,11 +1,12 @@
-//! The system's processes, as /proc/PID/stat shows them (proc_pid_stat(5)).
+//! The processes of the system, as /proc/PID/stat shows them (proc_pid_stat(5)).
 //!
-//! Contract: a list is no snapshot. A process that begins while it is read may be missing, one that
-//! ends may be there. A process whose main thread has ended before others counts as ended.
+//! Contract: a list is no snapshot. A process that begins while the list is read may be missing,
+//! and a process that ends may be there. A process whose main thread has ended before its other
+//! threads counts as ended.
 //!
 //! # Failure
-//! Without /proc, or without a descriptor to read it, nothing is known. A process that ends while
-//! it is looked at, or that is hidden from us (hidepid), is left out.
+//! Without /proc, or without a free descriptor to read it, there is no list. A process that ends
+//! while it is read, or that is hidden from the caller (hidepid), is left out.
 
 use std::io;
 
@@ -15,20 +16,20 @@ use nix::unistd::Pid;
 /// A process at one moment.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Process {
-    /// Its id.
+    /// Process id.
     pub pid: Pid,
-    /// Its parent's id, as of now.
+    /// Process id of the parent at that moment.
     pub parent: Pid,
-    /// Its process group's id.
+    /// Id of the process group.
     pub group: Pid,
-    /// It hasn't ended: it is neither a zombie nor about to vanish.
+    /// Whether the process hasn't ended: it is neither a zombie nor about to vanish.
     pub alive: bool,
 }
 
-/// All processes.
+/// Returns all processes of the system.
 ///
 /// # Errors
-/// /proc can't be read, such as for want of a descriptor.
+/// Returns an error if /proc can't be read, for example for lack of descriptors.
 pub fn processes() -> io::Result<Vec<Process>> {
     let mut all = Vec::new();
     for entry in std::fs::read_dir("/proc")? {
@@ -49,8 +50,8 @@ fn look(pid: i32) -> io::Result<Option<Process>> {
     }
 }
 
-/// The second field is in parentheses and may contain anything; after it come state, parent and
-/// group.
+/// Parses the content of /proc/PID/stat. The second field is in parentheses and may contain any
+/// bytes; after it come state, parent and group.
 fn parse(pid: Pid, stat: &[u8]) -> Option<Process> {
     let after = stat.iter().rposition(|&byte| byte == b')')?;
     let mut fields = str::from_utf8(&stat[after + 1..]).ok()?.split_ascii_whitespace();

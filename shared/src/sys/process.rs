@@ -1,4 +1,4 @@
-//! Forking without exec, for the zygote; reaping; and process-wide switches of the C library.
+//! Forking without exec, for the zygote; reaping; and process-wide settings of the C library.
 
 use std::io::{Read, Write};
 use std::os::fd::{FromRawFd, OwnedFd};
@@ -7,30 +7,32 @@ use nix::errno::Errno;
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::{ForkResult, Pid, fork};
 
-/// Which side of a fork this is.
+/// The side of a fork on which the caller is.
 #[derive(Debug)]
 pub enum Forked {
-    /// The caller goes on; the new process is a child of the nearest subreaper.
+    /// The caller itself. The value is the pid of the new process, which is a child of the nearest
+    /// subreaper.
     Parent(Pid),
-    /// The new process. It must never return into the caller's loop.
+    /// The new process, which must never return into the caller's loop.
     Child,
 }
 
-/// Why there is no new process.
+/// The reason why there is no new process.
 #[derive(Debug, thiserror::Error)]
 pub enum ForkError {
-    /// Forking now would leave locks held by threads that don't exist in the child.
+    /// The process has several threads. A fork would leave locks held by threads that don't exist
+    /// in the child.
     #[error("{0} threads are running; a fork needs a single one")]
     Threads(usize),
-    /// fork(2), pipe(2) or their kind.
+    /// A system call such as fork(2) or pipe(2) failed.
     #[error("{0}: {1}")]
     Os(&'static str, Errno),
-    /// The intermediate process ended without telling the new one's pid.
+    /// The intermediate process ended before it had told the pid of the new one.
     #[error("the intermediate process ended early")]
     Lost,
 }
 
-/// How many threads this process has, from /proc/self/task.
+/// Returns the number of threads of this process, from /proc/self/task.
 fn threads() -> usize {
     std::fs::read_dir("/proc/self/task").map_or(1, |entries| entries.count())
 }
@@ -38,7 +40,7 @@ fn threads() -> usize {
 /// Forks twice, so that the new process becomes a child of the subreaper.
 ///
 /// # Errors
-/// See [`ForkError`]; nothing is left behind then.
+/// See [`ForkError`]; no process is left behind then.
 pub fn fork_orphan() -> Result<Forked, ForkError> {
     let count = threads();
     if count != 1 {
@@ -47,8 +49,8 @@ pub fn fork_orphan() -> Result<Forked, ForkError> {
     flush_stdio();
     let (read, write) =
         nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC).map_err(|e| ForkError::Os("pipe", e))?;
-    // SAFETY: the process has one thread, so the child finds every lock free and
-    // may go on as an ordinary process.
+    // SAFETY: the process has one thread, so the child finds every lock free and may go on as an
+    // ordinary process.
     match unsafe { fork() }.map_err(|e| ForkError::Os("fork", e))? {
         ForkResult::Child => intermediate(std::fs::File::from(write)),
         ForkResult::Parent { child } => {
@@ -65,7 +67,8 @@ pub fn fork_orphan() -> Result<Forked, ForkError> {
     }
 }
 
-/// Forks the process that stays, tells its pid (or the negative errno) and ends.
+/// Forks the process that stays, writes its pid (or the negative errno) to the pipe, and ends this
+/// process.
 fn intermediate(mut pipe: std::fs::File) -> Result<Forked, ForkError> {
     // SAFETY: as above, still a single thread.
     let answer = match unsafe { fork() } {
@@ -77,7 +80,8 @@ fn intermediate(mut pipe: std::fs::File) -> Result<Forked, ForkError> {
     exit_now(i32::from(told.is_err()))
 }
 
-/// A child that has ended and isn't reaped yet: `of` if that is given, else any.
+/// Returns a child that has ended and isn't reaped yet: the child `of` if that is given, else any
+/// child.
 pub fn ended_child(of: Option<Pid>) -> Option<Pid> {
     let (kind, id) = match of {
         Some(pid) => (libc::P_PID, pid.as_raw().cast_unsigned()),
@@ -95,11 +99,11 @@ pub fn ended_child(of: Option<Pid>) -> Option<Pid> {
     (pid > 0).then(|| Pid::from_raw(pid))
 }
 
-/// Reaps a child, waiting for its end. One that was ended by a real-time signal, which nix has no
-/// name for, counts as exited with 128 + its number, as in a shell.
+/// Waits for the end of a child and reaps it. A child that was ended by a real-time signal, for
+/// which nix has no name, counts as exited with 128 + the number of the signal, as in a shell.
 ///
 /// # Errors
-/// `ECHILD`: it is no child of this process, or reaped already.
+/// `ECHILD`: the process is no child of this process, or is reaped already.
 pub fn reap(pid: Pid) -> Result<WaitStatus, Errno> {
     let mut status = 0;
     // SAFETY: `status` has room for the integer that the kernel writes, and outlives the call.
@@ -113,20 +117,20 @@ pub fn reap(pid: Pid) -> Result<WaitStatus, Errno> {
         .or_else(|_| Ok(WaitStatus::Exited(pid, 128 + libc::WTERMSIG(status))))
 }
 
-/// Ends this process without running anything that was registered for its end.
+/// Ends this process without running the functions that are registered for its end.
 pub fn exit_now(status: i32) -> ! {
     // SAFETY: _exit has no preconditions.
     unsafe { libc::_exit(status) }
 }
 
-/// Writes out what C's stdio has buffered, so that a fork doesn't double it.
+/// Writes out the buffers of C's stdio, so that a fork doesn't double their content.
 pub fn flush_stdio() {
     // SAFETY: NULL means every open output stream.
     unsafe { libc::fflush(std::ptr::null_mut()) };
 }
 
-/// Caps glibc's arenas and keeps large buffers out of them, so that memory
-/// stays flat however many threads come and go.
+/// Limits the number of glibc's arenas and keeps large buffers out of them, so that memory stays
+/// flat however many threads come and go.
 pub fn tame_malloc() {
     // SAFETY: mallopt only sets parameters; called before threads exist.
     unsafe {
@@ -136,8 +140,8 @@ pub fn tame_malloc() {
     }
 }
 
-/// Takes standard input as a descriptor of its own, close-on-exec, and leaves
-/// /dev/null in its place.
+/// Moves standard input to a new close-on-exec descriptor, and puts /dev/null in its place. Returns
+/// the new descriptor.
 ///
 /// # Errors
 /// As fcntl(2), open(2), dup2(2).

@@ -27,8 +27,9 @@ pub const GRACE: Duration = Duration::from_secs(10);
 /// the kernel and runs no more code of its own.
 pub const VANISH: Duration = Duration::from_secs(1);
 
-/// Pauses between two checks whether a group has members left, whose end nobody reports. The first
-/// pause is short, because most groups end at once; each pause is twice the one before.
+/// First pause between two checks whether a group has members left; the end of a member is not
+/// reported. The first pause is short, because most groups end at once; each pause is twice the one
+/// before.
 pub const FIRST_PAUSE: Duration = Duration::from_millis(1);
 /// The longest of these pauses.
 pub const LAST_PAUSE: Duration = Duration::from_millis(50);
@@ -37,12 +38,12 @@ pub const LAST_PAUSE: Duration = Duration::from_millis(50);
 /// per process of the system.
 const SCAN_REST: u32 = 20;
 
-/// The pause after `pause`.
+/// Returns the pause after `pause`.
 pub fn next_pause(pause: Duration) -> Duration {
     LAST_PAUSE.min(pause * 2)
 }
 
-/// How long /proc isn't scanned after a scan that took `lasted`. A scan that fails takes hardly any
+/// Returns the pause after a scan of /proc that took `lasted`. A scan that fails takes hardly any
 /// time, so the pause has a minimum.
 pub fn pause_after_scan(lasted: Duration) -> Duration {
     FIRST_PAUSE.max(lasted * SCAN_REST)
@@ -73,7 +74,7 @@ impl Group {
         killpg(self.0, signal)
     }
 
-    /// Whether the group has no member, not even a process that has ended and isn't reaped.
+    /// Returns whether the group has no member, not even a process that has ended and isn't reaped.
     /// Signal 0 disturbs nobody if the number is another group's by now.
     pub fn is_empty(self) -> bool {
         killpg(self.0, None) == Err(Errno::ESRCH)
@@ -125,7 +126,7 @@ enum Stage {
     GivenUp,
 }
 
-/// How far the ending of a group has come. It begins right after SIGTERM.
+/// The progress of ending a group, from SIGTERM on.
 #[derive(Debug, Clone, Copy)]
 pub struct Ending {
     stage: Stage,
@@ -134,12 +135,12 @@ pub struct Ending {
 }
 
 impl Ending {
-    /// SIGTERM has been sent to the group at `now`.
+    /// Begins when SIGTERM has been sent to the group at `now`.
     pub fn asked(now: Instant) -> Self {
         Self { stage: Stage::Asked, leader_ended: false, due: now + GRACE }
     }
 
-    /// SIGKILL has been sent to the group at `now`, out of turn, and the caller is in a hurry.
+    /// Notes that SIGKILL has been sent to the group at `now`, out of turn, by a caller in a hurry.
     pub fn killed(&mut self, now: Instant) {
         if self.stage == Stage::Asked {
             self.stage = Stage::Killed;
@@ -147,22 +148,23 @@ impl Ending {
         }
     }
 
-    /// The leader has ended. Until [`Step::KillAndReap`] it must not be reaped.
+    /// Notes that the leader has ended. Until [`Step::KillAndReap`] the caller must not reap it.
     pub fn leader_ended(&mut self) {
         self.leader_ended = true;
     }
 
-    /// Whether the leader has neither ended nor been given up.
+    /// Returns whether the leader has neither ended nor been given up.
     pub fn leader_runs(&self) -> bool {
         !self.leader_ended && self.stage != Stage::GivenUp
     }
 
-    /// Whether the leader has ended and must not be reaped yet.
+    /// Returns whether the leader has ended and must not be reaped yet.
     pub fn holds_leader(&self) -> bool {
         self.leader_ended && matches!(self.stage, Stage::Asked | Stage::Killed)
     }
 
-    /// When [`Self::next`] says something new although nothing else has happened.
+    /// Returns the time at which [`Self::next`] returns a new step although nothing else has
+    /// happened.
     pub fn due(&self) -> Instant {
         self.due
     }

@@ -1,14 +1,14 @@
-//! Starting a program.
+//! Starting programs.
 //!
-//! Contract: the program starts in `/`, leads a process group of its own, has every signal at
-//! its default and none blocked, and has descriptors 0, 1 and 2 and no others. When [`spawn`]
-//! returns, all of that is so and the program has been executed. Between fork and exec there
-//! is no code of ours: posix_spawn(3) of glibc 2.34 or newer has an action for each of these
-//! (`closefrom` was the last that it got), and a child that shares a many-threaded process'
-//! memory is no place for anything else.
+//! Contract: the program starts in `/`, leads a process group of its own, has every signal at its
+//! default and none blocked, and has descriptors 0, 1 and 2 and no others. When [`spawn`] returns,
+//! all of that holds, and the program has been executed. No code of qrelay runs between fork and
+//! exec, because the child shares the memory of a process with many threads until exec.
+//! posix_spawn(3) of glibc 2.34 or newer has an action for each of these steps (`closefrom` was
+//! added last).
 //!
 //! # Failure
-//! The errno of the step that failed, exec included; there is no process then.
+//! Every error is the errno of the failed step, including exec; there is no process then.
 
 use std::ffi::{CStr, CString, c_char};
 use std::mem::MaybeUninit;
@@ -24,19 +24,19 @@ const FIRST_CLOSED: i32 = 3;
 /// A program to start.
 #[derive(Debug)]
 pub struct Program<'a> {
-    /// Its path, and then its arguments.
+    /// Path of the program, followed by its arguments.
     pub arguments: &'a [CString],
-    /// Its whole environment, as `NAME=value`.
+    /// The whole environment of the program, as `NAME=value`.
     pub environment: &'a [CString],
-    /// Its descriptors 0, 1 and 2. The originals are none of these three.
+    /// The descriptors that become 0, 1 and 2 of the program. Their own numbers must be larger.
     pub stdio: [BorrowedFd<'a>; 3],
 }
 
-/// Starts a program; who calls has to wait for it.
+/// Starts a program. The caller has to wait for its end.
 ///
 /// # Errors
-/// `EINVAL` without a path, or when an original is a standard descriptor itself, which setting
-/// up another one would overwrite; otherwise as fork(2) and execve(2).
+/// `EINVAL` without a path, or when a descriptor of `stdio` is a standard descriptor itself, which
+/// setting up another one would overwrite; otherwise as fork(2) and execve(2).
 pub fn spawn(program: &Program<'_>) -> Result<Pid, Errno> {
     let path = program.arguments.first().ok_or(Errno::EINVAL)?;
     if program.stdio.iter().any(|fd| fd.as_raw_fd() < FIRST_CLOSED) {
@@ -47,8 +47,8 @@ pub fn spawn(program: &Program<'_>) -> Result<Pid, Errno> {
     let arguments = pointers(program.arguments);
     let environment = pointers(program.environment);
     let mut pid: libc::pid_t = -1;
-    // SAFETY: attributes and actions are initialised; both lists end in NULL and their strings
-    // in NUL, and `program` keeps the strings alive. posix_spawn only reads them.
+    // SAFETY: attributes and actions are initialised; both lists end in NULL and their strings in
+    // NUL, and `program` keeps the strings alive. posix_spawn only reads them.
     let error = unsafe {
         libc::posix_spawn(
             &raw mut pid,
@@ -63,18 +63,19 @@ pub fn spawn(program: &Program<'_>) -> Result<Pid, Errno> {
     Ok(Pid::from_raw(pid))
 }
 
-/// posix_spawn and its kind return the error instead of setting `errno`.
+/// Converts the result of posix_spawn and related functions, which return the error instead of
+/// setting `errno`.
 fn check(error: libc::c_int) -> Result<(), Errno> {
     if error == 0 { Ok(()) } else { Err(Errno::from_raw(error)) }
 }
 
-/// The strings as C wants a list of them.
+/// Returns pointers to the strings, followed by NULL, as C expects a list of strings.
 fn pointers(strings: &[CString]) -> Vec<*mut c_char> {
     let pointers = strings.iter().map(|string| string.as_ptr().cast_mut());
     pointers.chain([ptr::null_mut()]).collect()
 }
 
-/// Signals and process group.
+/// The attributes of a new process: signals and process group.
 struct Attributes(libc::posix_spawnattr_t);
 
 impl Attributes {
@@ -112,7 +113,7 @@ impl Drop for Attributes {
     }
 }
 
-/// Descriptors and working directory.
+/// The file actions of a new process: descriptors and working directory.
 struct Actions(libc::posix_spawn_file_actions_t);
 
 impl Actions {
@@ -172,7 +173,7 @@ mod tests {
         Ok((text, waitpid(pid, None).expect("wait")))
     }
 
-    /// The value of a field of /proc/PID/status.
+    /// Returns the value of a field of /proc/PID/status.
     fn field<'t>(status: &'t str, name: &str) -> &'t str {
         let line = status.lines().find_map(|line| line.strip_prefix(name));
         line.and_then(|rest| rest.strip_prefix(":\t")).expect("field")
@@ -187,7 +188,7 @@ mod tests {
     }
 
     #[test]
-    fn it_leads_its_group() {
+    fn a_program_leads_its_group() {
         let stat = run(&["/bin/cat", "/proc/self/stat"], &[]).expect("spawn").0;
         let fields: Vec<_> = stat.split(' ').collect();
         // pid and pgrp of proc_pid_stat(5).
@@ -195,11 +196,11 @@ mod tests {
     }
 
     #[test]
-    fn it_has_nothing_but_what_it_is_given() {
+    fn a_program_has_only_its_descriptors_and_environment() {
         let (text, _) = run(&["/bin/ls", "/proc/self/fd", "/proc/self/cwd/"], &[]).expect("spawn");
         let (root, fds) = text.split_once("\n\n").expect("two directories");
         assert!(root.contains("\nproc\n"), "{root}");
-        // The last is the directory that ls reads.
+        // The last descriptor is the directory that ls reads.
         assert_eq!(fds, "/proc/self/fd:\n0\n1\n2\n3\n");
         let (text, _) =
             run(&["/bin/cat", "/proc/self/environ", "/proc/self/cmdline"], &["A=b c", "D="])

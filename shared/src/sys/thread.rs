@@ -1,7 +1,7 @@
-//! Threads beside the main one.
+//! Threads other than the main thread.
 //!
-//! Contract: such a thread takes no signals, since a signal would only interrupt its system calls;
-//! the main thread takes them.
+//! Contract: a thread that is started here takes no signals, because a signal would only interrupt
+//! its system calls; the main thread takes them.
 
 use std::io;
 use std::thread::Builder;

@@ -1,7 +1,7 @@
 //! Waiting for a socket until a deadline.
 //!
 //! # Failure
-//! An interrupted wait goes on with what remains of its time.
+//! An interrupted wait continues for the rest of its time.
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;
@@ -12,8 +12,8 @@ use nix::sys::time::{TimeSpec, TimeVal, TimeValLike};
 
 use crate::deadline::Deadline;
 
-/// Waits until one of `events`, an error or a hang-up is there, and says which; nothing is
-/// there when the deadline has passed.
+/// Waits until one of `events`, an error or a hang-up is there, and returns what is there. The
+/// result is empty when the deadline has passed.
 ///
 /// # Errors
 /// As ppoll(2), but never `EINTR`.
@@ -32,9 +32,10 @@ pub fn wait(
     }
 }
 
-/// What remains until the deadline, as a socket's timeout; `None` when it has passed.
+/// Returns the time until the deadline, as a timeout of a socket; `None` when the deadline has
+/// passed.
 ///
-/// Rounded up to a microsecond, since to a socket zero means forever.
+/// The timeout is rounded up to a microsecond, because a socket takes zero as no timeout at all.
 pub fn socket_timeout(deadline: Deadline) -> Option<TimeVal> {
     let remaining = deadline.remaining();
     let micros = remaining.as_nanos().div_ceil(1000);

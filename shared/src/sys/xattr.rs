@@ -1,7 +1,7 @@
 //! Extended attributes of an open file (xattr(7)).
 //!
 //! # Failure
-//! The kernel's errno, but for an attribute that isn't there.
+//! Every error is the errno of the failed call. A missing attribute is no error.
 
 use std::ffi::{CStr, CString};
 use std::os::fd::{AsRawFd, BorrowedFd};
@@ -11,17 +11,18 @@ use nix::errno::Errno;
 /// Largest value, and largest list of names, in bytes (XATTR_SIZE_MAX and XATTR_LIST_MAX of
 /// include/uapi/linux/limits.h).
 const MAX: usize = 65_536;
-/// What is tried first: values are short as a rule.
+/// Size in bytes of the first buffer that is tried; most values are short.
 const USUAL: usize = 256;
 
-/// The attribute's value, `None` if there is no such attribute, or none at all here.
+/// Returns the value of an attribute, or `None` if the file has no such attribute or its file
+/// system has no attributes at all.
 ///
 /// # Errors
 /// As fgetxattr(2).
 pub fn get(file: BorrowedFd<'_>, name: &CStr) -> Result<Option<Vec<u8>>, Errno> {
     let read = |buffer: &mut [u8]| {
-        // SAFETY: the kernel writes at most `buffer.len()` bytes to it and reads the name up
-        // to its NUL; both outlive the call.
+        // SAFETY: the kernel writes at most `buffer.len()` bytes to it and reads the name up to its
+        // NUL; both outlive the call.
         unsafe {
             libc::fgetxattr(
                 file.as_raw_fd(),
@@ -38,14 +39,13 @@ pub fn get(file: BorrowedFd<'_>, name: &CStr) -> Result<Option<Vec<u8>>, Errno> 
     }
 }
 
-/// The names of all attributes that this process may see.
+/// Returns the names of all attributes that this process may see.
 ///
 /// # Errors
 /// As flistxattr(2).
 pub fn list(file: BorrowedFd<'_>) -> Result<Vec<CString>, Errno> {
     let read = |buffer: &mut [u8]| {
-        // SAFETY: the kernel writes at most `buffer.len()` bytes to it, which outlives the
-        // call.
+        // SAFETY: the kernel writes at most `buffer.len()` bytes to it, which outlives the call.
         unsafe { libc::flistxattr(file.as_raw_fd(), buffer.as_mut_ptr().cast(), buffer.len()) }
     };
     let names = match whole(read) {
@@ -57,7 +57,8 @@ pub fn list(file: BorrowedFd<'_>) -> Result<Vec<CString>, Errno> {
     Ok(names.filter_map(|name| CString::new(name).ok()).collect())
 }
 
-/// All that `read` has, which says how much it wrote.
+/// Returns everything that `read` writes into a large enough buffer. `read` returns the number of
+/// bytes that it wrote, or -1 as a system call does.
 fn whole(read: impl Fn(&mut [u8]) -> libc::ssize_t) -> Result<Vec<u8>, Errno> {
     for size in [USUAL, MAX] {
         let mut buffer = vec![0; size];
