@@ -73,8 +73,8 @@ pub fn recv(
     header.msg_control = control.as_mut_ptr().cast();
     header.msg_controllen = control.len() as _;
     let flags = flags | MsgFlags::MSG_CMSG_CLOEXEC;
-    // SAFETY: `header` points to `buffer` and `control` with their true lengths; they and `slice`
-    // outlive the call, and nobody else has them.
+    // SAFETY: `header` points to `buffer` and `control` with their true lengths. Both and `slice`
+    // outlive the call, and no other code refers to them.
     let result = unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut header, flags.bits()) };
     let length = usize::try_from(Errno::result(result)?).map_err(|_| Errno::EIO)?;
     Ok(Received {
@@ -91,19 +91,19 @@ pub fn recv(
 fn installed(mut control: &[u8]) -> Fds {
     let mut fds = Fds::default();
     while let Some(header) = first_header(control) {
-        // SAFETY: this only calculates.
+        // SAFETY: the function only calculates.
         let begin = unsafe { libc::CMSG_LEN(0) } as usize;
         let end = header.cmsg_len.min(control.len());
         // A message that is shorter than a header is invalid, and no other message follows it.
         let Some(data) = control.get(begin..end) else { break };
         if header.cmsg_level == libc::SOL_SOCKET && header.cmsg_type == libc::SCM_RIGHTS {
             for fd in data.as_chunks().0 {
-                // SAFETY: the kernel has just installed this descriptor for us and nobody else
-                // knows its number.
+                // SAFETY: the kernel has just installed this descriptor for this process, and no
+                // other code knows its number.
                 fds.push(unsafe { OwnedFd::from_raw_fd(RawFd::from_ne_bytes(*fd)) });
             }
         }
-        // SAFETY: this only calculates.
+        // SAFETY: the function only calculates.
         let space = unsafe { libc::CMSG_SPACE(data.len() as libc::c_uint) } as usize;
         control = control.get(space..).unwrap_or_default();
     }
@@ -113,7 +113,7 @@ fn installed(mut control: &[u8]) -> Fds {
 /// Returns the header at the start of the control messages, if it is complete.
 fn first_header(control: &[u8]) -> Option<libc::cmsghdr> {
     let bytes = control.get(..size_of::<libc::cmsghdr>())?;
-    // SAFETY: these are as many bytes as a header has, which may be unaligned and of any value.
+    // SAFETY: the slice has as many bytes as a header, which may be unaligned and of any value.
     Some(unsafe { bytes.as_ptr().cast::<libc::cmsghdr>().read_unaligned() })
 }
 

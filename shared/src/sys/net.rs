@@ -20,8 +20,8 @@ pub fn recv_append(
     flags: MsgFlags,
 ) -> Result<usize, Errno> {
     let spare = buffer.spare_capacity_mut();
-    // SAFETY: the kernel writes at most `spare.len()` bytes to where `spare` is; they need not be
-    // initialised for that, and nobody else refers to them.
+    // SAFETY: the kernel writes at most `spare.len()` bytes to `spare`. The bytes need not be
+    // initialised for that, and no other code refers to them.
     let received = unsafe {
         libc::recv(socket.as_raw_fd(), spare.as_mut_ptr().cast(), spare.len(), flags.bits())
     };

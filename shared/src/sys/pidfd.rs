@@ -66,10 +66,10 @@ pub fn info(process: BorrowedFd<'_>) -> Result<Info, Errno> {
 /// # Errors
 /// As pidfd_open(2); `ESRCH` when there is no such process.
 pub fn open(pid: Pid) -> Result<OwnedFd, Errno> {
-    // SAFETY: pidfd_open takes two integers and touches no memory of ours.
+    // SAFETY: pidfd_open takes two integers and touches no memory of the process.
     let result = unsafe { libc::syscall(libc::SYS_pidfd_open, pid.as_raw(), 0) };
     let fd = i32::try_from(Errno::result(result)?).map_err(|_| Errno::EBADF)?;
-    // SAFETY: the kernel has just installed this descriptor for us.
+    // SAFETY: the kernel has just installed this descriptor for this process.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
@@ -97,7 +97,7 @@ pub fn of_peer(socket: BorrowedFd<'_>) -> Result<OwnedFd, Errno> {
     if fd < 0 {
         return Err(Errno::ESRCH);
     }
-    // SAFETY: the kernel has just installed this descriptor for us.
+    // SAFETY: the kernel has just installed this descriptor for this process.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 

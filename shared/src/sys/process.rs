@@ -70,7 +70,7 @@ pub fn fork_orphan() -> Result<Forked, ForkError> {
 /// Forks the process that stays, writes its pid (or the negative errno) to the pipe, and ends this
 /// process.
 fn intermediate(mut pipe: std::fs::File) -> Result<Forked, ForkError> {
-    // SAFETY: as above, still a single thread.
+    // SAFETY: as in `fork_orphan`, the process still has a single thread.
     let answer = match unsafe { fork() } {
         Ok(ForkResult::Child) => return Ok(Forked::Child),
         Ok(ForkResult::Parent { child }) => child.as_raw(),

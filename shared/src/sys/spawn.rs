@@ -81,9 +81,9 @@ struct Attributes(libc::posix_spawnattr_t);
 impl Attributes {
     fn new() -> Result<Self, Errno> {
         let mut attributes = MaybeUninit::uninit();
-        // SAFETY: it initialises what it is pointed to.
+        // SAFETY: posix_spawnattr_init writes the attributes to the memory that it is given.
         check(unsafe { libc::posix_spawnattr_init(attributes.as_mut_ptr()) })?;
-        // SAFETY: it has just been initialised.
+        // SAFETY: the attributes have just been initialised.
         let mut this = Self(unsafe { attributes.assume_init() });
         let flags = libc::POSIX_SPAWN_SETSIGDEF
             | libc::POSIX_SPAWN_SETSIGMASK
@@ -108,7 +108,7 @@ impl Attributes {
 
 impl Drop for Attributes {
     fn drop(&mut self) {
-        // SAFETY: they were initialised in `new`, and nobody uses them any more.
+        // SAFETY: the attributes were initialised in `new`, and are not used any more.
         unsafe { libc::posix_spawnattr_destroy(&raw mut self.0) };
     }
 }
@@ -120,9 +120,9 @@ impl Actions {
     fn new(stdio: &[BorrowedFd<'_>; 3]) -> Result<Self, Errno> {
         const ROOT: &CStr = c"/";
         let mut actions = MaybeUninit::uninit();
-        // SAFETY: it initialises what it is pointed to.
+        // SAFETY: posix_spawn_file_actions_init writes the actions to the memory that it is given.
         check(unsafe { libc::posix_spawn_file_actions_init(actions.as_mut_ptr()) })?;
-        // SAFETY: it has just been initialised.
+        // SAFETY: the actions have just been initialised.
         let mut this = Self(unsafe { actions.assume_init() });
         for (target, fd) in (0..).zip(stdio) {
             let original = fd.as_raw_fd();
@@ -142,7 +142,7 @@ impl Actions {
 
 impl Drop for Actions {
     fn drop(&mut self) {
-        // SAFETY: they were initialised in `new`, and nobody uses them any more.
+        // SAFETY: the actions were initialised in `new`, and are not used any more.
         unsafe { libc::posix_spawn_file_actions_destroy(&raw mut self.0) };
     }
 }
