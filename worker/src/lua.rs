@@ -18,3 +18,4 @@
 pub mod binding;
 pub mod engine;
 pub mod library;
+pub mod state;

@@ -30,7 +30,7 @@ use crate::delivery::connect;
 use crate::delivery::exec;
 use crate::delivery::exec_raw;
 use crate::delivery::program::Host;
-use crate::lua::engine::state::HandlerError;
+use crate::lua::state::HandlerError;
 use crate::mail::{Inserted, Mail};
 use crate::session::record::Outcome;
 use crate::session::record::age;

@@ -4,4 +4,5 @@ pub mod arguments;
 pub mod convert;
 pub mod error;
 pub mod function;
+pub mod operation;
 pub mod strings;

@@ -2,7 +2,5 @@
 
 pub mod background;
 pub mod monitor;
-pub mod operation;
 pub mod scope;
-pub mod state;
 pub mod watch;

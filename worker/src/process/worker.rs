@@ -24,8 +24,8 @@ use qrelay_shared::sys::process::{exit_now, flush_stdio};
 use slog::{Logger, debug, error, warn};
 
 use crate::job_channel::Reports;
-use crate::lua::engine::state::State;
 use crate::lua::library::dictionary_client::Opener;
+use crate::lua::state::State;
 use crate::process::control;
 use crate::session::script::Script;
 use crate::threads::pool::Worker;

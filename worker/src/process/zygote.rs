@@ -31,8 +31,8 @@ use qrelay_shared::sys::process::{Forked, fork_orphan, take_stdin, tame_malloc};
 use qrelay_shared::sys::wait::wait;
 use slog::{Level, Logger, error};
 
-use crate::lua::engine::state::{LoadOptions, State};
 use crate::lua::library::dictionary_client::Opener;
+use crate::lua::state::{LoadOptions, State};
 use crate::process::logging::Current;
 use crate::process::worker::{self, Birth};
 

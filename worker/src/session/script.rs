@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::delivery::action::Action;
-use crate::lua::engine::state::{HandlerError, State};
+use crate::lua::state::{HandlerError, State};
 use crate::mail::Mail;
 
 /// A mail and what its handler says about it.

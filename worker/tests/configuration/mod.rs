@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use crate::support::{Options, Script, config_error, mail};
 use qrelay_shared::ipc::channel::SendError;
-use qrelay_worker::lua::engine::state::{LoadOptions, State};
+use qrelay_worker::lua::state::{LoadOptions, State};
 
 #[test]
 fn declarations() {

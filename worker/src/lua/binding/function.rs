@@ -21,7 +21,7 @@ use qrelay_shared::deadline::Deadline;
 use crate::lua::binding::arguments::{self, Arguments, Name};
 use crate::lua::binding::convert;
 use crate::lua::binding::error::{self, Raise};
-use crate::lua::engine::operation::{Operation, Pending};
+use crate::lua::binding::operation::{Operation, Pending};
 use crate::lua::engine::watch::Watch;
 
 /// Its address is the mark; a script can't make light userdata.

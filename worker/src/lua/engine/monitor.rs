@@ -21,7 +21,7 @@ use qrelay_shared::deadline::Deadline;
 use qrelay_shared::ids::JobId;
 
 use crate::lua::binding::error;
-use crate::lua::engine::operation::{Operation, Outcome, Pending};
+use crate::lua::binding::operation::{Operation, Outcome, Pending};
 use crate::lua::engine::scope::Ending;
 use crate::lua::engine::watch::Watch;
 use crate::lua::library::mail::Slot;

@@ -20,7 +20,7 @@ use qrelay_shared::endpoint::{self, CONTROL_PORT, Endpoint, POND_PORT, Parsed, Q
 use crate::lua::binding::convert::{self, Argument};
 use crate::lua::binding::error::Raise;
 use crate::lua::binding::function::{self, Call, Class};
-use crate::lua::engine::operation::{Operation, Outcome};
+use crate::lua::binding::operation::{Operation, Outcome};
 use crate::lua::engine::watch::Watch;
 
 /// The userdata.

@@ -22,7 +22,7 @@ use qrelay_shared::dictionary::{
 use crate::lua::binding::convert::{self, Argument};
 use crate::lua::binding::error::Raise;
 use crate::lua::binding::function::{self, Call, Class};
-use crate::lua::engine::operation::{Operation, Outcome};
+use crate::lua::binding::operation::{Operation, Outcome};
 use crate::lua::library::dictionary_client::{AskError, Asked, Opener, ask, try_ask};
 
 /// Longest life of a key in seconds: about thirty years.

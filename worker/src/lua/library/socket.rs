@@ -20,7 +20,7 @@ use qrelay_shared::endpoint::Endpoint;
 use crate::lua::binding::convert::{self, Argument, Options};
 use crate::lua::binding::error::Raise;
 use crate::lua::binding::function::{Call, Class, blocking_function};
-use crate::lua::engine::operation::{Operation, Outcome};
+use crate::lua::binding::operation::{Operation, Outcome};
 use crate::lua::engine::watch::Watch;
 use crate::lua::library::address;
 use crate::lua::library::socket_connection::{Connection, ConnectionError};

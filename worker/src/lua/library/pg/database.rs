@@ -18,7 +18,7 @@ use crate::lua::binding::arguments::{self, Arguments, Name};
 use crate::lua::binding::convert::{self, Argument};
 use crate::lua::binding::error::Raise;
 use crate::lua::binding::function::{self, Call, Class};
-use crate::lua::engine::operation::{Operation, Outcome};
+use crate::lua::binding::operation::{Operation, Outcome};
 use crate::lua::engine::scope::{Resource, Scope};
 use crate::lua::engine::watch::Watch;
 use crate::lua::library::pg::Library;

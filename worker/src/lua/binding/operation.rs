@@ -2,7 +2,7 @@
 //!
 //! Contract: a library function that would block returns an [`Operation`]. It
 //! travels out of the handler's coroutine to a thread that may wait
-//! (see [`super::monitor`]), which carries it out, or waits for what is under way already, with Lua
+//! (see [`crate::lua::engine::monitor`]), which carries it out, or waits for what is under way already, with Lua
 //! unlocked and puts the [`Outcome`] into the same object, from where the waiting function takes
 //! it. An operation holds no Lua values: dropping one would wait for Lua.
 //!
