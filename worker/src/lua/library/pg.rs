@@ -1,10 +1,10 @@
 //! The library `pg`: PostgreSQL.
 //!
-//! [`conninfo`], [`uri`] and [`passfile`] read what names a database, [`mod@target`] and [`tls`] connect
-//! to it. [`connection`] is a thread with a [`session`], [`pool`] gives it work; [`extended`] is for
-//! what a session can't prepare. [`database`]
-//! and [`result`] are what a script sees, [`statement`] and [`mod@array`] its values as text, [`listen`]
-//! its callbacks.
+//! From the script down: [`database`] and [`result`] are what a script sees, [`listen`] runs its
+//! callbacks. [`pool`] gives a [`task`] to a [`connection`], which is a thread with a [`session`];
+//! [`extended`] is for what a session can't prepare, and both return [`rows`]. [`mod@target`] and
+//! [`tls`] connect. [`conninfo`] and [`uri`] read [`parameters`], [`passfile`] the passwords.
+//! [`statement`] and [`mod@array`] are a script's values as text.
 //!
 //! Contract: connections are opened when they are needed, in each worker. Those that were opened
 //! while the script was loaded are closed, and their threads have ended, before anything forks.
@@ -18,12 +18,15 @@ mod conninfo;
 mod database;
 mod extended;
 mod listen;
+mod parameters;
 mod passfile;
 mod pool;
 mod result;
+mod rows;
 mod session;
 mod statement;
 mod target;
+mod task;
 mod tls;
 mod uri;
 
@@ -39,7 +42,6 @@ use crate::lua::binding::error::Raise;
 use crate::lua::binding::function::Class;
 use crate::lua::engine::background::Background;
 use crate::lua::engine::watch::Watch;
-use crate::lua::library::pg::conninfo::Parameters;
 use crate::lua::library::pg::database::{DatabaseObject, WeakPool};
 use crate::lua::library::pg::listen::Channel;
 use crate::lua::library::pg::pool::Pool;
@@ -183,7 +185,7 @@ fn target(conninfo: &Value, schema: &Value, logger: &Logger) -> Result<Target, R
         Value::Nil => None,
         schema => Some(utf8(&Argument::new("new", 2, "schema"), schema)?),
     };
-    let parameters = Parameters::parse(&text).map_err(|e| argument.invalid(&e.to_string()))?;
+    let parameters = conninfo::parse(&text).map_err(|e| argument.invalid(&e.to_string()))?;
     let target = Target::new(parameters, schema.as_deref(), logger);
     target.map_err(|error| argument.invalid(&error.to_string()))
 }

@@ -11,98 +11,15 @@
 
 use std::sync::Arc;
 
-use crossbeam_channel::{Receiver, Sender};
-use parking_lot::Mutex;
 use qrelay_shared::sys::thread::spawn;
 
-use crate::lua::library::pg::pool::{Seat, Shared};
 use crate::lua::library::pg::session::{Answer, Request, Session};
-use crate::lua::library::pg::target::Cancel;
+use crate::lua::library::pg::target::{Cancel, Target};
+use crate::lua::library::pg::task::{Stage, Task};
 
 /// Virtual memory of a connection's thread: a TLS handshake of an unoptimised build takes less
 /// than half of it (measured), everything else a fraction.
 pub const STACK_SIZE: usize = 512 << 10;
-
-/// Something to be done on a connection.
-pub struct Task {
-    /// What is asked first.
-    pub request: Request,
-    /// What is asked afterwards: the connection is kept until nobody can ask any more.
-    pub more: Option<Receiver<Request>>,
-    /// Where answers go.
-    pub answers: Sender<Answer>,
-    /// How far it is.
-    pub stage: Arc<Stage>,
-}
-
-/// How far a task is: known to who asked and to the thread that works on it.
-#[derive(Default)]
-pub struct Stage(Mutex<Step>);
-
-#[derive(Default)]
-enum Step {
-    /// Nobody works on it.
-    #[default]
-    Queued,
-    /// A connection works on it, or is being made for it.
-    Running(Option<Arc<Cancel>>),
-    /// Nobody waits for it, and nobody has begun with it.
-    Skipped,
-    /// Nobody waits for it any more.
-    Abandoned,
-    /// It is over.
-    Done,
-}
-
-/// What was abandoned.
-pub enum Abandoned {
-    /// Nothing that would go on.
-    Idle,
-    /// A thread that works on it.
-    Working(Option<Arc<Cancel>>),
-}
-
-/// What the end of a task means.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Finish {
-    /// Somebody waits for the answer.
-    Answer,
-    /// It was abandoned before anybody worked on it.
-    Skipped,
-    /// It was abandoned meanwhile.
-    Abandoned,
-}
-
-impl Stage {
-    /// Work begins, or its connection is known; false if nobody waits.
-    fn run(&self, cancel: Option<&Arc<Cancel>>) -> bool {
-        let mut step = self.0.lock();
-        let wanted = matches!(*step, Step::Queued | Step::Running(_));
-        if wanted {
-            *step = Step::Running(cancel.cloned());
-        }
-        wanted
-    }
-
-    /// It is over.
-    pub fn finish(&self) -> Finish {
-        match std::mem::replace(&mut *self.0.lock(), Step::Done) {
-            Step::Abandoned => Finish::Abandoned,
-            Step::Skipped => Finish::Skipped,
-            Step::Queued | Step::Running(_) | Step::Done => Finish::Answer,
-        }
-    }
-
-    /// Nobody waits any more.
-    pub fn abandon(&self) -> Abandoned {
-        let mut step = self.0.lock();
-        let next = if matches!(*step, Step::Queued) { Step::Skipped } else { Step::Abandoned };
-        match std::mem::replace(&mut *step, next) {
-            Step::Running(cancel) => Abandoned::Working(cancel),
-            _ => Abandoned::Idle,
-        }
-    }
-}
 
 /// Has the server cancel what an abandoned connection is doing.
 pub fn cancel(cancel: Arc<Cancel>) {
@@ -110,27 +27,39 @@ pub fn cancel(cancel: Arc<Cancel>) {
     let _ = spawn("pg-cancel", STACK_SIZE, move || cancel.run());
 }
 
-/// Starts a thread that works on tasks until there can be no more.
+/// The pool of a connection's thread, as the thread sees it.
+pub trait Tasks {
+    /// Returns the server that connections lead to.
+    fn target(&self) -> &Target;
+
+    /// Waits for the next task; none if there can be no more.
+    fn next(&mut self) -> Option<Task>;
+
+    /// Counts the task as over; false if nobody waits for it, and the thread isn't counted any more.
+    fn finish(&mut self) -> bool;
+}
+
+/// Starts a thread that works on tasks until there can be no more. The thread makes `tasks` itself,
+/// so that nothing is counted for a thread that doesn't start.
 ///
 /// # Errors
 /// There is no thread to be had.
-pub fn start(shared: Arc<Shared>, tasks: Receiver<Task>) -> std::io::Result<()> {
-    let worker = Worker { seat: Seat::new(shared, tasks), connection: None };
-    spawn("pg", STACK_SIZE, move || worker.run())
+pub fn start<T: Tasks>(tasks: impl FnOnce() -> T + Send + 'static) -> std::io::Result<()> {
+    spawn("pg", STACK_SIZE, move || Worker { tasks: tasks(), connection: None }.run())
 }
 
-struct Worker {
-    /// Dropped before the seat: whoever waits for the thread's end wants this to be closed.
+struct Worker<T> {
+    /// Dropped before `tasks`: a caller that waits for the thread's end wants this to be closed.
     connection: Option<(Session, Arc<Cancel>)>,
-    seat: Seat,
+    tasks: T,
 }
 
-impl Worker {
+impl<T: Tasks> Worker<T> {
     fn run(mut self) {
-        while let Some(task) = self.seat.next() {
+        while let Some(task) = self.tasks.next() {
             let wanted = task.stage.run(self.connection.as_ref().map(|(_, cancel)| cancel));
             let answer = if wanted { self.work(&task) } else { None };
-            if !self.seat.finish() {
+            if !self.tasks.finish() {
                 break;
             }
             if let Some(answer) = answer {
@@ -184,7 +113,7 @@ impl Worker {
         let connection = match self.connection.take() {
             Some(connection) => connection,
             None => {
-                let (client, cancel) = self.seat.target().connect()?;
+                let (client, cancel) = self.tasks.target().connect()?;
                 let cancel = Arc::new(cancel);
                 if !stage.run(Some(&cancel)) {
                     return Err("nobody waits any more".into());

@@ -24,7 +24,8 @@ use crate::lua::engine::watch::Watch;
 use crate::lua::library::pg::Library;
 use crate::lua::library::pg::pool::{Lease, Pool, Refusal};
 use crate::lua::library::pg::result::ResultObject;
-use crate::lua::library::pg::session::{Request, Rows};
+use crate::lua::library::pg::rows::Rows;
+use crate::lua::library::pg::session::Request;
 use crate::lua::library::pg::statement;
 
 /// Longest name of a notification channel in bytes (`NAMEDATALEN` - 1).

@@ -18,7 +18,7 @@ use postgres::fallible_iterator::FallibleIterator as _;
 use postgres::types::{Format, FromSql, IsNull, Kind, ToSql, Type, to_sql_checked};
 use postgres::{Client, Error, Row};
 
-use crate::lua::library::pg::session::{Line, Rows};
+use crate::lua::library::pg::rows::{ResultRow, Rows};
 use crate::lua::library::pg::statement::Parameter;
 
 /// The type of parameters that the server is to find the types of.
@@ -133,7 +133,7 @@ pub fn run(
     let mut stream = client.query_typed_raw(sql, borrowed)?;
     let mut rows = Vec::new();
     while let Some(row) = stream.next()? {
-        rows.push(line(&row)?);
+        rows.push(result_row(&row)?);
     }
     let affected = stream.rows_affected().unwrap_or(0);
     let rows = rows.into_iter().collect::<Result<Vec<_>, String>>();
@@ -151,7 +151,7 @@ fn learn_types(client: &mut Client, sql: &str, parameters: usize) -> Result<(), 
     }
 }
 
-fn line(row: &Row) -> Result<Result<Line, String>, Error> {
+fn result_row(row: &Row) -> Result<Result<ResultRow, String>, Error> {
     let mut values = Vec::with_capacity(row.len());
     for (index, column) in row.columns().iter().enumerate() {
         let name = column.name().to_owned();
@@ -164,7 +164,7 @@ fn line(row: &Row) -> Result<Result<Line, String>, Error> {
         };
         values.push((name, text));
     }
-    Ok(Ok(Line::Values(values)))
+    Ok(Ok(ResultRow::Values(values)))
 }
 
 fn no_text(column: &str, kind: &Type) -> String {

@@ -17,9 +17,11 @@ use parking_lot::{Condvar, Mutex};
 use qrelay_shared::deadline::Deadline;
 use slog::Logger;
 
-use crate::lua::library::pg::connection::{self, Abandoned, Finish, Stage, Task};
-use crate::lua::library::pg::session::{Answer, Request, Rows};
+use crate::lua::library::pg::connection::{self, Tasks};
+use crate::lua::library::pg::rows::Rows;
+use crate::lua::library::pg::session::{Answer, Request};
 use crate::lua::library::pg::target::Target;
+use crate::lua::library::pg::task::{Abandoned, Finish, Stage, Task};
 
 /// How long the end of loading waits for connections that the script has opened.
 pub const CLOSE_TIME: Duration = Duration::from_secs(5);
@@ -56,7 +58,7 @@ impl Queue {
 }
 
 /// What the threads know of their pool.
-pub struct Shared {
+struct Shared {
     target: Arc<Target>,
     max: usize,
     logger: Logger,
@@ -76,11 +78,6 @@ struct State {
 }
 
 impl Shared {
-    /// Where the connections lead.
-    pub fn target(&self) -> &Arc<Target> {
-        &self.target
-    }
-
     /// Says in the log what a mail waited for when its time was over.
     fn given_up(&self, waiting_for: &str) {
         slog::warn!(self.logger, "pg: a mail's time is over"; "waited_for" => waiting_for,
@@ -93,14 +90,15 @@ impl Shared {
         if !needed || state.threads >= self.max || state.abandoned >= self.max {
             return Ok(());
         }
-        connection::start(Arc::clone(self), taken.clone())?;
+        let (shared, taken) = (Arc::clone(self), taken.clone());
+        connection::start(move || PoolThread::new(shared, taken))?;
         state.threads += 1;
         Ok(())
     }
 }
 
-/// A thread's place in its pool; it is given up when this is dropped.
-pub struct Seat {
+/// What the pool counts of one of its threads, until this is dropped.
+struct PoolThread {
     shared: Arc<Shared>,
     taken: Receiver<Task>,
     /// Of the task in work.
@@ -108,26 +106,13 @@ pub struct Seat {
     abandoned: bool,
 }
 
-impl Seat {
-    /// For a thread that [`Shared::grow`] has started.
-    pub fn new(shared: Arc<Shared>, taken: Receiver<Task>) -> Self {
+impl PoolThread {
+    /// For a thread that [`Shared::grow`] starts.
+    fn new(shared: Arc<Shared>, taken: Receiver<Task>) -> Self {
         Self { shared, taken, stage: None, abandoned: false }
     }
 
-    /// Where connections lead.
-    pub fn target(&self) -> &Target {
-        &self.shared.target
-    }
-
-    /// The next task; none if there can be no more.
-    pub fn next(&mut self) -> Option<Task> {
-        let task = self.taken.recv().ok()?;
-        self.stage = Some(Arc::clone(&task.stage));
-        Some(task)
-    }
-
-    /// The task is over; false if nobody waits for it, and the thread isn't counted any more.
-    pub fn finish(&mut self) -> bool {
+    fn count_finished(&mut self) -> bool {
         let Some(stage) = self.stage.take() else { return true };
         match stage.finish() {
             Finish::Answer | Finish::Skipped => {
@@ -142,9 +127,25 @@ impl Seat {
     }
 }
 
-impl Drop for Seat {
+impl Tasks for PoolThread {
+    fn target(&self) -> &Target {
+        &self.shared.target
+    }
+
+    fn next(&mut self) -> Option<Task> {
+        let task = self.taken.recv().ok()?;
+        self.stage = Some(Arc::clone(&task.stage));
+        Some(task)
+    }
+
+    fn finish(&mut self) -> bool {
+        self.count_finished()
+    }
+}
+
+impl Drop for PoolThread {
     fn drop(&mut self) {
-        self.finish();
+        self.count_finished();
         let mut state = self.shared.state.lock();
         if self.abandoned {
             state.abandoned -= 1;
@@ -168,7 +169,7 @@ impl Pool {
 
     /// Where the connections lead.
     pub fn target(&self) -> &Arc<Target> {
-        self.shared.target()
+        &self.shared.target
     }
 
     /// Has a request answered.

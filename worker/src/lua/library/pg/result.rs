@@ -15,11 +15,11 @@ use parking_lot::Mutex;
 use crate::lua::binding::convert::{self, Argument};
 use crate::lua::binding::error::Raise;
 use crate::lua::binding::function::{self, Class};
-use crate::lua::library::pg::session::{Line, Rows};
+use crate::lua::library::pg::rows::{ResultRow, Rows};
 
 /// The userdata.
 pub struct ResultObject {
-    rows: Mutex<IntoIter<Line>>,
+    rows: Mutex<IntoIter<ResultRow>>,
     affected: u64,
 }
 
@@ -30,7 +30,7 @@ impl ResultObject {
     }
 
     /// The next row; the last one takes the list with it.
-    fn next(&self) -> Option<Line> {
+    fn next(&self) -> Option<ResultRow> {
         let mut rows = self.rows.lock();
         let row = rows.next();
         if rows.len() == 0 {
@@ -115,7 +115,7 @@ fn fetch(
         Keys::Numbers => table.raw_set(index + 1, value),
     };
     match row {
-        Line::Text(row) => {
+        ResultRow::Text(row) => {
             for (index, column) in row.columns().iter().enumerate() {
                 match row.try_get(index) {
                     Ok(value) => set(index, column.name(), value.into_lua(lua)?)?,
@@ -123,7 +123,7 @@ fn fetch(
                 }
             }
         }
-        Line::Values(values) => {
+        ResultRow::Values(values) => {
             for (index, (name, value)) in values.iter().enumerate() {
                 let value = value.as_ref().map(|text| lua.create_string(text)).transpose()?;
                 set(index, name, value.into_lua(lua)?)?;

@@ -15,9 +15,10 @@ use std::hash::{BuildHasher as _, Hasher as _, RandomState};
 use std::time::{Duration, Instant};
 
 use postgres::error::{Severity, SqlState};
-use postgres::{Client, Error, SimpleQueryMessage, SimpleQueryRow};
+use postgres::{Client, Error, SimpleQueryMessage};
 
 use crate::lua::library::pg::extended;
+use crate::lua::library::pg::rows::{ResultRow, Rows};
 use crate::lua::library::pg::statement::{self, Parameter};
 use crate::lua::library::pg::target::describe;
 
@@ -51,24 +52,6 @@ pub enum Request {
     Commit,
     /// Ends it: nothing counts.
     Rollback,
-}
-
-/// A row of a result.
-#[derive(Debug)]
-pub enum Line {
-    /// As it came.
-    Text(SimpleQueryRow),
-    /// Names of columns and their texts.
-    Values(Vec<(String, Parameter)>),
-}
-
-/// The last result of a request.
-#[derive(Debug, Default)]
-pub struct Rows {
-    /// Each knows its columns' names.
-    pub rows: Vec<Line>,
-    /// Rows that were affected or returned.
-    pub affected: u64,
 }
 
 /// How a request ended.
@@ -334,7 +317,7 @@ fn last_result(messages: Vec<SimpleQueryMessage>) -> Rows {
                 if std::mem::take(&mut complete) {
                     result.rows.clear();
                 }
-                result.rows.push(Line::Text(row));
+                result.rows.push(ResultRow::Text(row));
             }
             SimpleQueryMessage::CommandComplete(affected) => {
                 if std::mem::replace(&mut complete, true) {

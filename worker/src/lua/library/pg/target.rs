@@ -20,7 +20,7 @@ use rustls::pki_types::CertificateDer;
 use slog::Logger;
 use tokio_postgres_rustls::MakeRustlsConnect;
 
-use crate::lua::library::pg::conninfo::{ConnInfoError, Parameters};
+use crate::lua::library::pg::parameters::{ConnInfoError, Parameters};
 use crate::lua::library::pg::passfile::{self, Access};
 use crate::lua::library::pg::statement;
 use crate::lua::library::pg::tls::{self, Check};
@@ -445,10 +445,11 @@ impl Reader<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::lua::library::pg::conninfo;
 
     fn target(text: &str) -> Result<Target, ConnInfoError> {
         let logger = Logger::root(slog::Discard, slog::o!());
-        Target::new(Parameters::parse(text)?, None, &logger)
+        Target::new(conninfo::parse(text)?, None, &logger)
     }
 
     #[test]

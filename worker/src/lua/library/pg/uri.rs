@@ -6,9 +6,14 @@
 //! # Failure
 //! [`ConnInfoError`].
 
-use crate::lua::library::pg::conninfo::{ConnInfoError, Parameters};
+use crate::lua::library::pg::parameters::{ConnInfoError, Parameters};
 
-/// Reads what follows `postgresql://`.
+/// Returns what follows the scheme, if the text is a connection URI.
+pub fn without_scheme(text: &str) -> Option<&str> {
+    text.strip_prefix("postgresql://").or_else(|| text.strip_prefix("postgres://"))
+}
+
+/// Reads what follows the scheme.
 ///
 /// # Errors
 /// It is malformed, or names a parameter that isn't supported.
@@ -107,11 +112,17 @@ fn decode(text: &str) -> Result<String, ConnInfoError> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::conninfo::Parameters;
+    use super::*;
+
+    fn read(text: &str) -> Result<Parameters, ConnInfoError> {
+        let mut parameters = Parameters::default();
+        parse(without_scheme(text).expect("a URI"), &mut parameters)?;
+        Ok(parameters)
+    }
 
     fn all(text: &str) -> Vec<(&'static str, String)> {
         let keys = ["user", "password", "host", "port", "dbname", "sslmode", "connect_timeout"];
-        let parameters = Parameters::parse(text).expect(text);
+        let parameters = read(text).expect(text);
         let value = |key: &'static str| parameters.get(key).map(|value| (key, value.to_owned()));
         keys.into_iter().filter_map(value).collect()
     }
@@ -158,7 +169,7 @@ mod tests {
             "postgresql://h?user",
             "postgresql://h?usr=x",
         ] {
-            assert!(Parameters::parse(text).is_err(), "{text}");
+            assert!(read(text).is_err(), "{text}");
         }
     }
 }

@@ -1,0 +1,23 @@
+//! Rows as they come from the server.
+
+use postgres::SimpleQueryRow;
+
+use crate::lua::library::pg::statement::Parameter;
+
+/// A row of a result.
+#[derive(Debug)]
+pub enum ResultRow {
+    /// As it came.
+    Text(SimpleQueryRow),
+    /// Names of columns and their texts.
+    Values(Vec<(String, Parameter)>),
+}
+
+/// The last result of a request.
+#[derive(Debug, Default)]
+pub struct Rows {
+    /// Each knows its columns' names.
+    pub rows: Vec<ResultRow>,
+    /// Rows that were affected or returned.
+    pub affected: u64,
+}

@@ -1,0 +1,96 @@
+//! Something to be done on a connection, and how far it is.
+//!
+//! Contract: the caller who waits for a task and the thread that works on it share a [`Stage`], so
+//! that each learns when the other is gone.
+//!
+//! # Failure
+//! None.
+
+use std::sync::Arc;
+
+use crossbeam_channel::{Receiver, Sender};
+use parking_lot::Mutex;
+
+use crate::lua::library::pg::session::{Answer, Request};
+use crate::lua::library::pg::target::Cancel;
+
+/// Something to be done on a connection.
+pub struct Task {
+    /// What is asked first.
+    pub request: Request,
+    /// What is asked afterwards: the connection is kept until nobody can ask any more.
+    pub more: Option<Receiver<Request>>,
+    /// Where answers go.
+    pub answers: Sender<Answer>,
+    /// How far it is.
+    pub stage: Arc<Stage>,
+}
+
+/// How far a task is: known to who asked and to the thread that works on it.
+#[derive(Default)]
+pub struct Stage(Mutex<Step>);
+
+#[derive(Default)]
+enum Step {
+    /// Nobody works on it.
+    #[default]
+    Queued,
+    /// A connection works on it, or is being made for it.
+    Running(Option<Arc<Cancel>>),
+    /// Nobody waits for it, and nobody has begun with it.
+    Skipped,
+    /// Nobody waits for it any more.
+    Abandoned,
+    /// It is over.
+    Done,
+}
+
+/// What was abandoned.
+pub enum Abandoned {
+    /// Nothing that would go on.
+    Idle,
+    /// A thread that works on it.
+    Working(Option<Arc<Cancel>>),
+}
+
+/// What the end of a task means.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Finish {
+    /// Somebody waits for the answer.
+    Answer,
+    /// It was abandoned before anybody worked on it.
+    Skipped,
+    /// It was abandoned meanwhile.
+    Abandoned,
+}
+
+impl Stage {
+    /// Work begins, or its connection is known; false if nobody waits.
+    pub fn run(&self, cancel: Option<&Arc<Cancel>>) -> bool {
+        let mut step = self.0.lock();
+        let wanted = matches!(*step, Step::Queued | Step::Running(_));
+        if wanted {
+            *step = Step::Running(cancel.cloned());
+        }
+        wanted
+    }
+
+    /// It is over.
+    pub fn finish(&self) -> Finish {
+        match std::mem::replace(&mut *self.0.lock(), Step::Done) {
+            Step::Abandoned => Finish::Abandoned,
+            Step::Skipped => Finish::Skipped,
+            Step::Queued | Step::Running(_) | Step::Done => Finish::Answer,
+        }
+    }
+
+    /// Nobody waits any more.
+    pub fn abandon(&self) -> Abandoned {
+        let mut step = self.0.lock();
+        let next = if matches!(*step, Step::Queued) { Step::Skipped } else { Step::Abandoned };
+        match std::mem::replace(&mut *step, next) {
+            Step::Running(cancel) => Abandoned::Working(cancel),
+            _ => Abandoned::Idle,
+        }
+    }
+}
