@@ -1,21 +1,16 @@
 //! Lua: config.lua's world.
 //!
-//! [`state`] is what the rest of the worker sees: load a script, run a handler.
-//! Beneath it, [`monitor`] decides who may use Lua, [`watch`] how long, and
-//! [`operation`] is how a handler waits without holding it; [`background`] runs
-//! what isn't a handler, and [`scope`] is what ends with a run. [`function`] and
-//! [`convert`] are what every library is made with: [`mail`], [`action`],
-//! [`cgroup`], [`address`], [`config`] (what a script declares), [`output`] (`print` and
-//! `io`), [`compat`] (names of Lua 5.1), [`sodium`], [`json`], [`jwt`],
-//! [`socket`], [`control_client`], [`log`], [`every`] and [`pg`] (PostgreSQL), each with one
-//! `register()`.
+//! [`state`] is what the rest of the worker sees: it loads a script ([`config`]) and runs its
+//! handlers. The rooms below it, each using only those after it: [`library`] has what a script
+//! sees, one file or folder per library, each with one `register()`; [`engine`] decides who may use
+//! Lua, and for how long; [`binding`] is how Rust functions and values meet Lua's.
 //!
 //! # Failure
-//! Misuse raises a Lua error of type string, with the caller's position, as
-//! Lua's own libraries do. No error of Lua crosses [`state`] but as one of the
-//! enums in [`error`].
+//! Misuse raises a Lua error of type string, with the caller's position, as Lua's own libraries do.
+//! An error of Lua leaves this room only as [`config::ConfigError`] or [`state::HandlerError`].
 
 pub mod binding;
+pub mod config;
 pub mod engine;
 pub mod library;
 pub mod state;

@@ -1,4 +1,7 @@
-//! How Rust meets Lua: functions, their arguments, conversions, errors.
+//! The binding: how Rust functions and values meet Lua's.
+//!
+//! [`function`] makes functions and classes, which take [`arguments`], [`convert`] values, raise an
+//! [`error`] and wait by an [`operation`]. [`strings`] keeps Lua strings that are needed often.
 
 pub mod arguments;
 pub mod convert;

@@ -1,6 +1,15 @@
-//! The Lua state, who may use it, and for how long.
+//! The engine: who may use the Lua state, for how long, and with how much memory.
+//!
+//! [`monitor`] lets one thread at a time run Lua, [`watch`] is its clock and [`collector`] its
+//! garbage collector. [`slot`] holds a mail while its handler runs, [`scope`] what ends with a run,
+//! [`output`] what a script prints. [`background`] runs functions without a mail. [`prelude`] is the
+//! part in Lua.
 
 pub mod background;
+pub mod collector;
 pub mod monitor;
+pub mod output;
+pub mod prelude;
 pub mod scope;
+pub mod slot;
 pub mod watch;

@@ -10,11 +10,10 @@
 //! logged here, with the script's traceback.
 
 use std::io::Read as _;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use mlua::state::{GcIncParams, GcMode};
 use mlua::{Function, Lua, Table, Value};
 use parking_lot::RwLock;
 use qrelay_shared::deadline::Deadline;
@@ -24,53 +23,27 @@ use qrelay_shared::settings::{Declaration, Settings};
 use slog::Logger;
 
 use crate::delivery::action::Action;
-use crate::lua::binding::convert::{self, Argument, MAX_TIMEOUT};
 use crate::lua::binding::error;
-pub use crate::lua::binding::error::{ConfigError, HandlerError};
-use crate::lua::binding::function::{self, Call};
-use crate::lua::binding::operation::Sleep;
+pub use crate::lua::binding::error::HandlerError;
+use crate::lua::config::{self, ConfigError};
 use crate::lua::engine::background::Background;
+use crate::lua::engine::collector;
 use crate::lua::engine::monitor::{Job, Monitor, Progress, Stop};
+use crate::lua::engine::output::Output;
+use crate::lua::engine::prelude;
+use crate::lua::engine::slot::Slot;
 use crate::lua::engine::watch::{Held, Watch};
-use crate::lua::library::action;
-use crate::lua::library::address;
-use crate::lua::library::cgroup;
-use crate::lua::library::compat;
-use crate::lua::library::control_client;
+use crate::lua::library::action_object;
 use crate::lua::library::dictionary_client::{self, Opener};
 use crate::lua::library::every;
-use crate::lua::library::json;
-use crate::lua::library::jwt;
-use crate::lua::library::listen;
-use crate::lua::library::listen::{Draft, SharedDraft};
-use crate::lua::library::log;
-use crate::lua::library::mail::{self, MailObject, Slot};
-use crate::lua::library::output::{self, Log};
+use crate::lua::library::listen::Draft;
+use crate::lua::library::mail_object::MailObject;
 use crate::lua::library::pg;
-use crate::lua::library::shared;
 use crate::lua::library::shared::SharedOpener;
 use crate::lua::library::socket;
-use crate::lua::library::sodium;
+use crate::lua::library::{self, Libraries};
 use crate::mail::Mail;
 use crate::session::script::{Decision, Handling};
-
-/// When the collector begins again, in percent of what it left. An object with a finalizer, as each
-/// mail has some, survives the cycle that finds it dead, and counts as left. If a script keeps `s`
-/// bytes and all garbage is such objects, each cycle leaves `s (p - 1) / (2 - p)` bytes of them with a
-/// pause of `p` times what was left; with `p` = 2, Lua's own value, always more. With 1.4 Lua's memory
-/// stays below 2.4 `s`.
-const GC_PAUSE: i32 = 140;
-
-/// How fast the collector works, where 200 is the rate of allocation: so fast that each cycle is
-/// done at once, some 2 ms per MiB that the script keeps. Otherwise it falls behind: when Lua 5.3
-/// gives a finalizer to an object that was made where a sweep begins (luaC_checkfinalizer in lgc.c),
-/// it frees all dead objects up to the next living one, counts them as memory that may be taken
-/// before the collector goes on, and so leaves as many of the next mails'. With a table of 300 KiB
-/// and 20 times the rate of allocation a worker grew by 100 bytes per mail.
-const GC_STEP_MULTIPLIER: i32 = 1_000_000_000;
-
-/// Part of the memory limit that may be in use after a full collection.
-const FULL: f64 = 0.9;
 
 /// How a configuration is loaded.
 pub struct LoadOptions {
@@ -91,7 +64,7 @@ pub struct State {
     lua: Lua,
     monitor: Arc<Monitor>,
     watch: Arc<Watch>,
-    log: Arc<Log>,
+    output: Arc<Output>,
     logger: Logger,
     handlers: Vec<Function>,
     settings: Settings,
@@ -122,13 +95,20 @@ impl State {
         let LoadOptions { config, reload, systemd, logger, dictionaries } = options;
         let dictionaries = Arc::new(RwLock::new(dictionaries));
         let watch = Watch::new();
-        let log = Log::new(logger.clone(), Arc::clone(&watch));
+        let output = Output::new(logger.clone(), Arc::clone(&watch));
         let draft = Draft::new(systemd);
         let pg = pg::Library::new(logger.clone());
-        let (lua, monitor) =
-            set_up(&watch, &log, &logger, &draft, &dictionaries, &pg).map_err(internal)?;
-        let result = run_script(&lua, &config, reload, &draft);
-        log.flush(None);
+        let libraries = Libraries {
+            watch: &watch,
+            output: &output,
+            logger: &logger,
+            draft: &draft,
+            dictionaries: &dictionaries,
+            pg: &pg,
+        };
+        let (lua, monitor) = set_up(&watch, &libraries).map_err(internal)?;
+        let result = config::run(&lua, &config, reload, &draft);
+        output.flush(None);
         // Nothing of this may be inherited: each process has its own ways.
         pg.close();
         dictionary_client::hang_up();
@@ -145,13 +125,13 @@ impl State {
             slog::warn!(logger, "the script listens on systemd, which passed no sockets for it");
         }
         let settings = declaration.settings.clone();
-        limit_memory(&lua, settings.lua_memory_limit).map_err(internal)?;
+        collector::limit_memory(&lua, settings.lua_memory_limit).map_err(internal)?;
         let randomseed = math_randomseed(&lua).map_err(internal)?;
         let state = Self {
             lua,
             monitor: Arc::new(monitor),
             watch,
-            log,
+            output,
             logger,
             handlers,
             settings,
@@ -178,9 +158,9 @@ impl State {
         if let Err(error) = self.randomseed.call::<()>(u32::from_ne_bytes(seed)) {
             slog::warn!(self.logger, "math.randomseed: {}", error::describe(&error).0);
         }
-        let (monitor, log) = (Arc::clone(&self.monitor), Arc::clone(&self.log));
+        let (monitor, output) = (Arc::clone(&self.monitor), Arc::clone(&self.output));
         let (settings, logger) = (self.settings.clone(), self.logger.clone());
-        let background = Arc::new(Background::new(monitor, log, logger, settings, worker));
+        let background = Arc::new(Background::new(monitor, output, logger, settings, worker));
         every::start(&self.lua, &background);
         self.pg.start(&background);
     }
@@ -204,9 +184,9 @@ impl State {
         let job = Job { number, mail: Some(Arc::clone(&slot)), deadline, budget };
         let object = MailObject::new(Arc::clone(&slot));
         let argument = |lua: &Lua| lua.create_any_userdata(object).map(Value::UserData);
-        match self.monitor.start(&job, function, argument, mail::decision) {
+        match self.monitor.start(&job, function, argument, action_object::decision) {
             Ok(Progress::Waits(suspended)) => Handling::Waits(Box::new(move || {
-                let result = self.monitor.finish(&job, suspended, mail::decision);
+                let result = self.monitor.finish(&job, suspended, action_object::decision);
                 self.decided(&slot, result)
             })),
             Ok(Progress::Finished(decision)) => {
@@ -219,7 +199,7 @@ impl State {
     /// Takes the mail back from a handler that has ended.
     fn decided(&self, slot: &Slot, result: Result<Result<Action, String>, Stop>) -> Decision {
         let mail = slot.take().expect("nobody else takes the mail out of its slot");
-        self.log.flush(Some(&mail.id));
+        self.output.flush(Some(&mail.id));
         let result = match result {
             Ok(Ok(action)) => Ok(action),
             Ok(Err(message)) => Err(Stop::Error { message, traceback: None }),
@@ -261,126 +241,24 @@ impl State {
         }
     }
 
-    /// After a failure: is it that Lua's memory is full of what the script keeps?
+    /// Notices, after a failure, that Lua's memory is full of what the script keeps.
     fn check_memory(&self) {
-        let full = self.settings.lua_memory_limit as f64 * FULL;
-        let is_full = || self.lua.used_memory() as f64 > full;
-        if !is_full() {
-            return;
-        }
-        // The first cycle may have begun before the garbage became garbage.
-        let collected = self.lua.gc_collect().and_then(|()| self.lua.gc_collect());
-        if (collected.is_err() || is_full()) && !self.exhausted.swap(true, Ordering::Relaxed) {
+        let limit = self.settings.lua_memory_limit;
+        if collector::is_full(&self.lua, limit) && !self.exhausted.swap(true, Ordering::Relaxed) {
             slog::error!(self.logger, "the script's memory limit is reached";
-                "lua_memory_limit" => self.settings.lua_memory_limit);
+                "lua_memory_limit" => limit);
         }
     }
 }
 
 /// A Lua state with everything a script may use.
-fn set_up(
-    watch: &Arc<Watch>,
-    log: &Arc<Log>,
-    logger: &Logger,
-    draft: &SharedDraft,
-    dictionaries: &SharedOpener,
-    pg: &Arc<pg::Library>,
-) -> mlua::Result<(Lua, Monitor)> {
+fn set_up(watch: &Arc<Watch>, libraries: &Libraries<'_>) -> mlua::Result<(Lua, Monitor)> {
     let lua = new_lua();
-    let pace = GcIncParams::default().pause(GC_PAUSE).step_multiplier(GC_STEP_MULTIPLIER);
-    lua.gc_set_mode(GcMode::Incremental(pace));
-    lua.set_memory_limit(Settings::default().lua_memory_limit)?;
+    collector::set_up(&lua, Settings::default().lua_memory_limit)?;
     let monitor = Monitor::new(lua.clone(), Arc::clone(watch))?;
-    function::install(&lua, watch)?;
-    output::register(&lua, log)?;
-    compat::register(&lua)?;
-    listen::register(&lua, draft)?;
-    address::register(&lua, watch)?;
-    action::register(&lua)?;
-    cgroup::register(&lua)?;
-    mail::register(&lua)?;
-    shared::register(&lua, dictionaries)?;
-    sodium::register(&lua)?;
-    json::register(&lua)?;
-    jwt::register(&lua)?;
-    socket::register(&lua, watch)?;
-    control_client::register(&lua, watch)?;
-    log::register(&lua, logger, watch)?;
-    every::register(&lua, watch)?;
-    pg::register(&lua, watch, pg)?;
-    let sleep = function::blocking_function(&lua, "sleep", |_, seconds: Value| {
-        let argument = Argument::new("sleep", 1, "seconds");
-        let seconds = argument.number(&seconds, 0.0, MAX_TIMEOUT)?;
-        Ok(Call::<()>::Later(Box::new(Sleep(std::time::Duration::from_secs_f64(seconds)))))
-    })?;
-    lua.globals().set("sleep", sleep)?;
+    prelude::install(&lua, watch)?;
+    library::register(&lua, libraries)?;
     Ok((lua, monitor))
-}
-
-fn run_script(
-    lua: &Lua,
-    config: &Path,
-    reload: bool,
-    draft: &SharedDraft,
-) -> Result<(), ConfigError> {
-    let source = std::fs::read(config)
-        .map_err(|cause| ConfigError::Unreadable { path: config.to_owned(), cause })?;
-    let directory = config.parent().unwrap_or(Path::new("/"));
-    std::env::set_current_dir(directory)
-        .map_err(|cause| ConfigError::Unreadable { path: directory.to_owned(), cause })?;
-    let name = format!("@{}", config.display());
-    let failed = |e: mlua::Error| ConfigError::Script(located(&e, config));
-    lua.load(without_shebang(&source)).set_name(name).exec().map_err(failed)?;
-    if reload {
-        draft.lock().enter_reload();
-        run_reload(lua).map_err(|e| ConfigError::Reload(located(&e, config)))?;
-    }
-    Ok(())
-}
-
-fn run_reload(lua: &Lua) -> mlua::Result<()> {
-    match lua.globals().get("reload")? {
-        Value::Nil => Ok(()),
-        Value::Function(reload) => reload.call(()),
-        other => {
-            let got = convert::describe(&other);
-            let message = format!("the global reload must be a function, but it is {got}");
-            Err(mlua::Error::RuntimeError(message))
-        }
-    }
-}
-
-/// As `lua` does: a first line that begins with `#` is for the shell. The line end stays, so that
-/// lines keep their numbers.
-fn without_shebang(source: &[u8]) -> &[u8] {
-    let source = source.strip_prefix(b"\xef\xbb\xbf").unwrap_or(source);
-    match source.first() {
-        Some(b'#') => &source[memchr::memchr(b'\n', source).unwrap_or(source.len())..],
-        _ => source,
-    }
-}
-
-/// The message with file and line; Lua's own usually has them.
-fn located(error: &mlua::Error, config: &Path) -> String {
-    let (message, traceback) = error::describe(error);
-    // `config.lua:12: …`, or `lua: config.lua:12: …` where a module failed to load.
-    let has_position = message.split(": ").next().is_some_and(|position| {
-        position.rsplit(':').next().is_some_and(|line| line.parse::<u32>().is_ok())
-    });
-    if has_position {
-        return message;
-    }
-    match traceback.as_deref().and_then(error::position) {
-        Some(position) => format!("{position}: {message}"),
-        None => format!("{}: {message}", config.display()),
-    }
-}
-
-/// The limit holds from now on, and what loading left behind is collected.
-fn limit_memory(lua: &Lua, limit: usize) -> mlua::Result<()> {
-    lua.gc_collect()?;
-    lua.gc_collect()?;
-    lua.set_memory_limit(limit).map(|_| ())
 }
 
 fn math_randomseed(lua: &Lua) -> mlua::Result<Function> {

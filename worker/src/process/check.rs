@@ -12,8 +12,9 @@ use std::time::Duration;
 use qrelay_shared::settings::{Declaration, ListenAddress, ListenerDecl, Settings};
 use slog::Logger;
 
+use crate::lua::config::ConfigError;
 use crate::lua::library::dictionary_client::Opener;
-use crate::lua::state::{ConfigError, LoadOptions, State};
+use crate::lua::state::{LoadOptions, State};
 
 /// Loads the script at an absolute path and describes it, one line per item. The names that
 /// `systemd['…']` may have are those of `LISTEN_FDNAMES`, as for the daemon; `dictionaries` is

@@ -14,7 +14,7 @@ use qrelay_shared::ipc::channel::SendError;
 use qrelay_shared::ipc::message::{Peer, mail_id};
 use qrelay_shared::qmqp;
 use qrelay_shared::settings::Declaration;
-use qrelay_worker::lua::binding::error::ConfigError;
+use qrelay_worker::lua::config::ConfigError;
 use qrelay_worker::lua::state::{LoadOptions, State};
 use qrelay_worker::mail::{Inserted, Mail};
 use qrelay_worker::session::script::Decision;

@@ -7,8 +7,6 @@
 //! # Failure
 //! None: these are the failures.
 
-use std::path::PathBuf;
-
 use thiserror::Error;
 
 /// Why a function of qrelay raises an error in the script that called it.
@@ -49,45 +47,6 @@ impl From<Raise> for mlua::Error {
             Raise::Text(text) => Self::external(Misuse(text)),
             Raise::Lua(error) => error,
         }
-    }
-}
-
-/// Why a configuration can't be used. The administrator can repair each by
-/// editing the file, except [`ConfigError::Internal`].
-#[derive(Debug, Error)]
-pub enum ConfigError {
-    /// The file can't be read.
-    #[error("cannot read {}: {}", path.display(), reason(cause))]
-    Unreadable {
-        /// The file.
-        path: PathBuf,
-        /// What the system says.
-        cause: std::io::Error,
-    },
-    /// The script has a syntax error or failed while it ran; file and line are in the text.
-    #[error("{0}")]
-    Script(String),
-    /// The script's `reload` failed.
-    #[error("{0} (in function 'reload')")]
-    Reload(String),
-    /// The script ran, but what it left behind makes no sense.
-    #[error("{}: {message}", path.display())]
-    Declaration {
-        /// The script.
-        path: PathBuf,
-        /// Which global or setting, and what was expected.
-        message: String,
-    },
-    /// The working directory can't be changed, or Lua can't be set up.
-    #[error("{0}")]
-    Internal(String),
-}
-
-/// Without the number that Rust appends.
-fn reason(cause: &std::io::Error) -> String {
-    match cause.raw_os_error() {
-        Some(code) => nix::errno::Errno::from_raw(code).desc().to_owned(),
-        None => cause.to_string(),
     }
 }
 

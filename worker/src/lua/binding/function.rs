@@ -10,24 +10,21 @@
 //! [`Raise`] of the wrapped function. Making functions fails only when Lua's
 //! memory is exhausted.
 
-use std::sync::Arc;
-
 use mlua::{
-    AnyUserData, BString, Either, FromLuaMulti, Function, IntoLua, IntoLuaMulti, LightUserData,
-    Lua, MultiValue, Table, UserDataRef, UserDataRegistry, Value, Variadic,
+    BString, Either, FromLuaMulti, Function, IntoLua, IntoLuaMulti, LightUserData, Lua, MultiValue,
+    Table, UserDataRef, UserDataRegistry, Value, Variadic,
 };
-use qrelay_shared::deadline::Deadline;
 
 use crate::lua::binding::arguments::{self, Arguments, Name};
 use crate::lua::binding::convert;
-use crate::lua::binding::error::{self, Raise};
+use crate::lua::binding::error::Raise;
 use crate::lua::binding::operation::{Operation, Pending};
-use crate::lua::engine::watch::Watch;
 
 /// Its address is the mark; a script can't make light userdata.
 static WAIT: u8 = b'W';
 
-fn mark() -> LightUserData {
+/// What a function that has to wait returns before its operation; no script can have this value.
+pub fn mark() -> LightUserData {
     LightUserData(std::ptr::from_ref(&WAIT).cast_mut().cast())
 }
 
@@ -39,6 +36,20 @@ struct Prelude {
     awaiting: Function,
     class: Function,
     list: Function,
+}
+
+/// Keeps the wrappers that `prelude.lua` returned; without them no class and no function that waits
+/// can be made.
+///
+/// # Errors
+/// A wrapper is missing.
+pub fn set_wrappers(lua: &Lua, exports: &Table) -> mlua::Result<()> {
+    lua.set_app_data(Prelude {
+        awaiting: exports.get("awaiting")?,
+        class: exports.get("class")?,
+        list: exports.get("list")?,
+    });
+    Ok(())
 }
 
 fn prelude(lua: &Lua) -> mlua::Result<mlua::AppDataRef<'_, Prelude>> {
@@ -299,64 +310,4 @@ impl<'a> Class<'a> {
             more(registry);
         })
     }
-}
-
-/// Carries out an operation where nobody can be yielded to: while the script loads, or below a C
-/// function. In a handler this holds up Lua, so it counts as running and ends with the budget.
-fn block(watch: &Watch, pending: &Pending) {
-    if let Some(operation) = pending.take() {
-        let limit = watch.remaining().min(FOREVER);
-        pending.finish(operation.run(Deadline::after(limit)));
-    }
-}
-
-/// No configuration loads longer; the supervisor's `--boot-timeout` ends it before.
-const FOREVER: std::time::Duration = std::time::Duration::from_secs(86_400);
-
-/// Runs `prelude.lua`: wraps coroutines and `pcall`, and keeps the wrappers for [`blocking_function`] and
-/// [`Class`].
-///
-/// # Errors
-/// Lua is out of memory.
-pub fn install(lua: &Lua, watch: &Arc<Watch>) -> mlua::Result<()> {
-    lua.register_userdata_type::<Pending>(|registry| {
-        use mlua::UserDataFields as _;
-        registry.add_meta_field("__name", "operation");
-    })?;
-    let exports: Table = lua
-        .load(include_str!("../engine/prelude.lua"))
-        .set_name(format!("={}", error::CHUNK))
-        .call((mark(), natives(lua, watch)?))?;
-    lua.set_app_data(Prelude {
-        awaiting: exports.get("awaiting")?,
-        class: exports.get("class")?,
-        list: exports.get("list")?,
-    });
-    Ok(())
-}
-
-/// What `prelude.lua` needs of Rust.
-fn natives(lua: &Lua, watch: &Arc<Watch>) -> mlua::Result<Table> {
-    let native = lua.create_table()?;
-    let clock = Arc::clone(watch);
-    let block = lua.create_function(move |_, pending: UserDataRef<Pending>| {
-        block(&clock, &pending);
-        Ok(())
-    })?;
-    native.raw_set("block", block)?;
-    let results = internal(lua, |lua, pending: AnyUserData| {
-        // The borrow must end before the results are made, which may run Lua code.
-        let results = pending.borrow::<Pending>()?.results()?;
-        results(lua)
-    })?;
-    native.raw_set("results", results)?;
-    let message = lua.create_function(|lua, reason: Value| match reason {
-        Value::Error(error) => lua.create_string(error::describe(&error).0).map(Value::String),
-        other => Ok(other),
-    })?;
-    native.raw_set("message", message)?;
-    let clock = Arc::clone(watch);
-    native.raw_set("stop", lua.create_function(move |lua, ()| clock.stop(lua))?)?;
-    native.raw_set("flags", watch.flags(lua)?)?;
-    Ok(native)
 }

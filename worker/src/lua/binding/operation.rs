@@ -11,8 +11,6 @@
 //! the handler. Other failures are values (`nil, message`) or raise in the
 //! script, as the operation decides.
 
-use std::time::Duration;
-
 use mlua::{IntoLuaMulti, Lua, MultiValue};
 use parking_lot::Mutex;
 use qrelay_shared::deadline::Deadline;
@@ -97,17 +95,5 @@ impl Pending {
                 Err("the operation was interrupted: its coroutine was resumed by the script".into())
             }
         }
-    }
-}
-
-/// `sleep(seconds)`.
-#[derive(Debug)]
-pub struct Sleep(pub Duration);
-
-impl Operation for Sleep {
-    fn run(self: Box<Self>, deadline: Deadline) -> Outcome {
-        let remaining = deadline.remaining();
-        std::thread::sleep(self.0.min(remaining));
-        if self.0 > remaining { Outcome::Expired } else { Outcome::values(()) }
     }
 }

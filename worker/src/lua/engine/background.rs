@@ -18,12 +18,12 @@ use qrelay_shared::settings::Settings;
 use slog::Logger;
 
 use crate::lua::engine::monitor::{Job, Monitor, Progress, Stop};
-use crate::lua::library::output::Log;
+use crate::lua::engine::output::Output;
 
 /// What running a function takes.
 pub struct Background {
     monitor: Arc<Monitor>,
-    log: Arc<Log>,
+    output: Arc<Output>,
     logger: Logger,
     settings: Settings,
     worker: WorkerId,
@@ -33,12 +33,12 @@ impl Background {
     /// Runs functions by this monitor, in this worker.
     pub fn new(
         monitor: Arc<Monitor>,
-        log: Arc<Log>,
+        output: Arc<Output>,
         logger: Logger,
         settings: Settings,
         worker: WorkerId,
     ) -> Self {
-        Self { monitor, log, logger, settings, worker }
+        Self { monitor, output, logger, settings, worker }
     }
 
     /// Where errors go.
@@ -61,7 +61,7 @@ impl Background {
             Progress::Waits(suspended) => self.monitor.finish(&job, suspended, drop),
         };
         let result = catch_unwind(AssertUnwindSafe(run));
-        self.log.flush(None);
+        self.output.flush(None);
         // A panic has been logged.
         if let Ok(Err(stop)) = result {
             self.failed(what, stop);

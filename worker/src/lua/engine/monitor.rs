@@ -23,8 +23,8 @@ use qrelay_shared::ids::JobId;
 use crate::lua::binding::error;
 use crate::lua::binding::operation::{Operation, Outcome, Pending};
 use crate::lua::engine::scope::Ending;
+use crate::lua::engine::slot::Slot;
 use crate::lua::engine::watch::Watch;
-use crate::lua::library::mail::Slot;
 
 /// Finished coroutines that are kept for the next run; making one costs more.
 const POOL: usize = 64;

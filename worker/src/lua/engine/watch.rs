@@ -24,7 +24,7 @@ use parking_lot::Mutex;
 use qrelay_shared::ids::JobId;
 
 use crate::lua::engine::scope::{Ending, Scope};
-use crate::lua::library::mail::Slot;
+use crate::lua::engine::slot::Slot;
 
 /// Instructions between two looks at the clock: some 100 µs.
 const COUNT: u32 = 10_000;

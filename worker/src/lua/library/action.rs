@@ -1,15 +1,12 @@
-//! The methods of a mail object that decide about it, and the objects they return.
-//!
-//! Contract: an action object is immutable and belongs to no mail; a script may
-//! keep it and return it for others.
+//! The methods of a mail object that decide about it: `connect`, `discard`, `reject`, `defer`.
 //!
 //! # Failure
-//! Wrong arguments raise; nothing is connected or executed here.
+//! Wrong arguments raise; nothing is connected here.
 
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use mlua::{AnyUserData, IntoLua, Lua, UserDataMethods as _, Value};
+use mlua::{AnyUserData, Lua, Value};
 use parking_lot::Mutex;
 use qrelay_shared::address::printable;
 use qrelay_shared::endpoint::QMQP_PORT;
@@ -18,44 +15,12 @@ use crate::delivery::action::{Action, Connect, NextHop};
 use crate::lua::binding::convert::{Argument, MAX_TIMEOUT, Options};
 use crate::lua::binding::error::Raise;
 use crate::lua::binding::function::Class;
+use crate::lua::library::action_object::ActionObject;
 use crate::lua::library::address;
-use crate::lua::library::exec;
-use crate::lua::library::mail::{self, This};
+use crate::lua::library::mail_object::{This, alive};
 
 /// Most addresses whose action objects are kept.
 const MAX_KEPT: usize = 256;
-
-/// The userdata.
-pub struct ActionObject(Action);
-
-impl ActionObject {
-    /// This decision.
-    pub fn new(action: Action) -> Self {
-        Self(action)
-    }
-
-    /// What was decided.
-    pub fn action(&self) -> &Action {
-        &self.0
-    }
-}
-
-impl IntoLua for ActionObject {
-    fn into_lua(self, lua: &Lua) -> mlua::Result<Value> {
-        lua.create_any_userdata(self).map(Value::UserData)
-    }
-}
-
-/// Makes the class of action objects.
-///
-/// # Errors
-/// Lua is out of memory.
-pub fn register(lua: &Lua) -> mlua::Result<()> {
-    let class = Class::new(lua, "action")?;
-    class.register::<ActionObject>(|registry| {
-        registry.add_meta_method("__tostring", |_, this, ()| Ok(this.0.name()));
-    })
-}
 
 /// Adds them to the class of mail objects.
 ///
@@ -64,7 +29,7 @@ pub fn register(lua: &Lua) -> mlua::Result<()> {
 pub fn methods(class: &mut Class<'_>) -> mlua::Result<()> {
     let kept = Mutex::new(HashMap::new());
     class.method("connect", move |lua, (this, to, options): (This, Value, Value)| {
-        mail::alive(&this)?;
+        alive(&this)?;
         if options.is_nil() {
             connect_plainly(lua, &to, &kept)
         } else {
@@ -73,8 +38,7 @@ pub fn methods(class: &mut Class<'_>) -> mlua::Result<()> {
     })?;
     reply(class, "discard", Action::Discard)?;
     reply(class, "reject", Action::Reject)?;
-    reply(class, "defer", Action::Defer)?;
-    exec::methods(class)
+    reply(class, "defer", Action::Defer)
 }
 
 /// An action that is an answer at once.
@@ -84,7 +48,7 @@ fn reply(
     action: fn(Option<Arc<str>>) -> Action,
 ) -> mlua::Result<()> {
     class.method(name, move |_, (this, text): (This, Value)| {
-        mail::alive(&this)?;
+        alive(&this)?;
         let text = match text {
             Value::Nil => None,
             text => {
@@ -92,7 +56,7 @@ fn reply(
                 Some(Arc::from(&*printable(&bytes)))
             }
         };
-        Ok(ActionObject(action(text)))
+        Ok(ActionObject::new(action(text)))
     })
 }
 
@@ -123,7 +87,7 @@ fn connect_plainly(lua: &Lua, to: &Value, kept: &Kept) -> Result<AnyUserData, Ra
 
 fn connect(lua: &Lua, to: &Value, options: &Value) -> Result<AnyUserData, Raise> {
     let connect = Arc::new(connect_to(to, options)?);
-    Ok(lua.create_any_userdata(ActionObject(Action::Connect(connect)))?)
+    Ok(lua.create_any_userdata(ActionObject::new(Action::Connect(connect)))?)
 }
 
 fn connect_to(to: &Value, options: &Value) -> Result<Connect, Raise> {

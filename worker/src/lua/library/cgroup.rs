@@ -23,7 +23,8 @@ use crate::lua::binding::convert;
 use crate::lua::binding::error::Raise;
 use crate::lua::binding::function::{self, Class};
 use crate::lua::binding::strings::Strings;
-use crate::lua::library::mail::{MailObject, Slot};
+use crate::lua::engine::slot::Slot;
+use crate::lua::library::mail_object::MailObject;
 use crate::mail::Mail;
 
 /// A group as a mail's script sees it.

@@ -15,8 +15,8 @@ use crate::delivery::action::{Action, Exec};
 use crate::lua::binding::convert::{self, Argument, MAX_TIMEOUT, Options};
 use crate::lua::binding::error::Raise;
 use crate::lua::binding::function::Class;
-use crate::lua::library::action::ActionObject;
-use crate::lua::library::mail::{self, This};
+use crate::lua::library::action_object::ActionObject;
+use crate::lua::library::mail_object::{This, alive};
 
 /// Most arguments, the program included.
 const MAX_ARGUMENTS: usize = 2048;
@@ -40,7 +40,7 @@ fn method(
     action: fn(Arc<Exec>) -> Action,
 ) -> mlua::Result<()> {
     class.method(name, move |_, (this, arguments): (This, MultiValue)| {
-        mail::alive(&this)?;
+        alive(&this)?;
         Ok(ActionObject::new(action(Arc::new(exec(name, arguments)?))))
     })
 }

@@ -1,10 +1,7 @@
-//! The mail object that a handler gets.
+//! What a handler sees of its mail: attributes and methods of the mail object.
 //!
-//! Contract: the [`Slot`] holds the mail while its handler runs. Whoever runs
-//! the handler takes it back afterwards, without needing Lua; from then on the
-//! object is stale, whoever kept it. Nothing is asked of Lua while the slot is
-//! locked: making a string may run a finalizer of the script, which may use the
-//! same mail.
+//! Contract: an attribute shows what the handler has changed, else what the client sent. A change
+//! is checked before it is made.
 //!
 //! # Failure
 //! Wrong names and values raise; a stale object raises `Stale object`.
@@ -12,18 +9,18 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use mlua::{BString, Either, Lua, MetaMethod, MultiValue, Table, Value, Variadic};
-use parking_lot::Mutex;
-use qrelay_shared::ipc::message::{MailId, Peer};
+use mlua::{BString, Lua, MetaMethod, Table, Value, Variadic};
+use qrelay_shared::ipc::message::Peer;
 use qrelay_shared::{address, header};
 
-use crate::client::cgroup::Cgroup;
 use crate::lua::binding::convert::{self, Argument, Text};
 use crate::lua::binding::error::Raise;
-use crate::lua::binding::function::{self, Class};
+use crate::lua::binding::function::Class;
 use crate::lua::binding::strings::Strings;
 use crate::lua::library::action;
 use crate::lua::library::cgroup;
+use crate::lua::library::exec;
+use crate::lua::library::mail_object::{MailObject, This, alive};
 use crate::mail::Mail;
 
 /// Header lines that a handler may insert into one mail.
@@ -34,89 +31,6 @@ const MAX_LINE: usize = 998;
 const MAX_ACCOUNT: usize = 255;
 /// Most recipients, as in a request.
 const MAX_RECIPIENTS: usize = 1024;
-
-/// Where the mail is while its handler runs. Empty it is small: it stays until Lua collects the
-/// object, and Lua doesn't see how much memory it takes.
-#[derive(Debug)]
-pub struct Slot(Mutex<Option<Held>>);
-
-/// What there is of a mail while its handler runs.
-#[derive(Debug)]
-struct Held {
-    mail: Box<Mail>,
-    /// The control groups that the script has asked for, the client's own first.
-    cgroups: Vec<Cgroup>,
-}
-
-impl Slot {
-    /// Puts the mail in.
-    pub fn new(mail: Box<Mail>) -> Arc<Self> {
-        Arc::new(Self(Mutex::new(Some(Held { mail, cgroups: Vec::new() }))))
-    }
-
-    /// Takes it out; the object is stale from now on, and the groups' directories are closed.
-    pub fn take(&self) -> Option<Box<Mail>> {
-        self.0.lock().take().map(|held| held.mail)
-    }
-
-    /// The mail's id.
-    pub fn id(&self) -> Option<MailId> {
-        self.0.lock().as_ref().map(|held| held.mail.id)
-    }
-
-    /// Works on the mail and its control groups. Nothing in it may ask Lua, which could ask for
-    /// this mail.
-    ///
-    /// # Errors
-    /// What `f` raises, or that the mail is gone.
-    pub fn with<R>(
-        &self,
-        f: impl FnOnce(&mut Mail, &mut Vec<Cgroup>) -> Result<R, Raise>,
-    ) -> Result<R, Raise> {
-        let mut held = self.0.lock();
-        let held = held.as_mut().ok_or("Stale object")?;
-        f(&mut held.mail, &mut held.cgroups)
-    }
-}
-
-/// The userdata.
-pub struct MailObject(Arc<Slot>);
-
-impl MailObject {
-    /// The mail in this slot.
-    pub fn new(slot: Arc<Slot>) -> Self {
-        Self(slot)
-    }
-}
-
-/// The mail object that a method was called on.
-pub type This = function::This<MailObject>;
-
-/// The mail object that a method was called on.
-///
-/// # Errors
-/// It is no mail, or stale.
-pub fn alive(this: &This) -> Result<&MailObject, Raise> {
-    match this {
-        Either::Left(object) => object.with(|_| Ok(&**object)),
-        Either::Right(value) => Err(format!(
-            "expected a mail object, got {}; call its methods with a colon, as in m:connect(…)",
-            convert::describe(value)
-        )
-        .into()),
-    }
-}
-
-impl MailObject {
-    fn with<R>(&self, f: impl FnOnce(&mut Mail) -> Result<R, Raise>) -> Result<R, Raise> {
-        self.0.with(|mail, _| f(mail))
-    }
-
-    /// Where the mail is.
-    pub fn slot(&self) -> &Arc<Slot> {
-        &self.0
-    }
-}
 
 /// Makes the class of mail objects.
 ///
@@ -129,6 +43,7 @@ pub fn register(lua: &Lua) -> mlua::Result<()> {
     cgroup::attribute(&mut class)?;
     headers(&mut class)?;
     action::methods(&mut class)?;
+    exec::methods(&mut class)?;
     class.register::<MailObject>(|_| ())
 }
 
@@ -348,16 +263,4 @@ fn remove_header(mail: &mut Mail, name: &[u8]) -> usize {
     mail.removed.sort_by_key(|range: &Range<usize>| range.start);
     mail.removed.dedup();
     count
-}
-
-/// What a handler's last result is, if it is an action.
-pub fn decision(values: MultiValue) -> Result<crate::delivery::action::Action, String> {
-    let last = values.back().unwrap_or(&Value::Nil);
-    if let Value::UserData(object) = last
-        && let Ok(object) = object.borrow::<action::ActionObject>()
-    {
-        return Ok(object.action().clone());
-    }
-    let got = convert::describe(last);
-    Err(format!("the handler returned {got}, expected an action such as m:connect(address)"))
 }

@@ -1,0 +1,110 @@
+//! Running config.lua: its text, its directory, its errors.
+//!
+//! # Failure
+//! [`ConfigError`]: file, line and cause, in Lua's words.
+
+use std::path::{Path, PathBuf};
+
+use mlua::{Lua, Value};
+use thiserror::Error;
+
+use crate::lua::binding::convert;
+use crate::lua::binding::error;
+use crate::lua::library::listen::SharedDraft;
+
+/// Why a configuration can't be used. The administrator can repair each by
+/// editing the file, except [`ConfigError::Internal`].
+#[derive(Debug, Error)]
+pub enum ConfigError {
+    /// The file can't be read.
+    #[error("cannot read {}: {}", path.display(), reason(cause))]
+    Unreadable {
+        /// The file.
+        path: PathBuf,
+        /// What the system says.
+        cause: std::io::Error,
+    },
+    /// The script has a syntax error or failed while it ran; file and line are in the text.
+    #[error("{0}")]
+    Script(String),
+    /// The script's `reload` failed.
+    #[error("{0} (in function 'reload')")]
+    Reload(String),
+    /// The script ran, but what it left behind makes no sense.
+    #[error("{}: {message}", path.display())]
+    Declaration {
+        /// The script.
+        path: PathBuf,
+        /// Which global or setting, and what was expected.
+        message: String,
+    },
+    /// The working directory can't be changed, or Lua can't be set up.
+    #[error("{0}")]
+    Internal(String),
+}
+
+/// Without the number that Rust appends.
+fn reason(cause: &std::io::Error) -> String {
+    match cause.raw_os_error() {
+        Some(code) => nix::errno::Errno::from_raw(code).desc().to_owned(),
+        None => cause.to_string(),
+    }
+}
+
+/// Runs the script in its directory, and then its `reload` if that is asked for.
+///
+/// # Errors
+/// See [`ConfigError`].
+pub fn run(lua: &Lua, config: &Path, reload: bool, draft: &SharedDraft) -> Result<(), ConfigError> {
+    let source = std::fs::read(config)
+        .map_err(|cause| ConfigError::Unreadable { path: config.to_owned(), cause })?;
+    let directory = config.parent().unwrap_or(Path::new("/"));
+    std::env::set_current_dir(directory)
+        .map_err(|cause| ConfigError::Unreadable { path: directory.to_owned(), cause })?;
+    let name = format!("@{}", config.display());
+    let failed = |e: mlua::Error| ConfigError::Script(located(&e, config));
+    lua.load(without_shebang(&source)).set_name(name).exec().map_err(failed)?;
+    if reload {
+        draft.lock().enter_reload();
+        run_reload(lua).map_err(|e| ConfigError::Reload(located(&e, config)))?;
+    }
+    Ok(())
+}
+
+fn run_reload(lua: &Lua) -> mlua::Result<()> {
+    match lua.globals().get("reload")? {
+        Value::Nil => Ok(()),
+        Value::Function(reload) => reload.call(()),
+        other => {
+            let got = convert::describe(&other);
+            let message = format!("the global reload must be a function, but it is {got}");
+            Err(mlua::Error::RuntimeError(message))
+        }
+    }
+}
+
+/// As `lua` does: a first line that begins with `#` is for the shell. The line end stays, so that
+/// lines keep their numbers.
+fn without_shebang(source: &[u8]) -> &[u8] {
+    let source = source.strip_prefix(b"\xef\xbb\xbf").unwrap_or(source);
+    match source.first() {
+        Some(b'#') => &source[memchr::memchr(b'\n', source).unwrap_or(source.len())..],
+        _ => source,
+    }
+}
+
+/// The message with file and line; Lua's own usually has them.
+fn located(error: &mlua::Error, config: &Path) -> String {
+    let (message, traceback) = error::describe(error);
+    // `config.lua:12: …`, or `lua: config.lua:12: …` where a module failed to load.
+    let has_position = message.split(": ").next().is_some_and(|position| {
+        position.rsplit(':').next().is_some_and(|line| line.parse::<u32>().is_ok())
+    });
+    if has_position {
+        return message;
+    }
+    match traceback.as_deref().and_then(error::position) {
+        Some(position) => format!("{position}: {message}"),
+        None => format!("{}: {message}", config.display()),
+    }
+}

@@ -1,0 +1,73 @@
+//! The part of the engine that is written in Lua, and what it needs of Rust.
+//!
+//! Contract: `prelude.lua` wraps functions that may have to wait so that they yield their operation,
+//! and Lua's own `pcall`, `coroutine.wrap` and their like so that they can't hide the end of a
+//! handler's time.
+//!
+//! # Failure
+//! Lua is out of memory.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use mlua::{AnyUserData, Lua, Table, UserDataRef, Value};
+use qrelay_shared::deadline::Deadline;
+
+use crate::lua::binding::error;
+use crate::lua::binding::function::{self, internal};
+use crate::lua::binding::operation::Pending;
+use crate::lua::engine::watch::Watch;
+
+/// Carries out an operation where nobody can be yielded to: while the script loads, or below a C
+/// function. In a handler this holds up Lua, so it counts as running and ends with the budget.
+fn block(watch: &Watch, pending: &Pending) {
+    if let Some(operation) = pending.take() {
+        let limit = watch.remaining().min(FOREVER);
+        pending.finish(operation.run(Deadline::after(limit)));
+    }
+}
+
+/// No configuration loads longer; the supervisor's `--boot-timeout` ends it before.
+const FOREVER: Duration = Duration::from_secs(86_400);
+
+/// Runs `prelude.lua`: wraps coroutines and `pcall`, and gives the binding its wrappers.
+///
+/// # Errors
+/// Lua is out of memory.
+pub fn install(lua: &Lua, watch: &Arc<Watch>) -> mlua::Result<()> {
+    lua.register_userdata_type::<Pending>(|registry| {
+        use mlua::UserDataFields as _;
+        registry.add_meta_field("__name", "operation");
+    })?;
+    let exports: Table = lua
+        .load(include_str!("prelude.lua"))
+        .set_name(format!("={}", error::CHUNK))
+        .call((function::mark(), natives(lua, watch)?))?;
+    function::set_wrappers(lua, &exports)
+}
+
+/// What `prelude.lua` needs of Rust.
+fn natives(lua: &Lua, watch: &Arc<Watch>) -> mlua::Result<Table> {
+    let native = lua.create_table()?;
+    let clock = Arc::clone(watch);
+    let block = lua.create_function(move |_, pending: UserDataRef<Pending>| {
+        block(&clock, &pending);
+        Ok(())
+    })?;
+    native.raw_set("block", block)?;
+    let results = internal(lua, |lua, pending: AnyUserData| {
+        // The borrow must end before the results are made, which may run Lua code.
+        let results = pending.borrow::<Pending>()?.results()?;
+        results(lua)
+    })?;
+    native.raw_set("results", results)?;
+    let message = lua.create_function(|lua, reason: Value| match reason {
+        Value::Error(error) => lua.create_string(error::describe(&error).0).map(Value::String),
+        other => Ok(other),
+    })?;
+    native.raw_set("message", message)?;
+    let clock = Arc::clone(watch);
+    native.raw_set("stop", lua.create_function(move |lua, ()| clock.stop(lua))?)?;
+    native.raw_set("flags", watch.flags(lua)?)?;
+    Ok(native)
+}

@@ -1,0 +1,61 @@
+//! Where a mail is while its handler runs.
+//!
+//! Contract: whoever runs the handler puts the mail in and takes it back afterwards, without
+//! needing Lua; from then on the slot is empty, whoever kept it. Nothing is asked of Lua while the
+//! slot is locked: making a string may run a finalizer of the script, which may use the same mail.
+//!
+//! # Failure
+//! An empty slot raises `Stale object`.
+
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+use qrelay_shared::ipc::message::MailId;
+
+use crate::client::cgroup::Cgroup;
+use crate::lua::binding::error::Raise;
+use crate::mail::Mail;
+
+/// Where the mail is while its handler runs. Empty it is small: it stays until Lua collects the
+/// object, and Lua doesn't see how much memory it takes.
+#[derive(Debug)]
+pub struct Slot(Mutex<Option<Held>>);
+
+/// What there is of a mail while its handler runs.
+#[derive(Debug)]
+struct Held {
+    mail: Box<Mail>,
+    /// The control groups that the script has asked for, the client's own first.
+    cgroups: Vec<Cgroup>,
+}
+
+impl Slot {
+    /// Puts the mail in.
+    pub fn new(mail: Box<Mail>) -> Arc<Self> {
+        Arc::new(Self(Mutex::new(Some(Held { mail, cgroups: Vec::new() }))))
+    }
+
+    /// Takes it out; the object is stale from now on, and the groups' directories are closed.
+    pub fn take(&self) -> Option<Box<Mail>> {
+        self.0.lock().take().map(|held| held.mail)
+    }
+
+    /// The mail's id.
+    pub fn id(&self) -> Option<MailId> {
+        self.0.lock().as_ref().map(|held| held.mail.id)
+    }
+
+    /// Works on the mail and its control groups. Nothing in it may ask Lua, which could ask for
+    /// this mail.
+    ///
+    /// # Errors
+    /// What `f` raises, or that the mail is gone.
+    pub fn with<R>(
+        &self,
+        f: impl FnOnce(&mut Mail, &mut Vec<Cgroup>) -> Result<R, Raise>,
+    ) -> Result<R, Raise> {
+        let mut held = self.0.lock();
+        let held = held.as_mut().ok_or("Stale object")?;
+        f(&mut held.mail, &mut held.cgroups)
+    }
+}

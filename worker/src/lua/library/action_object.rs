@@ -1,0 +1,52 @@
+//! The object that stands for a decision about a mail in Lua.
+//!
+//! Contract: an action object is immutable and belongs to no mail; a script may keep it and return
+//! it for others.
+//!
+//! # Failure
+//! A handler's result that is no action object is a text that says so.
+
+use mlua::{IntoLua, Lua, MultiValue, UserDataMethods as _, Value};
+
+use crate::delivery::action::Action;
+use crate::lua::binding::convert;
+use crate::lua::binding::function::Class;
+
+/// The userdata.
+pub struct ActionObject(Action);
+
+impl ActionObject {
+    /// This decision.
+    pub fn new(action: Action) -> Self {
+        Self(action)
+    }
+}
+
+impl IntoLua for ActionObject {
+    fn into_lua(self, lua: &Lua) -> mlua::Result<Value> {
+        lua.create_any_userdata(self).map(Value::UserData)
+    }
+}
+
+/// Makes the class of action objects.
+///
+/// # Errors
+/// Lua is out of memory.
+pub fn register(lua: &Lua) -> mlua::Result<()> {
+    let class = Class::new(lua, "action")?;
+    class.register::<ActionObject>(|registry| {
+        registry.add_meta_method("__tostring", |_, this, ()| Ok(this.0.name()));
+    })
+}
+
+/// What a handler's last result is, if it is an action.
+pub fn decision(values: MultiValue) -> Result<Action, String> {
+    let last = values.back().unwrap_or(&Value::Nil);
+    if let Value::UserData(object) = last
+        && let Ok(object) = object.borrow::<ActionObject>()
+    {
+        return Ok(object.0.clone());
+    }
+    let got = convert::describe(last);
+    Err(format!("the handler returned {got}, expected an action such as m:connect(address)"))
+}
