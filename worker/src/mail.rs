@@ -1,55 +1,188 @@
-//! One mail on its way through a worker: the request as received and what the
-//! handler changed about it. No Lua, no I/O.
+//! What a mail is: the request as received, and what its handler changed. No Lua, no I/O.
 
 pub mod memory;
 pub mod received;
 
-use std::os::fd::OwnedFd;
+use std::ops::Range;
+use std::os::fd::{AsFd as _, BorrowedFd};
 use std::sync::Arc;
 
-use qrelay_shared::ids::{JobId, ListenerId};
+use qrelay_shared::ids::JobId;
 use qrelay_shared::ipc::message::{MailId, Peer};
 use qrelay_shared::qmqp::Request;
 
 use crate::client::process::Client;
+use crate::client::socket::ClientSocket;
 
-/// A complete, valid request with its context.
+/// Where a mail comes from.
 #[derive(Debug)]
-pub struct Mail {
-    /// Unique, in every log line about this mail.
+pub struct Origin {
+    /// Unique, in every log line about the mail.
     pub id: MailId,
-    /// The supervisor's number of the job.
-    pub job: JobId,
-    /// The whole request as received; the ranges of `request` point into it.
-    pub buffer: Vec<u8>,
-    /// Where message, sender and recipients are in `buffer`.
-    pub request: Request,
-    /// The sender, if the handler replaced it.
-    pub sender: Option<Vec<u8>>,
-    /// The recipients, if the handler replaced them.
-    pub recipients: Option<Vec<Vec<u8>>>,
-    /// The account, if the handler set it.
-    pub account: Option<String>,
-    /// The header lines that the handler inserted.
-    pub inserted: Inserted,
-    /// Ranges of `buffer` that are left out when relaying: whole fields, sorted, disjoint.
-    pub removed: Vec<std::ops::Range<usize>>,
-    /// The client.
-    pub peer: Peer,
-    /// The client's socket, for SO_PEERPIDFD.
-    pub socket: Arc<OwnedFd>,
-    /// The supervisor's number of the socket that the client connected to.
-    pub listening: ListenerId,
-    /// When the connection was accepted: nanoseconds of CLOCK_BOOTTIME.
-    pub accepted: u64,
-    /// The client's process, once it has been asked for. Kept as long as the mail, for others of
-    /// the same client.
-    pub client: Option<Arc<Client>>,
     /// The listener's address as written in the configuration.
     pub listener: Arc<str>,
+    /// Who the client is, as the kernel said when it connected.
+    pub peer: Peer,
+    /// The client's socket.
+    pub socket: ClientSocket,
 }
 
-/// Bytes to begin with: a few lines.
+/// A complete, valid request with its origin, and what its handler changed.
+#[derive(Debug)]
+pub struct Mail {
+    origin: Origin,
+    /// The whole request as received; all ranges point into it.
+    buffer: Vec<u8>,
+    request: Request,
+    /// What the handler set instead of what was received.
+    sender: Option<Vec<u8>>,
+    recipients: Option<Vec<Vec<u8>>>,
+    account: Option<String>,
+    inserted: Inserted,
+    /// Whole fields, sorted, disjoint.
+    removed: Vec<Range<usize>>,
+    client: Option<Arc<Client>>,
+}
+
+impl Mail {
+    /// A mail as received: `request` says where its parts are in `buffer`.
+    pub fn new(origin: Origin, buffer: Vec<u8>, request: Request) -> Self {
+        Self {
+            origin,
+            buffer,
+            request,
+            sender: None,
+            recipients: None,
+            account: None,
+            inserted: Inserted::default(),
+            removed: Vec::new(),
+            client: None,
+        }
+    }
+
+    /// Unique, in every log line about the mail.
+    pub fn id(&self) -> MailId {
+        self.origin.id
+    }
+
+    /// The supervisor's number of the job.
+    pub fn job(&self) -> JobId {
+        self.origin.socket.job
+    }
+
+    /// The listener's address as written in the configuration.
+    pub fn listener(&self) -> &Arc<str> {
+        &self.origin.listener
+    }
+
+    /// Who the client is, as the kernel said when it connected.
+    pub fn peer(&self) -> &Peer {
+        &self.origin.peer
+    }
+
+    /// The client's socket and where it came from.
+    pub fn socket(&self) -> &ClientSocket {
+        &self.origin.socket
+    }
+
+    /// The descriptor of the client's socket.
+    pub fn descriptor(&self) -> BorrowedFd<'_> {
+        self.origin.socket.descriptor.as_fd()
+    }
+
+    /// Keeps the client's process as long as the mail, for other mails of the same client.
+    pub fn keep_client(&mut self, client: Arc<Client>) -> &Client {
+        self.client.insert(client)
+    }
+
+    /// The message as received, with every field.
+    pub fn message(&self) -> &[u8] {
+        &self.buffer[self.request.message.clone()]
+    }
+
+    /// Bytes of message and envelope as received.
+    pub fn payload_length(&self) -> usize {
+        self.request.payload.len()
+    }
+
+    /// The envelope's sender: the handler's, else the client's.
+    pub fn sender(&self) -> &[u8] {
+        self.sender.as_deref().unwrap_or(&self.buffer[self.request.sender.clone()])
+    }
+
+    /// Replaces the sender; it has been checked.
+    pub fn set_sender(&mut self, sender: Vec<u8>) {
+        self.sender = Some(sender);
+    }
+
+    /// The envelope's recipients: the handler's, else the client's.
+    pub fn recipients(&self) -> impl Iterator<Item = &[u8]> {
+        let (replaced, received) = match &self.recipients {
+            Some(replaced) => (&replaced[..], &[][..]),
+            None => (&[][..], &self.request.recipients[..]),
+        };
+        let received = received.iter().map(|range| &self.buffer[range.clone()]);
+        replaced.iter().map(Vec::as_slice).chain(received)
+    }
+
+    /// Replaces the recipients; they have been checked.
+    pub fn set_recipients(&mut self, recipients: Vec<Vec<u8>>) {
+        self.recipients = Some(recipients);
+    }
+
+    /// The account that the handler set for the mail log.
+    pub fn account(&self) -> Option<&str> {
+        self.account.as_deref()
+    }
+
+    /// Sets the account, or takes it back.
+    pub fn set_account(&mut self, account: Option<String>) {
+        self.account = account;
+    }
+
+    /// The header lines that the handler inserted.
+    pub fn inserted(&self) -> &Inserted {
+        &self.inserted
+    }
+
+    /// Inserts a header line before the others; it has been checked.
+    pub fn insert_header(&mut self, name: &[u8], value: &[u8]) {
+        self.inserted.insert(name, value);
+    }
+
+    /// Leaves out whole fields of the message, given by their ranges in it, when it is relayed.
+    pub fn remove_fields(&mut self, fields: impl IntoIterator<Item = Range<usize>>) {
+        let start = self.request.message.start;
+        self.removed.extend(fields.into_iter().map(|field| field.start + start..field.end + start));
+        self.removed.sort_by_key(|range: &Range<usize>| range.start);
+        self.removed.dedup();
+    }
+
+    /// The pieces of the message that [`Self::remove_fields`] leaves; none of them is empty.
+    pub fn kept(&self) -> impl Iterator<Item = &[u8]> {
+        let end = self.request.message.end;
+        let starts = self.removed.iter().map(|removed| removed.start).chain([end]);
+        let mut at = self.request.message.start;
+        let ends = self.removed.iter().map(|removed| removed.end).chain([end]);
+        starts.zip(ends).filter_map(move |(start, next)| {
+            let piece = self.buffer.get(at..start).filter(|piece| !piece.is_empty());
+            at = at.max(next);
+            piece
+        })
+    }
+
+    /// How many ranges of the message are left out at most.
+    pub fn removed_count(&self) -> usize {
+        self.removed.len()
+    }
+
+    /// Ends the mail; its buffer can be used again.
+    pub fn into_buffer(self) -> Vec<u8> {
+        self.buffer
+    }
+}
+
+/// First capacity for inserted lines, in bytes: a few lines.
 const ROOM: usize = 256;
 
 /// Inserted header lines, as they will stand in the message: the last one first.
@@ -60,8 +193,7 @@ pub struct Inserted {
 }
 
 impl Inserted {
-    /// Puts a line before the others; it has been checked.
-    pub fn insert(&mut self, name: &[u8], value: &[u8]) {
+    fn insert(&mut self, name: &[u8], value: &[u8]) {
         if self.count == 0 {
             self.text.reserve(ROOM);
         }
@@ -90,6 +222,7 @@ pub(crate) mod test {
     //! Mails for unit tests.
 
     use super::*;
+    use qrelay_shared::ids::ListenerId;
     use qrelay_shared::ipc::message::mail_id;
     use qrelay_shared::qmqp::{Limits, encode_request, parse};
 
@@ -98,22 +231,17 @@ pub(crate) mod test {
         let buffer = encode_request(message, sender, recipients);
         let request = parse(&buffer, &Limits { max_size: 1 << 30 }).expect("valid");
         let (socket, _) = std::os::unix::net::UnixStream::pair().expect("pair");
-        Mail {
+        let origin = Origin {
             id: mail_id("test", JobId(1)),
-            job: JobId(1),
-            buffer,
-            request,
-            sender: None,
-            recipients: None,
-            account: None,
-            inserted: Inserted::default(),
-            removed: Vec::new(),
-            peer: Peer::Local { pid: Some(1), uid: 2, gid: 3 },
-            socket: Arc::new(socket.into()),
-            listening: ListenerId(0),
-            accepted: 0,
-            client: None,
             listener: "/test".into(),
-        }
+            peer: Peer::Local { pid: Some(1), uid: 2, gid: 3 },
+            socket: ClientSocket {
+                descriptor: Arc::new(socket.into()),
+                job: JobId(1),
+                listening: ListenerId(0),
+                accepted: 0,
+            },
+        };
+        Mail::new(origin, buffer, request)
     }
 }

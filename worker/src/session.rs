@@ -25,13 +25,14 @@ use qrelay_shared::ipc::message::{Job, MailRecord, mail_id};
 use qrelay_shared::qmqp::{Limits, Reply, Request, RequestError, parse};
 use qrelay_shared::texts;
 
+use crate::client::socket::ClientSocket;
 use crate::delivery::action::Action;
 use crate::delivery::connect;
 use crate::delivery::exec;
 use crate::delivery::exec_raw;
 use crate::delivery::program::Host;
 use crate::lua::state::HandlerError;
-use crate::mail::{Inserted, Mail};
+use crate::mail::{Mail, Origin};
 use crate::session::record::Outcome;
 use crate::session::record::age;
 use crate::session::record::record;
@@ -187,28 +188,23 @@ impl<'w> Session<'w> {
     }
 
     fn mail(&self, listener: &Listener, buffer: Vec<u8>, request: Request) -> Box<Mail> {
-        Box::new(Mail {
+        let origin = Origin {
             id: mail_id(&self.worker.instance, self.job.job),
-            job: self.job.job,
-            buffer,
-            request,
-            sender: None,
-            recipients: None,
-            account: None,
-            inserted: Inserted::default(),
-            removed: Vec::new(),
-            peer: self.job.peer,
-            socket: Arc::clone(self.client),
-            listening: self.job.listening,
-            accepted: self.job.accepted,
-            client: None,
             listener: Arc::clone(&listener.name),
-        })
+            peer: self.job.peer,
+            socket: ClientSocket {
+                descriptor: Arc::clone(self.client),
+                job: self.job.job,
+                listening: self.job.listening,
+                accepted: self.job.accepted,
+            },
+        };
+        Box::new(Mail::new(origin, buffer, request))
     }
 
     /// Asks the handler about a mail.
     fn handle(&self, mail: Box<Mail>, deadline: Deadline, unread: Unread) -> Stage {
-        let hops = received_count(&mail.buffer[mail.request.message.clone()]);
+        let hops = received_count(mail.message());
         if hops > self.worker.settings.max_hops as usize {
             return Stage::Settled(mail, Reply::permanent(texts::TOO_MANY_HOPS), unread);
         }
@@ -221,7 +217,7 @@ impl<'w> Session<'w> {
     fn conclude(&self, mail: Box<Mail>, outcome: &Outcome, unread: Unread) {
         self.answer(&outcome.reply, unread);
         self.done(Some(record(&mail, outcome)));
-        self.worker.buffers.give(mail.buffer);
+        self.worker.buffers.give(mail.into_buffer());
     }
 
     /// The last that the supervisor is told about the job.

@@ -17,7 +17,7 @@ use parking_lot::Mutex;
 use rustc_hash::FxHashMap;
 
 use crate::client::process::{Client, IdentityError};
-use crate::mail::Mail;
+use crate::client::socket::ClientSocket;
 use qrelay_shared::ids::{JobId, ListenerId};
 
 /// As many are remembered before those that are gone are forgotten for the first time.
@@ -58,14 +58,19 @@ impl Default for Register {
 }
 
 impl Clients {
-    /// The process of a mail's client, whose number was `pid` when it connected; and the id of its
-    /// control group as [`Client::check`] tells it. Others find it as long as somebody keeps it.
+    /// Returns the process that connected this socket, whose number was `pid` then, and the id of
+    /// its control group as [`Client::check`] tells it. Other mails find the process as long as a
+    /// mail keeps it.
     ///
     /// # Errors
     /// See [`IdentityError`].
-    pub fn of(&self, mail: &Mail, pid: Pid) -> Result<(Arc<Client>, Option<u64>), IdentityError> {
-        let key = (mail.listening, pid);
-        if let Some(client) = self.earlier(key, mail.job) {
+    pub fn of(
+        &self,
+        socket: &ClientSocket,
+        pid: Pid,
+    ) -> Result<(Arc<Client>, Option<u64>), IdentityError> {
+        let key = (socket.listening, pid);
+        if let Some(client) = self.earlier(key, socket.job) {
             match client.check() {
                 Ok(group) => return Ok((client, group)),
                 // It may not have been ours. Nobody will find it alive again.
@@ -73,9 +78,9 @@ impl Clients {
                 Err(IdentityError::Os(..)) => {}
             }
         }
-        let client = Arc::new(Client::of(mail.socket.as_fd(), pid, mail.accepted)?);
+        let client = Arc::new(Client::of(socket.descriptor.as_fd(), pid, socket.accepted)?);
         let group = client.check()?;
-        self.remember(key, mail.job, &client);
+        self.remember(key, socket.job, &client);
         Ok((client, group))
     }
 
@@ -110,17 +115,16 @@ impl Clients {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::mail::test::mail;
-
-    fn mail_of(job: JobId, listening: ListenerId) -> Mail {
-        Mail { job, listening, ..mail(b"x", b"", &[b"a@b"]) }
+    fn socket(job: JobId, listening: ListenerId) -> ClientSocket {
+        let (socket, _) = std::os::unix::net::UnixStream::pair().expect("pair");
+        ClientSocket { descriptor: Arc::new(socket.into()), job, listening, accepted: 0 }
     }
 
     #[test]
     fn who_shares_a_process() {
         let clients = Clients::default();
         let of = |job, listening| {
-            let found = clients.of(&mail_of(job, listening), Pid::this());
+            let found = clients.of(&socket(job, listening), Pid::this());
             found.expect("it is us").0
         };
         let first = of(JobId(10), ListenerId(1));
@@ -131,17 +135,17 @@ mod tests {
         let earlier = of(JobId(9), ListenerId(1));
         assert!(!Arc::ptr_eq(&first, &earlier), "connected earlier");
         assert!(Arc::ptr_eq(&earlier, &of(JobId(11), ListenerId(1))), "of most use");
-        let other = clients.of(&mail_of(JobId(13), ListenerId(1)), Pid::parent());
+        let other = clients.of(&socket(JobId(13), ListenerId(1)), Pid::parent());
         assert_eq!(other.err(), Some(IdentityError::Exited), "not the process that connected");
     }
 
     #[test]
     fn one_that_is_gone_makes_room() {
         let clients = Clients::default();
-        let of = |job| clients.of(&mail_of(job, ListenerId(1)), Pid::this()).expect("it is us").0;
+        let of = |job| clients.of(&socket(job, ListenerId(1)), Pid::this()).expect("it is us").0;
         // As if it had the number no more.
-        let socket = mail_of(JobId(1), ListenerId(1)).socket;
-        let gone = Client::of(socket.as_fd(), Pid::parent(), u64::MAX).expect("a process");
+        let ours = socket(JobId(1), ListenerId(1)).descriptor;
+        let gone = Client::of(ours.as_fd(), Pid::parent(), u64::MAX).expect("a process");
         let gone = Arc::new(gone);
         clients.remember((ListenerId(1), Pid::this()), JobId(1), &gone);
         let next = of(JobId(2));
@@ -152,10 +156,9 @@ mod tests {
     #[test]
     fn looks_for_those_that_are_gone_seldom_enough() {
         let clients = Clients::default();
-        let (one, _) =
-            clients.of(&mail_of(JobId(1), ListenerId(0)), Pid::this()).expect("it is us");
-        for socket in 1..=MANY as u64 {
-            clients.remember((ListenerId(socket), Pid::this()), JobId(1), &one);
+        let (one, _) = clients.of(&socket(JobId(1), ListenerId(0)), Pid::this()).expect("it is us");
+        for number in 1..=MANY as u64 {
+            clients.remember((ListenerId(number), Pid::this()), JobId(1), &one);
         }
         let register = clients.0.lock();
         assert_eq!((register.known.len(), register.many), (MANY + 1, 2 * MANY));
@@ -164,9 +167,9 @@ mod tests {
     #[test]
     fn kept_no_longer_than_its_mails() {
         let clients = Clients::default();
-        for socket in 0..10 * MANY as u64 {
-            clients.of(&mail_of(JobId(1), ListenerId(socket)), Pid::this()).expect("it is us");
-            assert!(clients.earlier((ListenerId(socket), Pid::this()), JobId(1)).is_none());
+        for number in 0..10 * MANY as u64 {
+            clients.of(&socket(JobId(1), ListenerId(number)), Pid::this()).expect("it is us");
+            assert!(clients.earlier((ListenerId(number), Pid::this()), JobId(1)).is_none());
             assert!(clients.0.lock().known.len() <= MANY);
         }
     }

@@ -39,7 +39,7 @@ pub fn relay(
 ) -> (Delivery, Option<OwnedFd>) {
     let attempt = Attempt {
         logger,
-        id: &mail.id,
+        id: &mail.id(),
         deadline: action.timeout.map_or(deadline, Deadline::after),
         connect_timeout: action.connect_timeout.unwrap_or(connect_timeout),
         late: if action.timeout.is_some() { texts::TIMEOUT } else { texts::RELAY_FAILED },

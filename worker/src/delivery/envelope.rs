@@ -20,40 +20,20 @@ pub struct Envelope<'m> {
 impl<'m> Envelope<'m> {
     /// The request for a mail as its handler left it.
     pub fn new(mail: &'m Mail) -> Self {
-        let length = kept(mail).map(<[u8]>::len).sum();
-        let prefix = |out: &mut Vec<u8>| received::write_prefix(out, &mail.inserted, &mail.peer);
-        let sender = mail.sender.as_deref().unwrap_or(&mail.buffer[mail.request.sender.clone()]);
-        let around = match &mail.recipients {
-            Some(recipients) => outgoing(prefix, length, sender, recipients),
-            None => {
-                let received = mail.request.recipients.iter();
-                outgoing(prefix, length, sender, received.map(|r| &mail.buffer[r.clone()]))
-            }
-        };
+        let length = mail.kept().map(<[u8]>::len).sum();
+        let prefix = |out: &mut Vec<u8>| received::write_prefix(out, mail.inserted(), mail.peer());
+        let around = outgoing(prefix, length, mail.sender(), mail.recipients());
         Self { mail, around }
     }
 
     /// All bytes of the request, in order; none of the pieces is empty.
     pub fn pieces(&self) -> Vec<IoSlice<'_>> {
-        let mut pieces = Vec::with_capacity(self.mail.removed.len() + 3);
+        let mut pieces = Vec::with_capacity(self.mail.removed_count() + 3);
         pieces.push(IoSlice::new(self.around.head()));
-        pieces.extend(kept(self.mail).map(IoSlice::new));
+        pieces.extend(self.mail.kept().map(IoSlice::new));
         pieces.push(IoSlice::new(self.around.tail()));
         pieces
     }
-}
-
-/// What remains of the message as received; none of the pieces is empty.
-pub fn kept(mail: &Mail) -> impl Iterator<Item = &[u8]> {
-    let end = mail.request.message.end;
-    let starts = mail.removed.iter().map(|removed| removed.start).chain([end]);
-    let mut at = mail.request.message.start;
-    let ends = mail.removed.iter().map(|removed| removed.end).chain([end]);
-    starts.zip(ends).filter_map(move |(start, next)| {
-        let piece = mail.buffer.get(at..start).filter(|piece| !piece.is_empty());
-        at = at.max(next);
-        piece
-    })
 }
 
 #[cfg(test)]
@@ -78,11 +58,10 @@ mod tests {
     #[test]
     fn as_changed() {
         let mut mail = mail(b"A: 1\nB: 2\nC: 3\n\nbody\n", b"s@x", &[b"r@x"]);
-        let start = mail.request.message.start;
-        mail.removed = vec![start..start + 5, start + 10..start + 15];
-        mail.inserted.insert(b"X", b"y");
-        mail.sender = Some(Vec::new());
-        mail.recipients = Some(vec![b"new@x".to_vec()]);
+        mail.remove_fields([0..5, 10..15]);
+        mail.insert_header(b"X", b"y");
+        mail.set_sender(Vec::new());
+        mail.set_recipients(vec![b"new@x".to_vec()]);
         let sent = bytes(&mail);
         let message = "X: y\r\nReceived: from PID=1 UID=2 with QMQP\r\nB: 2\n\nbody\n";
         assert!(sent.ends_with(&format!("{}:{message},0:,5:new@x,,", message.len())), "{sent}");

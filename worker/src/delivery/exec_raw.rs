@@ -14,7 +14,6 @@ use qrelay_shared::texts;
 use crate::delivery::Delivery;
 use crate::delivery::action::Exec;
 use crate::delivery::children::Exit;
-use crate::delivery::envelope::kept;
 use crate::delivery::exec::status;
 use crate::delivery::program::{Host, Kind, deliver, one_line};
 use crate::mail::Mail;
@@ -23,9 +22,9 @@ use crate::mail::received;
 /// Runs the program.
 pub fn run(host: &Host<'_>, mail: &Mail, action: &Exec) -> Delivery {
     let mut prefix = Vec::new();
-    received::write_prefix(&mut prefix, &mail.inserted, &mail.peer);
+    received::write_prefix(&mut prefix, mail.inserted(), mail.peer());
     let mut input = vec![&prefix[..]];
-    input.extend(kept(mail));
+    input.extend(mail.kept());
     let kind = Kind { input: &input, joined: true, enough: |_| false, verdict };
     deliver(host, mail, action, &kind)
 }

@@ -25,6 +25,7 @@ use nix::sys::time::TimeSpec;
 use nix::unistd::pipe2;
 use qrelay_shared::address::printable;
 use qrelay_shared::deadline::Deadline;
+use qrelay_shared::ipc::message::MailId;
 use qrelay_shared::qmqp::{MAX_REPLY, Reply, Status};
 use qrelay_shared::sys::process_group::{self, Ending, Others, Step};
 use qrelay_shared::sys::{input, pidfd, spawn};
@@ -91,7 +92,7 @@ pub fn deliver(host: &Host<'_>, mail: &Mail, action: &Exec, kind: &Kind<'_>) -> 
     let mut run = match Run::start(host, mail, action, kind, deadline) {
         Ok(run) => run,
         Err(error) => {
-            error!(host.logger, "program can't be started"; "id" => &*mail.id,
+            error!(host.logger, "program can't be started"; "id" => &*mail.id(),
                 "program" => program.as_deref(), "error" => error.desc());
             return delivery(Reply::temporary(texts::INTERNAL_ERROR), false, false);
         }
@@ -103,7 +104,7 @@ pub fn deliver(host: &Host<'_>, mail: &Mail, action: &Exec, kind: &Kind<'_>) -> 
         End::Canceled => (Reply::temporary(late), "the client has gone".to_owned()),
     };
     if reply.status != Status::Accepted || !run.errors.kept.is_empty() {
-        warn!(host.logger, "program complained"; "id" => &*mail.id,
+        warn!(host.logger, "program complained"; "id" => &*mail.id(),
             "program" => program.as_deref(), "end" => cause,
             "output" => one_line(&run.output.kept), "errors" => one_line(&run.errors.kept));
     }
@@ -166,7 +167,7 @@ struct Run<'a> {
     errors: Output,
     deadline: Deadline,
     logger: &'a Logger,
-    id: &'a str,
+    id: MailId,
 }
 
 impl<'a> Run<'a> {
@@ -177,14 +178,14 @@ impl<'a> Run<'a> {
         kind: &Kind<'_>,
         deadline: Deadline,
     ) -> Result<Self, Errno> {
-        let input = input::sealed(mail.job, kind.input)?;
+        let input = input::sealed(mail.job(), kind.input)?;
         let (output, stdout) = Output::new()?;
         let (errors, stderr) = match kind.joined {
             true => (Output::default(), stdout.try_clone().map_err(as_errno)?),
             false => Output::new()?,
         };
         let child = host.children.start(
-            mail.job,
+            mail.job(),
             &spawn::Program {
                 arguments: &action.arguments,
                 environment: &action.environment,
@@ -194,8 +195,8 @@ impl<'a> Run<'a> {
         // Without them there are descriptors free for what comes now.
         drop((input, stdout, stderr));
         let process = pidfd::open(child.pid())?;
-        let client = Some(mail.socket.as_fd());
-        let (logger, id) = (host.logger, mail.id.as_str());
+        let client = Some(mail.descriptor());
+        let (logger, id) = (host.logger, mail.id());
         Ok(Self { child: Some(child), process, client, output, errors, deadline, logger, id })
     }
 
@@ -236,7 +237,7 @@ impl<'a> Run<'a> {
                 Step::Kill => child.signal_group(Signal::SIGKILL),
                 Step::KillAndReap => return child.reap_group(),
                 Step::GiveUp | Step::Over => {
-                    error!(self.logger, "program can't be killed"; "id" => self.id,
+                    error!(self.logger, "program can't be killed"; "id" => &*self.id,
                         "pid" => child.pid().as_raw());
                     return child.abandon();
                 }

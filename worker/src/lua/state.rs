@@ -175,10 +175,10 @@ impl State {
         deadline: Deadline,
     ) -> Handling {
         let Some(function) = self.handlers.get(listener) else {
-            slog::error!(self.logger, "no handler for listener {}", listener; "id" => &*mail.id);
+            slog::error!(self.logger, "no handler for listener {}", listener; "id" => &*mail.id());
             return Handling::Decided((mail, Err(HandlerError::Script)));
         };
-        let number = mail.job;
+        let number = mail.job();
         let slot = Slot::new(mail);
         let budget = self.settings.handler_timeout;
         let job = Job { number, mail: Some(Arc::clone(&slot)), deadline, budget };
@@ -199,7 +199,7 @@ impl State {
     /// Takes the mail back from a handler that has ended.
     fn decided(&self, slot: &Slot, result: Result<Result<Action, String>, Stop>) -> Decision {
         let mail = slot.take().expect("nobody else takes the mail out of its slot");
-        self.output.flush(Some(&mail.id));
+        self.output.flush(Some(&mail.id()));
         let result = match result {
             Ok(Ok(action)) => Ok(action),
             Ok(Err(message)) => Err(Stop::Error { message, traceback: None }),
@@ -225,16 +225,16 @@ impl State {
         match stop {
             Stop::Deadline => {
                 slog::warn!(self.logger, "the mail's time was over while its handler waited";
-                    "id" => &*mail.id, "worker" => self.worker.load(Ordering::Relaxed),
-                    "listener" => &*mail.listener);
+                    "id" => &*mail.id(), "worker" => self.worker.load(Ordering::Relaxed),
+                    "listener" => &**mail.listener());
                 HandlerError::Deadline
             }
             Stop::Error { message, traceback } => {
                 let worker = self.worker.load(Ordering::Relaxed);
                 slog::error!(self.logger, "script failed: {}", message;
-                    "id" => &*mail.id, "worker" => worker, "listener" => &*mail.listener);
+                    "id" => &*mail.id(), "worker" => worker, "listener" => &**mail.listener());
                 for frame in traceback.iter().flat_map(|text| text.lines()) {
-                    slog::error!(self.logger, "  {}", frame.trim_start(); "id" => &*mail.id);
+                    slog::error!(self.logger, "  {}", frame.trim_start(); "id" => &*mail.id());
                 }
                 HandlerError::Script
             }

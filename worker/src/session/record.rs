@@ -66,36 +66,29 @@ impl Outcome {
 
 /// The record of a mail.
 pub fn record<'m>(mail: &'m Mail, outcome: &'m Outcome) -> MailRecord<'m> {
-    let sender = mail.sender.as_deref().unwrap_or(&mail.buffer[mail.request.sender.clone()]);
-    let sender = escape_for_log(sender);
+    let sender = escape_for_log(mail.sender());
     let text = match outcome.canceled {
         true => CANCELED.into(),
         false => printable(&outcome.reply.text),
     };
     let room = pond::MAX_MESSAGE.saturating_sub(FRAME + sender.len() + text.len());
-    let recipients = match &mail.recipients {
-        Some(recipients) => Recipients::join(recipients, room),
-        None => Recipients::join(
-            mail.request.recipients.iter().map(|range| &mail.buffer[range.clone()]),
-            room,
-        ),
-    };
-    let received = mail.request.payload.len() as u64;
-    let inserted = mail.inserted.text().len() as u64;
+    let recipients = Recipients::join(mail.recipients(), room);
+    let received = mail.payload_length() as u64;
+    let inserted = mail.inserted().text().len() as u64;
     MailRecord {
         sender,
         recipients: recipients.text.into(),
         recipient_count: recipients.count,
         recipients_cut: recipients.cut,
-        account: mail.account.as_deref(),
+        account: mail.account(),
         action: outcome.action,
         next_hop: outcome.next_hop.as_deref(),
         status: (!outcome.canceled).then_some(outcome.reply.status),
         text,
-        size: mail.request.message.len() as u64 + inserted,
+        size: mail.message().len() as u64 + inserted,
         received,
         sent: if outcome.attempted { received + inserted } else { 0 },
-        duration: since(mail.accepted),
+        duration: since(mail.socket().accepted),
         refused: outcome.refused,
     }
 }
@@ -174,8 +167,8 @@ mod tests {
             b"acc@example.com",
             &[b"r1@example.org", b"r2@example.org"],
         );
-        mail.account = Some("acct42".into());
-        mail.inserted.insert(b"X-A", b"b");
+        mail.set_account(Some("acct42".into()));
+        mail.insert_header(b"X-A", b"b");
         let delivery = Delivery {
             reply: Reply::accepted("o\nk"),
             next_hop: Some("192.0.2.1:628".into()),
@@ -224,7 +217,7 @@ mod tests {
         let address = [b"\\".repeat(64), b"@".to_vec(), b"x".repeat(63)].concat();
         let recipients: Vec<&[u8]> = vec![&address; 1024];
         let mut mail = mail(b"", b"s@x", &[b"r@x"]);
-        mail.recipients = Some(recipients.iter().map(|r| r.to_vec()).collect());
+        mail.set_recipients(recipients.iter().map(|r| r.to_vec()).collect());
         let outcome = Outcome::own("discard", Reply::accepted(vec![b'x'; 4000]));
         let record = record(&mail, &outcome);
         let whole = format!("from=<{}> to={} {}", record.sender, record.recipients, record.text);

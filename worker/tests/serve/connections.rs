@@ -34,7 +34,7 @@ fn actions_and_errors_have_their_texts() {
         ("error@x", "14:Zscript failed,"),
         ("late@x", "13:Zrelay failed,"),
     ];
-    let mut harness = Harness::new(|mail| match &mail.buffer[mail.request.sender.clone()] {
+    let mut harness = Harness::new(|mail| match mail.sender() {
         b"reject@x" => Ok(Action::Reject(None)),
         b"defer@x" => Ok(Action::Defer(None)),
         b"own@x" => Ok(Action::Reject(Some("no way".into()))),
@@ -145,7 +145,7 @@ fn a_client_that_half_closes_gets_its_reply() {
 
 #[test]
 fn a_panic_costs_one_mail() {
-    let mut harness = Harness::new(|mail| match mail.job {
+    let mut harness = Harness::new(|mail| match mail.job() {
         JobId(1) => panic!("on purpose"),
         _ => Ok(Action::Discard(None)),
     });
@@ -182,7 +182,7 @@ fn relays_and_announces_long_timeouts() {
         connect_timeout: None,
     });
     let mut harness = Harness::new(move |mail| {
-        mail.inserted.insert(b"X-A", b"b");
+        mail.insert_header(b"X-A", b"b");
         Ok(Action::Connect(Arc::clone(&connect)))
     });
     let mut client = harness.connect();

@@ -122,7 +122,7 @@ struct SlowAtFirst(crossbeam_channel::Receiver<()>);
 
 impl Script for SlowAtFirst {
     fn start(self: Arc<Self>, _: usize, mail: Box<Mail>, _: Deadline) -> Handling {
-        match mail.job {
+        match mail.job() {
             JobId(1) => std::thread::sleep(Duration::from_millis(50)),
             _ => drop(self.0.recv_timeout(Duration::from_secs(20))),
         }

@@ -14,9 +14,10 @@ use qrelay_shared::ipc::channel::SendError;
 use qrelay_shared::ipc::message::{Peer, mail_id};
 use qrelay_shared::qmqp;
 use qrelay_shared::settings::Declaration;
+use qrelay_worker::client::socket::ClientSocket;
 use qrelay_worker::lua::config::ConfigError;
 use qrelay_worker::lua::state::{LoadOptions, State};
-use qrelay_worker::mail::{Inserted, Mail};
+use qrelay_worker::mail::{Mail, Origin};
 use qrelay_worker::session::script::Decision;
 use slog::{Drain, KV as _, Logger, OwnedKVList, Record, Serializer};
 
@@ -155,21 +156,16 @@ pub fn mail_from(peer: Peer, message: &str) -> Mail {
         payload: 0..0,
     };
     let (socket, _) = UnixStream::pair().expect("a pair of sockets");
-    Mail {
+    let origin = Origin {
         id: mail_id("id", JobId(1)),
-        job: JobId(7),
-        buffer,
-        request,
-        sender: None,
-        recipients: None,
-        account: None,
-        inserted: Inserted::default(),
-        removed: Vec::new(),
-        peer,
-        socket: Arc::new(OwnedFd::from(socket)),
-        listening: ListenerId(0),
-        accepted: 0,
-        client: None,
         listener: "/a".into(),
-    }
+        peer,
+        socket: ClientSocket {
+            descriptor: Arc::new(OwnedFd::from(socket)),
+            job: JobId(7),
+            listening: ListenerId(0),
+            accepted: 0,
+        },
+    };
+    Mail::new(origin, buffer, request)
 }

@@ -42,7 +42,7 @@ impl Slot {
 
     /// The mail's id.
     pub fn id(&self) -> Option<MailId> {
-        self.0.lock().as_ref().map(|held| held.mail.id)
+        self.0.lock().as_ref().map(|held| held.mail.id())
     }
 
     /// Works on the mail and its control groups. Nothing in it may ask Lua, which could ask for

@@ -93,9 +93,10 @@ pub fn attribute(class: &mut Class<'_>) -> mlua::Result<()> {
 /// The path of the client's group, which is in the list afterwards.
 fn client(mail: &mut Mail, cgroups: &mut Vec<Cgroup>) -> Result<Option<Arc<[u8]>>, Raise> {
     if cgroups.is_empty() {
-        let Peer::Local { pid: Some(pid), .. } = mail.peer else { return Ok(None) };
-        let (client, id) = clients().of(mail, Pid::from_raw(pid)).map_err(CgroupError::from)?;
-        let client = mail.client.insert(client);
+        let Peer::Local { pid: Some(pid), .. } = *mail.peer() else { return Ok(None) };
+        let (client, id) =
+            clients().of(mail.socket(), Pid::from_raw(pid)).map_err(CgroupError::from)?;
+        let client = mail.keep_client(client);
         cgroups.extend(hierarchy().of_client(client, id)?);
     }
     Ok(cgroups.first().map(|cgroup| Arc::clone(cgroup.path())))

@@ -6,10 +6,9 @@
 //! # Failure
 //! Wrong names and values raise; a stale object raises `Stale object`.
 
-use std::ops::Range;
 use std::sync::Arc;
 
-use mlua::{BString, Lua, MetaMethod, Table, Value, Variadic};
+use mlua::{BString, Lua, MetaMethod, Table, Value};
 use qrelay_shared::ipc::message::Peer;
 use qrelay_shared::{address, header};
 
@@ -49,46 +48,36 @@ pub fn register(lua: &Lua) -> mlua::Result<()> {
 
 fn envelope(class: &mut Class<'_>) -> mlua::Result<()> {
     class.getter("sender", |lua, this: &MailObject| {
-        let sender = this.with(|mail| Ok(sender(mail).to_vec()))?;
+        let sender = this.with(|mail| Ok(mail.sender().to_vec()))?;
         Ok(lua.create_string(sender)?)
     })?;
     class.setter("sender", |_, this: &MailObject, value| {
         let sender = valid_sender(&value)?;
         this.with(|mail| {
-            mail.sender = Some(sender);
+            mail.set_sender(sender);
             Ok(())
         })
     })?;
-    class.list_getter("recipients", |this: &MailObject| this.with(|mail| Ok(recipients(mail))))?;
+    class.list_getter("recipients", |this: &MailObject| {
+        this.with(|mail| Ok(mail.recipients().map(BString::from).collect()))
+    })?;
     class.setter("recipients", |_, this: &MailObject, value| {
         let recipients = valid_recipients(&value)?;
         this.with(|mail| {
-            mail.recipients = Some(recipients);
+            mail.set_recipients(recipients);
             Ok(())
         })
     })?;
-    class.getter("account", |_, this: &MailObject| this.with(|mail| Ok(mail.account.clone())))?;
+    class.getter("account", |_, this: &MailObject| {
+        this.with(|mail| Ok(mail.account().map(str::to_owned)))
+    })?;
     class.setter("account", |_, this: &MailObject, value| {
         let account = valid_account(&value)?;
         this.with(|mail| {
-            mail.account = account;
+            mail.set_account(account);
             Ok(())
         })
     })
-}
-
-fn sender(mail: &Mail) -> &[u8] {
-    mail.sender.as_deref().unwrap_or(&mail.buffer[mail.request.sender.clone()])
-}
-
-fn recipients(mail: &Mail) -> Variadic<BString> {
-    match &mail.recipients {
-        Some(list) => list.iter().map(|recipient| BString::from(&**recipient)).collect(),
-        None => {
-            let ranges = mail.request.recipients.iter();
-            ranges.map(|range| BString::from(&mail.buffer[range.clone()])).collect()
-        }
-    }
 }
 
 fn string_list(lua: &Lua, items: Vec<Vec<u8>>) -> Result<Table, Raise> {
@@ -135,34 +124,34 @@ fn valid_account(value: &Value) -> Result<Option<String>, Raise> {
 /// Facts about the client and the connection.
 fn client(class: &mut Class<'_>) -> mlua::Result<()> {
     class.getter("pid", |_, this: &MailObject| {
-        this.with(|mail| match mail.peer {
+        this.with(|mail| match *mail.peer() {
             Peer::Local { pid, .. } => Ok(pid),
             Peer::Remote(_) => Ok(None),
         })
     })?;
     class.getter("uid", |_, this: &MailObject| {
-        this.with(|mail| match mail.peer {
+        this.with(|mail| match *mail.peer() {
             Peer::Local { uid, .. } => Ok(Some(uid)),
             Peer::Remote(_) => Ok(None),
         })
     })?;
     class.getter("gid", |_, this: &MailObject| {
-        this.with(|mail| match mail.peer {
+        this.with(|mail| match *mail.peer() {
             Peer::Local { gid, .. } => Ok(Some(gid)),
             Peer::Remote(_) => Ok(None),
         })
     })?;
-    class.getter("peer", |_, this: &MailObject| this.with(|mail| Ok(peer(&mail.peer))))?;
+    class.getter("peer", |_, this: &MailObject| this.with(|mail| Ok(peer(mail.peer()))))?;
     let names = Strings::default();
     class.getter("listener", move |lua, this: &MailObject| {
-        let listener = this.with(|mail| Ok(Arc::clone(&mail.listener)))?;
+        let listener = this.with(|mail| Ok(Arc::clone(mail.listener())))?;
         Ok(names.get(lua, &listener.into())?)
     })?;
     class.getter("id", |lua, this: &MailObject| {
-        let id = this.with(|mail| Ok(mail.id))?;
+        let id = this.with(|mail| Ok(mail.id()))?;
         Ok(lua.create_string(&*id)?)
     })?;
-    class.getter("size", |_, this: &MailObject| this.with(|mail| Ok(mail.request.message.len())))
+    class.getter("size", |_, this: &MailObject| this.with(|mail| Ok(mail.message().len())))
 }
 
 /// An IP address, or the words of the `Received` line.
@@ -181,23 +170,23 @@ fn headers(class: &mut Class<'_>) -> mlua::Result<()> {
     class.method("header", |lua, (this, name): (This, Value)| {
         let mail = alive(&this)?;
         let name = header_name("header", &name)?;
-        let value = mail.with(|mail| Ok(header::header_value(message(mail), &name)))?;
+        let value = mail.with(|mail| Ok(header::header_value(mail.message(), &name)))?;
         Ok(value.map(|value| lua.create_string(value)).transpose()?)
     })?;
     class.method("headers", |lua, (this, name): (This, Value)| {
         let mail = alive(&this)?;
         let name = header_name("headers", &name)?;
-        string_list(lua, mail.with(|mail| Ok(header::headers(message(mail), &name)))?)
+        string_list(lua, mail.with(|mail| Ok(header::headers(mail.message(), &name)))?)
     })?;
     class.method("insert_header", |_, (this, name, value): (This, Value, Value)| {
         let mail = alive(&this)?;
         let name = header_name("insert_header", &name)?;
         let value = header_value(&name, &value)?;
         mail.with(|mail| {
-            if mail.inserted.count() >= MAX_INSERTED {
+            if mail.inserted().count() >= MAX_INSERTED {
                 return Err(format!("insert_header: at most {MAX_INSERTED} lines per mail").into());
             }
-            mail.inserted.insert(&name, &value);
+            mail.insert_header(&name, &value);
             Ok(())
         })
     })?;
@@ -206,10 +195,6 @@ fn headers(class: &mut Class<'_>) -> mlua::Result<()> {
         let name = header_name("remove_header", &name)?;
         mail.with(|mail| Ok(remove_header(mail, &name)))
     })
-}
-
-fn message(mail: &Mail) -> &[u8] {
-    &mail.buffer[mail.request.message.clone()]
 }
 
 fn header_name<'v>(function: &str, value: &'v Value) -> Result<Text<'v>, Raise> {
@@ -255,12 +240,8 @@ fn has_tostring(value: &Value) -> Result<bool, Raise> {
 
 /// Marks all fields of that name to be left out; how many there are.
 fn remove_header(mail: &mut Mail, name: &[u8]) -> usize {
-    let start = mail.request.message.start;
-    let fields = header::field_ranges(message(mail), name);
+    let fields = header::field_ranges(mail.message(), name);
     let count = fields.len();
-    let ranges = fields.into_iter().map(|range| range.start + start..range.end + start);
-    mail.removed.extend(ranges);
-    mail.removed.sort_by_key(|range: &Range<usize>| range.start);
-    mail.removed.dedup();
+    mail.remove_fields(fields);
     count
 }
