@@ -30,7 +30,7 @@ use crate::delivery::action::Action;
 use crate::delivery::connect;
 use crate::delivery::exec;
 use crate::delivery::exec_raw;
-use crate::delivery::program::Host;
+use crate::delivery::program::ProgramContext;
 use crate::lua::state::HandlerError;
 use crate::mail::{Mail, Origin};
 use crate::session::record::Outcome;
@@ -253,8 +253,8 @@ impl<'w> Session<'w> {
     }
 
     /// What a program runs under.
-    fn host(&self, deadline: Deadline) -> Host<'_> {
-        Host { children: &self.worker.children, deadline, logger: &self.worker.logger }
+    fn host(&self, deadline: Deadline) -> ProgramContext<'_> {
+        ProgramContext { children: &self.worker.children, deadline, logger: &self.worker.logger }
     }
 
     /// Lets a drain wait for an action that may take longer than a drain does anyway.

@@ -31,14 +31,14 @@ pub fn clients() -> &'static Clients {
 
 /// All of them, whatever thread serves them.
 #[derive(Debug, Default)]
-pub struct Clients(Mutex<Register>);
+pub struct Clients(Mutex<Table>);
 
 /// The listening socket's number, and the process'.
 type Key = (ListenerId, Pid);
 
 /// Whose mails are under way, and some who are gone.
 #[derive(Debug)]
-struct Register {
+struct Table {
     known: FxHashMap<Key, Known>,
     /// With so many, those that are gone are forgotten.
     many: usize,
@@ -51,7 +51,7 @@ struct Known {
     client: Weak<Client>,
 }
 
-impl Default for Register {
+impl Default for Table {
     fn default() -> Self {
         Self { known: FxHashMap::default(), many: MANY }
     }
@@ -86,28 +86,28 @@ impl Clients {
 
     /// The process with this number that connected to this socket no later.
     fn earlier(&self, key: Key, job: JobId) -> Option<Arc<Client>> {
-        let register = self.0.lock();
-        register.known.get(&key).filter(|known| known.job <= job)?.client.upgrade()
+        let table = self.0.lock();
+        table.known.get(&key).filter(|known| known.job <= job)?.client.upgrade()
     }
 
     fn forget(&self, key: Key, client: &Arc<Client>) {
-        let mut register = self.0.lock();
+        let mut table = self.0.lock();
         let is_it = |known: &Known| known.client.as_ptr() == Arc::as_ptr(client);
-        if register.known.get(&key).is_some_and(is_it) {
-            register.known.remove(&key);
+        if table.known.get(&key).is_some_and(is_it) {
+            table.known.remove(&key);
         }
     }
 
     /// Of several the earliest is of most use.
     fn remember(&self, key: Key, job: JobId, client: &Arc<Client>) {
-        let mut register = self.0.lock();
-        if register.known.len() >= register.many {
-            register.known.retain(|_, known| known.client.strong_count() > 0);
-            register.many = MANY.max(2 * register.known.len());
+        let mut table = self.0.lock();
+        if table.known.len() >= table.many {
+            table.known.retain(|_, known| known.client.strong_count() > 0);
+            table.many = MANY.max(2 * table.known.len());
         }
         let earlier = |known: &Known| known.job <= job && known.client.strong_count() > 0;
-        if !register.known.get(&key).is_some_and(earlier) {
-            register.known.insert(key, Known { job, client: Arc::downgrade(client) });
+        if !table.known.get(&key).is_some_and(earlier) {
+            table.known.insert(key, Known { job, client: Arc::downgrade(client) });
         }
     }
 }
@@ -160,8 +160,8 @@ mod tests {
         for number in 1..=MANY as u64 {
             clients.remember((ListenerId(number), Pid::this()), JobId(1), &one);
         }
-        let register = clients.0.lock();
-        assert_eq!((register.known.len(), register.many), (MANY + 1, 2 * MANY));
+        let table = clients.0.lock();
+        assert_eq!((table.known.len(), table.many), (MANY + 1, 2 * MANY));
     }
 
     #[test]

@@ -58,7 +58,7 @@ impl Scan {
 
 /// How a program ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Exit {
+pub enum ProgramExit {
     /// With this status.
     Status(i32),
     /// By a signal.
@@ -67,7 +67,7 @@ pub enum Exit {
     Unknown,
 }
 
-impl fmt::Display for Exit {
+impl fmt::Display for ProgramExit {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Status(status) => write!(f, "exit status {status}"),
@@ -151,7 +151,7 @@ impl Child {
     }
 
     /// Waits for its end.
-    pub fn reap(mut self) -> Exit {
+    pub fn reap(mut self) -> ProgramExit {
         self.finish()
     }
 
@@ -175,17 +175,17 @@ impl Child {
         drop(waiting);
     }
 
-    fn finish(&mut self) -> Exit {
+    fn finish(&mut self) -> ProgramExit {
         self.reaped = true;
         let ended = WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT;
         while waitid(Id::Pid(self.pid()), ended) == Err(Errno::EINTR) {}
         self.children.running.lock().retain(|&group| group != self.group);
         self.children.reports.child_gone(self.job);
         match reap(self.pid()) {
-            Ok(WaitStatus::Exited(_, status)) => Exit::Status(status),
-            Ok(WaitStatus::Signaled(_, signal, _)) => Exit::Signal(signal),
+            Ok(WaitStatus::Exited(_, status)) => ProgramExit::Status(status),
+            Ok(WaitStatus::Signaled(_, signal, _)) => ProgramExit::Signal(signal),
             // Nobody else reaps our children, so this doesn't happen.
-            _ => Exit::Unknown,
+            _ => ProgramExit::Unknown,
         }
     }
 }

@@ -57,8 +57,8 @@ pub fn relay(
                 let delivery = Delivery { reply, next_hop, attempted: true, canceled: false };
                 return (delivery, Some(socket));
             }
-            Err(Undialed::Failed) => last = Some(hop),
-            Err(Undialed::Late) => return (unsent(attempt.late, Some(hop)), None),
+            Err(DialFailure::Failed) => last = Some(hop),
+            Err(DialFailure::Late) => return (unsent(attempt.late, Some(hop)), None),
         }
     }
     (unsent(texts::CONNECT_FAILED, last), None)
@@ -83,7 +83,7 @@ struct Attempt<'a> {
 }
 
 /// Why there is no connection.
-enum Undialed {
+enum DialFailure {
     /// This address doesn't accept one.
     Failed,
     /// There is no time for another.
@@ -91,11 +91,11 @@ enum Undialed {
 }
 
 impl Attempt<'_> {
-    fn dial(&self, hop: &NextHop) -> Result<OwnedFd, Undialed> {
+    fn dial(&self, hop: &NextHop) -> Result<OwnedFd, DialFailure> {
         dial(&hop.endpoint, self.deadline.at_most(self.connect_timeout)).map_err(|error| {
             warn!(self.logger, "connect failed"; "id" => self.id,
                 "next_hop" => &*hop.name, "error" => error.desc());
-            if self.deadline.expired() { Undialed::Late } else { Undialed::Failed }
+            if self.deadline.expired() { DialFailure::Late } else { DialFailure::Failed }
         })
     }
 

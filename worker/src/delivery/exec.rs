@@ -13,16 +13,16 @@ use qrelay_shared::texts;
 
 use crate::delivery::Delivery;
 use crate::delivery::action::Exec;
-use crate::delivery::children::Exit;
+use crate::delivery::children::ProgramExit;
 use crate::delivery::envelope::Envelope;
-use crate::delivery::program::{Host, Kind, deliver};
+use crate::delivery::program::{ProgramAction, ProgramContext, deliver};
 use crate::mail::Mail;
 
 /// Runs the program.
-pub fn run(host: &Host<'_>, mail: &Mail, action: &Exec) -> Delivery {
+pub fn run(host: &ProgramContext<'_>, mail: &Mail, action: &Exec) -> Delivery {
     let envelope = Envelope::new(mail);
     let pieces = envelope.pieces();
-    let kind = Kind {
+    let kind = ProgramAction {
         input: &pieces.iter().map(|piece| &**piece).collect::<Vec<_>>(),
         joined: false,
         enough: |output| !matches!(parse_reply(output), ReplyProgress::NeedMore),
@@ -31,9 +31,9 @@ pub fn run(host: &Host<'_>, mail: &Mail, action: &Exec) -> Delivery {
     deliver(host, mail, action, &kind)
 }
 
-fn verdict(exit: Exit, output: &[u8]) -> Reply {
+fn verdict(exit: ProgramExit, output: &[u8]) -> Reply {
     match exit {
-        Exit::Status(0) => match parse_reply(output) {
+        ProgramExit::Status(0) => match parse_reply(output) {
             ReplyProgress::Complete(reply) => reply,
             ReplyProgress::NeedMore => Reply::temporary(texts::RELAY_FAILED),
             ReplyProgress::Malformed => Reply::temporary(texts::MALFORMED_RESPONSE),
@@ -45,11 +45,11 @@ fn verdict(exit: Exit, output: &[u8]) -> Reply {
 /// What an end means for the mail: 64 (usage), 65 (bad data), 67 (unknown user), 68 (unknown
 /// host), 72 (system file missing), 77 (no permission), 78 (configuration) of sysexits.h, and
 /// 100 of qmail are for ever, everything else but 0 passes.
-pub fn status(exit: Exit) -> Status {
+pub fn status(exit: ProgramExit) -> Status {
     match exit {
-        Exit::Status(0) => Status::Accepted,
-        Exit::Status(64 | 65 | 67 | 68 | 72 | 77 | 78 | 100) => Status::Permanent,
-        Exit::Status(_) | Exit::Signal(_) | Exit::Unknown => Status::Temporary,
+        ProgramExit::Status(0) => Status::Accepted,
+        ProgramExit::Status(64 | 65 | 67 | 68 | 72 | 77 | 78 | 100) => Status::Permanent,
+        ProgramExit::Status(_) | ProgramExit::Signal(_) | ProgramExit::Unknown => Status::Temporary,
     }
 }
 
@@ -66,23 +66,23 @@ mod tests {
                 64 | 65 | 67 | 68 | 72 | 77 | 78 | 100 => Status::Permanent,
                 _ => Status::Temporary,
             };
-            assert_eq!(status(Exit::Status(code)), expected, "{code}");
+            assert_eq!(status(ProgramExit::Status(code)), expected, "{code}");
         }
-        assert_eq!(status(Exit::Signal(SIGKILL)), Status::Temporary);
+        assert_eq!(status(ProgramExit::Signal(SIGKILL)), Status::Temporary);
     }
 
     #[test]
     fn replies() {
-        let table: [(Exit, &[u8], &[u8]); 9] = [
-            (Exit::Status(0), b"3:Kok,", b"3:Kok,"),
-            (Exit::Status(0), b"003:Dno,3:Kok,", b"3:Dno,"),
-            (Exit::Status(0), b"", b"13:Zrelay failed,"),
-            (Exit::Status(0), b"3:Ko", b"13:Zrelay failed,"),
-            (Exit::Status(0), b"ok\n", b"25:Zmalformed relay response,"),
-            (Exit::Status(75), b"3:Kok,", b"22:Zinternal server error,"),
-            (Exit::Status(100), b"3:Kok,", b"22:Dinternal server error,"),
-            (Exit::Status(1), b"3:Dno,", b"22:Zinternal server error,"),
-            (Exit::Signal(SIGKILL), b"3:Kok,", b"22:Zinternal server error,"),
+        let table: [(ProgramExit, &[u8], &[u8]); 9] = [
+            (ProgramExit::Status(0), b"3:Kok,", b"3:Kok,"),
+            (ProgramExit::Status(0), b"003:Dno,3:Kok,", b"3:Dno,"),
+            (ProgramExit::Status(0), b"", b"13:Zrelay failed,"),
+            (ProgramExit::Status(0), b"3:Ko", b"13:Zrelay failed,"),
+            (ProgramExit::Status(0), b"ok\n", b"25:Zmalformed relay response,"),
+            (ProgramExit::Status(75), b"3:Kok,", b"22:Zinternal server error,"),
+            (ProgramExit::Status(100), b"3:Kok,", b"22:Dinternal server error,"),
+            (ProgramExit::Status(1), b"3:Dno,", b"22:Zinternal server error,"),
+            (ProgramExit::Signal(SIGKILL), b"3:Kok,", b"22:Zinternal server error,"),
         ];
         for (exit, output, reply) in table {
             assert_eq!(verdict(exit, output).encode(), reply, "{exit} {output:?}");

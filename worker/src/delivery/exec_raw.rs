@@ -13,28 +13,28 @@ use qrelay_shared::texts;
 
 use crate::delivery::Delivery;
 use crate::delivery::action::Exec;
-use crate::delivery::children::Exit;
+use crate::delivery::children::ProgramExit;
 use crate::delivery::exec::status;
-use crate::delivery::program::{Host, Kind, deliver, one_line};
+use crate::delivery::program::{ProgramAction, ProgramContext, deliver, one_line};
 use crate::mail::Mail;
 use crate::mail::received;
 
 /// Runs the program.
-pub fn run(host: &Host<'_>, mail: &Mail, action: &Exec) -> Delivery {
+pub fn run(host: &ProgramContext<'_>, mail: &Mail, action: &Exec) -> Delivery {
     let mut prefix = Vec::new();
     received::write_prefix(&mut prefix, mail.inserted(), mail.peer());
     let mut input = vec![&prefix[..]];
     input.extend(mail.kept());
-    let kind = Kind { input: &input, joined: true, enough: |_| false, verdict };
+    let kind = ProgramAction { input: &input, joined: true, enough: |_| false, verdict };
     deliver(host, mail, action, &kind)
 }
 
-fn verdict(exit: Exit, output: &[u8]) -> Reply {
+fn verdict(exit: ProgramExit, output: &[u8]) -> Reply {
     let status = status(exit);
     let mut text = match exit {
-        Exit::Status(_) => one_line(output),
+        ProgramExit::Status(_) => one_line(output),
         // Half a sentence, if anything.
-        Exit::Signal(_) | Exit::Unknown => String::new(),
+        ProgramExit::Signal(_) | ProgramExit::Unknown => String::new(),
     };
     if text.is_empty() && status != Status::Accepted {
         text = texts::INTERNAL_ERROR.into();
@@ -55,13 +55,13 @@ mod tests {
 
     #[test]
     fn replies() {
-        let table: [(Exit, &[u8], &[u8]); 6] = [
-            (Exit::Status(0), b"", b"1:K,"),
-            (Exit::Status(0), b"queued\nas 1\n", b"12:Kqueued as 1,"),
-            (Exit::Status(75), b"", b"22:Zinternal server error,"),
-            (Exit::Status(67), b"no such user\n", b"13:Dno such user,"),
-            (Exit::Status(1), b"oops", b"5:Zoops,"),
-            (Exit::Signal(SIGTERM), b"oops", b"22:Zinternal server error,"),
+        let table: [(ProgramExit, &[u8], &[u8]); 6] = [
+            (ProgramExit::Status(0), b"", b"1:K,"),
+            (ProgramExit::Status(0), b"queued\nas 1\n", b"12:Kqueued as 1,"),
+            (ProgramExit::Status(75), b"", b"22:Zinternal server error,"),
+            (ProgramExit::Status(67), b"no such user\n", b"13:Dno such user,"),
+            (ProgramExit::Status(1), b"oops", b"5:Zoops,"),
+            (ProgramExit::Signal(SIGTERM), b"oops", b"22:Zinternal server error,"),
         ];
         for (exit, output, reply) in table {
             assert_eq!(verdict(exit, output).encode(), reply, "{exit} {output:?}");
@@ -70,9 +70,9 @@ mod tests {
 
     #[test]
     fn a_long_text_ends_with_a_whole_character() {
-        let reply = verdict(Exit::Status(0), "\u{20ac}".repeat(200).as_bytes());
+        let reply = verdict(ProgramExit::Status(0), "\u{20ac}".repeat(200).as_bytes());
         assert_eq!(reply.text, "\u{20ac}".repeat(85).as_bytes());
-        let reply = verdict(Exit::Status(0), "a\u{20ac}".repeat(100).as_bytes());
+        let reply = verdict(ProgramExit::Status(0), "a\u{20ac}".repeat(100).as_bytes());
         assert_eq!(reply.text.len(), 253);
     }
 }

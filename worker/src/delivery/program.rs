@@ -34,7 +34,7 @@ use slog::{Logger, error, warn};
 
 use crate::delivery::Delivery;
 use crate::delivery::action::Exec;
-use crate::delivery::children::{Child, Children, Exit};
+use crate::delivery::children::{Child, Children, ProgramExit};
 use crate::mail::Mail;
 
 /// How long output is awaited from what a program left behind, such as `| logger`.
@@ -44,7 +44,7 @@ const PAUSE: Duration = Duration::from_millis(10);
 
 /// What programs run under.
 #[derive(Debug, Clone, Copy)]
-pub struct Host<'a> {
+pub struct ProgramContext<'a> {
     /// Those that run.
     pub children: &'a Arc<Children>,
     /// The mail's.
@@ -54,7 +54,7 @@ pub struct Host<'a> {
 }
 
 /// What is special about an action that runs a program.
-pub struct Kind<'a> {
+pub struct ProgramAction<'a> {
     /// The complete input.
     pub input: &'a [&'a [u8]],
     /// Errors go where output goes.
@@ -62,13 +62,13 @@ pub struct Kind<'a> {
     /// Whether this output needs no more.
     pub enough: fn(&[u8]) -> bool,
     /// The reply for an end and an output.
-    pub verdict: fn(Exit, &[u8]) -> Reply,
+    pub verdict: fn(ProgramExit, &[u8]) -> Reply,
 }
 
 /// What became of a program.
 enum End {
     /// It ended.
-    Exit(Exit),
+    Exit(ProgramExit),
     /// It was ended, since its time was over.
     Late,
     /// It was ended, since the client had gone.
@@ -76,7 +76,12 @@ enum End {
 }
 
 /// Runs a program for a mail. Whatever happens, the result has a reply.
-pub fn deliver(host: &Host<'_>, mail: &Mail, action: &Exec, kind: &Kind<'_>) -> Delivery {
+pub fn deliver(
+    host: &ProgramContext<'_>,
+    mail: &Mail,
+    action: &Exec,
+    kind: &ProgramAction<'_>,
+) -> Delivery {
     let late = if action.timeout.is_some() { texts::TIMEOUT } else { texts::RELAY_FAILED };
     let deadline = action.timeout.map_or(host.deadline, Deadline::after);
     let program = action.arguments.first().map(|path| printable(path.as_bytes()).into());
@@ -172,10 +177,10 @@ struct Run<'a> {
 
 impl<'a> Run<'a> {
     fn start(
-        host: &Host<'a>,
+        host: &ProgramContext<'a>,
         mail: &'a Mail,
         action: &Exec,
-        kind: &Kind<'_>,
+        kind: &ProgramAction<'_>,
         deadline: Deadline,
     ) -> Result<Self, Errno> {
         let input = input::sealed(mail.job(), kind.input)?;
@@ -205,7 +210,7 @@ impl<'a> Run<'a> {
         match self.wait(self.deadline) {
             Event::Ended => {
                 self.last_words(enough);
-                let exit = self.child.take().map_or(Exit::Unknown, Child::reap);
+                let exit = self.child.take().map_or(ProgramExit::Unknown, Child::reap);
                 End::Exit(exit)
             }
             Event::Hangup => {
@@ -292,15 +297,18 @@ impl<'a> Run<'a> {
     /// Waits for anything, and reads what output there is.
     fn poll(&mut self, deadline: Deadline) -> Ready {
         let mut polled = Polled::default();
-        polled.add(Slot::Process, self.process.as_fd(), PollFlags::POLLIN);
+        polled.add(Source::Process, self.process.as_fd(), PollFlags::POLLIN);
         if let Some(client) = self.client {
             // Only what is always reported: errors and hang-ups.
-            polled.add(Slot::Client, client, PollFlags::empty());
+            polled.add(Source::Client, client, PollFlags::empty());
         }
         polled.add_outputs(&self.output, &self.errors);
         let happened = polled.wait(deadline);
         self.read(&happened);
-        Ready { ended: happened.contains(&Slot::Process), hangup: happened.contains(&Slot::Client) }
+        Ready {
+            ended: happened.contains(&Source::Process),
+            hangup: happened.contains(&Source::Client),
+        }
     }
 
     /// Waits for output and reads it; says whether there was any.
@@ -312,12 +320,12 @@ impl<'a> Run<'a> {
         !happened.is_empty()
     }
 
-    fn read(&mut self, happened: &[Slot]) {
-        for slot in happened {
-            match slot {
-                Slot::Output => self.output.read(),
-                Slot::Errors => self.errors.read(),
-                Slot::Process | Slot::Client => {}
+    fn read(&mut self, happened: &[Source]) {
+        for source in happened {
+            match source {
+                Source::Output => self.output.read(),
+                Source::Errors => self.errors.read(),
+                Source::Process | Source::Client => {}
             }
         }
     }
@@ -331,7 +339,7 @@ struct Ready {
 
 /// What is waited for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Slot {
+enum Source {
     Process,
     Client,
     Output,
@@ -341,26 +349,26 @@ enum Slot {
 /// Descriptors for poll(2) with their meaning.
 #[derive(Default)]
 struct Polled<'f> {
-    slots: Vec<Slot>,
+    sources: Vec<Source>,
     fds: Vec<PollFd<'f>>,
 }
 
 impl<'f> Polled<'f> {
-    fn add(&mut self, slot: Slot, fd: BorrowedFd<'f>, events: PollFlags) {
-        self.slots.push(slot);
+    fn add(&mut self, source: Source, fd: BorrowedFd<'f>, events: PollFlags) {
+        self.sources.push(source);
         self.fds.push(PollFd::new(fd, events));
     }
 
     fn add_outputs(&mut self, output: &'f Output, errors: &'f Output) {
-        for (slot, output) in [(Slot::Output, output), (Slot::Errors, errors)] {
+        for (source, output) in [(Source::Output, output), (Source::Errors, errors)] {
             if let Some(pipe) = &output.pipe {
-                self.add(slot, pipe.as_fd(), PollFlags::POLLIN);
+                self.add(source, pipe.as_fd(), PollFlags::POLLIN);
             }
         }
     }
 
     /// Which of them have something to say; none when the deadline has passed.
-    fn wait(mut self, deadline: Deadline) -> Vec<Slot> {
+    fn wait(mut self, deadline: Deadline) -> Vec<Source> {
         match ppoll(&mut self.fds, Some(TimeSpec::from(deadline.remaining())), None) {
             Ok(_) => {}
             Err(Errno::EINTR) => return Vec::new(),
@@ -370,7 +378,12 @@ impl<'f> Polled<'f> {
             }
         }
         let happened = self.fds.iter().map(|fd| fd.any().unwrap_or(true));
-        self.slots.iter().zip(happened).filter(|(_, any)| *any).map(|(slot, _)| *slot).collect()
+        self.sources
+            .iter()
+            .zip(happened)
+            .filter(|(_, any)| *any)
+            .map(|(source, _)| *source)
+            .collect()
     }
 }
 

@@ -15,13 +15,14 @@ pub mod listen;
 pub mod log;
 pub mod mail;
 pub mod mail_object;
+pub mod outgoing_socket;
 pub mod output;
 pub mod pg;
 pub mod settings;
 pub mod shared;
 pub mod sleep;
 pub mod socket;
-pub mod socket_connection;
+
 pub mod sodium;
 
 use std::sync::Arc;

@@ -28,7 +28,7 @@ pub use crate::lua::binding::error::HandlerError;
 use crate::lua::config::{self, ConfigError};
 use crate::lua::engine::background::Background;
 use crate::lua::engine::collector;
-use crate::lua::engine::monitor::{Job, Monitor, Progress, Stop};
+use crate::lua::engine::monitor::{Monitor, Progress, RunContext, Stop};
 use crate::lua::engine::output::Output;
 use crate::lua::engine::prelude;
 use crate::lua::engine::slot::Slot;
@@ -111,7 +111,7 @@ impl State {
         output.flush(None);
         // Nothing of this may be inherited: each process has its own ways.
         pg.close();
-        dictionary_client::hang_up();
+        dictionary_client::close_idle();
         *dictionaries.write() = Box::new(|_| Err(SendError::Closed));
         result?;
         socket::release(&lua);
@@ -181,7 +181,7 @@ impl State {
         let number = mail.job();
         let slot = Slot::new(mail);
         let budget = self.settings.handler_timeout;
-        let job = Job { number, mail: Some(Arc::clone(&slot)), deadline, budget };
+        let job = RunContext { number, mail: Some(Arc::clone(&slot)), deadline, budget };
         let object = MailObject::new(Arc::clone(&slot));
         let argument = |lua: &Lua| lua.create_any_userdata(object).map(Value::UserData);
         match self.monitor.start(&job, function, argument, action_object::decision) {

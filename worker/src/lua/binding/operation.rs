@@ -3,11 +3,11 @@
 //! Contract: a library function that would block returns an [`Operation`]. It
 //! travels out of the handler's coroutine to a thread that may wait
 //! (see [`crate::lua::engine::monitor`]), which carries it out, or waits for what is under way already, with Lua
-//! unlocked and puts the [`Outcome`] into the same object, from where the waiting function takes
+//! unlocked and puts the [`Completion`] into the same object, from where the waiting function takes
 //! it. An operation holds no Lua values: dropping one would wait for Lua.
 //!
 //! # Failure
-//! An operation that can't be done in time says [`Outcome::Expired`]; that ends
+//! An operation that can't be done in time says [`Completion::Expired`]; that ends
 //! the handler. Other failures are values (`nil, message`) or raise in the
 //! script, as the operation decides.
 
@@ -20,21 +20,21 @@ use crate::lua::binding::error::Raise;
 /// Blocking work, done without Lua.
 pub trait Operation: Send {
     /// Does it, on the calling thread, by the deadline.
-    fn run(self: Box<Self>, deadline: Deadline) -> Outcome;
+    fn run(self: Box<Self>, deadline: Deadline) -> Completion;
 }
 
 /// Makes an operation's results into Lua values, once Lua is held again.
 pub type Results = Box<dyn FnOnce(&Lua) -> Result<MultiValue, Raise> + Send>;
 
 /// How an operation ended.
-pub enum Outcome {
+pub enum Completion {
     /// The function returns, or raises, this.
     Done(Results),
     /// The deadline passed.
     Expired,
 }
 
-impl Outcome {
+impl Completion {
     /// The function returns these values.
     pub fn values<R: IntoLuaMulti + Send + 'static>(values: R) -> Self {
         Self::Done(Box::new(move |lua| Ok(values.into_lua_multi(lua)?)))
@@ -57,7 +57,7 @@ pub struct Pending(Mutex<Stage>);
 enum Stage {
     Ready(Box<dyn Operation>),
     Running,
-    Done(Outcome),
+    Done(Completion),
 }
 
 impl Pending {
@@ -79,7 +79,7 @@ impl Pending {
     }
 
     /// It is done.
-    pub fn finish(&self, outcome: Outcome) {
+    pub fn finish(&self, outcome: Completion) {
         *self.0.lock() = Stage::Done(outcome);
     }
 
@@ -89,8 +89,8 @@ impl Pending {
     /// It isn't done, or was given up.
     pub fn results(&self) -> Result<Results, Raise> {
         match std::mem::replace(&mut *self.0.lock(), Stage::Running) {
-            Stage::Done(Outcome::Done(results)) => Ok(results),
-            Stage::Done(Outcome::Expired) => Err("the time for this mail is over".into()),
+            Stage::Done(Completion::Done(results)) => Ok(results),
+            Stage::Done(Completion::Expired) => Err("the time for this mail is over".into()),
             Stage::Ready(_) | Stage::Running => {
                 Err("the operation was interrupted: its coroutine was resumed by the script".into())
             }

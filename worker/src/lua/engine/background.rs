@@ -17,7 +17,7 @@ use qrelay_shared::ids::WorkerId;
 use qrelay_shared::settings::Settings;
 use slog::Logger;
 
-use crate::lua::engine::monitor::{Job, Monitor, Progress, Stop};
+use crate::lua::engine::monitor::{Monitor, Progress, RunContext, Stop};
 use crate::lua::engine::output::Output;
 
 /// What running a function takes.
@@ -55,7 +55,7 @@ impl Background {
     ) {
         let deadline = Deadline::after(self.settings.relay_timeout);
         let budget = self.settings.handler_timeout;
-        let job = Job { number: JobId::default(), mail: None, deadline, budget };
+        let job = RunContext { number: JobId::default(), mail: None, deadline, budget };
         let run = || match self.monitor.start(&job, function, argument, drop)? {
             Progress::Finished(()) => Ok(()),
             Progress::Waits(suspended) => self.monitor.finish(&job, suspended, drop),

@@ -21,7 +21,7 @@ use qrelay_shared::deadline::Deadline;
 use qrelay_shared::ids::JobId;
 
 use crate::lua::binding::error;
-use crate::lua::binding::operation::{Operation, Outcome, Pending};
+use crate::lua::binding::operation::{Completion, Operation, Pending};
 use crate::lua::engine::scope::Ending;
 use crate::lua::engine::slot::Slot;
 use crate::lua::engine::watch::Watch;
@@ -44,7 +44,7 @@ pub enum Stop {
 }
 
 /// For whom a function is run, and for how long.
-pub struct Job {
+pub struct RunContext {
     /// The supervisor's number of the job, 0 if there is none.
     pub number: JobId,
     /// The mail, if it is for one.
@@ -131,7 +131,7 @@ impl Monitor {
     /// See [`Stop`].
     pub fn start<R>(
         &self,
-        job: &Job,
+        job: &RunContext,
         function: &Function,
         argument: impl FnOnce(&Lua) -> mlua::Result<Value>,
         results: fn(MultiValue) -> R,
@@ -151,7 +151,7 @@ impl Monitor {
     /// See [`Stop`].
     pub fn finish<R>(
         &self,
-        job: &Job,
+        job: &RunContext,
         mut suspended: Suspended,
         results: fn(MultiValue) -> R,
     ) -> Result<R, Stop> {
@@ -165,15 +165,15 @@ impl Monitor {
 
     fn go_on<R>(
         &self,
-        job: &Job,
+        job: &RunContext,
         suspended: Suspended,
         results: fn(MultiValue) -> R,
     ) -> Result<Progress<R>, Stop> {
         let Suspended { scope, run, mut budget } = suspended;
         let outcome = run.operation.run(job.deadline);
         let again = match outcome {
-            Outcome::Expired => None,
-            Outcome::Done(_) => self.hold(job.deadline),
+            Completion::Expired => None,
+            Completion::Done(_) => self.hold(job.deadline),
         };
         let Some(mut hold) = again else {
             self.abandon(run.thread, run.pending);
@@ -239,7 +239,7 @@ impl Hold<'_> {
         &mut self,
         thread: &Thread,
         arguments: impl FnOnce(&Lua) -> mlua::Result<A>,
-        job: &Job,
+        job: &RunContext,
         scope: &Ending,
         budget: &mut Duration,
     ) -> Result<Step, Stop> {

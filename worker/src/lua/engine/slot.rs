@@ -19,11 +19,11 @@ use crate::mail::Mail;
 /// Where the mail is while its handler runs. Empty it is small: it stays until Lua collects the
 /// object, and Lua doesn't see how much memory it takes.
 #[derive(Debug)]
-pub struct Slot(Mutex<Option<Held>>);
+pub struct Slot(Mutex<Option<Content>>);
 
 /// What there is of a mail while its handler runs.
 #[derive(Debug)]
-struct Held {
+struct Content {
     mail: Box<Mail>,
     /// The control groups that the script has asked for, the client's own first.
     cgroups: Vec<Cgroup>,
@@ -32,7 +32,7 @@ struct Held {
 impl Slot {
     /// Puts the mail in.
     pub fn new(mail: Box<Mail>) -> Arc<Self> {
-        Arc::new(Self(Mutex::new(Some(Held { mail, cgroups: Vec::new() }))))
+        Arc::new(Self(Mutex::new(Some(Content { mail, cgroups: Vec::new() }))))
     }
 
     /// Takes it out; the object is stale from now on, and the groups' directories are closed.

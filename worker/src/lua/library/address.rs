@@ -20,7 +20,7 @@ use qrelay_shared::endpoint::{self, CONTROL_PORT, Endpoint, POND_PORT, Parsed, Q
 use crate::lua::binding::convert::{self, Argument};
 use crate::lua::binding::error::Raise;
 use crate::lua::binding::function::{self, Call, Class};
-use crate::lua::binding::operation::{Operation, Outcome};
+use crate::lua::binding::operation::{Completion, Operation};
 use crate::lua::engine::watch::Watch;
 
 /// The userdata.
@@ -160,17 +160,17 @@ fn reason(error: &std::io::Error) -> String {
     text.strip_prefix(prefix).unwrap_or(&text).to_owned()
 }
 
-fn outcome(found: Result<Vec<SocketAddr>, String>) -> Outcome {
+fn outcome(found: Result<Vec<SocketAddr>, String>) -> Completion {
     match found {
         Ok(found) => {
-            Outcome::values(AddressObject::new(found.into_iter().map(Endpoint::Inet).collect()))
+            Completion::values(AddressObject::new(found.into_iter().map(Endpoint::Inet).collect()))
         }
-        Err(message) => Outcome::raise(message),
+        Err(message) => Completion::raise(message),
     }
 }
 
 impl Operation for Lookup {
-    fn run(self: Box<Self>, deadline: Deadline) -> Outcome {
+    fn run(self: Box<Self>, deadline: Deadline) -> Completion {
         if self.here {
             return outcome(self.ask());
         }
@@ -181,13 +181,13 @@ impl Operation for Lookup {
             let _ = answer.send(self.ask());
         });
         if let Err(error) = thread {
-            return Outcome::raise(format!("cannot resolve '{name}': no thread: {error}"));
+            return Completion::raise(format!("cannot resolve '{name}': no thread: {error}"));
         }
         match answered.recv_deadline(deadline.instant()) {
             Ok(found) => outcome(found),
-            Err(crossbeam_channel::RecvTimeoutError::Timeout) => Outcome::Expired,
+            Err(crossbeam_channel::RecvTimeoutError::Timeout) => Completion::Expired,
             Err(crossbeam_channel::RecvTimeoutError::Disconnected) => {
-                Outcome::raise(format!("cannot resolve '{name}': the look-up failed"))
+                Completion::raise(format!("cannot resolve '{name}': the look-up failed"))
             }
         }
     }

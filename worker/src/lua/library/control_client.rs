@@ -22,11 +22,11 @@ use crate::lua::binding::function::Class;
 use crate::lua::binding::function::function;
 use crate::lua::engine::watch::Watch;
 use crate::lua::library::address;
+use crate::lua::library::outgoing_socket::OutgoingSocket;
 use crate::lua::library::socket;
-use crate::lua::library::socket_connection::Connection;
 
 /// The userdata of a client.
-struct ClientObject(Arc<Connection>);
+struct ClientObject(Arc<OutgoingSocket>);
 
 /// The userdata of a builder.
 struct Builder(Datagram);
@@ -56,12 +56,12 @@ pub fn register(lua: &Lua, watch: &Arc<Watch>) -> mlua::Result<()> {
     let new = function(lua, "control_client:new", move |lua, (_, address): (Value, Value)| {
         let argument = Argument::new("control_client:new", 1, "address");
         let endpoints = address::endpoints(&argument, &address, CONTROL_PORT, "control_resolve")?;
-        let connection = if watch.is_loading() {
+        let socket = if watch.is_loading() {
             socket::declare(lua, endpoints, SockType::Datagram)
         } else {
-            Arc::new(Connection::new(endpoints, SockType::Datagram, true))
+            Arc::new(OutgoingSocket::new(endpoints, SockType::Datagram, true))
         };
-        Ok(lua.create_any_userdata(ClientObject(connection))?)
+        Ok(lua.create_any_userdata(ClientObject(socket))?)
     })?;
     library.raw_set("new", new)?;
     lua.globals().set("control_client", library)
@@ -74,7 +74,7 @@ fn client(lua: &Lua) -> mlua::Result<()> {
         Ok(lua.create_any_userdata(Builder(Datagram::new()))?)
     })?;
     class.blocking_method("send", |_, (this, builder): (Value, Value)| {
-        let connection = client_of(&this)?;
+        let socket = client_of(&this)?;
         let argument = Argument::new("control_client:send", 1, "builder");
         let Some(object) = builder.as_userdata().and_then(|o| o.borrow::<Builder>().ok()) else {
             return Err(argument.wrong("what c:build() returns", &builder));
@@ -83,12 +83,12 @@ fn client(lua: &Lua) -> mlua::Result<()> {
             return Err(argument.invalid("it has no commands"));
         }
         let bytes = object.0.as_bytes().to_vec();
-        Ok(Call::<()>::Later(Box::new(socket::Send { connection, bytes })))
+        Ok(Call::<()>::Later(Box::new(socket::Send { socket, bytes })))
     })?;
     class.register::<ClientObject>(|_| ())
 }
 
-fn client_of(value: &Value) -> Result<Arc<Connection>, Raise> {
+fn client_of(value: &Value) -> Result<Arc<OutgoingSocket>, Raise> {
     if let Value::UserData(object) = value
         && let Ok(object) = object.borrow::<ClientObject>()
     {

@@ -3,7 +3,7 @@
 //! Contract: a question has a channel of its own until its answer is there; then the channel is
 //! idle, and serves the next one. [`try_ask`] never waits, so it may be used while Lua is held:
 //! by the time somebody waits for the answer it usually has come. What a zygote opened while its
-//! script loaded must be closed ([`hang_up`]) before it forks: two processes with one channel
+//! script loaded must be closed ([`close_idle`]) before it forks: two processes with one channel
 //! would read each other's answers.
 //!
 //! # Failure
@@ -45,14 +45,14 @@ impl AskError {
 pub type Opener = Box<dyn Fn(OwnedFd) -> Result<(), SendError> + Send + Sync>;
 
 /// A channel.
-struct Line {
-    channel: Channel<ToDictionary, FromDictionary>,
+struct DictionaryChannel {
+    inner: Channel<ToDictionary, FromDictionary>,
     /// Its receive timeout is [`PATIENCE`], not less.
     patient: bool,
 }
 
 /// Channels that nobody uses just now.
-static IDLE: Mutex<Idle<Line>> = Mutex::new(Idle(Vec::new()));
+static IDLE: Mutex<Idle<DictionaryChannel>> = Mutex::new(Idle(Vec::new()));
 
 /// The same, decided apart from them; the last used one is at the end.
 struct Idle<T>(Vec<(T, Instant)>);
@@ -66,17 +66,17 @@ const MAX_IDLE_TIME: Duration = Duration::from_secs(30);
 impl<T> Idle<T> {
     /// One to be used.
     fn take(&mut self) -> Option<T> {
-        self.0.pop().map(|(line, _)| line)
+        self.0.pop().map(|(channel, _)| channel)
     }
 
     /// This one is idle now; those that are to be closed.
     #[must_use]
-    fn rest(&mut self, line: T, now: Instant) -> Vec<(T, Instant)> {
+    fn keep_idle(&mut self, channel: T, now: Instant) -> Vec<(T, Instant)> {
         let disused = |(_, since): &&(T, Instant)| now.duration_since(*since) > MAX_IDLE_TIME;
         let disused = self.0.iter().take_while(disused).count();
         let surplus = (self.0.len() + 1).saturating_sub(MAX_IDLE);
         let closed = self.0.drain(..disused.max(surplus)).collect();
-        self.0.push((line, now));
+        self.0.push((channel, now));
         closed
     }
 }
@@ -89,25 +89,25 @@ thread_local! {
 }
 
 /// Closes the channels that nobody uses.
-pub fn hang_up() {
+pub fn close_idle() {
     IDLE.lock().0.clear();
 }
 
 /// A question that has been asked.
 pub struct Asked {
-    line: Line,
+    channel: DictionaryChannel,
     /// The answer may be long.
     large: bool,
 }
 
 /// Asks if that can be done at once.
 pub fn try_ask(request: &Request<'_>) -> Option<Asked> {
-    let line = IDLE.lock().take()?;
-    match line.channel.try_send(request, &[]) {
-        Ok(()) => return Some(Asked::new(line, request)),
+    let channel = IDLE.lock().take()?;
+    match channel.inner.try_send(request, &[]) {
+        Ok(()) => return Some(Asked::new(channel, request)),
         Err(SendError::Closed) => {}
         // That isn't the channel's fault.
-        Err(_) => line.rest(),
+        Err(_) => channel.keep_idle(),
     }
     None
 }
@@ -120,15 +120,15 @@ pub fn ask(opener: &Opener, request: &Request<'_>) -> Result<Asked, AskError> {
     if let Some(asked) = try_ask(request) {
         return Ok(asked);
     }
-    let line = Line::open(opener)?;
-    line.channel.send(request, &[]).map_err(AskError::because)?;
-    Ok(Asked::new(line, request))
+    let channel = DictionaryChannel::open(opener)?;
+    channel.inner.send(request, &[]).map_err(AskError::because)?;
+    Ok(Asked::new(channel, request))
 }
 
 impl Asked {
-    fn new(line: Line, request: &Request<'_>) -> Self {
+    fn new(channel: DictionaryChannel, request: &Request<'_>) -> Self {
         let large = matches!(request.operation, Operation::Get | Operation::Keys { .. });
-        Self { line, large }
+        Self { channel, large }
     }
 
     /// Gives the answer to `take` as soon as it is there.
@@ -140,12 +140,12 @@ impl Asked {
         deadline: Deadline,
         take: impl FnOnce(Answer<'_>) -> R,
     ) -> Result<R, AskError> {
-        let Self { mut line, large } = self;
-        line.limit(deadline)?;
+        let Self { mut channel, large } = self;
+        channel.limit(deadline)?;
         let (buffers, new): (_, fn() -> RecvBuffer) =
             if large { (&LARGE, RecvBuffer::new) } else { (&SMALL, RecvBuffer::small) };
         let mut buffer = buffers.take().unwrap_or_else(new);
-        let result = match line.channel.recv(&mut buffer) {
+        let result = match channel.inner.recv(&mut buffer) {
             Ok(received) => Ok(take(received.message)),
             Err(RecvError::Empty) if deadline.expired() => Err(AskError::Expired),
             Err(RecvError::Empty) => Err(AskError::because("no answer")),
@@ -153,22 +153,22 @@ impl Asked {
         };
         buffers.set(Some(buffer));
         if result.is_ok() {
-            line.rest();
+            channel.keep_idle();
         }
         result
     }
 }
 
-impl Line {
+impl DictionaryChannel {
     fn open(opener: &Opener) -> Result<Self, AskError> {
-        let (channel, theirs) = Channel::pair().map_err(AskError::because)?;
+        let (inner, theirs) = Channel::pair().map_err(AskError::because)?;
         opener(theirs.into()).map_err(AskError::because)?;
-        Ok(Self { channel, patient: false })
+        Ok(Self { inner, patient: false })
     }
 
     /// It is idle now.
-    fn rest(self) {
-        let closed = IDLE.lock().rest(self, Instant::now());
+    fn keep_idle(self) {
+        let closed = IDLE.lock().keep_idle(self, Instant::now());
         drop(closed);
     }
 
@@ -179,7 +179,7 @@ impl Line {
             return Ok(());
         }
         let timeout = socket_timeout(deadline.at_most(PATIENCE)).ok_or(AskError::Expired)?;
-        setsockopt(&self.channel.as_fd(), sockopt::ReceiveTimeout, &timeout)
+        setsockopt(&self.inner.as_fd(), sockopt::ReceiveTimeout, &timeout)
             .map_err(|error: Errno| AskError::because(error))?;
         self.patient = !brief;
         Ok(())
@@ -198,10 +198,10 @@ mod tests {
     }
 
     /// The key of the next question, which is answered.
-    fn answer(line: &Theirs) -> Vec<u8> {
+    fn answer(channel: &Theirs) -> Vec<u8> {
         let mut buffer = RecvBuffer::new();
-        let key = line.recv(&mut buffer).expect("a question").message.key.to_vec();
-        line.send(&Answer::Changed(true), &[]).expect("answered");
+        let key = channel.recv(&mut buffer).expect("a question").message.key.to_vec();
+        channel.send(&Answer::Changed(true), &[]).expect("answered");
         key
     }
 
@@ -215,10 +215,10 @@ mod tests {
         matches!(answer, Err(AskError::Expired))
     }
 
-    fn closed(line: &Theirs) -> bool {
+    fn closed(channel: &Theirs) -> bool {
         let mut buffer = RecvBuffer::new();
-        while line.try_recv(&mut buffer).is_ok() {}
-        matches!(line.try_recv(&mut buffer), Err(RecvError::Closed))
+        while channel.try_recv(&mut buffer).is_ok() {}
+        matches!(channel.try_recv(&mut buffer), Err(RecvError::Closed))
     }
 
     #[test]
@@ -226,18 +226,18 @@ mod tests {
         let start = Instant::now();
         let after = |seconds| start + Duration::from_secs(seconds);
         let numbers = |closed: Vec<(u32, Instant)>| -> Vec<u32> {
-            closed.into_iter().map(|(line, _)| line).collect()
+            closed.into_iter().map(|(channel, _)| channel).collect()
         };
         let mut idle = Idle(Vec::new());
         for (number, seconds) in [(1, 0), (2, 10), (3, 20)] {
-            assert!(idle.rest(number, after(seconds)).is_empty());
+            assert!(idle.keep_idle(number, after(seconds)).is_empty());
         }
         assert_eq!(idle.take(), Some(3), "the last used one");
-        assert_eq!(numbers(idle.rest(3, after(41))), [1, 2]);
+        assert_eq!(numbers(idle.keep_idle(3, after(41))), [1, 2]);
         for number in 4..4 + 63 {
-            assert!(idle.rest(number, after(41)).is_empty());
+            assert!(idle.keep_idle(number, after(41)).is_empty());
         }
-        assert_eq!(numbers(idle.rest(99, after(41))), [3]);
+        assert_eq!(numbers(idle.keep_idle(99, after(41))), [3]);
     }
 
     // One test, since all of them would share the idle channels.
@@ -276,7 +276,7 @@ mod tests {
         assert_eq!(answer(&opened.lock()[0]), b"8");
         assert!(changed(next));
 
-        hang_up();
+        close_idle();
         assert!(opened.lock().iter().all(closed));
     }
 }

@@ -22,7 +22,7 @@ use qrelay_shared::dictionary::{
 use crate::lua::binding::convert::{self, Argument};
 use crate::lua::binding::error::Raise;
 use crate::lua::binding::function::{self, Call, Class};
-use crate::lua::binding::operation::{Operation, Outcome};
+use crate::lua::binding::operation::{Completion, Operation};
 use crate::lua::library::dictionary_client::{AskError, Asked, Opener, ask, try_ask};
 
 /// Longest life of a key in seconds: about thirty years.
@@ -155,9 +155,9 @@ struct Ask {
 }
 
 impl Operation for Ask {
-    fn run(self: Box<Self>, deadline: Deadline) -> Outcome {
+    fn run(self: Box<Self>, deadline: Deadline) -> Completion {
         if deadline.expired() {
-            return Outcome::Expired;
+            return Completion::Expired;
         }
         let Self { name, opener, key, question } = *self;
         let request = Request { dictionary: &name, key: &key, operation: question };
@@ -170,35 +170,37 @@ impl Operation for Ask {
 struct Wait(Asked);
 
 impl Operation for Wait {
-    fn run(self: Box<Self>, deadline: Deadline) -> Outcome {
+    fn run(self: Box<Self>, deadline: Deadline) -> Completion {
         told(self.0.answer(deadline, outcome))
     }
 }
 
-fn told(answer: Result<Outcome, AskError>) -> Outcome {
+fn told(answer: Result<Completion, AskError>) -> Completion {
     answer.unwrap_or_else(|error| match error {
-        AskError::Expired => Outcome::Expired,
-        error => Outcome::failure(error.to_string()),
+        AskError::Expired => Completion::Expired,
+        error => Completion::failure(error.to_string()),
     })
 }
 
 /// What the script gets.
-fn outcome(answer: Answer<'_>) -> Outcome {
+fn outcome(answer: Answer<'_>) -> Completion {
     match answer {
         Answer::Value(value) => {
             let value = value.map(Value::into_owned);
-            Outcome::Done(Box::new(move |lua| Ok(MultiValue::from_iter([lua_value(lua, value)?]))))
+            Completion::Done(Box::new(move |lua| {
+                Ok(MultiValue::from_iter([lua_value(lua, value)?]))
+            }))
         }
-        Answer::Changed(changed) => Outcome::values(changed),
+        Answer::Changed(changed) => Completion::values(changed),
         Answer::Keys(keys) => {
             let keys: Vec<Vec<u8>> = keys.into_iter().map(Cow::into_owned).collect();
-            Outcome::Done(Box::new(move |lua| {
+            Completion::Done(Box::new(move |lua| {
                 let keys = keys.iter().map(|key| lua.create_string(key));
                 let list = lua.create_sequence_from(keys.collect::<mlua::Result<Vec<_>>>()?)?;
                 Ok(MultiValue::from_iter([LuaValue::Table(list)]))
             }))
         }
-        Answer::Failed(message) => Outcome::failure(message.into_owned()),
+        Answer::Failed(message) => Completion::failure(message.into_owned()),
     }
 }
 

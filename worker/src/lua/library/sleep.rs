@@ -10,7 +10,7 @@ use qrelay_shared::deadline::Deadline;
 
 use crate::lua::binding::convert::{Argument, MAX_TIMEOUT};
 use crate::lua::binding::function::{Call, blocking_function};
-use crate::lua::binding::operation::{Operation, Outcome};
+use crate::lua::binding::operation::{Completion, Operation};
 
 /// Makes the global.
 ///
@@ -29,9 +29,9 @@ pub fn register(lua: &Lua) -> mlua::Result<()> {
 struct Sleep(Duration);
 
 impl Operation for Sleep {
-    fn run(self: Box<Self>, deadline: Deadline) -> Outcome {
+    fn run(self: Box<Self>, deadline: Deadline) -> Completion {
         let remaining = deadline.remaining();
         std::thread::sleep(self.0.min(remaining));
-        if self.0 > remaining { Outcome::Expired } else { Outcome::values(()) }
+        if self.0 > remaining { Completion::Expired } else { Completion::values(()) }
     }
 }

@@ -6,7 +6,7 @@
 //!
 //! # Failure
 //! Misuse raises. What fails at run time is `nil, message`, see
-//! [`ConnectionError`].
+//! [`SocketError`].
 
 use std::ops::Range;
 use std::sync::{Arc, Weak};
@@ -20,10 +20,10 @@ use qrelay_shared::endpoint::Endpoint;
 use crate::lua::binding::convert::{self, Argument, Options};
 use crate::lua::binding::error::Raise;
 use crate::lua::binding::function::{Call, Class, blocking_function};
-use crate::lua::binding::operation::{Operation, Outcome};
+use crate::lua::binding::operation::{Completion, Operation};
 use crate::lua::engine::watch::Watch;
 use crate::lua::library::address;
-use crate::lua::library::socket_connection::{Connection, ConnectionError};
+use crate::lua::library::outgoing_socket::{OutgoingSocket, SocketError};
 
 /// Longest time of one operation: a part of the minute that a client waits.
 const LIMIT: Duration = Duration::from_secs(10);
@@ -38,24 +38,24 @@ const KINDS: [(&str, SockType); 3] = [
 /// The connections that were declared while the script loads, as application data of the Lua
 /// state.
 #[derive(Default)]
-struct Declared(Vec<Weak<Connection>>);
+struct Declared(Vec<Weak<OutgoingSocket>>);
 
 /// The userdata.
-struct SocketObject(Arc<Connection>);
+struct SocketObject(Arc<OutgoingSocket>);
 
 /// A connection that is made later, and closed before a fork.
-pub(super) fn declare(lua: &Lua, endpoints: Vec<Endpoint>, kind: SockType) -> Arc<Connection> {
-    let connection = Arc::new(Connection::new(endpoints, kind, true));
+pub(super) fn declare(lua: &Lua, endpoints: Vec<Endpoint>, kind: SockType) -> Arc<OutgoingSocket> {
+    let socket = Arc::new(OutgoingSocket::new(endpoints, kind, true));
     if let Some(mut declared) = lua.app_data_mut::<Declared>() {
-        declared.0.push(Arc::downgrade(&connection));
+        declared.0.push(Arc::downgrade(&socket));
     }
-    connection
+    socket
 }
 
 /// To be called when the script has loaded: closes what it has connected.
 pub fn release(lua: &Lua) {
     let declared = lua.remove_app_data::<Declared>().unwrap_or_default();
-    declared.0.iter().filter_map(Weak::upgrade).for_each(|connection| connection.release());
+    declared.0.iter().filter_map(Weak::upgrade).for_each(|socket| socket.release());
 }
 
 /// Makes the global `socket` and the class of its objects.
@@ -68,14 +68,14 @@ pub fn register(lua: &Lua, watch: &Arc<Watch>) -> mlua::Result<()> {
     class.blocking_method(
         "send",
         |_, (this, data, first, last): (Value, Value, Value, Value)| {
-            let connection = connection(&this)?;
+            let socket = socket_of(&this)?;
             let text = Argument::new("send", 1, "data").text(&data)?;
             let range = part(text.len(), &first, &last)?;
-            Ok(Call::<()>::Later(Box::new(Send { connection, bytes: text[range].to_vec() })))
+            Ok(Call::<()>::Later(Box::new(Send { socket, bytes: text[range].to_vec() })))
         },
     )?;
     class.blocking_method("close", |_, this: Value| {
-        Ok(Call::<()>::Later(Box::new(Close(connection(&this)?))))
+        Ok(Call::<()>::Later(Box::new(Close(socket_of(&this)?))))
     })?;
     class.register::<SocketObject>(|_| ())?;
     let watch = Arc::clone(watch);
@@ -87,7 +87,7 @@ pub fn register(lua: &Lua, watch: &Arc<Watch>) -> mlua::Result<()> {
     lua.globals().set("socket", library)
 }
 
-fn connection(value: &Value) -> Result<Arc<Connection>, Raise> {
+fn socket_of(value: &Value) -> Result<Arc<OutgoingSocket>, Raise> {
     if let Value::UserData(object) = value
         && let Ok(object) = object.borrow::<SocketObject>()
     {
@@ -108,10 +108,10 @@ fn connect(
     let endpoints = address::endpoints(&argument, &address, 0, "qmqp_resolve")?;
     let kind = kind(&options)?;
     if loading {
-        let connection = declare(lua, endpoints, kind);
-        return Ok(Call::Now(lua.create_any_userdata(SocketObject(connection))?));
+        let socket = declare(lua, endpoints, kind);
+        return Ok(Call::Now(lua.create_any_userdata(SocketObject(socket))?));
     }
-    Ok(Call::Later(Box::new(Connect(Connection::new(endpoints, kind, false)))))
+    Ok(Call::Later(Box::new(Connect(OutgoingSocket::new(endpoints, kind, false)))))
 }
 
 fn kind(options: &Value) -> Result<SockType, Raise> {
@@ -146,24 +146,24 @@ fn part(length: usize, first: &Value, last: &Value) -> Result<Range<usize>, Rais
 }
 
 /// Makes an operation's failure its result: at the mail's own deadline the handler ends.
-pub(super) fn failure(error: &ConnectionError, deadline: Deadline) -> Outcome {
-    if matches!(error, ConnectionError::TimedOut) && deadline.expired() {
-        return Outcome::Expired;
+pub(super) fn failure(error: &SocketError, deadline: Deadline) -> Completion {
+    if matches!(error, SocketError::TimedOut) && deadline.expired() {
+        return Completion::Expired;
     }
-    Outcome::failure(error.to_string())
+    Completion::failure(error.to_string())
 }
 
 /// `socket:connect(…)` at run time.
-struct Connect(Connection);
+struct Connect(OutgoingSocket);
 
 impl Operation for Connect {
-    fn run(self: Box<Self>, deadline: Deadline) -> Outcome {
-        let Self(connection) = *self;
-        if let Err(error) = connection.open(deadline.at_most(LIMIT)) {
+    fn run(self: Box<Self>, deadline: Deadline) -> Completion {
+        let Self(socket) = *self;
+        if let Err(error) = socket.open(deadline.at_most(LIMIT)) {
             return failure(&error, deadline);
         }
-        Outcome::Done(Box::new(move |lua| {
-            let object = lua.create_any_userdata(SocketObject(Arc::new(connection)))?;
+        Completion::Done(Box::new(move |lua| {
+            let object = lua.create_any_userdata(SocketObject(Arc::new(socket)))?;
             Ok(mlua::IntoLuaMulti::into_lua_multi(object, lua)?)
         }))
     }
@@ -172,27 +172,27 @@ impl Operation for Connect {
 /// `s:send(…)`; its result is the number of bytes.
 pub(super) struct Send {
     /// Over which.
-    pub(super) connection: Arc<Connection>,
+    pub(super) socket: Arc<OutgoingSocket>,
     /// What is sent.
     pub(super) bytes: Vec<u8>,
 }
 
 impl Operation for Send {
-    fn run(self: Box<Self>, deadline: Deadline) -> Outcome {
-        match self.connection.send(&self.bytes, deadline.at_most(LIMIT)) {
-            Ok(()) => Outcome::values(self.bytes.len()),
+    fn run(self: Box<Self>, deadline: Deadline) -> Completion {
+        match self.socket.send(&self.bytes, deadline.at_most(LIMIT)) {
+            Ok(()) => Completion::values(self.bytes.len()),
             Err(error) => failure(&error, deadline),
         }
     }
 }
 
 /// `s:close()`.
-struct Close(Arc<Connection>);
+struct Close(Arc<OutgoingSocket>);
 
 impl Operation for Close {
-    fn run(self: Box<Self>, deadline: Deadline) -> Outcome {
+    fn run(self: Box<Self>, deadline: Deadline) -> Completion {
         match self.0.close(deadline.at_most(LIMIT)) {
-            Ok(()) => Outcome::values(true),
+            Ok(()) => Completion::values(true),
             Err(error) => failure(&error, deadline),
         }
     }

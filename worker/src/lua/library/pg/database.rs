@@ -18,7 +18,7 @@ use crate::lua::binding::arguments::{self, Arguments, Name};
 use crate::lua::binding::convert::{self, Argument};
 use crate::lua::binding::error::Raise;
 use crate::lua::binding::function::{self, Call, Class};
-use crate::lua::binding::operation::{Operation, Outcome};
+use crate::lua::binding::operation::{Completion, Operation};
 use crate::lua::engine::scope::{Resource, Scope};
 use crate::lua::engine::watch::Watch;
 use crate::lua::library::pg::Library;
@@ -168,11 +168,11 @@ fn request(sql: &Value, parameters: &Value) -> Result<Result<Request, String>, R
 fn outcome<R: IntoLua + Send + 'static>(
     result: Result<Rows, Refusal>,
     value: impl FnOnce(Rows) -> R,
-) -> Outcome {
+) -> Completion {
     match result {
-        Ok(rows) => Outcome::values(value(rows)),
-        Err(Refusal::Failed(message)) => Outcome::failure(message),
-        Err(Refusal::Expired) => Outcome::Expired,
+        Ok(rows) => Completion::values(value(rows)),
+        Err(Refusal::Failed(message)) => Completion::failure(message),
+        Err(Refusal::Expired) => Completion::Expired,
     }
 }
 
@@ -183,7 +183,7 @@ struct Execute {
 }
 
 impl Operation for Execute {
-    fn run(self: Box<Self>, deadline: Deadline) -> Outcome {
+    fn run(self: Box<Self>, deadline: Deadline) -> Completion {
         outcome(self.pool.ask(self.request, deadline), ResultObject::new)
     }
 }
@@ -195,17 +195,17 @@ struct Begin {
 }
 
 impl Operation for Begin {
-    fn run(self: Box<Self>, deadline: Deadline) -> Outcome {
+    fn run(self: Box<Self>, deadline: Deadline) -> Completion {
         match self.pool.begin(deadline) {
             Ok(lease) => {
                 let transaction = Arc::new(Transaction(Mutex::new(Some(lease))));
                 if let Some(scope) = self.scope {
                     scope.add(&transaction);
                 }
-                Outcome::values(TransactionObject(transaction))
+                Completion::values(TransactionObject(transaction))
             }
-            Err(Refusal::Failed(message)) => Outcome::failure(message),
-            Err(Refusal::Expired) => Outcome::Expired,
+            Err(Refusal::Failed(message)) => Completion::failure(message),
+            Err(Refusal::Expired) => Completion::Expired,
         }
     }
 }
@@ -231,7 +231,7 @@ impl Continue {
 }
 
 impl Operation for Continue {
-    fn run(self: Box<Self>, deadline: Deadline) -> Outcome {
+    fn run(self: Box<Self>, deadline: Deadline) -> Completion {
         match self.request {
             Request::Commit | Request::Rollback => outcome(self.ask(deadline), |_| true),
             _ => outcome(self.ask(deadline), ResultObject::new),

@@ -46,34 +46,34 @@ pub struct Channel {
 /// Starts to listen over one connection.
 pub fn start(target: Arc<Target>, channels: Vec<Channel>, background: &Arc<Background>) {
     let logger = background.logger();
-    let mut listeners = Vec::with_capacity(channels.len());
+    let mut callbacks = Vec::with_capacity(channels.len());
     for channel in channels {
-        match Listener::start(channel, Arc::clone(background)) {
-            Ok(listener) => listeners.push(listener),
+        match CallbackThread::start(channel, Arc::clone(background)) {
+            Ok(callback) => callbacks.push(callback),
             Err(error) => slog::error!(logger, "no thread for a callback"; "error" => %error),
         }
     }
-    let follower = Follower { target, listeners, background: Arc::clone(background) };
-    if let Err(error) = spawn("pg-listen", connection::STACK_SIZE, move || follower.run()) {
+    let subscription = Subscription { target, callbacks, background: Arc::clone(background) };
+    if let Err(error) = spawn("pg-listen", connection::STACK_SIZE, move || subscription.run()) {
         slog::error!(logger, "no thread for notifications"; "error" => %error);
     }
 }
 
 /// The way to a callback's thread.
-struct Listener {
+struct CallbackThread {
     name: String,
     calls: Sender<Option<String>>,
     missed: Arc<AtomicBool>,
 }
 
-impl Listener {
+impl CallbackThread {
     fn start(channel: Channel, background: Arc<Background>) -> std::io::Result<Self> {
         let (calls, waiting) = bounded(QUEUE_MAX);
         let missed = Arc::new(AtomicBool::new(false));
-        let listener = Self { name: channel.name.clone(), calls, missed: Arc::clone(&missed) };
+        let callback = Self { name: channel.name.clone(), calls, missed: Arc::clone(&missed) };
         let run = move || run_callbacks(&channel, &background, &waiting, &missed);
         spawn("pg-callback", LUA_STACK, run)?;
-        Ok(listener)
+        Ok(callback)
     }
 
     /// Never waits.
@@ -107,13 +107,13 @@ fn run_callbacks(
 }
 
 /// Follows a connection.
-struct Follower {
+struct Subscription {
     target: Arc<Target>,
-    listeners: Vec<Listener>,
+    callbacks: Vec<CallbackThread>,
     background: Arc<Background>,
 }
 
-impl Follower {
+impl Subscription {
     fn run(&self) {
         let logger = self.background.logger();
         let (mut pause, mut broken) = (PAUSE_MIN, false);
@@ -137,8 +137,9 @@ impl Follower {
         broken: &mut bool,
         pause: &mut Duration,
     ) -> String {
-        let name = |listener: &Listener| format!("LISTEN {};", quote_identifier(&listener.name));
-        let listen: String = self.listeners.iter().map(name).collect();
+        let name =
+            |callback: &CallbackThread| format!("LISTEN {};", quote_identifier(&callback.name));
+        let listen: String = self.callbacks.iter().map(name).collect();
         if let Err(error) = client.batch_execute(&listen) {
             return describe(&error);
         }
@@ -146,15 +147,15 @@ impl Follower {
             info!(self.background.logger(), "notifications are back");
         }
         *pause = PAUSE_MIN;
-        self.listeners.iter().for_each(|listener| listener.deliver(None));
+        self.callbacks.iter().for_each(|callback| callback.deliver(None));
         let mut notifications = client.notifications();
         let mut notifications = notifications.blocking_iter();
         loop {
             match notifications.next() {
                 Ok(Some(notification)) => {
-                    let of = |listener: &&Listener| listener.name == notification.channel();
-                    if let Some(listener) = self.listeners.iter().find(of) {
-                        listener.deliver(Some(notification.payload().to_owned()));
+                    let of = |callback: &&CallbackThread| callback.name == notification.channel();
+                    if let Some(callback) = self.callbacks.iter().find(of) {
+                        callback.deliver(Some(notification.payload().to_owned()));
                     }
                 }
                 Ok(None) => return "the server closed the connection".into(),

@@ -1,12 +1,12 @@
 //! A socket over which a script sends to somebody else, such as a log server.
 //!
 //! Contract: nothing is received. A connection that was declared while the script loads is made
-//! when it is first needed, and again after a failure; [`Connection::release`] closes it before a
+//! when it is first needed, and again after a failure; [`OutgoingSocket::release`] closes it before a
 //! fork, so that every worker has its own. Threads that use one at the same time wait for each
 //! other. A message of a datagram or packet socket goes out whole or not at all.
 //!
 //! # Failure
-//! [`ConnectionError`]. A stream that failed in the middle is closed, since nobody knows how much
+//! [`SocketError`]. A stream that failed in the middle is closed, since nobody knows how much
 //! has arrived.
 
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -23,7 +23,7 @@ use crate::delivery::dial::dial_as;
 
 /// Why nothing could be sent.
 #[derive(Debug, Error)]
-pub enum ConnectionError {
+pub enum SocketError {
     /// No address accepts a connection; this is the last one's error.
     #[error("cannot connect to {endpoint}: {}", errno.desc())]
     Connect {
@@ -57,7 +57,7 @@ enum State {
 
 /// One socket.
 #[derive(Debug)]
-pub struct Connection {
+pub struct OutgoingSocket {
     /// Tried in this order.
     endpoints: Vec<Endpoint>,
     kind: SockType,
@@ -66,7 +66,7 @@ pub struct Connection {
     state: Mutex<State>,
 }
 
-impl Connection {
+impl OutgoingSocket {
     /// A socket that isn't connected yet; `declared` if that happened while the script loads.
     pub fn new(endpoints: Vec<Endpoint>, kind: SockType, declared: bool) -> Self {
         Self { endpoints, kind, declared, state: Mutex::new(State::Unconnected) }
@@ -75,16 +75,16 @@ impl Connection {
     /// Connects it, unless it is.
     ///
     /// # Errors
-    /// See [`ConnectionError`].
-    pub fn open(&self, deadline: Deadline) -> Result<(), ConnectionError> {
+    /// See [`SocketError`].
+    pub fn open(&self, deadline: Deadline) -> Result<(), SocketError> {
         self.connect(&mut *self.lock(deadline)?, deadline).map(drop)
     }
 
     /// Sends all of the bytes, as one message if the socket has messages.
     ///
     /// # Errors
-    /// See [`ConnectionError`].
-    pub fn send(&self, bytes: &[u8], deadline: Deadline) -> Result<(), ConnectionError> {
+    /// See [`SocketError`].
+    pub fn send(&self, bytes: &[u8], deadline: Deadline) -> Result<(), SocketError> {
         let mut state = self.lock(deadline)?;
         if self.declared && self.has_ended(&state) {
             *state = State::Unconnected;
@@ -92,7 +92,7 @@ impl Connection {
         let used_before = matches!(*state, State::Connected(_));
         match self.send_once(&mut state, bytes, deadline) {
             // The receiver has been restarted; a message that failed has gone nowhere.
-            Err(ConnectionError::Send { .. })
+            Err(SocketError::Send { .. })
                 if used_before && self.has_messages() && matches!(*state, State::Unconnected) =>
             {
                 self.send_once(&mut state, bytes, deadline)
@@ -106,7 +106,7 @@ impl Connection {
     ///
     /// # Errors
     /// Another thread keeps it busy until the deadline.
-    pub fn close(&self, deadline: Deadline) -> Result<(), ConnectionError> {
+    pub fn close(&self, deadline: Deadline) -> Result<(), SocketError> {
         let mut state = self.lock(deadline)?;
         if let State::Connected(fd) = std::mem::replace(&mut *state, State::Closed)
             && !self.has_messages()
@@ -125,8 +125,8 @@ impl Connection {
         }
     }
 
-    fn lock(&self, deadline: Deadline) -> Result<MutexGuard<'_, State>, ConnectionError> {
-        self.state.try_lock_until(deadline.instant()).ok_or(ConnectionError::TimedOut)
+    fn lock(&self, deadline: Deadline) -> Result<MutexGuard<'_, State>, SocketError> {
+        self.state.try_lock_until(deadline.instant()).ok_or(SocketError::TimedOut)
     }
 
     fn has_messages(&self) -> bool {
@@ -145,26 +145,26 @@ impl Connection {
         &self,
         state: &'a mut State,
         deadline: Deadline,
-    ) -> Result<&'a OwnedFd, ConnectionError> {
+    ) -> Result<&'a OwnedFd, SocketError> {
         if matches!(state, State::Unconnected) {
             *state = State::Connected(self.dial(deadline)?);
         }
         match state {
             State::Connected(fd) => Ok(fd),
-            State::Unconnected | State::Closed => Err(ConnectionError::Closed),
+            State::Unconnected | State::Closed => Err(SocketError::Closed),
         }
     }
 
-    fn dial(&self, deadline: Deadline) -> Result<OwnedFd, ConnectionError> {
-        let mut error = ConnectionError::Closed;
+    fn dial(&self, deadline: Deadline) -> Result<OwnedFd, SocketError> {
+        let mut error = SocketError::Closed;
         for endpoint in &self.endpoints {
             match dial_as(endpoint, self.kind, deadline) {
                 Ok(fd) => return Ok(fd),
                 Err(Errno::ETIMEDOUT) if deadline.expired() => {
-                    return Err(ConnectionError::TimedOut);
+                    return Err(SocketError::TimedOut);
                 }
                 Err(errno) => {
-                    error = ConnectionError::Connect { endpoint: endpoint.to_string(), errno };
+                    error = SocketError::Connect { endpoint: endpoint.to_string(), errno };
                 }
             }
         }
@@ -176,17 +176,17 @@ impl Connection {
         state: &mut State,
         bytes: &[u8],
         deadline: Deadline,
-    ) -> Result<(), ConnectionError> {
+    ) -> Result<(), SocketError> {
         let fd = self.connect(state, deadline)?;
         let Err(errno) = send_all(fd, bytes, deadline) else { return Ok(()) };
         if self.is_fatal(errno) {
             *state = if self.declared { State::Unconnected } else { State::Closed };
         }
         if errno == Errno::ETIMEDOUT && deadline.expired() {
-            return Err(ConnectionError::TimedOut);
+            return Err(SocketError::TimedOut);
         }
         let shown: Vec<String> = self.endpoints.iter().map(ToString::to_string).collect();
-        Err(ConnectionError::Send { endpoint: shown.join(", "), errno })
+        Err(SocketError::Send { endpoint: shown.join(", "), errno })
     }
 
     /// Whether an error ends the connection, not just the message.
@@ -255,31 +255,31 @@ mod tests {
     fn a_stream_of_large_pieces() {
         let (listener, endpoints) = tcp();
         let reader = std::thread::spawn(move || accepted(&listener).len());
-        let connection = Connection::new(endpoints, SockType::Stream, false);
+        let socket = OutgoingSocket::new(endpoints, SockType::Stream, false);
         let piece = vec![b'x'; 3 << 20];
-        connection.send(&piece, soon()).expect("sent");
-        connection.send(&piece, soon()).expect("sent");
-        connection.close(soon()).expect("closed");
+        socket.send(&piece, soon()).expect("sent");
+        socket.send(&piece, soon()).expect("sent");
+        socket.close(soon()).expect("closed");
         assert_eq!(reader.join().expect("read"), 6 << 20);
-        assert!(matches!(connection.send(b"x", soon()), Err(ConnectionError::Closed)));
+        assert!(matches!(socket.send(b"x", soon()), Err(SocketError::Closed)));
     }
 
     #[test]
     fn a_declared_stream_is_connected_again() {
         let (listener, endpoints) = tcp();
-        let connection = Connection::new(endpoints, SockType::Stream, true);
-        connection.send(b"one", soon()).expect("sent");
-        connection.release();
+        let socket = OutgoingSocket::new(endpoints, SockType::Stream, true);
+        socket.send(b"one", soon()).expect("sent");
+        socket.release();
         assert_eq!(accepted(&listener), "one");
-        connection.send(b"two", soon()).expect("sent");
+        socket.send(b"two", soon()).expect("sent");
         let (peer, _) = listener.accept().expect("accept");
         drop(peer);
         // The end of the second connection arrives at once over loopback, and is noticed.
-        while !connection.has_ended(&connection.state.lock()) {
+        while !socket.has_ended(&socket.state.lock()) {
             std::thread::yield_now();
         }
-        connection.send(b"three", soon()).expect("sent");
-        connection.release();
+        socket.send(b"three", soon()).expect("sent");
+        socket.release();
         assert_eq!(accepted(&listener), "three");
     }
 
@@ -290,10 +290,10 @@ mod tests {
         let mut buffer = [0; 10];
         let first = UnixDatagram::bind(&path).expect("bind");
         let endpoints = vec![Endpoint::Path(path.clone())];
-        let declared = Connection::new(endpoints.clone(), SockType::Datagram, true);
-        let other = Connection::new(endpoints, SockType::Datagram, false);
-        for connection in [&declared, &other] {
-            connection.send(b"a", soon()).expect("sent");
+        let declared = OutgoingSocket::new(endpoints.clone(), SockType::Datagram, true);
+        let other = OutgoingSocket::new(endpoints, SockType::Datagram, false);
+        for socket in [&declared, &other] {
+            socket.send(b"a", soon()).expect("sent");
             assert_eq!(first.recv(&mut buffer).expect("received"), 1);
         }
         drop(first);
@@ -303,7 +303,7 @@ mod tests {
         assert_eq!(second.recv(&mut buffer).expect("received"), 2);
         let error = other.send(b"d", soon()).expect_err("the first receiver is gone");
         assert!(error.to_string().ends_with("Connection refused"), "{error}");
-        assert!(matches!(other.send(b"d", soon()), Err(ConnectionError::Closed)));
+        assert!(matches!(other.send(b"d", soon()), Err(SocketError::Closed)));
     }
 
     #[test]
@@ -318,9 +318,9 @@ mod tests {
                 .expect("socket");
         bind(listener.as_raw_fd(), &UnixAddr::new(&path).expect("path")).expect("bind");
         listen(&listener, Backlog::new(1).expect("backlog")).expect("listen");
-        let connection = Connection::new(vec![Endpoint::Path(path)], SockType::SeqPacket, false);
-        connection.send(b"one", soon()).expect("sent");
-        connection.send(b"three", soon()).expect("sent");
+        let socket = OutgoingSocket::new(vec![Endpoint::Path(path)], SockType::SeqPacket, false);
+        socket.send(b"one", soon()).expect("sent");
+        socket.send(b"three", soon()).expect("sent");
         let peer = accept(listener.as_raw_fd()).expect("accept");
         let mut buffer = [0; 10];
         assert_eq!(recv(peer, &mut buffer, MsgFlags::empty()), Ok(3));
@@ -331,11 +331,11 @@ mod tests {
     #[test]
     fn who_reads_nothing_is_not_waited_for() {
         let (listener, endpoints) = tcp();
-        let connection = Connection::new(endpoints, SockType::Stream, false);
+        let socket = OutgoingSocket::new(endpoints, SockType::Stream, false);
         let short = Deadline::after(Duration::from_millis(50));
-        let error = connection.send(&vec![0; 64 << 20], short).expect_err("a full buffer");
-        assert!(matches!(error, ConnectionError::TimedOut), "{error}");
-        assert!(matches!(connection.send(b"x", soon()), Err(ConnectionError::Closed)));
+        let error = socket.send(&vec![0; 64 << 20], short).expect_err("a full buffer");
+        assert!(matches!(error, SocketError::TimedOut), "{error}");
+        assert!(matches!(socket.send(b"x", soon()), Err(SocketError::Closed)));
         drop(listener);
     }
 
@@ -343,9 +343,9 @@ mod tests {
     fn a_message_that_is_too_long_costs_only_itself() {
         let receiver = std::net::UdpSocket::bind("127.0.0.1:0").expect("bind");
         let endpoint = Endpoint::Inet(receiver.local_addr().expect("address"));
-        let connection = Connection::new(vec![endpoint], SockType::Datagram, false);
-        let error = connection.send(&[0; 70_000], soon()).expect_err("too long");
-        assert!(matches!(error, ConnectionError::Send { errno: Errno::EMSGSIZE, .. }), "{error}");
-        connection.send(b"x", soon()).expect("sent");
+        let socket = OutgoingSocket::new(vec![endpoint], SockType::Datagram, false);
+        let error = socket.send(&[0; 70_000], soon()).expect_err("too long");
+        assert!(matches!(error, SocketError::Send { errno: Errno::EMSGSIZE, .. }), "{error}");
+        socket.send(b"x", soon()).expect("sent");
     }
 }
