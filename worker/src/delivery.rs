@@ -2,14 +2,14 @@
 //! No Lua here.
 
 pub mod action;
-pub mod children;
-pub mod connect;
+pub(crate) mod children;
+pub(crate) mod connect;
 pub(crate) mod dial;
 mod envelope;
 mod exchange;
-pub mod exec;
-pub mod exec_raw;
-pub mod program;
+pub(crate) mod exec;
+pub(crate) mod exec_raw;
+pub(crate) mod program;
 
 use std::sync::Arc;
 
@@ -17,7 +17,7 @@ use qrelay_shared::qmqp::Reply;
 
 /// What became of an attempt to hand a mail on.
 #[derive(Debug)]
-pub struct Delivery {
+pub(crate) struct Delivery {
     /// For the client.
     pub reply: Reply,
     /// Where the mail went, or was to go: the last that was tried.

@@ -9,8 +9,8 @@
 //! Misuse raises a Lua error of type string, with the caller's position, as Lua's own libraries do.
 //! An error of Lua leaves this room only as [`config::ConfigError`] or [`state::HandlerError`].
 
-pub mod binding;
+pub(crate) mod binding;
 pub mod config;
-pub mod engine;
-pub mod library;
+pub(crate) mod engine;
+pub(crate) mod library;
 pub mod state;

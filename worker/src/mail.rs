@@ -1,7 +1,7 @@
 //! What a mail is: the request as received, and what its handler changed. No Lua, no I/O.
 
-pub mod memory;
-pub mod received;
+pub(crate) mod memory;
+pub(crate) mod received;
 
 use std::ops::Range;
 use std::os::fd::{AsFd as _, BorrowedFd};
@@ -71,37 +71,37 @@ impl Mail {
     }
 
     /// The listener's address as written in the configuration.
-    pub fn listener(&self) -> &Arc<str> {
+    pub(crate) fn listener(&self) -> &Arc<str> {
         &self.origin.listener
     }
 
     /// Who the client is, as the kernel said when it connected.
-    pub fn peer(&self) -> &Peer {
+    pub(crate) fn peer(&self) -> &Peer {
         &self.origin.peer
     }
 
     /// The client's socket and where it came from.
-    pub fn socket(&self) -> &ClientSocket {
+    pub(crate) fn socket(&self) -> &ClientSocket {
         &self.origin.socket
     }
 
     /// The descriptor of the client's socket.
-    pub fn descriptor(&self) -> BorrowedFd<'_> {
+    pub(crate) fn descriptor(&self) -> BorrowedFd<'_> {
         self.origin.socket.descriptor.as_fd()
     }
 
     /// Keeps the client's process as long as the mail, for other mails of the same client.
-    pub fn keep_client(&mut self, client: Arc<Client>) -> &Client {
+    pub(crate) fn keep_client(&mut self, client: Arc<Client>) -> &Client {
         self.client.insert(client)
     }
 
     /// The message as received, with every field.
-    pub fn message(&self) -> &[u8] {
+    pub(crate) fn message(&self) -> &[u8] {
         &self.buffer[self.request.message.clone()]
     }
 
     /// Bytes of message and envelope as received.
-    pub fn payload_length(&self) -> usize {
+    pub(crate) fn payload_length(&self) -> usize {
         self.request.payload.len()
     }
 
@@ -111,7 +111,7 @@ impl Mail {
     }
 
     /// Replaces the sender; it has been checked.
-    pub fn set_sender(&mut self, sender: Vec<u8>) {
+    pub(crate) fn set_sender(&mut self, sender: Vec<u8>) {
         self.sender = Some(sender);
     }
 
@@ -126,7 +126,7 @@ impl Mail {
     }
 
     /// Replaces the recipients; they have been checked.
-    pub fn set_recipients(&mut self, recipients: Vec<Vec<u8>>) {
+    pub(crate) fn set_recipients(&mut self, recipients: Vec<Vec<u8>>) {
         self.recipients = Some(recipients);
     }
 
@@ -136,7 +136,7 @@ impl Mail {
     }
 
     /// Sets the account, or takes it back.
-    pub fn set_account(&mut self, account: Option<String>) {
+    pub(crate) fn set_account(&mut self, account: Option<String>) {
         self.account = account;
     }
 
@@ -151,7 +151,7 @@ impl Mail {
     }
 
     /// Leaves out whole fields of the message, given by their ranges in it, when it is relayed.
-    pub fn remove_fields(&mut self, fields: impl IntoIterator<Item = Range<usize>>) {
+    pub(crate) fn remove_fields(&mut self, fields: impl IntoIterator<Item = Range<usize>>) {
         let start = self.request.message.start;
         self.removed.extend(fields.into_iter().map(|field| field.start + start..field.end + start));
         self.removed.sort_by_key(|range: &Range<usize>| range.start);
@@ -172,12 +172,12 @@ impl Mail {
     }
 
     /// How many ranges of the message are left out at most.
-    pub fn removed_count(&self) -> usize {
+    pub(crate) fn removed_count(&self) -> usize {
         self.removed.len()
     }
 
     /// Ends the mail; its buffer can be used again.
-    pub fn into_buffer(self) -> Vec<u8> {
+    pub(crate) fn into_buffer(self) -> Vec<u8> {
         self.buffer
     }
 }
@@ -207,7 +207,7 @@ impl Inserted {
     }
 
     /// How many there are.
-    pub fn count(&self) -> usize {
+    pub(crate) fn count(&self) -> usize {
         self.count
     }
 

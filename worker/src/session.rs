@@ -9,9 +9,9 @@
 //! # Failure
 //! Of a session: a reply `Z` or `D`, or none to a client that is gone. Nothing propagates.
 
-pub mod record;
-pub mod reply;
-pub mod request;
+pub(crate) mod record;
+pub(crate) mod reply;
+pub(crate) mod request;
 pub mod script;
 
 use std::cell::Cell;

@@ -24,14 +24,14 @@ use qrelay_shared::ids::{JobId, ListenerId};
 const MANY: usize = 1024;
 
 /// Those of this process.
-pub fn clients() -> &'static Clients {
+pub(crate) fn clients() -> &'static Clients {
     static UNDER_WAY: LazyLock<Clients> = LazyLock::new(Clients::default);
     &UNDER_WAY
 }
 
 /// All of them, whatever thread serves them.
 #[derive(Debug, Default)]
-pub struct Clients(Mutex<Table>);
+pub(crate) struct Clients(Mutex<Table>);
 
 /// The listening socket's number, and the process'.
 type Key = (ListenerId, Pid);
@@ -64,7 +64,7 @@ impl Clients {
     ///
     /// # Errors
     /// See [`IdentityError`].
-    pub fn of(
+    pub(crate) fn of(
         &self,
         socket: &ClientSocket,
         pid: Pid,

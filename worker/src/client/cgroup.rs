@@ -32,7 +32,7 @@ use crate::client::process::{Client, IdentityError, read};
 
 /// Why a group or an attribute can't be read.
 #[derive(Debug, Error)]
-pub enum CgroupError {
+pub(crate) enum CgroupError {
     /// The client's process isn't known, or not any more.
     #[error("{0}")]
     Identity(#[from] IdentityError),
@@ -50,7 +50,7 @@ pub enum CgroupError {
 }
 
 /// An attribute's full name and its value.
-pub type Attribute = (Vec<u8>, Vec<u8>);
+pub(crate) type Attribute = (Vec<u8>, Vec<u8>);
 
 /// Most groups whose paths are remembered; a host has seldom more with web sites in them, and
 /// finding one out again costs some 30 µs.
@@ -58,7 +58,7 @@ const MAX_KNOWN: usize = 4096;
 
 /// One group; holds its directory open.
 #[derive(Debug)]
-pub struct Cgroup {
+pub(crate) struct Cgroup {
     path: Arc<[u8]>,
     directory: Directory,
 }
@@ -78,7 +78,7 @@ enum Directory {
 
 impl Cgroup {
     /// Its path, as in /proc/PID/cgroup.
-    pub fn path(&self) -> &Arc<[u8]> {
+    pub(crate) fn path(&self) -> &Arc<[u8]> {
         &self.path
     }
 
@@ -86,7 +86,7 @@ impl Cgroup {
     ///
     /// # Errors
     /// As fgetxattr(2).
-    pub fn attribute(&self, name: &[u8]) -> Result<Option<Vec<u8>>, CgroupError> {
+    pub(crate) fn attribute(&self, name: &[u8]) -> Result<Option<Vec<u8>>, CgroupError> {
         let Some(directory) = self.directory()? else { return Ok(None) };
         // What can't be a name isn't there.
         let Some(name) = full_name(name) else { return Ok(None) };
@@ -102,7 +102,7 @@ impl Cgroup {
     ///
     /// # Errors
     /// As flistxattr(2) and fgetxattr(2).
-    pub fn attributes(&self) -> Result<Vec<Attribute>, CgroupError> {
+    pub(crate) fn attributes(&self) -> Result<Vec<Attribute>, CgroupError> {
         let Some(directory) = self.directory()? else { return Ok(Vec::new()) };
         let mut all = Vec::new();
         for name in xattr::list(directory).map_err(|error| self.failed(error))? {
@@ -151,7 +151,7 @@ fn full_name(name: &[u8]) -> Option<CString> {
 }
 
 /// The path of the group above; the root counts as none.
-pub fn parent(path: &[u8]) -> Option<&[u8]> {
+pub(crate) fn parent(path: &[u8]) -> Option<&[u8]> {
     let slash = path.iter().rposition(|&byte| byte == b'/')?;
     let parent = &path[..slash];
     // The root of another namespace is as little a group as our own.
@@ -159,14 +159,14 @@ pub fn parent(path: &[u8]) -> Option<&[u8]> {
 }
 
 /// All groups, as far as this process sees them.
-pub fn hierarchy() -> &'static Hierarchy {
+pub(crate) fn hierarchy() -> &'static Hierarchy {
     static SEEN: LazyLock<Hierarchy> = LazyLock::new(Hierarchy::default);
     &SEEN
 }
 
 /// Where groups are, as far as it is known.
 #[derive(Debug, Default)]
-pub struct Hierarchy {
+pub(crate) struct Hierarchy {
     /// Once it has been found.
     mount: Mutex<Option<Mount>>,
     /// Paths of groups by their ids, at most [`MAX_KNOWN`].
@@ -188,7 +188,7 @@ impl Hierarchy {
     ///
     /// # Errors
     /// See [`CgroupError`].
-    pub fn of_client(
+    pub(crate) fn of_client(
         &'static self,
         client: &Client,
         id: Option<u64>,
@@ -227,7 +227,7 @@ impl Hierarchy {
     ///
     /// # Errors
     /// See [`CgroupError`]; `ENOENT` in it if there is no such group any more.
-    pub fn group(&self, path: &[u8]) -> Result<Cgroup, CgroupError> {
+    pub(crate) fn group(&self, path: &[u8]) -> Result<Cgroup, CgroupError> {
         Ok(Cgroup { path: path.into(), directory: self.open(path)? })
     }
 

@@ -17,7 +17,7 @@ use thiserror::Error;
 
 /// Why a client's process isn't known.
 #[derive(Debug, Error, PartialEq, Eq)]
-pub enum IdentityError {
+pub(crate) enum IdentityError {
     /// It has ended, and its number may be another process' by now.
     #[error("the client has exited")]
     Exited,
@@ -28,7 +28,7 @@ pub enum IdentityError {
 
 /// A client's process.
 #[derive(Debug)]
-pub struct Client {
+pub(crate) struct Client {
     pid: Pid,
     process: OwnedFd,
 }
@@ -39,7 +39,11 @@ impl Client {
     ///
     /// # Errors
     /// See [`IdentityError`].
-    pub fn of(socket: BorrowedFd<'_>, pid: Pid, accepted: u64) -> Result<Self, IdentityError> {
+    pub(crate) fn of(
+        socket: BorrowedFd<'_>,
+        pid: Pid,
+        accepted: u64,
+    ) -> Result<Self, IdentityError> {
         let process = match pidfd::of_peer(socket) {
             Ok(process) => process,
             Err(Errno::ESRCH | Errno::EINVAL) => return Err(IdentityError::Exited),
@@ -66,7 +70,7 @@ impl Client {
     }
 
     /// Its number.
-    pub fn pid(&self) -> Pid {
+    pub(crate) fn pid(&self) -> Pid {
         self.pid
     }
 
@@ -75,7 +79,7 @@ impl Client {
     ///
     /// # Errors
     /// [`IdentityError::Exited`] if it isn't.
-    pub fn check(&self) -> Result<Option<u64>, IdentityError> {
+    pub(crate) fn check(&self) -> Result<Option<u64>, IdentityError> {
         match pidfd::info(self.process.as_fd()) {
             Ok(info) if info.pid == self.pid => return Ok(info.cgroup),
             Ok(_) => return Err(IdentityError::Exited),
@@ -96,7 +100,7 @@ impl Client {
 ///
 /// # Errors
 /// See [`IdentityError`].
-pub fn read(path: &str) -> Result<Vec<u8>, IdentityError> {
+pub(crate) fn read(path: &str) -> Result<Vec<u8>, IdentityError> {
     std::fs::read(path).map_err(|error| match error.raw_os_error().map(Errno::from_raw) {
         Some(Errno::ENOENT | Errno::ESRCH) => IdentityError::Exited,
         other => IdentityError::Os("/proc", other.unwrap_or(Errno::EIO)),

@@ -67,7 +67,7 @@ pub struct Exec {
 
 impl Action {
     /// The action's name in the log.
-    pub fn name(&self) -> &'static str {
+    pub(crate) fn name(&self) -> &'static str {
         match self {
             Self::Connect(_) => "connect",
             Self::Exec(_) => "exec",
@@ -79,7 +79,7 @@ impl Action {
     }
 
     /// The time limit that the script gave to this action.
-    pub fn timeout(&self) -> Option<Duration> {
+    pub(crate) fn timeout(&self) -> Option<Duration> {
         match self {
             Self::Connect(connect) => connect.timeout,
             Self::Exec(exec) | Self::ExecRaw(exec) => exec.timeout,

@@ -30,7 +30,7 @@ use crate::job_channel::Reports;
 
 /// All programs of a worker.
 #[derive(Debug)]
-pub struct Children {
+pub(crate) struct Children {
     reports: Arc<Reports>,
     running: Mutex<Vec<Group>>,
     scan: Mutex<Scan>,
@@ -58,7 +58,7 @@ impl Scan {
 
 /// How a program ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum ProgramExit {
+pub(crate) enum ProgramExit {
     /// With this status.
     Status(i32),
     /// By a signal.
@@ -79,7 +79,7 @@ impl fmt::Display for ProgramExit {
 
 impl Children {
     /// None so far.
-    pub fn new(reports: Arc<Reports>) -> Arc<Self> {
+    pub(crate) fn new(reports: Arc<Reports>) -> Arc<Self> {
         let now = Instant::now();
         let scan = Mutex::new(Scan { began: now, next: now, living: None });
         Arc::new(Self { reports, running: Mutex::default(), scan })
@@ -103,7 +103,11 @@ impl Children {
     ///
     /// # Errors
     /// See [`spawn`].
-    pub fn start(self: &Arc<Self>, job: JobId, program: &Program<'_>) -> Result<Child, Errno> {
+    pub(crate) fn start(
+        self: &Arc<Self>,
+        job: JobId,
+        program: &Program<'_>,
+    ) -> Result<Child, Errno> {
         let pid = spawn(program)?;
         // A new process has a number above 1 that isn't our group's, so this doesn't fail.
         let group = Group::led_by(pid).ok_or(Errno::ESRCH)?;
@@ -114,7 +118,7 @@ impl Children {
 
     /// Kills all programs with everything in their process groups, for a process that ends right
     /// after that: none of them can be reaped, and no other one reported, from now on.
-    pub fn kill_all(&self) {
+    pub(crate) fn kill_all(&self) {
         let running = self.running.lock();
         for group in &*running {
             let _ = group.signal(Signal::SIGKILL);
@@ -125,7 +129,7 @@ impl Children {
 
 /// A program that has been started and not reaped yet.
 #[derive(Debug)]
-pub struct Child {
+pub(crate) struct Child {
     children: Arc<Children>,
     job: JobId,
     group: Group,
@@ -134,30 +138,30 @@ pub struct Child {
 
 impl Child {
     /// Returns the number of the program's process and of its group.
-    pub fn pid(&self) -> Pid {
+    pub(crate) fn pid(&self) -> Pid {
         self.group.id()
     }
 
     /// Sends a signal to the program's process group. A signal that isn't permitted, because the
     /// program has become another user's, is no error: the program then ends when it wants to.
-    pub fn signal_group(&self, signal: Signal) {
+    pub(crate) fn signal_group(&self, signal: Signal) {
         let _ = self.group.signal(signal);
     }
 
     /// Whether members of the program's group may be left, itself or others. The answer can be late,
     /// but "gone" is never older than `since`.
-    pub fn others(&self, since: Instant) -> Others {
+    pub(crate) fn others(&self, since: Instant) -> Others {
         self.children.others(self.group, since)
     }
 
     /// Waits for its end.
-    pub fn reap(mut self) -> ProgramExit {
+    pub(crate) fn reap(mut self) -> ProgramExit {
         self.finish()
     }
 
     /// Ends, after the program's end, the rest of its group, and waits until nothing is left. The
     /// leader is reaped after SIGKILL, because only an unreaped leader keeps the group's number.
-    pub fn reap_group(self) {
+    pub(crate) fn reap_group(self) {
         let group = self.group;
         self.signal_group(Signal::SIGKILL);
         self.reap();
@@ -169,7 +173,7 @@ impl Child {
     }
 
     /// Leaves it to a thread that does nothing but wait for its end.
-    pub fn abandon(self) {
+    pub(crate) fn abandon(self) {
         let waiting = std::thread::Builder::new().spawn(move || self.reap());
         // Without a thread it was dropped, which waits here.
         drop(waiting);

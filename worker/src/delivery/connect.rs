@@ -30,7 +30,7 @@ use crate::mail::Mail;
 ///
 /// The connection that was used comes back. Closing it costs more than all else that is left to
 /// do for a mail, and less once the next hop has closed its side: so it is kept for last.
-pub fn relay(
+pub(crate) fn relay(
     mail: &Mail,
     action: &Connect,
     connect_timeout: Duration,

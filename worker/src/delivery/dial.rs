@@ -23,7 +23,7 @@ use qrelay_shared::sys::wait::socket_timeout;
 ///
 /// # Errors
 /// As connect(2).
-pub fn dial(endpoint: &Endpoint, deadline: Deadline) -> Result<OwnedFd, Errno> {
+pub(crate) fn dial(endpoint: &Endpoint, deadline: Deadline) -> Result<OwnedFd, Errno> {
     dial_as(endpoint, SockType::Stream, deadline)
 }
 
@@ -31,7 +31,11 @@ pub fn dial(endpoint: &Endpoint, deadline: Deadline) -> Result<OwnedFd, Errno> {
 ///
 /// # Errors
 /// As socket(2) and connect(2).
-pub fn dial_as(endpoint: &Endpoint, kind: SockType, deadline: Deadline) -> Result<OwnedFd, Errno> {
+pub(crate) fn dial_as(
+    endpoint: &Endpoint,
+    kind: SockType,
+    deadline: Deadline,
+) -> Result<OwnedFd, Errno> {
     match endpoint {
         Endpoint::Inet(address) => {
             let family = if address.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };

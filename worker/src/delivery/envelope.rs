@@ -12,14 +12,14 @@ use crate::mail::received;
 
 /// A request for the next hop.
 #[derive(Debug)]
-pub struct Envelope<'m> {
+pub(super) struct Envelope<'m> {
     mail: &'m Mail,
     around: Outgoing,
 }
 
 impl<'m> Envelope<'m> {
     /// The request for a mail as its handler left it.
-    pub fn new(mail: &'m Mail) -> Self {
+    pub(super) fn new(mail: &'m Mail) -> Self {
         let length = mail.kept().map(<[u8]>::len).sum();
         let prefix = |out: &mut Vec<u8>| received::write_prefix(out, mail.inserted(), mail.peer());
         let around = outgoing(prefix, length, mail.sender(), mail.recipients());
@@ -27,7 +27,7 @@ impl<'m> Envelope<'m> {
     }
 
     /// All bytes of the request, in order; none of the pieces is empty.
-    pub fn pieces(&self) -> Vec<IoSlice<'_>> {
+    pub(super) fn pieces(&self) -> Vec<IoSlice<'_>> {
         let mut pieces = Vec::with_capacity(self.mail.removed_count() + 3);
         pieces.push(IoSlice::new(self.around.head()));
         pieces.extend(self.mail.kept().map(IoSlice::new));

@@ -29,7 +29,7 @@ const ROOM: usize = 256;
 
 /// Why there is no reply.
 #[derive(Debug, Error)]
-pub enum ExchangeError {
+pub(super) enum ExchangeError {
     /// Writing or reading failed.
     #[error("{0}")]
     Os(#[from] Errno),
@@ -62,7 +62,7 @@ enum Written {
 ///
 /// # Errors
 /// See [`ExchangeError`].
-pub fn exchange(
+pub(super) fn exchange(
     socket: &OwnedFd,
     pieces: &mut [IoSlice<'_>],
     deadline: Deadline,

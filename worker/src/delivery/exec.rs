@@ -19,7 +19,7 @@ use crate::delivery::program::{ProgramAction, ProgramContext, deliver};
 use crate::mail::Mail;
 
 /// Runs the program.
-pub fn run(host: &ProgramContext<'_>, mail: &Mail, action: &Exec) -> Delivery {
+pub(crate) fn run(host: &ProgramContext<'_>, mail: &Mail, action: &Exec) -> Delivery {
     let envelope = Envelope::new(mail);
     let pieces = envelope.pieces();
     let kind = ProgramAction {
@@ -45,7 +45,7 @@ fn verdict(exit: ProgramExit, output: &[u8]) -> Reply {
 /// What an end means for the mail: 64 (usage), 65 (bad data), 67 (unknown user), 68 (unknown
 /// host), 72 (system file missing), 77 (no permission), 78 (configuration) of sysexits.h, and
 /// 100 of qmail are for ever, everything else but 0 passes.
-pub fn status(exit: ProgramExit) -> Status {
+pub(crate) fn status(exit: ProgramExit) -> Status {
     match exit {
         ProgramExit::Status(0) => Status::Accepted,
         ProgramExit::Status(64 | 65 | 67 | 68 | 72 | 77 | 78 | 100) => Status::Permanent,

@@ -20,7 +20,7 @@ use crate::mail::Mail;
 use crate::mail::received;
 
 /// Runs the program.
-pub fn run(host: &ProgramContext<'_>, mail: &Mail, action: &Exec) -> Delivery {
+pub(crate) fn run(host: &ProgramContext<'_>, mail: &Mail, action: &Exec) -> Delivery {
     let mut prefix = Vec::new();
     received::write_prefix(&mut prefix, mail.inserted(), mail.peer());
     let mut input = vec![&prefix[..]];

@@ -44,7 +44,7 @@ const PAUSE: Duration = Duration::from_millis(10);
 
 /// What programs run under.
 #[derive(Debug, Clone, Copy)]
-pub struct ProgramContext<'a> {
+pub(crate) struct ProgramContext<'a> {
     /// Those that run.
     pub children: &'a Arc<Children>,
     /// The mail's.
@@ -54,7 +54,7 @@ pub struct ProgramContext<'a> {
 }
 
 /// What is special about an action that runs a program.
-pub struct ProgramAction<'a> {
+pub(crate) struct ProgramAction<'a> {
     /// The complete input.
     pub input: &'a [&'a [u8]],
     /// Errors go where output goes.
@@ -76,7 +76,7 @@ enum End {
 }
 
 /// Runs a program for a mail. Whatever happens, the result has a reply.
-pub fn deliver(
+pub(crate) fn deliver(
     host: &ProgramContext<'_>,
     mail: &Mail,
     action: &Exec,
@@ -117,7 +117,7 @@ pub fn deliver(
 }
 
 /// A program's output as one printable line: lines are joined by a space, empty ones left out.
-pub fn one_line(output: &[u8]) -> String {
+pub(crate) fn one_line(output: &[u8]) -> String {
     let text = String::from_utf8_lossy(output).replace('\t', " ");
     let lines = text.split(['\n', '\r']).map(str::trim).filter(|line| !line.is_empty());
     printable(lines.collect::<Vec<_>>().join(" ").as_bytes()).into_owned()

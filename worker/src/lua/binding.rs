@@ -3,9 +3,9 @@
 //! [`function`] makes functions and classes, which take [`arguments`], [`convert`] values, raise an
 //! [`error`] and wait by an [`operation`]. [`strings`] keeps Lua strings that are needed often.
 
-pub mod arguments;
-pub mod convert;
-pub mod error;
-pub mod function;
-pub mod operation;
-pub mod strings;
+pub(crate) mod arguments;
+pub(crate) mod convert;
+pub(crate) mod error;
+pub(crate) mod function;
+pub(crate) mod operation;
+pub(crate) mod strings;

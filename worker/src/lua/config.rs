@@ -55,7 +55,12 @@ fn reason(cause: &std::io::Error) -> String {
 ///
 /// # Errors
 /// See [`ConfigError`].
-pub fn run(lua: &Lua, config: &Path, reload: bool, draft: &SharedDraft) -> Result<(), ConfigError> {
+pub(crate) fn run(
+    lua: &Lua,
+    config: &Path,
+    reload: bool,
+    draft: &SharedDraft,
+) -> Result<(), ConfigError> {
     let source = std::fs::read(config)
         .map_err(|cause| ConfigError::Unreadable { path: config.to_owned(), cause })?;
     let directory = config.parent().unwrap_or(Path::new("/"));

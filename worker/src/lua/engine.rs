@@ -5,11 +5,11 @@
 //! [`output`] what a script prints. [`background`] runs functions without a mail. [`prelude`] is the
 //! part in Lua.
 
-pub mod background;
-pub mod collector;
-pub mod monitor;
-pub mod output;
-pub mod prelude;
-pub mod scope;
-pub mod slot;
-pub mod watch;
+pub(crate) mod background;
+pub(crate) mod collector;
+pub(crate) mod monitor;
+pub(crate) mod output;
+pub(crate) mod prelude;
+pub(crate) mod scope;
+pub(crate) mod slot;
+pub(crate) mod watch;

@@ -1,29 +1,29 @@
 //! The libraries that a script sees, each with one `register()`.
 
-pub mod action;
-pub mod action_object;
-pub mod address;
-pub mod cgroup;
-pub mod compat;
-pub mod control_client;
-pub mod dictionary_client;
-pub mod every;
-pub mod exec;
-pub mod json;
-pub mod jwt;
-pub mod listen;
-pub mod log;
-pub mod mail;
-pub mod mail_object;
-pub mod outgoing_socket;
-pub mod output;
-pub mod pg;
-pub mod settings;
-pub mod shared;
-pub mod sleep;
-pub mod socket;
+pub(crate) mod action;
+pub(crate) mod action_object;
+pub(crate) mod address;
+pub(crate) mod cgroup;
+pub(crate) mod compat;
+pub(crate) mod control_client;
+pub(crate) mod dictionary_client;
+pub(crate) mod every;
+pub(crate) mod exec;
+pub(crate) mod json;
+pub(crate) mod jwt;
+pub(crate) mod listen;
+pub(crate) mod log;
+pub(crate) mod mail;
+pub(crate) mod mail_object;
+pub(crate) mod outgoing_socket;
+pub(crate) mod output;
+pub(crate) mod pg;
+pub(crate) mod settings;
+pub(crate) mod shared;
+pub(crate) mod sleep;
+pub(crate) mod socket;
 
-pub mod sodium;
+pub(crate) mod sodium;
 
 use std::sync::Arc;
 
@@ -36,7 +36,7 @@ use crate::lua::library::listen::SharedDraft;
 use crate::lua::library::shared::SharedOpener;
 
 /// What the libraries share with the owner of the Lua state.
-pub struct Libraries<'a> {
+pub(crate) struct Libraries<'a> {
     /// The clock of the state.
     pub watch: &'a Arc<Watch>,
     /// The script's standard streams.
@@ -55,7 +55,7 @@ pub struct Libraries<'a> {
 ///
 /// # Errors
 /// Lua is out of memory.
-pub fn register(lua: &Lua, with: &Libraries<'_>) -> mlua::Result<()> {
+pub(crate) fn register(lua: &Lua, with: &Libraries<'_>) -> mlua::Result<()> {
     output::register(lua, with.output)?;
     compat::register(lua)?;
     listen::register(lua, with.draft)?;

@@ -15,7 +15,7 @@ use qrelay_shared::deadline::Deadline;
 
 /// What a worker has for messages.
 #[derive(Debug)]
-pub struct Budget {
+pub(crate) struct Budget {
     limit: usize,
     state: Mutex<State>,
     changed: Condvar,
@@ -30,19 +30,19 @@ struct State {
 
 /// A part of the budget; dropping it gives it back.
 #[derive(Debug)]
-pub struct Share<'a> {
+pub(crate) struct Share<'a> {
     budget: &'a Budget,
     bytes: usize,
 }
 
 impl Budget {
     /// A budget of `limit` bytes.
-    pub fn new(limit: usize) -> Self {
+    pub(crate) fn new(limit: usize) -> Self {
         Self { limit, state: Mutex::default(), changed: Condvar::new() }
     }
 
     /// Takes `bytes`, waiting for them until the deadline.
-    pub fn take(&self, bytes: usize, deadline: Deadline) -> Option<Share<'_>> {
+    pub(crate) fn take(&self, bytes: usize, deadline: Deadline) -> Option<Share<'_>> {
         let bytes = bytes.min(self.limit);
         let mut state = self.state.lock();
         let ticket = state.next_ticket;

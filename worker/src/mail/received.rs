@@ -14,7 +14,7 @@ use crate::mail::Inserted;
 ///
 /// A local client in a foreign pid namespace has no pid here; its line says `PID=0`, as the
 /// kernel does, so that the line keeps its form.
-pub fn write_prefix(out: &mut Vec<u8>, inserted: &Inserted, peer: &Peer) {
+pub(crate) fn write_prefix(out: &mut Vec<u8>, inserted: &Inserted, peer: &Peer) {
     out.extend_from_slice(inserted.text());
     out.extend_from_slice(b"Received: from ");
     match peer {

@@ -55,13 +55,13 @@ pub struct Worker {
     /// Decides about mails.
     pub script: Arc<dyn Script>,
     /// Memory for messages.
-    pub budget: Budget,
+    pub(crate) budget: Budget,
     /// What requests are read into.
     pub buffers: Buffers,
     /// Jobs come from here, and what became of them goes back.
     pub reports: Arc<Reports>,
     /// The programs that run for mails.
-    pub children: Arc<Children>,
+    pub(crate) children: Arc<Children>,
     /// Names the process.
     pub logger: Logger,
     queue: Queue,

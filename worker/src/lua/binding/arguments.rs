@@ -14,7 +14,7 @@ use crate::lua::binding::error::Raise;
 
 /// What error messages call a function.
 #[derive(Debug, Clone, Copy)]
-pub enum Name {
+pub(crate) enum Name {
     /// A function. One whose name has a colon is called on its library, as in `pg:new(…)`.
     Function(&'static str),
     /// A method; the object isn't counted.
@@ -32,7 +32,7 @@ impl Name {
 }
 
 /// The parameters of a function.
-pub trait Arguments: Sized {
+pub(crate) trait Arguments: Sized {
     /// The same, and whatever comes after them.
     type Raw: FromLuaMulti + 'static;
     /// How many there are.
@@ -42,7 +42,7 @@ pub trait Arguments: Sized {
 }
 
 /// A single parameter.
-pub trait Single: FromLua + 'static {}
+pub(crate) trait Single: FromLua + 'static {}
 
 impl Single for Value {}
 impl Single for AnyUserData {}
@@ -110,7 +110,7 @@ several!(4: A B C D);
 ///
 /// # Errors
 /// There are.
-pub fn checked<A: Arguments>(name: Name, raw: A::Raw) -> Result<A, Raise> {
+pub(crate) fn checked<A: Arguments>(name: Name, raw: A::Raw) -> Result<A, Raise> {
     let (arguments, surplus) = A::split(raw);
     match surplus.iter().rposition(|value| !value.is_nil()) {
         None => Ok(arguments),

@@ -16,14 +16,14 @@ use mlua::{BorrowedBytes, Table, Value};
 use crate::lua::binding::error::Raise;
 
 /// The integers that a float holds exactly: up to 2^53.
-pub const EXACT: f64 = 9_007_199_254_740_992.0;
+pub(crate) const EXACT: f64 = 9_007_199_254_740_992.0;
 
 /// Longest time that an action or a wait may be given, in seconds.
-pub const MAX_TIMEOUT: f64 = 3600.0;
+pub(crate) const MAX_TIMEOUT: f64 = 3600.0;
 
 /// An argument, attribute or option, as error messages call it.
 #[derive(Debug, Clone, Copy)]
-pub enum Argument<'a> {
+pub(crate) enum Argument<'a> {
     /// Of a function or method; the position counts from 1, the object of a method not included.
     Positional {
         /// The function.
@@ -58,17 +58,17 @@ impl fmt::Display for Argument<'_> {
 
 impl<'a> Argument<'a> {
     /// Argument number `position` of `function`.
-    pub fn new(function: &'a str, position: usize, name: &'a str) -> Self {
+    pub(crate) fn new(function: &'a str, position: usize, name: &'a str) -> Self {
         Self::Positional { function, position, name }
     }
 
     /// The error that says what is expected instead of `value`.
-    pub fn wrong(&self, expected: &str, value: &Value) -> Raise {
+    pub(crate) fn wrong(&self, expected: &str, value: &Value) -> Raise {
         self.invalid(&format!("expected {expected}, got {}", describe(value)))
     }
 
     /// The error with this reason.
-    pub fn invalid(&self, reason: &str) -> Raise {
+    pub(crate) fn invalid(&self, reason: &str) -> Raise {
         let colon = if matches!(self, Self::Positional { .. }) { ": " } else { "" };
         Raise::Text(format!("{self}{colon}{reason})"))
     }
@@ -77,7 +77,7 @@ impl<'a> Argument<'a> {
     ///
     /// # Errors
     /// It is neither a string nor a number.
-    pub fn text<'v>(&self, value: &'v Value) -> Result<Text<'v>, Raise> {
+    pub(crate) fn text<'v>(&self, value: &'v Value) -> Result<Text<'v>, Raise> {
         text(value)?.ok_or_else(|| self.wrong("a string", value))
     }
 
@@ -85,7 +85,7 @@ impl<'a> Argument<'a> {
     ///
     /// # Errors
     /// It is none, or out of range.
-    pub fn number(&self, value: &Value, min: f64, max: f64) -> Result<f64, Raise> {
+    pub(crate) fn number(&self, value: &Value, min: f64, max: f64) -> Result<f64, Raise> {
         let expected = || format!("a number from {} to {}", plain(min), plain(max));
         match number(value) {
             Some(n) if n >= min && n <= max => Ok(n),
@@ -98,7 +98,7 @@ impl<'a> Argument<'a> {
     ///
     /// # Errors
     /// It is none, or out of range.
-    pub fn integer(&self, value: &Value, min: u64, max: u64) -> Result<u64, Raise> {
+    pub(crate) fn integer(&self, value: &Value, min: u64, max: u64) -> Result<u64, Raise> {
         let n = self.number(value, min as f64, max as f64)?;
         if n.fract() == 0.0 {
             return Ok(n as u64);
@@ -110,7 +110,7 @@ impl<'a> Argument<'a> {
     ///
     /// # Errors
     /// It is none, or out of range.
-    pub fn duration(&self, value: &Value, max: f64) -> Result<Duration, Raise> {
+    pub(crate) fn duration(&self, value: &Value, max: f64) -> Result<Duration, Raise> {
         match number(value) {
             Some(n) if n > 0.0 && n <= max => Ok(Duration::from_secs_f64(n).max(SHORTEST)),
             _ => {
@@ -124,7 +124,7 @@ impl<'a> Argument<'a> {
     ///
     /// # Errors
     /// It is none.
-    pub fn table<'v>(&self, value: &'v Value) -> Result<&'v Table, Raise> {
+    pub(crate) fn table<'v>(&self, value: &'v Value) -> Result<&'v Table, Raise> {
         value.as_table().ok_or_else(|| self.wrong("a table", value))
     }
 
@@ -132,7 +132,7 @@ impl<'a> Argument<'a> {
     ///
     /// # Errors
     /// It is no table, or has other keys.
-    pub fn list(&self, value: &Value) -> Result<Vec<Value>, Raise> {
+    pub(crate) fn list(&self, value: &Value) -> Result<Vec<Value>, Raise> {
         let table = value.as_table().ok_or_else(|| self.wrong("a list", value))?;
         let list = table.sequence_values().collect::<mlua::Result<Vec<Value>>>()?;
         if table.pairs::<Value, Value>().count() == list.len() {
@@ -146,7 +146,7 @@ impl<'a> Argument<'a> {
 const SHORTEST: Duration = Duration::from_nanos(1);
 
 /// Text that may be borrowed from Lua.
-pub enum Text<'a> {
+pub(crate) enum Text<'a> {
     /// A Lua string's bytes.
     Lua(BorrowedBytes),
     /// What a number, or an object, is as text.
@@ -165,7 +165,7 @@ impl std::ops::Deref for Text<'_> {
 }
 
 /// A string or a number as text; `None` for other values.
-pub fn text(value: &Value) -> Result<Option<Text<'static>>, Raise> {
+pub(crate) fn text(value: &Value) -> Result<Option<Text<'static>>, Raise> {
     Ok(match value {
         Value::String(string) => Some(Text::Lua(string.as_bytes())),
         Value::Integer(n) => Some(Text::Other(n.to_string().into())),
@@ -199,7 +199,7 @@ fn float_text(n: f64) -> String {
 }
 
 /// A number, or a string that is one; NaN is none.
-pub fn number(value: &Value) -> Option<f64> {
+pub(crate) fn number(value: &Value) -> Option<f64> {
     let n = match value {
         Value::Integer(n) => *n as f64,
         Value::Number(n) => *n,
@@ -226,7 +226,7 @@ fn plain(n: f64) -> String {
 }
 
 /// What came instead, in an error message: the type, and the value if it is short.
-pub fn describe(value: &Value) -> String {
+pub(crate) fn describe(value: &Value) -> String {
     match value {
         Value::Nil => "nil".into(),
         Value::Boolean(b) => b.to_string(),
@@ -244,14 +244,14 @@ pub fn describe(value: &Value) -> String {
 const QUOTE_MAX: usize = 80;
 
 /// A string in an error message: printable, in quotes, cut.
-pub fn quoted(text: &[u8]) -> String {
+pub(crate) fn quoted(text: &[u8]) -> String {
     let shown = qrelay_shared::address::printable(&text[..text.len().min(QUOTE_MAX)]);
     let dots = if text.len() > QUOTE_MAX { "…" } else { "" };
     format!("'{shown}{dots}'")
 }
 
 /// A table of options, whose keys are all known.
-pub struct Options<'a> {
+pub(crate) struct Options<'a> {
     function: &'a str,
     table: Option<&'a Table>,
 }
@@ -261,7 +261,7 @@ impl<'a> Options<'a> {
     ///
     /// # Errors
     /// It is no table, or a key is unknown.
-    pub fn new(
+    pub(crate) fn new(
         function: &'a str,
         position: usize,
         value: &'a Value,
@@ -284,7 +284,7 @@ impl<'a> Options<'a> {
     ///
     /// # Errors
     /// Lua is out of memory.
-    pub fn get(&self, key: &'a str) -> Result<Option<(Argument<'a>, Value)>, Raise> {
+    pub(crate) fn get(&self, key: &'a str) -> Result<Option<(Argument<'a>, Value)>, Raise> {
         let Some(table) = self.table else { return Ok(None) };
         let value: Value = table.raw_get(key)?;
         let argument = Argument::Option { function: self.function, key };
@@ -297,7 +297,7 @@ fn is_one_of(key: &Value, known: &[&str]) -> bool {
 }
 
 /// The error for a name that isn't known to `subject`, with the nearest one that is.
-pub fn unknown_name(subject: &str, what: &str, key: &Value, known: &[&str]) -> String {
+pub(crate) fn unknown_name(subject: &str, what: &str, key: &Value, known: &[&str]) -> String {
     let mut message = format!("{subject} has no {what} {}", describe(key));
     if let Value::String(key) = key
         && let Some(nearest) = nearest(&key.to_string_lossy(), known)
@@ -310,7 +310,7 @@ pub fn unknown_name(subject: &str, what: &str, key: &Value, known: &[&str]) -> S
 }
 
 /// The known word that differs from this one by the fewest edits, if they are few.
-pub fn nearest<'a>(word: &str, known: &[&'a str]) -> Option<&'a str> {
+pub(crate) fn nearest<'a>(word: &str, known: &[&'a str]) -> Option<&'a str> {
     let (best, distance) =
         known.iter().map(|known| (*known, distance(word, known))).min_by_key(|(_, d)| *d)?;
     (distance <= 1 + best.len().min(word.len()) / 4).then_some(best)

@@ -11,7 +11,7 @@ use thiserror::Error;
 
 /// Why a function of qrelay raises an error in the script that called it.
 #[derive(Debug)]
-pub enum Raise {
+pub(crate) enum Raise {
     /// Misuse; the text names the argument and what was expected.
     Text(String),
     /// Lua itself failed (out of memory, an error in a metamethod).
@@ -67,10 +67,10 @@ pub enum HandlerError {
 const TRACEBACK: &str = "\nstack traceback:\n";
 
 /// What code of qrelay in Lua is called in a traceback.
-pub const CHUNK: &str = "[qrelay]";
+pub(crate) const CHUNK: &str = "[qrelay]";
 
 /// An error's message as Lua would print it, position included, and the traceback if there is one.
-pub fn describe(error: &mlua::Error) -> (String, Option<String>) {
+pub(crate) fn describe(error: &mlua::Error) -> (String, Option<String>) {
     match error {
         mlua::Error::RuntimeError(text)
         | mlua::Error::MemoryError(text)
@@ -105,7 +105,7 @@ fn with_position(message: &str, traceback: &str) -> String {
 }
 
 /// File and line of the innermost frame that is the script's.
-pub fn position(traceback: &str) -> Option<&str> {
+pub(crate) fn position(traceback: &str) -> Option<&str> {
     traceback.lines().map(str::trim).find_map(|frame| {
         let (position, _) = frame.split_once(": in ")?;
         let (chunk, line) = position.rsplit_once(':')?;

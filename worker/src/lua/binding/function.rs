@@ -24,12 +24,12 @@ use crate::lua::binding::operation::{Operation, Pending};
 static WAIT: u8 = b'W';
 
 /// What a function that has to wait returns before its operation; no script can have this value.
-pub fn mark() -> LightUserData {
+pub(crate) fn mark() -> LightUserData {
     LightUserData(std::ptr::from_ref(&WAIT).cast_mut().cast())
 }
 
 /// The object before the dot or colon: usually of the class's type, checked by the method itself.
-pub type This<T> = Either<UserDataRef<T>, Value>;
+pub(crate) type This<T> = Either<UserDataRef<T>, Value>;
 
 /// The wrappers of `prelude.lua`, kept as application data of the Lua state.
 struct Prelude {
@@ -43,7 +43,7 @@ struct Prelude {
 ///
 /// # Errors
 /// A wrapper is missing.
-pub fn set_wrappers(lua: &Lua, exports: &Table) -> mlua::Result<()> {
+pub(crate) fn set_wrappers(lua: &Lua, exports: &Table) -> mlua::Result<()> {
     lua.set_app_data(Prelude {
         awaiting: exports.get("awaiting")?,
         class: exports.get("class")?,
@@ -58,7 +58,7 @@ fn prelude(lua: &Lua) -> mlua::Result<mlua::AppDataRef<'_, Prelude>> {
 }
 
 /// What a function that may have to wait does.
-pub enum Call<R> {
+pub(crate) enum Call<R> {
     /// It needn't.
     Now(R),
     /// The operation's results are the function's.
@@ -81,7 +81,7 @@ impl<R: IntoLuaMulti> IntoLuaMulti for Call<R> {
 ///
 /// # Errors
 /// Lua is out of memory.
-pub fn function<A, R>(
+pub(crate) fn function<A, R>(
     lua: &Lua,
     name: &'static str,
     f: impl Fn(&Lua, A) -> Result<R, Raise> + Send + 'static,
@@ -98,7 +98,7 @@ where
 ///
 /// # Errors
 /// Lua is out of memory.
-pub fn internal<A, R>(
+pub(crate) fn internal<A, R>(
     lua: &Lua,
     f: impl Fn(&Lua, A) -> Result<R, Raise> + Send + 'static,
 ) -> mlua::Result<Function>
@@ -139,7 +139,7 @@ where
 ///
 /// # Errors
 /// Lua is out of memory.
-pub fn blocking_function<A, R>(
+pub(crate) fn blocking_function<A, R>(
     lua: &Lua,
     name: &'static str,
     f: impl Fn(&Lua, A) -> Result<Call<R>, Raise> + Send + 'static,
@@ -166,7 +166,7 @@ where
 }
 
 /// The methods and attributes of a kind of object, while they are collected.
-pub struct Class<'a> {
+pub(crate) struct Class<'a> {
     lua: &'a Lua,
     name: &'static str,
     methods: Table,
@@ -181,7 +181,7 @@ impl<'a> Class<'a> {
     ///
     /// # Errors
     /// Lua is out of memory.
-    pub fn new(lua: &'a Lua, name: &'static str) -> mlua::Result<Self> {
+    pub(crate) fn new(lua: &'a Lua, name: &'static str) -> mlua::Result<Self> {
         Ok(Self {
             lua,
             name,
@@ -197,7 +197,7 @@ impl<'a> Class<'a> {
     ///
     /// # Errors
     /// Lua is out of memory.
-    pub fn method<A, R>(
+    pub(crate) fn method<A, R>(
         &mut self,
         name: &'static str,
         f: impl Fn(&Lua, A) -> Result<R, Raise> + Send + 'static,
@@ -214,7 +214,7 @@ impl<'a> Class<'a> {
     ///
     /// # Errors
     /// Lua is out of memory.
-    pub fn blocking_method<A, R>(
+    pub(crate) fn blocking_method<A, R>(
         &mut self,
         name: &'static str,
         f: impl Fn(&Lua, A) -> Result<Call<R>, Raise> + Send + 'static,
@@ -231,7 +231,7 @@ impl<'a> Class<'a> {
     ///
     /// # Errors
     /// Lua is out of memory.
-    pub fn lua_method(&mut self, name: &'static str, method: Function) -> mlua::Result<()> {
+    pub(crate) fn lua_method(&mut self, name: &'static str, method: Function) -> mlua::Result<()> {
         self.readable.push(name);
         self.methods.raw_set(name, method)
     }
@@ -240,7 +240,7 @@ impl<'a> Class<'a> {
     ///
     /// # Errors
     /// Lua is out of memory.
-    pub fn getter<T: 'static, R: IntoLua>(
+    pub(crate) fn getter<T: 'static, R: IntoLua>(
         &mut self,
         name: &'static str,
         f: impl Fn(&Lua, &T) -> Result<R, Raise> + Send + 'static,
@@ -257,7 +257,7 @@ impl<'a> Class<'a> {
     ///
     /// # Errors
     /// Lua is out of memory.
-    pub fn list_getter<T: 'static>(
+    pub(crate) fn list_getter<T: 'static>(
         &mut self,
         name: &'static str,
         f: impl Fn(&T) -> Result<Variadic<BString>, Raise> + Send + 'static,
@@ -272,7 +272,7 @@ impl<'a> Class<'a> {
     ///
     /// # Errors
     /// Lua is out of memory.
-    pub fn setter<T: 'static>(
+    pub(crate) fn setter<T: 'static>(
         &mut self,
         name: &'static str,
         f: impl Fn(&Lua, &T, Value) -> Result<(), Raise> + Send + 'static,
@@ -288,7 +288,7 @@ impl<'a> Class<'a> {
     ///
     /// # Errors
     /// Lua is out of memory.
-    pub fn register<T: 'static>(
+    pub(crate) fn register<T: 'static>(
         self,
         more: impl FnOnce(&mut UserDataRegistry<T>),
     ) -> mlua::Result<()> {

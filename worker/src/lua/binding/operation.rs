@@ -18,16 +18,16 @@ use qrelay_shared::deadline::Deadline;
 use crate::lua::binding::error::Raise;
 
 /// Blocking work, done without Lua.
-pub trait Operation: Send {
+pub(crate) trait Operation: Send {
     /// Does it, on the calling thread, by the deadline.
     fn run(self: Box<Self>, deadline: Deadline) -> Completion;
 }
 
 /// Makes an operation's results into Lua values, once Lua is held again.
-pub type Results = Box<dyn FnOnce(&Lua) -> Result<MultiValue, Raise> + Send>;
+pub(crate) type Results = Box<dyn FnOnce(&Lua) -> Result<MultiValue, Raise> + Send>;
 
 /// How an operation ended.
-pub enum Completion {
+pub(crate) enum Completion {
     /// The function returns, or raises, this.
     Done(Results),
     /// The deadline passed.
@@ -36,23 +36,23 @@ pub enum Completion {
 
 impl Completion {
     /// The function returns these values.
-    pub fn values<R: IntoLuaMulti + Send + 'static>(values: R) -> Self {
+    pub(crate) fn values<R: IntoLuaMulti + Send + 'static>(values: R) -> Self {
         Self::Done(Box::new(move |lua| Ok(values.into_lua_multi(lua)?)))
     }
 
     /// The function returns `nil, message`.
-    pub fn failure(message: String) -> Self {
+    pub(crate) fn failure(message: String) -> Self {
         Self::values((mlua::Value::Nil, message))
     }
 
     /// The function raises this.
-    pub fn raise(message: String) -> Self {
+    pub(crate) fn raise(message: String) -> Self {
         Self::Done(Box::new(move |_| Err(Raise::Text(message))))
     }
 }
 
 /// An operation as Lua sees it: a userdata without methods.
-pub struct Pending(Mutex<Stage>);
+pub(crate) struct Pending(Mutex<Stage>);
 
 enum Stage {
     Ready(Box<dyn Operation>),
@@ -62,12 +62,12 @@ enum Stage {
 
 impl Pending {
     /// Not yet begun.
-    pub fn new(operation: Box<dyn Operation>) -> Self {
+    pub(crate) fn new(operation: Box<dyn Operation>) -> Self {
         Self(Mutex::new(Stage::Ready(operation)))
     }
 
     /// The work, for whoever does it; nobody else gets it.
-    pub fn take(&self) -> Option<Box<dyn Operation>> {
+    pub(crate) fn take(&self) -> Option<Box<dyn Operation>> {
         let mut stage = self.0.lock();
         match std::mem::replace(&mut *stage, Stage::Running) {
             Stage::Ready(operation) => Some(operation),
@@ -79,7 +79,7 @@ impl Pending {
     }
 
     /// It is done.
-    pub fn finish(&self, outcome: Completion) {
+    pub(crate) fn finish(&self, outcome: Completion) {
         *self.0.lock() = Stage::Done(outcome);
     }
 
@@ -87,7 +87,7 @@ impl Pending {
     ///
     /// # Errors
     /// It isn't done, or was given up.
-    pub fn results(&self) -> Result<Results, Raise> {
+    pub(crate) fn results(&self) -> Result<Results, Raise> {
         match std::mem::replace(&mut *self.0.lock(), Stage::Running) {
             Stage::Done(Completion::Done(results)) => Ok(results),
             Stage::Done(Completion::Expired) => Err("the time for this mail is over".into()),

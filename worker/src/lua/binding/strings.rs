@@ -18,7 +18,7 @@ const MAX_KEPT: usize = 256;
 
 /// The strings by the addresses of their texts.
 #[derive(Default)]
-pub struct Strings(Mutex<FxHashMap<usize, Kept>>);
+pub(crate) struct Strings(Mutex<FxHashMap<usize, Kept>>);
 
 struct Kept {
     string: LuaString,
@@ -31,7 +31,7 @@ impl Strings {
     ///
     /// # Errors
     /// Lua is out of memory.
-    pub fn get(&self, lua: &Lua, text: &Arc<[u8]>) -> mlua::Result<LuaString> {
+    pub(crate) fn get(&self, lua: &Lua, text: &Arc<[u8]>) -> mlua::Result<LuaString> {
         let address = text.as_ptr().addr();
         if let Some(kept) = self.0.lock().get(&address) {
             return Ok(kept.string.clone());

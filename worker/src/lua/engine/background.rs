@@ -21,7 +21,7 @@ use crate::lua::engine::monitor::{Monitor, Progress, RunContext, Stop};
 use crate::lua::engine::output::Output;
 
 /// What running a function takes.
-pub struct Background {
+pub(crate) struct Background {
     monitor: Arc<Monitor>,
     output: Arc<Output>,
     logger: Logger,
@@ -31,7 +31,7 @@ pub struct Background {
 
 impl Background {
     /// Runs functions by this monitor, in this worker.
-    pub fn new(
+    pub(crate) fn new(
         monitor: Arc<Monitor>,
         output: Arc<Output>,
         logger: Logger,
@@ -42,12 +42,12 @@ impl Background {
     }
 
     /// Where errors go.
-    pub fn logger(&self) -> &Logger {
+    pub(crate) fn logger(&self) -> &Logger {
         &self.logger
     }
 
     /// Runs the function to its end; `what` names it in the log.
-    pub fn call(
+    pub(crate) fn call(
         &self,
         what: &str,
         function: &Function,

@@ -28,7 +28,7 @@ const FULL: f64 = 0.9;
 ///
 /// # Errors
 /// None is known; the binding's type has one.
-pub fn set_up(lua: &Lua, limit: usize) -> mlua::Result<()> {
+pub(crate) fn set_up(lua: &Lua, limit: usize) -> mlua::Result<()> {
     let pace = GcIncParams::default().pause(GC_PAUSE).step_multiplier(GC_STEP_MULTIPLIER);
     lua.gc_set_mode(GcMode::Incremental(pace));
     lua.set_memory_limit(limit).map(drop)
@@ -38,14 +38,14 @@ pub fn set_up(lua: &Lua, limit: usize) -> mlua::Result<()> {
 ///
 /// # Errors
 /// A finalizer of the script fails.
-pub fn limit_memory(lua: &Lua, limit: usize) -> mlua::Result<()> {
+pub(crate) fn limit_memory(lua: &Lua, limit: usize) -> mlua::Result<()> {
     lua.gc_collect()?;
     lua.gc_collect()?;
     lua.set_memory_limit(limit).map(drop)
 }
 
 /// Whether Lua's memory is full of what the script keeps; collects garbage if it seems full.
-pub fn is_full(lua: &Lua, limit: usize) -> bool {
+pub(crate) fn is_full(lua: &Lua, limit: usize) -> bool {
     let full = limit as f64 * FULL;
     if lua.used_memory() as f64 <= full {
         return false;

@@ -31,7 +31,7 @@ const POOL: usize = 64;
 
 /// Why a run ended without results.
 #[derive(Debug)]
-pub enum Stop {
+pub(crate) enum Stop {
     /// The deadline passed while it waited.
     Deadline,
     /// An error left the function, or it yielded to nobody.
@@ -44,7 +44,7 @@ pub enum Stop {
 }
 
 /// For whom a function is run, and for how long.
-pub struct RunContext {
+pub(crate) struct RunContext {
     /// The supervisor's number of the job, 0 if there is none.
     pub number: JobId,
     /// The mail, if it is for one.
@@ -56,7 +56,7 @@ pub struct RunContext {
 }
 
 /// Owner of Lua.
-pub struct Monitor {
+pub(crate) struct Monitor {
     lua: Lua,
     watch: Arc<Watch>,
     /// Whoever has this may use Lua; the coroutines are ready to be used again.
@@ -68,7 +68,7 @@ pub struct Monitor {
 }
 
 /// A run that waits for an operation, and what it has left.
-pub struct Suspended {
+pub(crate) struct Suspended {
     run: Waiting,
     budget: Duration,
     /// Ends when Lua is free.
@@ -83,7 +83,7 @@ struct Waiting {
 }
 
 /// How far a run has come.
-pub enum Progress<R, W = Suspended> {
+pub(crate) enum Progress<R, W = Suspended> {
     /// To its end.
     Finished(R),
     /// Somebody has to wait for it.
@@ -116,7 +116,7 @@ impl Monitor {
     ///
     /// # Errors
     /// Lua is out of memory.
-    pub fn new(lua: Lua, watch: Arc<Watch>) -> mlua::Result<Self> {
+    pub(crate) fn new(lua: Lua, watch: Arc<Watch>) -> mlua::Result<Self> {
         let debug: mlua::Table = lua.globals().get("debug")?;
         let traceback = debug.get("traceback")?;
         watch.install(&lua)?;
@@ -129,7 +129,7 @@ impl Monitor {
     ///
     /// # Errors
     /// See [`Stop`].
-    pub fn start<R>(
+    pub(crate) fn start<R>(
         &self,
         job: &RunContext,
         function: &Function,
@@ -149,7 +149,7 @@ impl Monitor {
     ///
     /// # Errors
     /// See [`Stop`].
-    pub fn finish<R>(
+    pub(crate) fn finish<R>(
         &self,
         job: &RunContext,
         mut suspended: Suspended,

@@ -19,7 +19,7 @@ use crate::lua::engine::watch::Watch;
 const LINE_MAX: usize = 2048;
 
 /// The way of a script's lines to the log.
-pub struct Output {
+pub(crate) struct Output {
     logger: Logger,
     watch: Arc<Watch>,
     /// Unfinished lines of stdout and stderr.
@@ -28,7 +28,7 @@ pub struct Output {
 
 /// One of the standard streams.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Stream {
+pub(crate) enum Stream {
     /// Level info.
     Stdout,
     /// Level warning.
@@ -37,7 +37,7 @@ pub enum Stream {
 
 impl Output {
     /// Lines go to this logger.
-    pub fn new(logger: Logger, watch: Arc<Watch>) -> Arc<Self> {
+    pub(crate) fn new(logger: Logger, watch: Arc<Watch>) -> Arc<Self> {
         Arc::new(Self { logger, watch, partial: Mutex::default() })
     }
 
@@ -53,7 +53,7 @@ impl Output {
     }
 
     /// Adds text to a stream's line, and writes the lines that are complete.
-    pub fn write(&self, stream: Stream, text: &[u8]) {
+    pub(crate) fn write(&self, stream: Stream, text: &[u8]) {
         let partial = &mut self.partial.lock()[stream as usize];
         partial.extend_from_slice(text);
         if memchr::memchr(b'\n', text).is_none() && partial.len() <= LINE_MAX {
@@ -78,12 +78,12 @@ impl Output {
     }
 
     /// Writes what still waits for its line end, for the mail whose handler runs.
-    pub fn flush_now(&self) {
+    pub(crate) fn flush_now(&self) {
         self.flush(self.watch.mail().and_then(|mail| mail.id()).as_deref());
     }
 
     /// Writes what still waits for its line end, for the mail whose handler is done if there is one.
-    pub fn flush(&self, id: Option<&str>) {
+    pub(crate) fn flush(&self, id: Option<&str>) {
         let mut partial = self.partial.lock();
         for stream in [Stream::Stdout, Stream::Stderr] {
             let line = &mut partial[stream as usize];

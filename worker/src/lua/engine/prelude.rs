@@ -34,7 +34,7 @@ const FOREVER: Duration = Duration::from_secs(86_400);
 ///
 /// # Errors
 /// Lua is out of memory.
-pub fn install(lua: &Lua, watch: &Arc<Watch>) -> mlua::Result<()> {
+pub(crate) fn install(lua: &Lua, watch: &Arc<Watch>) -> mlua::Result<()> {
     lua.register_userdata_type::<Pending>(|registry| {
         use mlua::UserDataFields as _;
         registry.add_meta_field("__name", "operation");

@@ -13,14 +13,14 @@ use std::sync::{Arc, OnceLock, Weak};
 use parking_lot::Mutex;
 
 /// Something that ends with the run in which it was made.
-pub trait Resource: Send + Sync {
+pub(crate) trait Resource: Send + Sync {
     /// Ends it, if it hasn't ended yet. Called without Lua; must not block.
     fn end(&self);
 }
 
 /// One run's resources.
 #[derive(Default)]
-pub struct Scope(Mutex<Vec<Weak<dyn Resource>>>);
+pub(crate) struct Scope(Mutex<Vec<Weak<dyn Resource>>>);
 
 impl std::fmt::Debug for Scope {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -30,7 +30,7 @@ impl std::fmt::Debug for Scope {
 
 impl Scope {
     /// The resource ends with this run.
-    pub fn add<R: Resource + 'static>(&self, resource: &Arc<R>) {
+    pub(crate) fn add<R: Resource + 'static>(&self, resource: &Arc<R>) {
         let resource: Arc<dyn Resource> = Arc::<R>::clone(resource);
         let mut resources = self.0.lock();
         resources.retain(|other| other.strong_count() > 0);
@@ -38,7 +38,7 @@ impl Scope {
     }
 
     /// The run is over.
-    pub fn end(&self) {
+    pub(crate) fn end(&self) {
         let resources = std::mem::take(&mut *self.0.lock());
         resources.iter().filter_map(Weak::upgrade).for_each(|resource| resource.end());
     }
@@ -46,7 +46,7 @@ impl Scope {
 
 /// A run's scope, once it has been asked for; ended when this is dropped.
 #[derive(Default, Debug)]
-pub struct Ending(pub OnceLock<Arc<Scope>>);
+pub(crate) struct Ending(pub OnceLock<Arc<Scope>>);
 
 impl Drop for Ending {
     fn drop(&mut self) {

@@ -19,7 +19,7 @@ use crate::mail::Mail;
 /// Where the mail is while its handler runs. Empty it is small: it stays until Lua collects the
 /// object, and Lua doesn't see how much memory it takes.
 #[derive(Debug)]
-pub struct Slot(Mutex<Option<Content>>);
+pub(crate) struct Slot(Mutex<Option<Content>>);
 
 /// What there is of a mail while its handler runs.
 #[derive(Debug)]
@@ -31,17 +31,17 @@ struct Content {
 
 impl Slot {
     /// Puts the mail in.
-    pub fn new(mail: Box<Mail>) -> Arc<Self> {
+    pub(crate) fn new(mail: Box<Mail>) -> Arc<Self> {
         Arc::new(Self(Mutex::new(Some(Content { mail, cgroups: Vec::new() }))))
     }
 
     /// Takes it out; the object is stale from now on, and the groups' directories are closed.
-    pub fn take(&self) -> Option<Box<Mail>> {
+    pub(crate) fn take(&self) -> Option<Box<Mail>> {
         self.0.lock().take().map(|held| held.mail)
     }
 
     /// The mail's id.
-    pub fn id(&self) -> Option<MailId> {
+    pub(crate) fn id(&self) -> Option<MailId> {
         self.0.lock().as_ref().map(|held| held.mail.id())
     }
 
@@ -50,7 +50,7 @@ impl Slot {
     ///
     /// # Errors
     /// What `f` raises, or that the mail is gone.
-    pub fn with<R>(
+    pub(crate) fn with<R>(
         &self,
         f: impl FnOnce(&mut Mail, &mut Vec<Cgroup>) -> Result<R, Raise>,
     ) -> Result<R, Raise> {

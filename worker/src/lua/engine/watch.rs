@@ -43,7 +43,7 @@ pub struct Held {
 
 /// The clock of one Lua state.
 #[derive(Debug)]
-pub struct Watch {
+pub(crate) struct Watch {
     epoch: Instant,
     /// Nanoseconds after the epoch, 0 when Lua is free.
     since: AtomicU64,
@@ -64,7 +64,7 @@ pub struct Watch {
 
 impl Watch {
     /// A clock that stands still.
-    pub fn new() -> Arc<Self> {
+    pub(crate) fn new() -> Arc<Self> {
         Arc::new(Self {
             epoch: Instant::now(),
             since: AtomicU64::new(0),
@@ -84,7 +84,7 @@ impl Watch {
     }
 
     /// Starts a turn of at most `budget`; only the holder of Lua may.
-    pub fn begin<'a>(
+    pub(crate) fn begin<'a>(
         &'a self,
         job: JobId,
         mail: Option<Arc<Slot>>,
@@ -103,7 +103,7 @@ impl Watch {
     }
 
     /// How long the running turn has lasted, and whose it is.
-    pub fn held(&self) -> Held {
+    pub(crate) fn held(&self) -> Held {
         let since = self.since.load(Ordering::Acquire);
         if since == 0 {
             return Held::default();
@@ -113,23 +113,23 @@ impl Watch {
     }
 
     /// Whether Lua, asking this, runs outside of any turn: the script loads.
-    pub fn is_loading(&self) -> bool {
+    pub(crate) fn is_loading(&self) -> bool {
         self.since.load(Ordering::Relaxed) == 0
     }
 
     /// The mail whose handler runs.
-    pub fn mail(&self) -> Option<Arc<Slot>> {
+    pub(crate) fn mail(&self) -> Option<Arc<Slot>> {
         self.mail.lock().clone()
     }
 
     /// What ends with the running run; while the script loads there is none.
-    pub fn scope(&self) -> Option<Arc<Scope>> {
+    pub(crate) fn scope(&self) -> Option<Arc<Scope>> {
         let running = !self.is_loading();
         running.then(|| Arc::clone(self.scope.lock().get_or_insert_default()))
     }
 
     /// What is left of the running turn.
-    pub fn remaining(&self) -> Duration {
+    pub(crate) fn remaining(&self) -> Duration {
         let limit = self.limit.load(Ordering::Relaxed);
         Duration::from_nanos(limit.saturating_sub(self.now()))
     }
@@ -138,7 +138,7 @@ impl Watch {
     ///
     /// # Errors
     /// Lua is out of memory.
-    pub fn flags(&self, lua: &Lua) -> mlua::Result<Table> {
+    pub(crate) fn flags(&self, lua: &Lua) -> mlua::Result<Table> {
         let flags = lua.create_table_from([("expired", false)])?;
         Ok(self.flags.get_or_init(|| flags).clone())
     }
@@ -147,7 +147,7 @@ impl Watch {
     ///
     /// # Errors
     /// None is known; the binding's type has one.
-    pub fn install(self: &Arc<Self>, lua: &Lua) -> mlua::Result<()> {
+    pub(crate) fn install(self: &Arc<Self>, lua: &Lua) -> mlua::Result<()> {
         self.flag(false)?;
         self.set_hook(lua, COUNT)
     }
@@ -161,7 +161,7 @@ impl Watch {
     ///
     /// # Errors
     /// Always the one that ends the thread, if the limit has passed.
-    pub fn stop(self: &Arc<Self>, lua: &Lua) -> mlua::Result<()> {
+    pub(crate) fn stop(self: &Arc<Self>, lua: &Lua) -> mlua::Result<()> {
         self.check(lua).map(|_| ())
     }
 
@@ -192,7 +192,7 @@ impl Watch {
 
 /// Lua runs for a job until this is dropped.
 #[derive(Debug)]
-pub struct Turn<'a> {
+pub(crate) struct Turn<'a> {
     watch: &'a Watch,
     scope: &'a Ending,
     began: u64,
@@ -201,7 +201,7 @@ pub struct Turn<'a> {
 impl Turn<'_> {
     /// Ends the turn: how long it lasted, and whether its limit passed. If it did, the caller
     /// installs the hook again before anything else runs.
-    pub fn end(self) -> (Duration, bool) {
+    pub(crate) fn end(self) -> (Duration, bool) {
         let lasted = self.watch.now().saturating_sub(self.began);
         (Duration::from_nanos(lasted), self.watch.expired.load(Ordering::Relaxed))
     }

@@ -26,7 +26,7 @@ const MAX_KEPT: usize = 256;
 ///
 /// # Errors
 /// Lua is out of memory.
-pub fn methods(class: &mut Class<'_>) -> mlua::Result<()> {
+pub(crate) fn methods(class: &mut Class<'_>) -> mlua::Result<()> {
     let kept = Mutex::new(HashMap::new());
     class.method("connect", move |lua, (this, to, options): (This, Value, Value)| {
         alive(&this)?;

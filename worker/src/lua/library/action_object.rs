@@ -13,11 +13,11 @@ use crate::lua::binding::convert;
 use crate::lua::binding::function::Class;
 
 /// The userdata.
-pub struct ActionObject(Action);
+pub(crate) struct ActionObject(Action);
 
 impl ActionObject {
     /// This decision.
-    pub fn new(action: Action) -> Self {
+    pub(crate) fn new(action: Action) -> Self {
         Self(action)
     }
 }
@@ -32,7 +32,7 @@ impl IntoLua for ActionObject {
 ///
 /// # Errors
 /// Lua is out of memory.
-pub fn register(lua: &Lua) -> mlua::Result<()> {
+pub(crate) fn register(lua: &Lua) -> mlua::Result<()> {
     let class = Class::new(lua, "action")?;
     class.register::<ActionObject>(|registry| {
         registry.add_meta_method("__tostring", |_, this, ()| Ok(this.0.name()));
@@ -40,7 +40,7 @@ pub fn register(lua: &Lua) -> mlua::Result<()> {
 }
 
 /// What a handler's last result is, if it is an action.
-pub fn decision(values: MultiValue) -> Result<Action, String> {
+pub(crate) fn decision(values: MultiValue) -> Result<Action, String> {
     let last = values.back().unwrap_or(&Value::Nil);
     if let Value::UserData(object) = last
         && let Ok(object) = object.borrow::<ActionObject>()

@@ -25,7 +25,7 @@ use crate::lua::engine::watch::Watch;
 
 /// The userdata.
 #[derive(Debug)]
-pub struct AddressObject {
+pub(crate) struct AddressObject {
     endpoints: Vec<Endpoint>,
     /// The action object that connects here, made at the first use.
     pub(super) connect: OnceLock<AnyUserData>,
@@ -35,11 +35,6 @@ impl AddressObject {
     /// These endpoints; at least one.
     fn new(endpoints: Vec<Endpoint>) -> Self {
         Self { endpoints, connect: OnceLock::new() }
-    }
-
-    /// The endpoints, in the order in which they are tried; at least one.
-    pub fn endpoints(&self) -> &[Endpoint] {
-        &self.endpoints
     }
 }
 
@@ -60,7 +55,7 @@ impl std::fmt::Display for AddressObject {
 }
 
 /// The address object behind a value, if it is one.
-pub fn object(value: &Value) -> Option<mlua::UserDataRef<AddressObject>> {
+pub(crate) fn object(value: &Value) -> Option<mlua::UserDataRef<AddressObject>> {
     value.as_userdata().and_then(|object| object.borrow().ok())
 }
 
@@ -69,7 +64,7 @@ pub fn object(value: &Value) -> Option<mlua::UserDataRef<AddressObject>> {
 ///
 /// # Errors
 /// It is neither.
-pub fn endpoints(
+pub(crate) fn endpoints(
     argument: &Argument<'_>,
     value: &Value,
     port: u16,
@@ -98,7 +93,7 @@ pub fn endpoints(
 ///
 /// # Errors
 /// Lua is out of memory.
-pub fn register(lua: &Lua, watch: &std::sync::Arc<Watch>) -> mlua::Result<()> {
+pub(crate) fn register(lua: &Lua, watch: &std::sync::Arc<Watch>) -> mlua::Result<()> {
     let class = Class::new(lua, "address")?;
     class.register::<AddressObject>(|registry| {
         registry.add_meta_method("__tostring", |_, this, ()| Ok(this.to_string()));

@@ -83,7 +83,7 @@ impl Handle {
 ///
 /// # Errors
 /// Lua is out of memory.
-pub fn attribute(class: &mut Class<'_>) -> mlua::Result<()> {
+pub(crate) fn attribute(class: &mut Class<'_>) -> mlua::Result<()> {
     class.getter("cgroup", |_, this: &MailObject| {
         let path = this.slot().with(client)?;
         Ok(path.map(|path| CgroupObject(Handle { slot: Arc::clone(this.slot()), path })))
@@ -106,7 +106,7 @@ fn client(mail: &mut Mail, cgroups: &mut Vec<Cgroup>) -> Result<Option<Arc<[u8]>
 ///
 /// # Errors
 /// Lua is out of memory.
-pub fn register(lua: &Lua) -> mlua::Result<()> {
+pub(crate) fn register(lua: &Lua) -> mlua::Result<()> {
     let paths = Strings::default();
     let class = move |lua: &Lua, (this, key): (UserDataRef<CgroupObject>, Value)| {
         group_attribute(lua, &this.0, &key, &paths)

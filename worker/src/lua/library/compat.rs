@@ -12,6 +12,6 @@ use crate::lua::binding::error::CHUNK;
 ///
 /// # Errors
 /// Lua is out of memory.
-pub fn register(lua: &Lua) -> mlua::Result<()> {
+pub(crate) fn register(lua: &Lua) -> mlua::Result<()> {
     lua.load(include_str!("compat.lua")).set_name(format!("={CHUNK}")).exec()
 }

@@ -48,7 +48,7 @@ const COMMANDS: [(&str, Command); 9] = [
 ///
 /// # Errors
 /// Lua is out of memory.
-pub fn register(lua: &Lua, watch: &Arc<Watch>) -> mlua::Result<()> {
+pub(crate) fn register(lua: &Lua, watch: &Arc<Watch>) -> mlua::Result<()> {
     builder(lua)?;
     client(lua)?;
     let watch = Arc::clone(watch);

@@ -26,7 +26,7 @@ const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Why there is no answer.
 #[derive(Debug, thiserror::Error)]
-pub enum AskError {
+pub(crate) enum AskError {
     /// The mail's time is over.
     #[error("the time for this mail is over")]
     Expired,
@@ -42,7 +42,7 @@ impl AskError {
 }
 
 /// Hands the supervisor its end of a new channel.
-pub type Opener = Box<dyn Fn(OwnedFd) -> Result<(), SendError> + Send + Sync>;
+pub(crate) type Opener = Box<dyn Fn(OwnedFd) -> Result<(), SendError> + Send + Sync>;
 
 /// A channel.
 struct DictionaryChannel {
@@ -89,19 +89,19 @@ thread_local! {
 }
 
 /// Closes the channels that nobody uses.
-pub fn close_idle() {
+pub(crate) fn close_idle() {
     IDLE.lock().0.clear();
 }
 
 /// A question that has been asked.
-pub struct Asked {
+pub(crate) struct Asked {
     channel: DictionaryChannel,
     /// The answer may be long.
     large: bool,
 }
 
 /// Asks if that can be done at once.
-pub fn try_ask(request: &Request<'_>) -> Option<Asked> {
+pub(crate) fn try_ask(request: &Request<'_>) -> Option<Asked> {
     let channel = IDLE.lock().take()?;
     match channel.inner.try_send(request, &[]) {
         Ok(()) => return Some(Asked::new(channel, request)),
@@ -116,7 +116,7 @@ pub fn try_ask(request: &Request<'_>) -> Option<Asked> {
 ///
 /// # Errors
 /// See [`AskError`].
-pub fn ask(opener: &Opener, request: &Request<'_>) -> Result<Asked, AskError> {
+pub(crate) fn ask(opener: &Opener, request: &Request<'_>) -> Result<Asked, AskError> {
     if let Some(asked) = try_ask(request) {
         return Ok(asked);
     }
@@ -135,7 +135,7 @@ impl Asked {
     ///
     /// # Errors
     /// See [`AskError`].
-    pub fn answer<R>(
+    pub(crate) fn answer<R>(
         self,
         deadline: Deadline,
         take: impl FnOnce(Answer<'_>) -> R,

@@ -43,7 +43,7 @@ struct Timer {
 ///
 /// # Errors
 /// Lua is out of memory.
-pub fn register(lua: &Lua, watch: &Arc<Watch>) -> mlua::Result<()> {
+pub(crate) fn register(lua: &Lua, watch: &Arc<Watch>) -> mlua::Result<()> {
     lua.set_app_data(Timers::default());
     let watch = Arc::clone(watch);
     let every = function(lua, "every", move |lua, (seconds, function): (Value, Value)| {
@@ -70,7 +70,7 @@ fn add(lua: &Lua, seconds: &Value, function: &Value) -> Result<(), Raise> {
 }
 
 /// To be called in a worker: starts the threads.
-pub fn start(lua: &Lua, background: &Arc<Background>) {
+pub(crate) fn start(lua: &Lua, background: &Arc<Background>) {
     let timers = lua.remove_app_data::<Timers>().unwrap_or_default();
     for timer in timers.0 {
         let own = Arc::clone(background);

@@ -23,7 +23,7 @@ use crate::lua::binding::function::Class;
 use crate::lua::binding::function::function;
 
 /// Deepest nesting of arrays and objects.
-pub const MAX_DEPTH: usize = 128;
+pub(crate) const MAX_DEPTH: usize = 128;
 
 /// Longest text that `json.dump` makes: 16 MiB, the default size of a whole mail.
 const MAX_TEXT: usize = 16 << 20;
@@ -51,7 +51,7 @@ fn is_null(value: &Value) -> bool {
 ///
 /// # Errors
 /// Lua is out of memory.
-pub fn register(lua: &Lua) -> mlua::Result<()> {
+pub(crate) fn register(lua: &Lua) -> mlua::Result<()> {
     Class::new(lua, "json.null")?.register::<Null>(|registry| {
         use mlua::UserDataMethods as _;
         registry.add_meta_method("__tostring", |_, _, ()| Ok("null"));

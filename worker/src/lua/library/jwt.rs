@@ -27,7 +27,7 @@ const ALGORITHM: &str = "EdDSA";
 ///
 /// # Errors
 /// Lua is out of memory.
-pub fn register(lua: &Lua) -> mlua::Result<()> {
+pub(crate) fn register(lua: &Lua) -> mlua::Result<()> {
     let jwt = lua.create_table()?;
     jwt.raw_set("sign", function(lua, "jwt.sign", sign)?)?;
     jwt.raw_set("verify", function(lua, "jwt.verify", verify)?)?;

@@ -50,7 +50,7 @@ enum Phase {
 }
 
 /// What has been declared so far.
-pub struct Draft {
+pub(crate) struct Draft {
     phase: Phase,
     listeners: Vec<ListenerDecl>,
     handlers: Vec<Function>,
@@ -62,14 +62,14 @@ pub struct Draft {
 }
 
 /// The draft, shared with the functions that add to it.
-pub type SharedDraft = Arc<Mutex<Draft>>;
+pub(crate) type SharedDraft = Arc<Mutex<Draft>>;
 
 /// The userdata behind the global `systemd` and what indexing it yields.
 struct Systemd(Option<String>);
 
 impl Draft {
     /// Nothing declared yet.
-    pub fn new(systemd: Vec<String>) -> SharedDraft {
+    pub(crate) fn new(systemd: Vec<String>) -> SharedDraft {
         Arc::new(Mutex::new(Self {
             phase: Phase::Loading,
             listeners: Vec::new(),
@@ -81,7 +81,7 @@ impl Draft {
     }
 
     /// The script has run; its function `reload` is about to.
-    pub fn enter_reload(&mut self) {
+    pub(crate) fn enter_reload(&mut self) {
         self.phase = Phase::Reload;
     }
 
@@ -89,7 +89,7 @@ impl Draft {
     ///
     /// # Errors
     /// A text that names what is missing or wrong.
-    pub fn finish(&mut self, lua: &Lua) -> Result<(Declaration, Vec<Function>), String> {
+    pub(crate) fn finish(&mut self, lua: &Lua) -> Result<(Declaration, Vec<Function>), String> {
         self.phase = Phase::Finished;
         if self.listeners.is_empty() {
             return Err("no listener: the script must call qmqp_listen() at least once".into());
@@ -107,7 +107,7 @@ impl Draft {
     }
 
     /// Whether the script listens on `systemd`, but no socket is left for it.
-    pub fn listens_in_vain(&self) -> bool {
+    pub(crate) fn listens_in_vain(&self) -> bool {
         let claimed = |name: &String| {
             let by_name = ListenAddress::Systemd(Some(name.clone()));
             self.listeners.iter().any(|listener| listener.address == by_name)
@@ -121,7 +121,7 @@ impl Draft {
 ///
 /// # Errors
 /// Lua is out of memory.
-pub fn register(lua: &Lua, draft: &SharedDraft) -> mlua::Result<()> {
+pub(crate) fn register(lua: &Lua, draft: &SharedDraft) -> mlua::Result<()> {
     let globals = lua.globals();
     let listening = Arc::clone(draft);
     let listen =

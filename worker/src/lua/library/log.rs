@@ -48,7 +48,7 @@ impl KV for Fields {
 ///
 /// # Errors
 /// Lua is out of memory.
-pub fn register(lua: &Lua, logger: &Logger, watch: &Arc<Watch>) -> mlua::Result<()> {
+pub(crate) fn register(lua: &Lua, logger: &Logger, watch: &Arc<Watch>) -> mlua::Result<()> {
     let library = lua.create_table()?;
     for (name, level) in LEVELS {
         let logger = logger.clone();

@@ -35,7 +35,7 @@ const MAX_RECIPIENTS: usize = 1024;
 ///
 /// # Errors
 /// Lua is out of memory.
-pub fn register(lua: &Lua) -> mlua::Result<()> {
+pub(crate) fn register(lua: &Lua) -> mlua::Result<()> {
     let mut class = Class::new(lua, "mail")?;
     envelope(&mut class)?;
     client(&mut class)?;

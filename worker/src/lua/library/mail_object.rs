@@ -17,23 +17,23 @@ use crate::lua::engine::slot::Slot;
 use crate::mail::Mail;
 
 /// The userdata.
-pub struct MailObject(Arc<Slot>);
+pub(crate) struct MailObject(Arc<Slot>);
 
 impl MailObject {
     /// The mail in this slot.
-    pub fn new(slot: Arc<Slot>) -> Self {
+    pub(crate) fn new(slot: Arc<Slot>) -> Self {
         Self(slot)
     }
 }
 
 /// The mail object that a method was called on.
-pub type This = function::This<MailObject>;
+pub(crate) type This = function::This<MailObject>;
 
 /// The mail object that a method was called on.
 ///
 /// # Errors
 /// It is no mail, or stale.
-pub fn alive(this: &This) -> Result<&MailObject, Raise> {
+pub(crate) fn alive(this: &This) -> Result<&MailObject, Raise> {
     match this {
         Either::Left(object) => object.with(|_| Ok(&**object)),
         Either::Right(value) => Err(format!(
@@ -49,12 +49,15 @@ impl MailObject {
     ///
     /// # Errors
     /// What `f` raises, or that the mail is gone.
-    pub fn with<R>(&self, f: impl FnOnce(&mut Mail) -> Result<R, Raise>) -> Result<R, Raise> {
+    pub(crate) fn with<R>(
+        &self,
+        f: impl FnOnce(&mut Mail) -> Result<R, Raise>,
+    ) -> Result<R, Raise> {
         self.0.with(|mail, _| f(mail))
     }
 
     /// Where the mail is.
-    pub fn slot(&self) -> &Arc<Slot> {
+    pub(crate) fn slot(&self) -> &Arc<Slot> {
         &self.0
     }
 }

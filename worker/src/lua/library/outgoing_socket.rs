@@ -23,7 +23,7 @@ use crate::delivery::dial::dial_as;
 
 /// Why nothing could be sent.
 #[derive(Debug, Error)]
-pub enum SocketError {
+pub(crate) enum SocketError {
     /// No address accepts a connection; this is the last one's error.
     #[error("cannot connect to {endpoint}: {}", errno.desc())]
     Connect {
@@ -57,7 +57,7 @@ enum State {
 
 /// One socket.
 #[derive(Debug)]
-pub struct OutgoingSocket {
+pub(crate) struct OutgoingSocket {
     /// Tried in this order.
     endpoints: Vec<Endpoint>,
     kind: SockType,
@@ -68,7 +68,7 @@ pub struct OutgoingSocket {
 
 impl OutgoingSocket {
     /// A socket that isn't connected yet; `declared` if that happened while the script loads.
-    pub fn new(endpoints: Vec<Endpoint>, kind: SockType, declared: bool) -> Self {
+    pub(crate) fn new(endpoints: Vec<Endpoint>, kind: SockType, declared: bool) -> Self {
         Self { endpoints, kind, declared, state: Mutex::new(State::Unconnected) }
     }
 
@@ -76,7 +76,7 @@ impl OutgoingSocket {
     ///
     /// # Errors
     /// See [`SocketError`].
-    pub fn open(&self, deadline: Deadline) -> Result<(), SocketError> {
+    pub(crate) fn open(&self, deadline: Deadline) -> Result<(), SocketError> {
         self.connect(&mut *self.lock(deadline)?, deadline).map(drop)
     }
 
@@ -84,7 +84,7 @@ impl OutgoingSocket {
     ///
     /// # Errors
     /// See [`SocketError`].
-    pub fn send(&self, bytes: &[u8], deadline: Deadline) -> Result<(), SocketError> {
+    pub(crate) fn send(&self, bytes: &[u8], deadline: Deadline) -> Result<(), SocketError> {
         let mut state = self.lock(deadline)?;
         if self.declared && self.has_ended(&state) {
             *state = State::Unconnected;
@@ -106,7 +106,7 @@ impl OutgoingSocket {
     ///
     /// # Errors
     /// Another thread keeps it busy until the deadline.
-    pub fn close(&self, deadline: Deadline) -> Result<(), SocketError> {
+    pub(crate) fn close(&self, deadline: Deadline) -> Result<(), SocketError> {
         let mut state = self.lock(deadline)?;
         if let State::Connected(fd) = std::mem::replace(&mut *state, State::Closed)
             && !self.has_messages()
@@ -118,7 +118,7 @@ impl OutgoingSocket {
     }
 
     /// Before a fork: closes it, to be connected again when it is needed.
-    pub fn release(&self) {
+    pub(crate) fn release(&self) {
         let mut state = self.state.lock();
         if matches!(*state, State::Connected(_)) {
             *state = State::Unconnected;

@@ -66,7 +66,7 @@ fn class(lua: &Lua, output: &Arc<Output>) -> mlua::Result<()> {
 ///
 /// # Errors
 /// Lua is out of memory.
-pub fn register(lua: &Lua, output: &Arc<Output>) -> mlua::Result<()> {
+pub(crate) fn register(lua: &Lua, output: &Arc<Output>) -> mlua::Result<()> {
     class(lua, output)?;
     let lines = Arc::clone(output);
     let line = lua.create_function(move |_, text: mlua::LuaString| {

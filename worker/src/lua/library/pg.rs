@@ -53,7 +53,7 @@ const DEFAULT_CONNECTIONS: u64 = 2;
 const MAX_CONNECTIONS: u64 = 1000;
 
 /// What the library knows beyond the script's objects.
-pub struct Library {
+pub(crate) struct Library {
     logger: Logger,
     /// Made while the script was loaded.
     pools: Mutex<Vec<WeakPool>>,
@@ -65,7 +65,7 @@ pub struct Library {
 
 impl Library {
     /// Nothing declared.
-    pub fn new(logger: Logger) -> Arc<Self> {
+    pub(crate) fn new(logger: Logger) -> Arc<Self> {
         Arc::new(Self {
             logger,
             pools: Mutex::default(),
@@ -76,7 +76,7 @@ impl Library {
 
     /// The script is loaded: closes what it opened and waits for the threads' end, at most
     /// [`pool::CLOSE_TIME`].
-    pub fn close(&self) {
+    pub(crate) fn close(&self) {
         let deadline = Deadline::after(pool::CLOSE_TIME);
         let pools = std::mem::take(&mut *self.pools.lock());
         let pools: Vec<_> = pools.iter().filter_map(WeakPool::upgrade).collect();
@@ -87,7 +87,7 @@ impl Library {
     }
 
     /// In a worker: starts to listen.
-    pub fn start(&self, background: &Arc<Background>) {
+    pub(crate) fn start(&self, background: &Arc<Background>) {
         // It is set once: a process becomes a worker once.
         let _ = self.background.set(Arc::clone(background));
         for (target, channels) in std::mem::take(&mut *self.channels.lock()) {
@@ -130,7 +130,7 @@ impl IntoLua for PgObject {
 ///
 /// # Errors
 /// Lua is out of memory.
-pub fn register(lua: &Lua, watch: &Arc<Watch>, library: &Arc<Library>) -> mlua::Result<()> {
+pub(crate) fn register(lua: &Lua, watch: &Arc<Watch>, library: &Arc<Library>) -> mlua::Result<()> {
     result::register(lua)?;
     database::register(lua, watch, library)?;
     let mut class = Class::new(lua, "pg")?;

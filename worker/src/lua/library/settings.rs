@@ -59,7 +59,7 @@ const KEYS: &[(&str, Kind)] = &[
 ///
 /// # Errors
 /// See the module.
-pub fn apply(table: &Table, settings: &mut Settings) -> Result<(), Raise> {
+pub(crate) fn apply(table: &Table, settings: &mut Settings) -> Result<(), Raise> {
     for pair in table.pairs::<Value, Value>() {
         let (key, value) = pair?;
         let name = key.as_string().map(mlua::LuaString::to_string_lossy).unwrap_or_default();
@@ -102,12 +102,12 @@ fn set(
 ///
 /// # Errors
 /// Lua is out of memory.
-pub fn has_mail_memory(table: &Table) -> Result<bool, Raise> {
+pub(crate) fn has_mail_memory(table: &Table) -> Result<bool, Raise> {
     Ok(!table.raw_get::<Value>("mail_memory")?.is_nil())
 }
 
 /// Raises `mail_memory`, which the script has left alone, to what its listeners need.
-pub fn fit_mail_memory(settings: &mut Settings, listeners: &[ListenerDecl]) {
+pub(crate) fn fit_mail_memory(settings: &mut Settings, listeners: &[ListenerDecl]) {
     let largest = listeners.iter().map(|listener| listener.max_size).max().unwrap_or_default();
     settings.mail_memory = settings.mail_memory.max(largest + ENVELOPE);
 }
@@ -116,7 +116,7 @@ pub fn fit_mail_memory(settings: &mut Settings, listeners: &[ListenerDecl]) {
 ///
 /// # Errors
 /// A text that names the settings.
-pub fn consistent(settings: &Settings, listeners: &[ListenerDecl]) -> Result<(), String> {
+pub(crate) fn consistent(settings: &Settings, listeners: &[ListenerDecl]) -> Result<(), String> {
     let Settings { handler_timeout, hang_timeout, mail_memory, .. } = settings;
     if hang_timeout <= handler_timeout {
         return Err(format!(

@@ -35,7 +35,7 @@ const SHORT: usize = 4096;
 const DEFAULT_KEYS: u64 = 1000;
 
 /// The way to the supervisor, which is another one after a fork.
-pub type SharedOpener = Arc<RwLock<Opener>>;
+pub(crate) type SharedOpener = Arc<RwLock<Opener>>;
 
 /// The userdata.
 struct Dictionary {
@@ -47,7 +47,7 @@ struct Dictionary {
 ///
 /// # Errors
 /// Lua is out of memory.
-pub fn register(lua: &Lua, opener: &SharedOpener) -> mlua::Result<()> {
+pub(crate) fn register(lua: &Lua, opener: &SharedOpener) -> mlua::Result<()> {
     let mut class = Class::new(lua, "shared dictionary")?;
     class.blocking_method("get", |_, (this, key): (LuaValue, LuaValue)| {
         question(&this, "get", &key, Question::Get)

@@ -16,7 +16,7 @@ use crate::lua::binding::operation::{Completion, Operation};
 ///
 /// # Errors
 /// Lua is out of memory.
-pub fn register(lua: &Lua) -> mlua::Result<()> {
+pub(crate) fn register(lua: &Lua) -> mlua::Result<()> {
     let sleep = blocking_function(lua, "sleep", |_, seconds: Value| {
         let argument = Argument::new("sleep", 1, "seconds");
         let seconds = argument.number(&seconds, 0.0, MAX_TIMEOUT)?;

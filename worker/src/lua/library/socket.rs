@@ -53,7 +53,7 @@ pub(super) fn declare(lua: &Lua, endpoints: Vec<Endpoint>, kind: SockType) -> Ar
 }
 
 /// To be called when the script has loaded: closes what it has connected.
-pub fn release(lua: &Lua) {
+pub(crate) fn release(lua: &Lua) {
     let declared = lua.remove_app_data::<Declared>().unwrap_or_default();
     declared.0.iter().filter_map(Weak::upgrade).for_each(|socket| socket.release());
 }
@@ -62,7 +62,7 @@ pub fn release(lua: &Lua) {
 ///
 /// # Errors
 /// Lua is out of memory.
-pub fn register(lua: &Lua, watch: &Arc<Watch>) -> mlua::Result<()> {
+pub(crate) fn register(lua: &Lua, watch: &Arc<Watch>) -> mlua::Result<()> {
     lua.set_app_data(Declared::default());
     let mut class = Class::new(lua, "socket")?;
     class.blocking_method(

@@ -58,7 +58,7 @@ pub(super) fn key<K>(
 ///
 /// # Errors
 /// Lua is out of memory.
-pub fn register(lua: &Lua) -> mlua::Result<()> {
+pub(crate) fn register(lua: &Lua) -> mlua::Result<()> {
     let sodium = lua.create_table()?;
     bytes(lua, &sodium)?;
     boxes(lua, &sodium)?;

@@ -19,7 +19,7 @@ const MAX_DIMENSIONS: usize = 6;
 /// Why a text is no array.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 #[error("malformed array at byte {position}: {reason}")]
-pub struct ArrayError {
+pub(super) struct ArrayError {
     /// Counts from 1.
     position: usize,
     reason: &'static str,
@@ -27,7 +27,7 @@ pub struct ArrayError {
 
 /// An element.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Element {
+pub(super) enum Element {
     /// NULL.
     Null,
     /// Anything but an array.
@@ -40,7 +40,7 @@ pub enum Element {
 ///
 /// # Errors
 /// It has elements that no array has, or too many dimensions.
-pub fn encode(argument: &Argument<'_>, table: &Table) -> Result<Vec<u8>, Raise> {
+pub(super) fn encode(argument: &Argument<'_>, table: &Table) -> Result<Vec<u8>, Raise> {
     let mut text = Vec::new();
     encode_list(argument, table, 1, &mut text)?;
     Ok(text)
@@ -94,7 +94,7 @@ fn quote(element: &[u8], text: &mut Vec<u8>) {
 ///
 /// # Errors
 /// The text is none.
-pub fn decode(text: &[u8]) -> Result<Vec<Element>, ArrayError> {
+pub(super) fn decode(text: &[u8]) -> Result<Vec<Element>, ArrayError> {
     let mut reader = Reader { text, position: 0 };
     reader.skip_bounds();
     let list = reader.list(1)?;
@@ -213,7 +213,7 @@ impl Reader<'_> {
 ///
 /// # Errors
 /// Lua is out of memory.
-pub fn to_table(lua: &Lua, list: &[Element]) -> mlua::Result<Table> {
+pub(super) fn to_table(lua: &Lua, list: &[Element]) -> mlua::Result<Table> {
     let table = lua.create_table_with_capacity(list.len(), 0)?;
     for (element, index) in list.iter().zip(1..) {
         match element {

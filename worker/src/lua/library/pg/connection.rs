@@ -19,16 +19,16 @@ use crate::lua::library::pg::task::{Stage, Task};
 
 /// Virtual memory of a connection's thread: a TLS handshake of an unoptimised build takes less
 /// than half of it (measured), everything else a fraction.
-pub const STACK_SIZE: usize = 512 << 10;
+pub(super) const STACK_SIZE: usize = 512 << 10;
 
 /// Has the server cancel what an abandoned connection is doing.
-pub fn cancel(cancel: Arc<Cancel>) {
+pub(super) fn cancel(cancel: Arc<Cancel>) {
     // Without a thread the statement goes on until its end.
     let _ = spawn("pg-cancel", STACK_SIZE, move || cancel.run());
 }
 
 /// The pool of a connection's thread, as the thread sees it.
-pub trait Tasks {
+pub(super) trait Tasks {
     /// Returns the server that connections lead to.
     fn target(&self) -> &Target;
 
@@ -44,7 +44,7 @@ pub trait Tasks {
 ///
 /// # Errors
 /// There is no thread to be had.
-pub fn start<T: Tasks>(tasks: impl FnOnce() -> T + Send + 'static) -> std::io::Result<()> {
+pub(super) fn start<T: Tasks>(tasks: impl FnOnce() -> T + Send + 'static) -> std::io::Result<()> {
     spawn("pg", STACK_SIZE, move || Worker { tasks: tasks(), connection: None }.run())
 }
 

@@ -12,7 +12,7 @@ use crate::lua::library::pg::uri;
 ///
 /// # Errors
 /// See [`ConnInfoError`].
-pub fn parse(text: &str) -> Result<Parameters, ConnInfoError> {
+pub(super) fn parse(text: &str) -> Result<Parameters, ConnInfoError> {
     let mut parameters = Parameters::default();
     match uri::without_scheme(text) {
         Some(rest) => uri::parse(rest, &mut parameters)?,

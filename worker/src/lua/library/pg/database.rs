@@ -32,7 +32,7 @@ use crate::lua::library::pg::statement;
 const MAX_CHANNEL: usize = 63;
 
 /// The userdata of a database.
-pub struct DatabaseObject {
+pub(super) struct DatabaseObject {
     pool: Arc<Pool>,
     /// The channels that have a callback.
     channels: Mutex<BTreeSet<String>>,
@@ -40,7 +40,7 @@ pub struct DatabaseObject {
 
 impl DatabaseObject {
     /// A database with these connections.
-    pub fn new(pool: Arc<Pool>) -> Self {
+    pub(super) fn new(pool: Arc<Pool>) -> Self {
         Self { pool, channels: Mutex::default() }
     }
 }
@@ -74,7 +74,7 @@ impl IntoLua for TransactionObject {
 ///
 /// # Errors
 /// Lua is out of memory.
-pub fn register(lua: &Lua, watch: &Arc<Watch>, library: &Arc<Library>) -> mlua::Result<()> {
+pub(super) fn register(lua: &Lua, watch: &Arc<Watch>, library: &Arc<Library>) -> mlua::Result<()> {
     let mut class = Class::new(lua, "transaction")?;
     class.blocking_method("execute", |_, (this, sql, parameters): (Value, Value, Value)| {
         let transaction = transaction(&this)?;
@@ -284,4 +284,4 @@ fn is_callable(this: &Value, f: &Value) -> Result<(), Raise> {
 }
 
 /// A pool that may be gone.
-pub type WeakPool = Weak<Pool>;
+pub(super) type WeakPool = Weak<Pool>;

@@ -25,7 +25,7 @@ use crate::lua::library::pg::statement::Parameter;
 const UNTYPED: Type = Type::UNKNOWN;
 
 /// Whether `PREPARE` takes a statement that begins so. All that do begin with one of these words.
-pub fn is_preparable(sql: &str) -> bool {
+pub(super) fn is_preparable(sql: &str) -> bool {
     const QUERIES: [&str; 8] =
         ["SELECT", "INSERT", "UPDATE", "DELETE", "MERGE", "VALUES", "WITH", "TABLE"];
     let first = first_word(sql);
@@ -117,7 +117,7 @@ impl<'a> FromSql<'a> for Binary<'a> {
 /// # Errors
 /// The outer one is the server's or the connection's. The inner one names a column that has no text,
 /// or says that the statement can't be sent.
-pub fn run(
+pub(super) fn run(
     client: &mut Client,
     sql: &str,
     parameters: &[Parameter],

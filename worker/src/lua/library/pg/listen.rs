@@ -36,7 +36,7 @@ const PAUSE_MAX: Duration = Duration::from_secs(1);
 const QUEUE_MAX: usize = 1000;
 
 /// A channel and its callback.
-pub struct Channel {
+pub(super) struct Channel {
     /// The channel's name.
     pub name: String,
     /// The script's function.
@@ -44,7 +44,7 @@ pub struct Channel {
 }
 
 /// Starts to listen over one connection.
-pub fn start(target: Arc<Target>, channels: Vec<Channel>, background: &Arc<Background>) {
+pub(super) fn start(target: Arc<Target>, channels: Vec<Channel>, background: &Arc<Background>) {
     let logger = background.logger();
     let mut callbacks = Vec::with_capacity(channels.len());
     for channel in channels {

@@ -43,7 +43,7 @@ const KEYWORDS: &[(&str, Option<&str>)] = &[
 
 /// Why a connection string can't be used.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
-pub enum ConnInfoError {
+pub(super) enum ConnInfoError {
     /// A word without a value.
     #[error("missing '=' after '{0}'")]
     MissingEquals(String),
@@ -85,14 +85,14 @@ pub enum ConnInfoError {
 
 /// Parameters by name.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Parameters(BTreeMap<&'static str, String>);
+pub(super) struct Parameters(BTreeMap<&'static str, String>);
 
 impl Parameters {
     /// Sets a parameter.
     ///
     /// # Errors
     /// There is no such parameter.
-    pub fn set(&mut self, key: &str, value: String) -> Result<(), ConnInfoError> {
+    pub(super) fn set(&mut self, key: &str, value: String) -> Result<(), ConnInfoError> {
         match KEYWORDS.iter().find(|(known, _)| *known == key) {
             Some((known, _)) => {
                 self.0.insert(known, value);
@@ -103,7 +103,7 @@ impl Parameters {
     }
 
     /// Takes what isn't given from the environment.
-    pub fn complete(&mut self, environment: impl Fn(&str) -> Option<String>) {
+    pub(super) fn complete(&mut self, environment: impl Fn(&str) -> Option<String>) {
         for (key, variable) in KEYWORDS {
             if !self.0.contains_key(key)
                 && let Some(value) = variable.and_then(&environment)
@@ -114,7 +114,7 @@ impl Parameters {
     }
 
     /// A parameter's value; an empty one is as good as none, as in libpq.
-    pub fn get(&self, key: &str) -> Option<&str> {
+    pub(super) fn get(&self, key: &str) -> Option<&str> {
         self.0.get(key).map(String::as_str).filter(|value| !value.is_empty())
     }
 }

@@ -16,7 +16,7 @@ const OTHERS: u32 = 0o077;
 
 /// What a password is asked for.
 #[derive(Debug, Clone, Copy)]
-pub struct Access<'a> {
+pub(super) struct Access<'a> {
     /// Name or address; `localhost` stands for the default socket directory.
     pub host: &'a str,
     /// Its port.
@@ -28,7 +28,7 @@ pub struct Access<'a> {
 }
 
 /// The contents of a password file; empty if there is none that may be used.
-pub fn read(path: &Path, logger: &Logger) -> String {
+pub(super) fn read(path: &Path, logger: &Logger) -> String {
     let unusable = |reason: &str| {
         warn!(logger, "the password file is not used"; "file" => %path.display(), "reason" => reason);
         String::new()
@@ -45,7 +45,7 @@ pub fn read(path: &Path, logger: &Logger) -> String {
 }
 
 /// The password for this access.
-pub fn find(contents: &str, access: &Access<'_>) -> Option<String> {
+pub(super) fn find(contents: &str, access: &Access<'_>) -> Option<String> {
     let wanted = [access.host, access.port, access.database, access.user];
     contents.lines().filter(|line| !line.starts_with('#')).find_map(|line| {
         let mut rest = line;

@@ -24,14 +24,14 @@ use crate::lua::library::pg::target::Target;
 use crate::lua::library::pg::task::{Abandoned, Finish, Stage, Task};
 
 /// How long the end of loading waits for connections that the script has opened.
-pub const CLOSE_TIME: Duration = Duration::from_secs(5);
+pub(super) const CLOSE_TIME: Duration = Duration::from_secs(5);
 
 /// What a mail waits for until a thread has begun with its task.
 const FREE: &str = "a free connection";
 
 /// Why there is no result.
 #[derive(Debug)]
-pub enum Refusal {
+pub(super) enum Refusal {
     /// The deadline passed.
     Expired,
     /// The server's, or the system's, reason.
@@ -39,7 +39,7 @@ pub enum Refusal {
 }
 
 /// The connections.
-pub struct Pool {
+pub(super) struct Pool {
     shared: Arc<Shared>,
     queue: Mutex<Queue>,
 }
@@ -161,14 +161,14 @@ impl Drop for PoolThread {
 
 impl Pool {
     /// No connections yet.
-    pub fn new(target: Arc<Target>, max: usize, logger: &Logger) -> Arc<Self> {
+    pub(super) fn new(target: Arc<Target>, max: usize, logger: &Logger) -> Arc<Self> {
         let (logger, state, ended) = (logger.clone(), Mutex::default(), Condvar::new());
         let shared = Arc::new(Shared { target, max, logger, state, ended });
         Arc::new(Self { shared, queue: Mutex::new(Queue::new()) })
     }
 
     /// Where the connections lead.
-    pub fn target(&self) -> &Arc<Target> {
+    pub(super) fn target(&self) -> &Arc<Target> {
         &self.shared.target
     }
 
@@ -176,7 +176,7 @@ impl Pool {
     ///
     /// # Errors
     /// See [`Refusal`].
-    pub fn ask(&self, request: Request, deadline: Deadline) -> Result<Rows, Refusal> {
+    pub(super) fn ask(&self, request: Request, deadline: Deadline) -> Result<Rows, Refusal> {
         let (answers, answered) = bounded(0);
         let stage = Arc::new(Stage::default());
         let task = Task { request, more: None, answers, stage: Arc::clone(&stage) };
@@ -188,7 +188,7 @@ impl Pool {
     ///
     /// # Errors
     /// See [`Refusal`].
-    pub fn begin(&self, deadline: Deadline) -> Result<Lease, Refusal> {
+    pub(super) fn begin(&self, deadline: Deadline) -> Result<Lease, Refusal> {
         let ((answers, answered), (requests, more)) = (bounded(0), bounded(0));
         let stage = Arc::new(Stage::default());
         let more = Some(more);
@@ -200,7 +200,7 @@ impl Pool {
     }
 
     /// Ends every thread as soon as it has nothing to do, and waits for that.
-    pub fn close(&self, deadline: Deadline) {
+    pub(super) fn close(&self, deadline: Deadline) {
         *self.queue.lock() = Queue::new();
         let mut state = self.shared.state.lock();
         while state.threads + state.abandoned > 0 {
@@ -286,7 +286,7 @@ impl Caller {
 }
 
 /// A connection that somebody has for himself.
-pub struct Lease {
+pub(super) struct Lease {
     requests: Sender<Request>,
     caller: Caller,
 }
@@ -296,7 +296,7 @@ impl Lease {
     ///
     /// # Errors
     /// See [`Refusal`].
-    pub fn ask(&self, request: Request, deadline: Deadline) -> Result<Rows, Refusal> {
+    pub(super) fn ask(&self, request: Request, deadline: Deadline) -> Result<Rows, Refusal> {
         match self.requests.send_deadline(request, deadline.instant()) {
             Ok(()) => self.caller.wait(deadline),
             Err(SendTimeoutError::Timeout(_)) => Err(Refusal::Expired),

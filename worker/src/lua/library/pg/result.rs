@@ -18,14 +18,14 @@ use crate::lua::binding::function::{self, Class};
 use crate::lua::library::pg::rows::{ResultRow, Rows};
 
 /// The userdata.
-pub struct ResultObject {
+pub(super) struct ResultObject {
     rows: Mutex<IntoIter<ResultRow>>,
     affected: u64,
 }
 
 impl ResultObject {
     /// Nothing fetched yet.
-    pub fn new(rows: Rows) -> Self {
+    pub(super) fn new(rows: Rows) -> Self {
         Self { rows: Mutex::new(rows.rows.into_iter()), affected: rows.affected }
     }
 
@@ -57,7 +57,7 @@ enum Keys {
 ///
 /// # Errors
 /// Lua is out of memory.
-pub fn register(lua: &Lua) -> mlua::Result<()> {
+pub(super) fn register(lua: &Lua) -> mlua::Result<()> {
     let mut class = Class::new(lua, "result")?;
     class.method("fetch", |lua, (this, table, mode): (Value, Value, Value)| {
         let argument = Argument::new("fetch", 1, "table");

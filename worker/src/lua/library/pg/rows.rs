@@ -6,7 +6,7 @@ use crate::lua::library::pg::statement::Parameter;
 
 /// A row of a result.
 #[derive(Debug)]
-pub enum ResultRow {
+pub(super) enum ResultRow {
     /// As it came.
     Text(SimpleQueryRow),
     /// Names of columns and their texts.
@@ -15,7 +15,7 @@ pub enum ResultRow {
 
 /// The last result of a request.
 #[derive(Debug, Default)]
-pub struct Rows {
+pub(super) struct Rows {
     /// Each knows its columns' names.
     pub rows: Vec<ResultRow>,
     /// Rows that were affected or returned.

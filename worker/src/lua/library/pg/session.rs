@@ -36,7 +36,7 @@ const TRIAL: Duration = Duration::from_secs(5);
 
 /// What a session is asked for.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Request {
+pub(super) enum Request {
     /// Statements without parameters.
     Query(String),
     /// One statement with parameters.
@@ -56,7 +56,7 @@ pub enum Request {
 
 /// How a request ended.
 #[derive(Debug)]
-pub enum Answer {
+pub(super) enum Answer {
     /// It was done.
     Done(Rows),
     /// The server refused.
@@ -71,7 +71,7 @@ pub enum Answer {
 }
 
 /// A connection with its prepared statements.
-pub struct Session {
+pub(super) struct Session {
     client: Client,
     /// By text: the number in the name, and when it was last used.
     prepared: HashMap<String, (u64, u64)>,
@@ -85,7 +85,7 @@ pub struct Session {
 
 impl Session {
     /// A fresh connection's session.
-    pub fn new(client: Client) -> Self {
+    pub(super) fn new(client: Client) -> Self {
         let unique = RandomState::new().build_hasher().finish();
         Self {
             client,
@@ -98,12 +98,12 @@ impl Session {
     }
 
     /// Whether a transaction was begun and not ended.
-    pub fn is_in_transaction(&self) -> bool {
+    pub(super) fn is_in_transaction(&self) -> bool {
         self.in_transaction
     }
 
     /// Does what is asked.
-    pub fn answer(&mut self, request: &Request) -> Answer {
+    pub(super) fn answer(&mut self, request: &Request) -> Answer {
         if !self.in_transaction
             && self.last_used.elapsed() > TRUSTED
             && let Err(error) = self.client.is_valid(TRIAL)

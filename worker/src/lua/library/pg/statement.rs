@@ -14,17 +14,17 @@ use crate::lua::binding::convert::{self, Argument};
 use crate::lua::binding::error::Raise;
 
 /// Most parameters of a statement (the protocol's count is 16 bits wide).
-pub const MAX_PARAMETERS: u64 = 65_535;
+pub(super) const MAX_PARAMETERS: u64 = 65_535;
 
 /// A parameter's text, as the server reads it; `None` is NULL.
-pub type Parameter = Option<Vec<u8>>;
+pub(super) type Parameter = Option<Vec<u8>>;
 
 /// The parameters in a Lua table, or the number of the one that has a NUL, which no text in
 /// PostgreSQL can have.
 ///
 /// # Errors
 /// One of them has no text.
-pub fn parameters(
+pub(super) fn parameters(
     argument: &Argument<'_>,
     table: &Table,
 ) -> Result<Result<Vec<Parameter>, u64>, Raise> {
@@ -46,7 +46,7 @@ pub fn parameters(
 }
 
 /// Parameters as the literals of an `EXECUTE`, in parentheses unless there are none.
-pub fn literals(parameters: &[Parameter]) -> String {
+pub(super) fn literals(parameters: &[Parameter]) -> String {
     let mut sql = String::new();
     for (index, parameter) in parameters.iter().enumerate() {
         sql.push(if index == 0 { '(' } else { ',' });
@@ -65,7 +65,7 @@ pub fn literals(parameters: &[Parameter]) -> String {
 ///
 /// # Errors
 /// `n` is no length.
-pub fn length(argument: &Argument<'_>, table: &Table) -> Result<u64, Raise> {
+pub(super) fn length(argument: &Argument<'_>, table: &Table) -> Result<u64, Raise> {
     let n: Value = table.raw_get("n")?;
     let length =
         if n.is_nil() { table.raw_len() as f64 } else { convert::number(&n).unwrap_or(-1.0) };
@@ -77,7 +77,7 @@ pub fn length(argument: &Argument<'_>, table: &Table) -> Result<u64, Raise> {
 }
 
 /// A value's text, with which the server makes the same value; `None` if it has none.
-pub fn plain(value: &Value) -> Result<Option<Vec<u8>>, Raise> {
+pub(super) fn plain(value: &Value) -> Result<Option<Vec<u8>>, Raise> {
     Ok(match value {
         Value::Boolean(true) => Some(b"1".to_vec()),
         Value::Boolean(false) => Some(b"0".to_vec()),
@@ -91,7 +91,7 @@ pub fn plain(value: &Value) -> Result<Option<Vec<u8>>, Raise> {
 }
 
 /// Appends a literal, which ends where the value does.
-pub fn push_literal(sql: &mut String, value: &[u8]) {
+pub(super) fn push_literal(sql: &mut String, value: &[u8]) {
     let text = str::from_utf8(value).ok();
     if let Some(text) = text.filter(|text| !text.contains('\\')) {
         sql.push('\'');
@@ -126,7 +126,7 @@ fn push_escaped(sql: &mut String, c: char) {
 }
 
 /// An identifier in quotes.
-pub fn quote_identifier(name: &str) -> String {
+pub(super) fn quote_identifier(name: &str) -> String {
     format!("\"{}\"", name.replace('"', "\"\""))
 }
 

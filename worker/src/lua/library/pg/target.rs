@@ -45,7 +45,7 @@ const CONNECT_TIMEOUT: u64 = 5;
 
 /// A database.
 #[derive(Debug)]
-pub struct Target {
+pub(super) struct Target {
     servers: Vec<Server>,
     /// Sets the search path, if one was given.
     prologue: Option<String>,
@@ -78,14 +78,14 @@ impl std::fmt::Debug for Encryption {
 
 /// Cancels what a connection is doing.
 #[derive(Clone)]
-pub struct Cancel {
+pub(super) struct Cancel {
     token: postgres::CancelToken,
     encryption: Encryption,
 }
 
 impl Cancel {
     /// Asks the server to; blocks.
-    pub fn run(&self) {
+    pub(super) fn run(&self) {
         // The server says nothing about it, and there is nothing to do about a failure.
         let _ = match &self.encryption {
             Encryption::Never => self.token.cancel_query(NoTls),
@@ -101,7 +101,7 @@ impl Target {
     ///
     /// # Errors
     /// Something isn't supported, or makes no sense.
-    pub fn new(
+    pub(super) fn new(
         mut parameters: Parameters,
         schema: Option<&str>,
         logger: &Logger,
@@ -134,7 +134,7 @@ impl Target {
     }
 
     /// The servers, for messages.
-    pub fn name(&self) -> String {
+    pub(super) fn name(&self) -> String {
         let names = self.servers.iter().map(|server| server.name.as_str());
         names.collect::<Vec<_>>().join(" or ")
     }
@@ -143,7 +143,7 @@ impl Target {
     ///
     /// # Errors
     /// Why the last one couldn't.
-    pub fn connect(&self) -> Result<(Client, Cancel), String> {
+    pub(super) fn connect(&self) -> Result<(Client, Cancel), String> {
         let mut failure = String::new();
         for server in &self.servers {
             match server.connect() {
@@ -190,7 +190,7 @@ fn may_work_without_tls(error: &Error) -> bool {
 }
 
 /// What the server, or the system, says, in one line with SQLSTATE.
-pub fn describe(error: &Error) -> String {
+pub(super) fn describe(error: &Error) -> String {
     let Some(db) = error.as_db_error() else {
         let mut text = error.to_string();
         let mut cause = std::error::Error::source(error);

@@ -15,7 +15,7 @@ use crate::lua::library::pg::session::{Answer, Request};
 use crate::lua::library::pg::target::Cancel;
 
 /// Something to be done on a connection.
-pub struct Task {
+pub(super) struct Task {
     /// What is asked first.
     pub request: Request,
     /// What is asked afterwards: the connection is kept until nobody can ask any more.
@@ -28,7 +28,7 @@ pub struct Task {
 
 /// How far a task is: known to who asked and to the thread that works on it.
 #[derive(Default)]
-pub struct Stage(Mutex<Step>);
+pub(super) struct Stage(Mutex<Step>);
 
 #[derive(Default)]
 enum Step {
@@ -46,7 +46,7 @@ enum Step {
 }
 
 /// What was abandoned.
-pub enum Abandoned {
+pub(super) enum Abandoned {
     /// Nothing that would go on.
     Idle,
     /// A thread that works on it.
@@ -55,7 +55,7 @@ pub enum Abandoned {
 
 /// What the end of a task means.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Finish {
+pub(super) enum Finish {
     /// Somebody waits for the answer.
     Answer,
     /// It was abandoned before anybody worked on it.
@@ -66,7 +66,7 @@ pub enum Finish {
 
 impl Stage {
     /// Work begins, or its connection is known; false if nobody waits.
-    pub fn run(&self, cancel: Option<&Arc<Cancel>>) -> bool {
+    pub(super) fn run(&self, cancel: Option<&Arc<Cancel>>) -> bool {
         let mut step = self.0.lock();
         let wanted = matches!(*step, Step::Queued | Step::Running(_));
         if wanted {
@@ -76,7 +76,7 @@ impl Stage {
     }
 
     /// It is over.
-    pub fn finish(&self) -> Finish {
+    pub(super) fn finish(&self) -> Finish {
         match std::mem::replace(&mut *self.0.lock(), Step::Done) {
             Step::Abandoned => Finish::Abandoned,
             Step::Skipped => Finish::Skipped,
@@ -85,7 +85,7 @@ impl Stage {
     }
 
     /// Nobody waits any more.
-    pub fn abandon(&self) -> Abandoned {
+    pub(super) fn abandon(&self) -> Abandoned {
         let mut step = self.0.lock();
         let next = if matches!(*step, Step::Queued) { Step::Skipped } else { Step::Abandoned };
         match std::mem::replace(&mut *step, next) {

@@ -26,7 +26,7 @@ use tokio_postgres_rustls::MakeRustlsConnect;
 
 /// How much of a server's certificate is checked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Check {
+pub(super) enum Check {
     /// Nothing.
     Nothing,
     /// Who signed it.
@@ -39,7 +39,7 @@ pub enum Check {
 ///
 /// # Errors
 /// Why it can't be used.
-pub fn read_roots(path: &Path) -> Result<Vec<CertificateDer<'static>>, String> {
+pub(super) fn read_roots(path: &Path) -> Result<Vec<CertificateDer<'static>>, String> {
     let certificates = CertificateDer::pem_file_iter(path).map_err(|error| error.to_string())?;
     let certificates = certificates.collect::<Result<Vec<_>, _>>().map_err(|e| e.to_string())?;
     if certificates.is_empty() { Err("it has no certificate".into()) } else { Ok(certificates) }
@@ -49,7 +49,7 @@ pub fn read_roots(path: &Path) -> Result<Vec<CertificateDer<'static>>, String> {
 ///
 /// # Errors
 /// A root is no certificate.
-pub fn connector(
+pub(super) fn connector(
     check: Check,
     certificates: Vec<CertificateDer<'static>>,
 ) -> Result<MakeRustlsConnect, String> {

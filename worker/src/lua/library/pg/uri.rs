@@ -9,7 +9,7 @@
 use crate::lua::library::pg::parameters::{ConnInfoError, Parameters};
 
 /// Returns what follows the scheme, if the text is a connection URI.
-pub fn without_scheme(text: &str) -> Option<&str> {
+pub(super) fn without_scheme(text: &str) -> Option<&str> {
     text.strip_prefix("postgresql://").or_else(|| text.strip_prefix("postgres://"))
 }
 
@@ -17,7 +17,7 @@ pub fn without_scheme(text: &str) -> Option<&str> {
 ///
 /// # Errors
 /// It is malformed, or names a parameter that isn't supported.
-pub fn parse(text: &str, parameters: &mut Parameters) -> Result<(), ConnInfoError> {
+pub(super) fn parse(text: &str, parameters: &mut Parameters) -> Result<(), ConnInfoError> {
     let (text, query) = text.split_once('?').unwrap_or((text, ""));
     let (authority, database) = text.split_once('/').unwrap_or((text, ""));
     let hosts = match authority.rsplit_once('@') {
