@@ -17,7 +17,7 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 /// Longest address in bytes.
 pub const MAX_ADDRESS: usize = 254;
 /// Longest local part in bytes, quotes included (RFC 5321 4.5.3.1.1).
-pub const MAX_LOCAL_PART: usize = 64;
+pub(crate) const MAX_LOCAL_PART: usize = 64;
 /// Longest label of a domain name in bytes (RFC 1035 2.3.4).
 const MAX_LABEL: usize = 63;
 

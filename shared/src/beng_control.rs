@@ -14,7 +14,7 @@ const MAGIC: u32 = 0x6304_6101;
 
 /// Longest datagram in bytes: the largest payload of UDP over IPv4 (65,535 bytes without the
 /// headers of IP and UDP).
-pub const MAX_DATAGRAM: usize = 65_507;
+pub(crate) const MAX_DATAGRAM: usize = 65_507;
 
 /// The command to the receiver; the numbers are the protocol's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

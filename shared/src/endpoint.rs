@@ -30,7 +30,7 @@ pub const CONTROL_PORT: u16 = 5478;
 
 /// Longest path in bytes, and longest abstract name without its `@`. `sun_path` has 108 bytes, one
 /// of which is a NUL, after the path or before the name (unix(7)).
-pub const MAX_LOCAL_NAME: usize = 107;
+pub(crate) const MAX_LOCAL_NAME: usize = 107;
 /// Longest host name in bytes (RFC 1035 2.3.4, in its written form).
 const MAX_HOST: usize = 253;
 

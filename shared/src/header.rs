@@ -15,9 +15,9 @@ use memchr::memchr;
 
 /// Longest value in bytes that [`header_value`] and [`headers`] return, because a Lua pattern on a
 /// hostile megabyte would hang a worker.
-pub const MAX_HEADER_VALUE: usize = 8192;
+pub(crate) const MAX_HEADER_VALUE: usize = 8192;
 /// Highest number of values that [`headers`] returns.
-pub const MAX_HEADERS: usize = 1000;
+pub(crate) const MAX_HEADERS: usize = 1000;
 
 /// A header field, as ranges into the message.
 #[derive(Debug, Clone, PartialEq, Eq)]

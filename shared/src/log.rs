@@ -25,7 +25,7 @@ use nix::sys::socket::{MsgFlags, send};
 use slog::{Drain, KV, Key, Level, Logger, OwnedKVList, Record, Serializer};
 
 /// Longest line in bytes: PIPE_BUF, up to which writes to a pipe are atomic (pipe(7)).
-pub const LINE_MAX: usize = 4096;
+pub(crate) const LINE_MAX: usize = 4096;
 
 /// Longest value of a field in bytes, so that no entry exceeds the size of a datagram to journald.
 const VALUE_MAX: usize = LINE_MAX;

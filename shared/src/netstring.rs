@@ -87,7 +87,7 @@ pub fn encode_into(out: &mut Vec<u8>, payload: &[u8]) {
 /// # Errors
 /// Returns [`NetstringError::TooLarge`] as soon as the digits so far exceed `max`, and
 /// [`NetstringError::Malformed`] at the first byte that can't be part of a length.
-pub fn parse_head(input: &[u8], max: usize) -> Result<Head, NetstringError> {
+pub(crate) fn parse_head(input: &[u8], max: usize) -> Result<Head, NetstringError> {
     let mut len: usize = 0;
     for (at, &byte) in input.iter().enumerate() {
         match byte {

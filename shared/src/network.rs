@@ -49,7 +49,7 @@ impl Network {
     ///
     /// # Errors
     /// Returns an error for a prefix length beyond the family's, and for host bits that are set.
-    pub fn new(address: IpAddr, prefix: u8) -> Result<Self, NetworkError> {
+    pub(crate) fn new(address: IpAddr, prefix: u8) -> Result<Self, NetworkError> {
         let max = bits(address);
         if prefix > max {
             return Err(NetworkError::PrefixLength { max });

@@ -24,7 +24,7 @@ pub use request::{Limits, Progress, Request, RequestError, parse, progress};
 pub const MAX_RECIPIENTS: usize = 1024;
 /// Number of bytes that a request may have beyond the limit of its message: 1024 recipients of 254
 /// bytes, their netstring framing, and some reserve.
-pub const ENVELOPE_ALLOWANCE: usize = 300_000;
+pub(crate) const ENVELOPE_ALLOWANCE: usize = 300_000;
 /// Number of bytes that are read of a reply, including its netstring framing.
 pub const MAX_REPLY: usize = 4096;
 /// Number of bytes of text, without the status byte, that are sent to a client. The original

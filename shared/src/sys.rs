@@ -3,7 +3,7 @@
 //! is sound.
 
 pub mod activation;
-pub mod fdpass;
+pub(crate) mod fdpass;
 pub mod input;
 pub mod net;
 pub mod pidfd;

@@ -5,13 +5,13 @@
 //! and docs/protocol/qmqp.md says what each of them means.
 
 /// `D`: the bytes are no QMQP request.
-pub const MALFORMED_INPUT: &str = "malformed input";
+pub(crate) const MALFORMED_INPUT: &str = "malformed input";
 /// `D`: the message exceeds `max_size`.
-pub const MESSAGE_TOO_LARGE: &str = "message too large";
+pub(crate) const MESSAGE_TOO_LARGE: &str = "message too large";
 /// `D`: the request names too many recipients.
-pub const TOO_MANY_RECIPIENTS: &str = "too many recipients";
+pub(crate) const TOO_MANY_RECIPIENTS: &str = "too many recipients";
 /// `D`: the sender or a recipient is no valid address.
-pub const BAD_ADDRESS: &str = "bad address";
+pub(crate) const BAD_ADDRESS: &str = "bad address";
 /// `D`: the message has more `Received` lines than `max_hops`, so it probably goes in circles.
 pub const TOO_MANY_HOPS: &str = "too many hops";
 /// `Z`: the request did not come, or not completely, in time.

@@ -35,7 +35,7 @@ impl Status {
     }
 
     /// Returns the status for the first byte of a reply, or `None` if the byte is no status.
-    pub fn from_code(code: u8) -> Option<Self> {
+    pub(crate) fn from_code(code: u8) -> Option<Self> {
         match code {
             b'K' => Some(Self::Accepted),
             b'Z' => Some(Self::Temporary),

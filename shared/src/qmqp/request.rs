@@ -127,7 +127,7 @@ fn frame(input: &[u8], max: usize) -> Result<Option<Range<usize>>, RequestError>
 }
 
 /// The ranges of the recipients, stored without the heap for one recipient, as most mails have.
-pub type Recipients = SmallVec<[Range<usize>; 1]>;
+pub(crate) type Recipients = SmallVec<[Range<usize>; 1]>;
 
 /// The parts of a request, as ranges into its bytes.
 #[derive(Debug, Clone, PartialEq, Eq)]

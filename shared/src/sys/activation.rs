@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, FromRawFd, IntoRawFd, OwnedFd};
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 
 /// A passed descriptor and its FileDescriptorName.
-pub type Passed = (OwnedFd, String);
+pub(crate) type Passed = (OwnedFd, String);
 
 /// Takes the passed sockets, and removes the variables about them from the environment, so that no
 /// child inherits them. Returns an empty list if none were passed. The function must be called only

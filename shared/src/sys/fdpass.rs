@@ -10,7 +10,7 @@ use nix::errno::Errno;
 use nix::sys::socket::MsgFlags;
 
 /// Highest number of descriptors of one message.
-pub const MAX_FDS: usize = 8;
+pub(crate) const MAX_FDS: usize = 8;
 
 /// Up to [`MAX_FDS`] descriptors, without an allocation.
 #[derive(Debug, Default)]
@@ -46,7 +46,7 @@ pub struct Received {
 }
 
 /// Returns a buffer for the control messages that [`recv`] receives.
-pub fn control_buffer() -> Vec<u8> {
+pub(crate) fn control_buffer() -> Vec<u8> {
     nix::cmsg_space!([RawFd; MAX_FDS])
 }
 
@@ -59,7 +59,7 @@ pub fn control_buffer() -> Vec<u8> {
 ///
 /// # Errors
 /// As recvmsg(2).
-pub fn recv(
+pub(crate) fn recv(
     socket: BorrowedFd<'_>,
     buffer: &mut [u8],
     control: &mut [u8],

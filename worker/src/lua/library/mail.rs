@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 use mlua::{BString, Lua, MetaMethod, Table, Value};
 use qrelay_shared::ipc::message::Peer;
+use qrelay_shared::qmqp::MAX_RECIPIENTS;
 use qrelay_shared::{address, header};
 
 use crate::lua::binding::convert::{self, Argument, Text};
@@ -28,8 +29,6 @@ const MAX_INSERTED: usize = 16;
 const MAX_LINE: usize = 998;
 /// Longest account in bytes.
 const MAX_ACCOUNT: usize = 255;
-/// Most recipients, as in a request.
-const MAX_RECIPIENTS: usize = 1024;
 
 /// Makes the class of mail objects.
 ///
