@@ -105,13 +105,13 @@ impl Lines<'_> {
 }
 
 /// Returns the value of the first field with this name: unfolded, without the surrounding white
-/// space, and cut to [`MAX_HEADER_VALUE`] bytes.
+/// space, and cut to `MAX_HEADER_VALUE` bytes.
 pub fn header_value(message: &[u8], name: &[u8]) -> Option<Vec<u8>> {
     named(message, name).next().map(|field| unfold(&message[field.value]))
 }
 
 /// Returns the values of all fields with this name, each as from [`header_value`], and
-/// [`MAX_HEADERS`] of them at most.
+/// `MAX_HEADERS` of them at most.
 pub fn headers(message: &[u8], name: &[u8]) -> Vec<Vec<u8>> {
     named(message, name).take(MAX_HEADERS).map(|field| unfold(&message[field.value])).collect()
 }

@@ -2,7 +2,7 @@
 //! else one readable line per record on stderr.
 //!
 //! Contract: writing never waits. A line is written as a whole or not at all: it has at most
-//! [`LINE_MAX`] bytes, which a pipe takes in one piece. A line contains no control characters,
+//! `LINE_MAX` bytes, which a pipe takes in one piece. A line contains no control characters,
 //! whatever a mail or a script put into it.
 //!
 //! # Failure
@@ -287,7 +287,7 @@ impl Prepended {
         self.prepend(&text[..end]);
     }
 
-    /// Cuts the line, which ends with a newline, to [`LINE_MAX`] bytes.
+    /// Cuts the line, which ends with a newline, to `LINE_MAX` bytes.
     fn cut(self) -> Self {
         if self.get().len() <= LINE_MAX {
             return self;

@@ -1,4 +1,4 @@
-//! Who the client is: its process, and the control group of that process.
+//! The client: its socket, its process, and the control group of the process.
 
 pub(crate) mod cache;
 pub(crate) mod cgroup;

@@ -1,5 +1,4 @@
-//! Carrying out what a handler decided, where that means handing the mail to somebody else.
-//! No Lua here.
+//! Carrying out an action that passes the mail on: to a next hop or to a program. No Lua here.
 
 pub mod action;
 pub(crate) mod children;
@@ -15,15 +14,15 @@ use std::sync::Arc;
 
 use qrelay_shared::qmqp::Reply;
 
-/// What became of an attempt to hand a mail on.
+/// The outcome of an attempt to pass a mail on.
 #[derive(Debug)]
 pub(crate) struct Delivery {
-    /// For the client.
+    /// The reply for the client.
     pub reply: Reply,
-    /// Where the mail went, or was to go: the last that was tried.
+    /// The last next hop that was tried.
     pub next_hop: Option<Arc<str>>,
-    /// The mail began to go out.
+    /// Whether the mail began to go out.
     pub attempted: bool,
-    /// The client left before it was over; the reply is for nobody.
+    /// Whether the client left before the end; nobody then gets the reply.
     pub canceled: bool,
 }

@@ -1,9 +1,10 @@
-//! Zygote and workers of qrelay: Lua decides about mails, threads with blocking I/O carry out
-//! what it decided.
+//! The zygote and the workers of qrelay: Lua decides about mails, threads with blocking I/O carry
+//! the decisions out.
 //!
-//! [`zygote`] is the process that evaluates config.lua and forks; [`process`] is a worker's
-//! life; [`serve`], [`queue`] and [`threads`] are its threads; [`session`] is one connection, from
-//! [`request`] to [`reply`], with [`relay`] between them; [`lua`] is everything about the script.
+//! The rooms, each using only the rooms after it: [`process`] is the life of zygote and worker,
+//! [`threads`] gives connections to threads, [`lua`] runs config.lua, [`session`] is one connection
+//! from its first byte to its end, [`delivery`] carries out an action, [`mail`] is what a mail is,
+//! and [`client`] who sent it. [`job_channel`] brings jobs in and takes reports out.
 
 #![deny(unsafe_code)]
 

@@ -1,9 +1,9 @@
 //! Lua: config.lua's world.
 //!
 //! [`state`] is what the rest of the worker sees: it loads a script ([`config`]) and runs its
-//! handlers. The rooms below it, each using only those after it: [`library`] has what a script
-//! sees, one file or folder per library, each with one `register()`; [`engine`] decides who may use
-//! Lua, and for how long; [`binding`] is how Rust functions and values meet Lua's.
+//! handlers. The rooms below it, each using only those after it: `library` has what a script
+//! sees, one file or folder per library, each with one `register()`; `engine` decides who may use
+//! Lua, and for how long; `binding` is how Rust functions and values meet Lua's.
 //!
 //! # Failure
 //! Misuse raises a Lua error of type string, with the caller's position, as Lua's own libraries do.

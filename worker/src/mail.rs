@@ -1,4 +1,4 @@
-//! What a mail is: the request as received, and what its handler changed. No Lua, no I/O.
+//! A mail: the request as received, and the changes of its handler. No Lua, no I/O.
 
 pub(crate) mod memory;
 pub(crate) mod received;
@@ -14,14 +14,14 @@ use qrelay_shared::qmqp::Request;
 use crate::client::process::Client;
 use crate::client::socket::ClientSocket;
 
-/// Where a mail comes from.
+/// The origin of a mail.
 #[derive(Debug)]
 pub struct Origin {
     /// Unique, in every log line about the mail.
     pub id: MailId,
     /// The listener's address as written in the configuration.
     pub listener: Arc<str>,
-    /// Who the client is, as the kernel said when it connected.
+    /// The client's identity, as the kernel reported it when the client connected.
     pub peer: Peer,
     /// The client's socket.
     pub socket: ClientSocket,
@@ -34,7 +34,7 @@ pub struct Mail {
     /// The whole request as received; all ranges point into it.
     buffer: Vec<u8>,
     request: Request,
-    /// What the handler set instead of what was received.
+    /// The handler's replacements for the received values.
     sender: Option<Vec<u8>>,
     recipients: Option<Vec<Vec<u8>>>,
     account: Option<String>,
@@ -75,7 +75,7 @@ impl Mail {
         &self.origin.listener
     }
 
-    /// Who the client is, as the kernel said when it connected.
+    /// The client's identity, as the kernel reported it when the client connected.
     pub(crate) fn peer(&self) -> &Peer {
         &self.origin.peer
     }
@@ -158,7 +158,7 @@ impl Mail {
         self.removed.dedup();
     }
 
-    /// The pieces of the message that [`Self::remove_fields`] leaves; none of them is empty.
+    /// The pieces of the message that `remove_fields` leaves; none of them is empty.
     pub fn kept(&self) -> impl Iterator<Item = &[u8]> {
         let end = self.request.message.end;
         let starts = self.removed.iter().map(|removed| removed.start).chain([end]);
@@ -206,12 +206,12 @@ impl Inserted {
         self.count += 1;
     }
 
-    /// How many there are.
+    /// Returns the number of inserted lines.
     pub(crate) fn count(&self) -> usize {
         self.count
     }
 
-    /// All of them, each with its CRLF.
+    /// Returns all inserted lines, each with its CRLF.
     pub fn text(&self) -> &[u8] {
         &self.text
     }

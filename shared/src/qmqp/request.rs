@@ -42,7 +42,7 @@ pub enum RequestError {
     #[error("{}", texts::MALFORMED_INPUT)]
     Malformed,
     /// The message exceeds `max_size`, or the request exceeds `max_size` plus
-    /// [`ENVELOPE_ALLOWANCE`].
+    /// `ENVELOPE_ALLOWANCE`.
     #[error("{}", texts::MESSAGE_TOO_LARGE)]
     MessageTooLarge,
     /// The request has more than [`MAX_RECIPIENTS`] recipients.

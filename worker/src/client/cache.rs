@@ -1,10 +1,11 @@
 //! The processes of clients with mails under way.
 //!
 //! Contract: mails of a client that are under way share a descriptor of its process if they came
-//! through one socket, since to ask the kernel for one and to close it costs some 3 µs. A process
-//! that connected to the same socket before this client, with the same number, and still has that
-//! number, is this client: a socket yields connections in the order in which they were made, so
-//! the other one had the number when this client connected, and nobody else can have got it since.
+//! through one listening socket, because opening and closing a descriptor costs some 3 µs. A
+//! process that connected to the same socket before this client, with the same number, and still
+//! has the number, is this client: a socket yields connections in the order in which they were
+//! made, so the process had the number when this client connected, and no other process can have
+//! got the number since.
 //!
 //! # Failure
 //! [`IdentityError`].
@@ -20,27 +21,27 @@ use crate::client::process::{Client, IdentityError};
 use crate::client::socket::ClientSocket;
 use qrelay_shared::ids::{JobId, ListenerId};
 
-/// As many are remembered before those that are gone are forgotten for the first time.
+/// Number of entries at which entries of ended clients are removed for the first time.
 const MANY: usize = 1024;
 
-/// Those of this process.
+/// Returns the table of this process.
 pub(crate) fn clients() -> &'static Clients {
     static UNDER_WAY: LazyLock<Clients> = LazyLock::new(Clients::default);
     &UNDER_WAY
 }
 
-/// All of them, whatever thread serves them.
+/// The processes of clients with mails under way, shared by all threads.
 #[derive(Debug, Default)]
 pub(crate) struct Clients(Mutex<Table>);
 
 /// The listening socket's number, and the process'.
 type Key = (ListenerId, Pid);
 
-/// Whose mails are under way, and some who are gone.
+/// The clients with mails under way, and some that are gone.
 #[derive(Debug)]
 struct Table {
     known: FxHashMap<Key, Known>,
-    /// With so many, those that are gone are forgotten.
+    /// Number of entries at which entries of ended clients are removed.
     many: usize,
 }
 
@@ -73,7 +74,7 @@ impl Clients {
         if let Some(client) = self.earlier(key, socket.job) {
             match client.check() {
                 Ok(group) => return Ok((client, group)),
-                // It may not have been ours. Nobody will find it alive again.
+                // The process may not be this client. No mail will find it alive again.
                 Err(IdentityError::Exited) => self.forget(key, &client),
                 Err(IdentityError::Os(..)) => {}
             }
@@ -84,7 +85,7 @@ impl Clients {
         Ok((client, group))
     }
 
-    /// The process with this number that connected to this socket no later.
+    /// Returns the process with this number that connected to this socket no later.
     fn earlier(&self, key: Key, job: JobId) -> Option<Arc<Client>> {
         let table = self.0.lock();
         table.known.get(&key).filter(|known| known.job <= job)?.client.upgrade()
@@ -98,7 +99,7 @@ impl Clients {
         }
     }
 
-    /// Of several the earliest is of most use.
+    /// Adds a client, unless an earlier one is there, which is of more use.
     fn remember(&self, key: Key, job: JobId, client: &Arc<Client>) {
         let mut table = self.0.lock();
         if table.known.len() >= table.many {

@@ -1,17 +1,16 @@
 //! Control groups (cgroup v2) of clients, and their extended attributes.
 //!
 //! Contract: the path is the one in /proc/PID/cgroup, read while the client's process surely
-//! existed. A group's directory is opened beneath the mount of cgroup2, wherever that is, and
-//! no symbolic link or `..` leads out of it. While the client lives its group can't be
-//! removed, so the directory is that group's. Where the kernel tells the group's id (since
-//! Linux 6.13), the path of a group that is known already isn't read again: groups of version 2
-//! can't be renamed. Its directory is then opened when an attribute is asked for, and must still
-//! have that id.
+//! existed. A group's directory is opened beneath the mount of cgroup2, wherever that is, and no
+//! symbolic link or `..` leads out of it. While the client lives its group can't be removed, so the
+//! directory is that group's. Where the kernel tells the group's id (since Linux 6.13), the path of
+//! a group that is known already isn't read again: groups of version 2 can't be renamed. Its
+//! directory is then opened when an attribute is asked for, and must still have that id.
 //!
 //! # Failure
-//! [`CgroupError`]. A client whose group can't be known (no cgroup v2, no local client) has
-//! none; a group in another cgroup namespace (`/..`) has a path and no attributes. Where no
-//! cgroup2 file system is mounted, there is a path, and asking for attributes fails.
+//! [`CgroupError`]. A client whose group can't be known (no cgroup v2, no local client) has none; a
+//! group in another cgroup namespace (`/..`) has a path and no attributes. Where no cgroup2 file
+//! system is mounted, there is a path, and asking for attributes fails.
 
 use std::ffi::{CString, OsStr};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -33,7 +32,7 @@ use crate::client::process::{Client, IdentityError, read};
 /// Why a group or an attribute can't be read.
 #[derive(Debug, Error)]
 pub(crate) enum CgroupError {
-    /// The client's process isn't known, or not any more.
+    /// The client's process isn't known, or has ended.
     #[error("{0}")]
     Identity(#[from] IdentityError),
     /// No cgroup2 file system is mounted that this process can see.
@@ -44,7 +43,7 @@ pub(crate) enum CgroupError {
     Os {
         /// The group.
         path: String,
-        /// What the system says.
+        /// The system's error.
         error: Errno,
     },
 }
@@ -56,7 +55,7 @@ pub(crate) type Attribute = (Vec<u8>, Vec<u8>);
 /// finding one out again costs some 30 µs.
 const MAX_KNOWN: usize = 4096;
 
-/// One group; holds its directory open.
+/// A group, with its directory open.
 #[derive(Debug)]
 pub(crate) struct Cgroup {
     path: Arc<[u8]>,
@@ -70,14 +69,14 @@ enum Directory {
     Open(OwnedFd),
     /// In the directory with this inode number, once it has been opened.
     Known(&'static Hierarchy, u64, OnceLock<OwnedFd>),
-    /// Out of our sight: another namespace's, or above what is mounted.
+    /// Not visible: in another namespace, or above the mounted group.
     Hidden,
-    /// Nowhere that this process can see.
+    /// No cgroup2 file system is mounted that this process can see.
     NotMounted,
 }
 
 impl Cgroup {
-    /// Its path, as in /proc/PID/cgroup.
+    /// Returns the path of the group, as in /proc/PID/cgroup.
     pub(crate) fn path(&self) -> &Arc<[u8]> {
         &self.path
     }
@@ -88,7 +87,7 @@ impl Cgroup {
     /// As fgetxattr(2).
     pub(crate) fn attribute(&self, name: &[u8]) -> Result<Option<Vec<u8>>, CgroupError> {
         let Some(directory) = self.directory()? else { return Ok(None) };
-        // What can't be a name isn't there.
+        // A text that can't be a name names no attribute.
         let Some(name) = full_name(name) else { return Ok(None) };
         match xattr::get(directory, &name) {
             Ok(value) => Ok(value),
@@ -98,7 +97,7 @@ impl Cgroup {
         }
     }
 
-    /// All attributes: full names and values.
+    /// Returns the full names and values of all attributes.
     ///
     /// # Errors
     /// As flistxattr(2) and fgetxattr(2).
@@ -106,7 +105,7 @@ impl Cgroup {
         let Some(directory) = self.directory()? else { return Ok(Vec::new()) };
         let mut all = Vec::new();
         for name in xattr::list(directory).map_err(|error| self.failed(error))? {
-            // One that has just been removed isn't there.
+            // An attribute may have been removed just now.
             if let Some(value) = self.attribute(name.as_bytes())? {
                 all.push((name.into_bytes(), value));
             }
@@ -158,16 +157,16 @@ pub(crate) fn parent(path: &[u8]) -> Option<&[u8]> {
     (!parent.is_empty() && !parent.ends_with(b"/..")).then_some(parent)
 }
 
-/// All groups, as far as this process sees them.
+/// Returns the groups that this process sees.
 pub(crate) fn hierarchy() -> &'static Hierarchy {
     static SEEN: LazyLock<Hierarchy> = LazyLock::new(Hierarchy::default);
     &SEEN
 }
 
-/// Where groups are, as far as it is known.
+/// The mount of cgroup2 and the known groups.
 #[derive(Debug, Default)]
 pub(crate) struct Hierarchy {
-    /// Once it has been found.
+    /// The mount, once it has been found.
     mount: Mutex<Option<Mount>>,
     /// Paths of groups by their ids, at most [`MAX_KNOWN`].
     known: Mutex<FxHashMap<u64, Arc<[u8]>>>,
@@ -183,8 +182,8 @@ struct Mount {
 }
 
 impl Hierarchy {
-    /// The group of a client whose check has just said that its group has this id; `None` if it is in
-    /// none of version 2.
+    /// The group of a client whose check has just said that its group has this id; `None` if it is
+    /// in none of version 2.
     ///
     /// # Errors
     /// See [`CgroupError`].
@@ -202,7 +201,7 @@ impl Hierarchy {
         client.check()?;
         let Some(path) = unified_path(&file) else { return Ok(None) };
         if path.ends_with(b" (deleted)") {
-            // The group of a process that only waits to be reaped.
+            // The process has ended and only waits to be reaped.
             return Err(IdentityError::Exited.into());
         }
         let cgroup = self.group(path)?;
@@ -263,16 +262,16 @@ fn below<'p>(root: &[u8], path: &'p [u8]) -> Option<&'p [u8]> {
     }
 }
 
-/// The mount that shows most of those that can be seen.
+/// Returns the mount that shows most, of the mounts that can be opened.
 fn find_mount() -> Result<Option<Mount>, CgroupError> {
     first_seen(unified_mounts(&read("/proc/self/mountinfo")?), open_mount)
 }
 
-/// The first mount that `open` opens, which has the directory and, if it can be known, the number of
-/// what is mounted there: a mount that is listed may have another one over it, even of cgroup2.
+/// The first mount that `open` opens, which has the directory and, if it can be known, the number
+/// of what is mounted there: a mount that is listed may have another one over it, even of cgroup2.
 ///
 /// # Errors
-/// The last one, if none can be opened.
+/// The last mount's error, if none can be opened.
 fn first_seen(
     mounts: Vec<Listed>,
     mut open: impl FnMut(&Path) -> Result<Option<(OwnedFd, Option<u64>)>, Errno>,
@@ -290,7 +289,8 @@ fn first_seen(
     result
 }
 
-/// What is seen at this mount point, and its number; nothing if that isn't cgroup2.
+/// Opens a mount point and returns its directory and the mount's number; `None` if it isn't
+/// cgroup2.
 fn open_mount(point: &Path) -> Result<Option<(OwnedFd, Option<u64>)>, Errno> {
     let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
     let directory = open(point, flags, Mode::empty())?;
@@ -308,7 +308,7 @@ fn mount_id(directory: &OwnedFd) -> Option<u64> {
     text.lines().find_map(|line| line.strip_prefix("mnt_id:"))?.trim().parse().ok()
 }
 
-/// Of /proc/PID/cgroup the path in the hierarchy of version 2, whose number is always 0.
+/// Returns the path in the hierarchy of version 2, whose number in /proc/PID/cgroup is always 0.
 fn unified_path(file: &[u8]) -> Option<&[u8]> {
     let mut lines = file.split(|&byte| byte == b'\n');
     lines.find_map(|line| line.strip_prefix(b"0::")).filter(|path| path.starts_with(b"/"))
@@ -322,7 +322,7 @@ struct Listed {
     root: Vec<u8>,
 }
 
-/// All of them, first those that show most: the shortest root.
+/// Returns all mounts of cgroup2, the ones with the shortest root first, because they show most.
 fn unified_mounts(mountinfo: &[u8]) -> Vec<Listed> {
     let lines = mountinfo.split(|&byte| byte == b'\n');
     let mut mounts: Vec<_> = lines.filter_map(mount_of_line).collect();
@@ -452,7 +452,8 @@ mod tests {
     fn mounts() {
         let hybrid = b"31 23 0:28 / /sys/fs/cgroup rw,relatime - tmpfs tmpfs rw,mode=755\n\
             32 31 0:29 / /sys/fs/cgroup/cpu rw,relatime - cgroup cgroup rw,cpu\n\
-            38 31 0:31 / /sys/fs/cgroup/unified rw,relatime shared:5 master:1 - cgroup2 cgroup2 rw\n";
+            38 31 0:31 / /sys/fs/cgroup/unified rw,relatime shared:5 master:1 - \
+            cgroup2 cgroup2 rw\n";
         assert_eq!(unified_mounts(hybrid), [listed(38, "/sys/fs/cgroup/unified", b"/")]);
         let part = b"1 2 0:3 /sub\\040tree /mnt/a\\134b rw - cgroup2 none rw\n";
         assert_eq!(unified_mounts(part), [listed(1, "/mnt/a\\b", b"/sub tree")]);

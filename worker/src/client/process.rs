@@ -1,12 +1,12 @@
-//! Which process a client is, safe against the reuse of its number.
+//! The process of a client, safe against the reuse of its number.
 //!
 //! Contract: a [`Client`] holds the process that connected, whoever accepted the connection. What
-//! was read about its number in /proc was about that process if [`Client::check`] succeeds
-//! before and after: as long as the process isn't reaped, nobody else gets the number. The
-//! kernel (since 6.13) or else /proc/self/fdinfo says whether it is.
+//! was read about its number in /proc was about that process if [`Client::check`] succeeds before
+//! and after: as long as the process isn't reaped, nobody else gets the number. The kernel (since
+//! 6.13) or else /proc/self/fdinfo says whether it is.
 //!
 //! # Failure
-//! [`IdentityError`]; a client that has exited is nobody any more.
+//! [`IdentityError`]; a client that has exited has no identity any more.
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
@@ -18,7 +18,7 @@ use thiserror::Error;
 /// Why a client's process isn't known.
 #[derive(Debug, Error, PartialEq, Eq)]
 pub(crate) enum IdentityError {
-    /// It has ended, and its number may be another process' by now.
+    /// The process has ended, and another process may have its number by now.
     #[error("the client has exited")]
     Exited,
     /// A call to the system failed.
@@ -34,8 +34,8 @@ pub(crate) struct Client {
 }
 
 impl Client {
-    /// The process behind a local connection, to be checked, `pid` being its number when it connected and
-    /// `accepted` when the connection was accepted, in nanoseconds of CLOCK_BOOTTIME.
+    /// The process behind a local connection, to be checked, `pid` being its number when it
+    /// connected and `accepted` when the connection was accepted, in nanoseconds of CLOCK_BOOTTIME.
     ///
     /// # Errors
     /// See [`IdentityError`].
@@ -69,16 +69,16 @@ impl Client {
         }
     }
 
-    /// Its number.
+    /// Returns the number of the process.
     pub(crate) fn pid(&self) -> Pid {
         self.pid
     }
 
-    /// Whether the number is still its own; the id of its control group of version 2, where the
-    /// kernel tells.
+    /// Checks that the process still has its number. Returns the id of its control group of version
+    /// 2, where the kernel tells it.
     ///
     /// # Errors
-    /// [`IdentityError::Exited`] if it isn't.
+    /// [`IdentityError::Exited`] if the process has been reaped.
     pub(crate) fn check(&self) -> Result<Option<u64>, IdentityError> {
         match pidfd::info(self.process.as_fd()) {
             Ok(info) if info.pid == self.pid => return Ok(info.cgroup),
@@ -107,16 +107,16 @@ pub(crate) fn read(path: &str) -> Result<Vec<u8>, IdentityError> {
     })
 }
 
-/// The `Pid:` of a pidfd's fdinfo: -1 once the process has been reaped, 0 for a process that
-/// has no number here.
+/// The `Pid:` of a pidfd's fdinfo: -1 once the process has been reaped, 0 for a process that has no
+/// number here.
 fn fdinfo_pid(info: &[u8]) -> Option<i32> {
     let mut lines = info.split(|&byte| byte == b'\n');
     let value = lines.find_map(|line| line.strip_prefix(b"Pid:"))?;
     str::from_utf8(value).ok()?.trim().parse().ok()
 }
 
-/// When a process started, in nanoseconds since boot, from proc_pid_stat(5). It is rounded down
-/// to a tick (10 ms as a rule), so a client that connects at once isn't mistaken for a later one.
+/// When a process started, in nanoseconds since boot, from proc_pid_stat(5). It is rounded down to
+/// a tick (10 ms as a rule), so a client that connects at once isn't mistaken for a later one.
 fn start_time(stat: &[u8], ticks_per_second: u64) -> Option<u64> {
     // The second field is in parentheses and may contain anything; field 22 is what we want.
     let after = stat.iter().rposition(|&byte| byte == b')')?;

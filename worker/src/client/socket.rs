@@ -8,7 +8,7 @@ use qrelay_shared::ids::{JobId, ListenerId};
 /// A client's socket, as the supervisor passed it.
 #[derive(Debug, Clone)]
 pub struct ClientSocket {
-    /// The descriptor, which the thread that serves the client has, too.
+    /// The descriptor, shared with the thread that serves the client.
     pub descriptor: Arc<OwnedFd>,
     /// The supervisor's number of the job. Of two connections that came through the same listening
     /// socket, the earlier one has the smaller number.

@@ -1,6 +1,7 @@
-//! What a handler decided, as plain data: neither Lua nor I/O.
+//! The decision of a handler as plain data: neither Lua nor I/O.
 //!
-//! An action belongs to no mail and may be returned for many, so it is cheap to share.
+//! An action belongs to no mail. A script may return one action for many mails, so it is cheap to
+//! share.
 
 use std::ffi::CString;
 use std::sync::Arc;
@@ -43,7 +44,7 @@ pub struct Connect {
 pub struct NextHop {
     /// The address.
     pub endpoint: Endpoint,
-    /// The same for the log: made once, not for each mail.
+    /// The address as text for the log: made once, not for each mail.
     pub name: Arc<str>,
 }
 
@@ -54,7 +55,7 @@ impl From<Endpoint> for NextHop {
     }
 }
 
-/// Which program to run.
+/// The program to run.
 #[derive(Debug)]
 pub struct Exec {
     /// Path of the program (contains a `/`), then its arguments.

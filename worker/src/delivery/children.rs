@@ -1,14 +1,14 @@
 //! The programs that this worker runs.
 //!
-//! Contract: the supervisor knows of every program from its start until just before it is
-//! reaped, so that it can end those of a worker that dies; and since a process that isn't
-//! reaped keeps its number, and its group that of its leader, neither it nor we ever signal a
-//! stranger. Whoever has a [`Child`] gets rid of it by reaping it; a dropped one is killed first. No
-//! program outlives the worker that wants to end, either ([`Children::kill_all`]).
+//! Contract: the supervisor knows every program from its start until just before it is reaped, so
+//! that it can end the programs of a worker that dies. A process that isn't reaped keeps its
+//! number, and a group has the number of its leader, so neither the supervisor nor the worker ever
+//! signals a stranger. A [`Child`] ends by being reaped; a dropped one is killed first. No program
+//! outlives a worker that ends itself ([`Children::kill_all`]).
 //!
 //! # Failure
-//! A program that can't be started is an errno. Once started it is always reaped, by a thread
-//! of its own if it has to be ([`Child::abandon`]).
+//! A program that can't be started is an errno. A program that was started is always reaped, if
+//! need be by a thread of its own ([`Child::abandon`]).
 
 use std::collections::HashSet;
 use std::fmt;
@@ -28,7 +28,7 @@ use qrelay_shared::sys::spawn::{Program, spawn};
 
 use crate::job_channel::Reports;
 
-/// All programs of a worker.
+/// The programs of a worker.
 #[derive(Debug)]
 pub(crate) struct Children {
     reports: Arc<Reports>,
@@ -63,7 +63,7 @@ pub(crate) enum ProgramExit {
     Status(i32),
     /// By a signal.
     Signal(Signal),
-    /// Somehow: nothing is known, least of all a success.
+    /// Unknown: the status could not be read, and must not count as a success.
     Unknown,
 }
 
@@ -78,7 +78,7 @@ impl fmt::Display for ProgramExit {
 }
 
 impl Children {
-    /// None so far.
+    /// A list without programs.
     pub(crate) fn new(reports: Arc<Reports>) -> Arc<Self> {
         let now = Instant::now();
         let scan = Mutex::new(Scan { began: now, next: now, living: None });
@@ -98,8 +98,8 @@ impl Children {
         }
     }
 
-    /// Starts a program for a mail. Its standard input names the mail, by which the supervisor
-    /// recognizes it if we die before we have reported it.
+    /// Starts a program for a mail. The program's standard input names the mail, so that the
+    /// supervisor recognizes the program if the worker dies before it has reported it.
     ///
     /// # Errors
     /// See [`spawn`].
@@ -116,8 +116,8 @@ impl Children {
         Ok(Child { children: Arc::clone(self), job, group, reaped: false })
     }
 
-    /// Kills all programs with everything in their process groups, for a process that ends right
-    /// after that: none of them can be reaped, and no other one reported, from now on.
+    /// Kills all programs with their process groups, for a process that ends right afterwards: from
+    /// now on no program can be reaped or started.
     pub(crate) fn kill_all(&self) {
         let running = self.running.lock();
         for group in &*running {
@@ -148,13 +148,13 @@ impl Child {
         let _ = self.group.signal(signal);
     }
 
-    /// Whether members of the program's group may be left, itself or others. The answer can be late,
-    /// but "gone" is never older than `since`.
+    /// Whether members of the program's group may be left, itself or others. The answer can be
+    /// late, but "gone" is never older than `since`.
     pub(crate) fn others(&self, since: Instant) -> Others {
         self.children.others(self.group, since)
     }
 
-    /// Waits for its end.
+    /// Waits for the program's end.
     pub(crate) fn reap(mut self) -> ProgramExit {
         self.finish()
     }
@@ -172,10 +172,10 @@ impl Child {
         }
     }
 
-    /// Leaves it to a thread that does nothing but wait for its end.
+    /// Leaves the program to a thread that only waits for its end.
     pub(crate) fn abandon(self) {
         let waiting = std::thread::Builder::new().spawn(move || self.reap());
-        // Without a thread it was dropped, which waits here.
+        // Without a thread the closure was dropped, which waits here.
         drop(waiting);
     }
 
@@ -188,7 +188,7 @@ impl Child {
         match reap(self.pid()) {
             Ok(WaitStatus::Exited(_, status)) => ProgramExit::Status(status),
             Ok(WaitStatus::Signaled(_, signal, _)) => ProgramExit::Signal(signal),
-            // Nobody else reaps our children, so this doesn't happen.
+            // Nobody else reaps this process's children, so this doesn't happen.
             _ => ProgramExit::Unknown,
         }
     }

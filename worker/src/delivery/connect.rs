@@ -1,12 +1,12 @@
 //! The action `connect`: relaying a mail to another QMQP server.
 //!
-//! Contract: the next address is tried only if connecting to one fails, never after the
-//! request began to go out, since it might have arrived. Everything ends at the mail's deadline
-//! or, if the action has a timeout, at that instead.
+//! Contract: the next address is tried only if connecting to the previous one fails, and never
+//! after the request began to go out, because it might have arrived. Everything ends at the mail's
+//! deadline, or at the action's timeout if it has one.
 //!
 //! # Failure
-//! Always a reply: `connect failed`, `relay failed`, `malformed relay response`, or `timeout`
-//! if it is the action's own. The cause goes to the log.
+//! Always a reply: `connect failed`, `relay failed`, `malformed relay response`, or `timeout` if it
+//! is the action's own. The cause goes to the log.
 
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::os::fd::OwnedFd;
@@ -28,8 +28,8 @@ use crate::mail::Mail;
 
 /// Relays the mail. `deadline` is the mail's, `connect_timeout` the setting.
 ///
-/// The connection that was used comes back. Closing it costs more than all else that is left to
-/// do for a mail, and less once the next hop has closed its side: so it is kept for last.
+/// The used connection is returned, so that the caller closes it last: closing costs more than
+/// everything else that is left to do for a mail, and less once the next hop has closed its side.
 pub(crate) fn relay(
     mail: &Mail,
     action: &Connect,
@@ -84,9 +84,9 @@ struct Attempt<'a> {
 
 /// Why there is no connection.
 enum DialFailure {
-    /// This address doesn't accept one.
+    /// The address doesn't accept a connection.
     Failed,
-    /// There is no time for another.
+    /// The deadline has passed.
     Late,
 }
 
@@ -114,7 +114,7 @@ impl Attempt<'_> {
     }
 }
 
-/// The addresses in random order.
+/// Returns the addresses in random order.
 fn mixed(addresses: &[NextHop]) -> Vec<&NextHop> {
     let mut order: Vec<&NextHop> = addresses.iter().collect();
     for left in (2..=order.len()).rev() {
@@ -123,7 +123,7 @@ fn mixed(addresses: &[NextHop]) -> Vec<&NextHop> {
     order
 }
 
-/// A number below `bound`: good enough to spread load.
+/// Returns a number below `bound`, random enough to spread load.
 fn random_below(bound: usize) -> usize {
     // Every `RandomState` has other keys, drawn from the system's randomness per thread.
     let random = RandomState::new().build_hasher().finish();

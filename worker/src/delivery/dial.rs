@@ -4,8 +4,8 @@
 //! doesn't even sleep, so that no further call is needed.
 //!
 //! # Failure
-//! An errno; `ETIMEDOUT` also for our own limit and for a local listener whose backlog stays
-//! full that long.
+//! An errno; `ETIMEDOUT` also for the time limit, and for a local listener whose backlog stays full
+//! for as long.
 
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
@@ -58,7 +58,7 @@ fn dial_socket(
 ) -> Result<OwnedFd, Errno> {
     let fd = socket(family, kind, SockFlag::SOCK_CLOEXEC, None)?;
     if family != AddressFamily::Unix && kind == SockType::Stream {
-        // It only saves packets.
+        // The option only saves packets.
         let _ = delay_acks(fd.as_fd());
     }
     loop {
@@ -66,7 +66,7 @@ fn dial_socket(
         setsockopt(&fd, sockopt::SendTimeout, &timeout)?;
         match connect(fd.as_raw_fd(), address) {
             Ok(()) => return Ok(fd),
-            // Linux goes on with the same attempt when connect is called again.
+            // Linux continues the same attempt when connect is called again.
             Err(Errno::EINTR) => {}
             Err(Errno::EINPROGRESS | Errno::EALREADY | Errno::EAGAIN) => {
                 return Err(Errno::ETIMEDOUT);

@@ -26,7 +26,7 @@ impl<'m> Envelope<'m> {
         Self { mail, around }
     }
 
-    /// All bytes of the request, in order; none of the pieces is empty.
+    /// Returns all bytes of the request in order; none of the pieces is empty.
     pub(super) fn pieces(&self) -> Vec<IoSlice<'_>> {
         let mut pieces = Vec::with_capacity(self.mail.removed_count() + 3);
         pieces.push(IoSlice::new(self.around.head()));

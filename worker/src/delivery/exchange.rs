@@ -1,9 +1,9 @@
-//! One request to a next hop and its reply, over a connected socket.
+//! The exchange of a request and its reply with a next hop, over a connected socket.
 //!
-//! Contract: the request goes out in one call where the kernel takes it; where it doesn't, the
-//! reply is watched for between the calls. A `Z` or `D` may come early, and stands even if the
-//! connection broke; a `K` counts only once the whole request is written. The first netstring is
-//! the reply, whatever follows.
+//! Contract: the request goes out in one call if the kernel takes it, else the reply is watched for
+//! between the calls. A `Z` or `D` may come early, and counts even if the connection broke; a `K`
+//! counts only once the whole request is written. The first netstring is the reply, whatever
+//! follows.
 //!
 //! # Failure
 //! [`ExchangeError`]; the mail may have been accepted all the same, as with every protocol that
@@ -24,7 +24,7 @@ use thiserror::Error;
 /// Most pieces that one sendmsg(2) takes (UIO_MAXIOV of Linux).
 const MAX_PIECES: usize = 1024;
 
-/// Bytes of a reply that there is room for at a time: more than a usual one has.
+/// Buffer for a reply, in bytes: more than a usual reply has.
 const ROOM: usize = 256;
 
 /// Why there is no reply.
@@ -39,7 +39,7 @@ pub(super) enum ExchangeError {
     /// The next hop said `K` before it had the whole request.
     #[error("accepted before the request was complete")]
     Early,
-    /// What came is no QMQP reply.
+    /// The answer is no QMQP reply.
     #[error("malformed reply")]
     Malformed,
     /// The deadline passed.
@@ -49,9 +49,9 @@ pub(super) enum ExchangeError {
 
 /// How writing ended.
 enum Written {
-    /// The kernel has everything.
+    /// The kernel has taken everything.
     All,
-    /// The next hop doesn't take any more; it may have said why.
+    /// The next hop takes no more; it may have sent a reply.
     Broken(Errno),
     /// The reply was there first.
     Answered(Reply),
@@ -95,7 +95,8 @@ fn write(
         match sendmsg::<()>(socket.as_raw_fd(), now, &[], flags, None) {
             Ok(sent) => {
                 IoSlice::advance_slices(&mut left, sent);
-                // Nothing holds up the writing while the next hop reads as fast: look all the same.
+                // Writing never waits while the next hop reads as fast, so check for a reply here,
+                // too.
                 if !left.is_empty()
                     && let Some(reply) = incoming.look(socket)?
                 {
@@ -115,8 +116,8 @@ fn write(
     Ok(Written::All)
 }
 
-/// The reply as far as it has come. It doesn't grow without end: what is longer than a reply may
-/// be is malformed.
+/// The reply as far as it has come. Its length is limited, because a reply that is too long is
+/// malformed.
 #[derive(Default)]
 struct Incoming(Vec<u8>);
 
@@ -137,11 +138,11 @@ impl Incoming {
         self.look(socket)
     }
 
-    /// Takes what has come of a reply, without waiting.
+    /// Reads the available part of a reply, without waiting.
     fn look(&mut self, socket: &OwnedFd) -> Result<Option<Reply>, ExchangeError> {
         match self.receive(socket, MsgFlags::MSG_DONTWAIT) {
             Ok(received) => self.take(received),
-            // What is wrong with the connection, the next write says.
+            // The next write reports any connection error.
             Err(_) => Ok(None),
         }
     }
@@ -168,7 +169,7 @@ impl Incoming {
         recv_append(socket.as_fd(), &mut self.0, flags)
     }
 
-    /// Looks at what there is, now that so many bytes more were received.
+    /// Parses the reply after `received` more bytes.
     fn take(&self, received: usize) -> Result<Option<Reply>, ExchangeError> {
         if received == 0 {
             return Err(ExchangeError::Closed);

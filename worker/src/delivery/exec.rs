@@ -1,12 +1,12 @@
 //! The action `exec`: a program that speaks QMQP on its standard input and output.
 //!
-//! Contract: the program gets the whole request, as a next hop would. Its first netstring is
-//! the reply if it also exits with 0; any other end overrides it ([`status`]). Its standard
-//! error goes to the log.
+//! Contract: the program gets the whole request, as a next hop would. Its first netstring is the
+//! reply if it also exits with 0; any other end overrides it ([`status`]). Its standard error goes
+//! to the log.
 //!
 //! # Failure
-//! Always a reply: `relay failed` without an answer, `malformed relay response`, `timeout` if
-//! the action has one, or `internal server error` for a bad end.
+//! Always a reply: `relay failed` without an answer, `malformed relay response`, `timeout` if the
+//! action has one, or `internal server error` for a bad end.
 
 use qrelay_shared::qmqp::{Reply, ReplyProgress, Status, parse_reply};
 use qrelay_shared::texts;
@@ -42,9 +42,10 @@ fn verdict(exit: ProgramExit, output: &[u8]) -> Reply {
     }
 }
 
-/// What an end means for the mail: 64 (usage), 65 (bad data), 67 (unknown user), 68 (unknown
-/// host), 72 (system file missing), 77 (no permission), 78 (configuration) of sysexits.h, and
-/// 100 of qmail are for ever, everything else but 0 passes.
+/// Returns the status of the reply for a program's exit. 64 (usage), 65 (bad data), 67 (unknown
+/// user), 68 (unknown host), 72 (system file missing), 77 (no permission) and 78 (configuration) of
+/// sysexits.h, and 100 of qmail, are permanent failures; 0 is success; everything else is a
+/// temporary failure.
 pub(crate) fn status(exit: ProgramExit) -> Status {
     match exit {
         ProgramExit::Status(0) => Status::Accepted,

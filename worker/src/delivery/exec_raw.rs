@@ -1,12 +1,12 @@
 //! The action `exec_raw`: a program that reads the bare message, such as sendmail.
 //!
-//! Contract: the program gets the message with its inserted lines and the `Received` line, and
-//! no envelope. Its exit status is the answer (see [`status`]), and what it writes to standard
-//! output and standard error, made one line, the text.
+//! Contract: the program gets the message with its inserted lines and the `Received` line, and no
+//! envelope. Its exit status is the answer (see [`status`]), and what it writes to standard output
+//! and standard error, made one line, the text.
 //!
 //! # Failure
-//! Always a reply: `timeout` if the action has one, `internal server error` for a bad end
-//! without a text or by a signal.
+//! Always a reply: `timeout` if the action has one, `internal server error` for a bad end without a
+//! text or by a signal.
 
 use qrelay_shared::qmqp::{MAX_REPLY_TEXT, Reply, Status};
 use qrelay_shared::texts;
@@ -33,7 +33,7 @@ fn verdict(exit: ProgramExit, output: &[u8]) -> Reply {
     let status = status(exit);
     let mut text = match exit {
         ProgramExit::Status(_) => one_line(output),
-        // Half a sentence, if anything.
+        // The output of a killed program may end in the middle of a sentence.
         ProgramExit::Signal(_) | ProgramExit::Unknown => String::new(),
     };
     if text.is_empty() && status != Status::Accepted {
@@ -43,7 +43,7 @@ fn verdict(exit: ProgramExit, output: &[u8]) -> Reply {
     Reply { status, text: text.into() }
 }
 
-/// The end of the last character that fits.
+/// Returns the end of the last character that fits into `limit` bytes.
 fn boundary(text: &str, limit: usize) -> usize {
     (0..=limit.min(text.len())).rev().find(|&at| text.is_char_boundary(at)).unwrap_or(0)
 }

@@ -1,15 +1,16 @@
-//! Running a program with a mail on its standard input, to its end or to ours.
+//! Running a program with a mail on its standard input, until it ends or has to be ended.
 //!
-//! Contract: the input is complete before the program starts. Its output is read all the time,
-//! so that it never waits for us; what goes beyond [`MAX_REPLY`] bytes is dropped. The program
-//! is over when its own process has ended: what it left running in the background may go on,
-//! and what that writes counts only for [`LINGER`]. When the time is over or the client has gone,
+//! Contract: the input is complete before the program starts. The output is read all the time, so
+//! that the program never waits for the worker; output beyond [`MAX_REPLY`] bytes is dropped. The
+//! program is over when its own process has ended. Processes that it left in the background may go
+//! on, and their output counts only for [`LINGER`]. When the time is over or the client has gone,
 //! the program's process group is ended as [`process_group`] says, with all that is left of it,
-//! whether or not the program itself has ended by then. The mail is over as soon as nothing is left.
+//! whether or not the program itself has ended by then. The mail is over as soon as nothing is
+//! left.
 //!
 //! # Failure
-//! A program that doesn't start is an errno. One that not even SIGKILL ends (it waits for a
-//! dead file server, or is another user's) is left to itself.
+//! A program that doesn't start is an errno. One that not even SIGKILL ends (it waits for a dead
+//! file server, or is another user's) is left to itself.
 
 use std::fs::File;
 use std::io::Read;
@@ -37,27 +38,27 @@ use crate::delivery::action::Exec;
 use crate::delivery::children::{Child, Children, ProgramExit};
 use crate::mail::Mail;
 
-/// How long output is awaited from what a program left behind, such as `| logger`.
+/// How long output is awaited from processes that a program left behind, such as `| logger`.
 const LINGER: Duration = Duration::from_millis(100);
-/// How long to wait after a failure of poll(2), which is short of memory.
+/// Pause after a failure of poll(2), which means a shortage of memory.
 const PAUSE: Duration = Duration::from_millis(10);
 
-/// What programs run under.
+/// The context in which programs run.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct ProgramContext<'a> {
-    /// Those that run.
+    /// The programs that run.
     pub children: &'a Arc<Children>,
-    /// The mail's.
+    /// The mail's deadline.
     pub deadline: Deadline,
-    /// For what the client isn't told.
+    /// The log, for causes that the client isn't told.
     pub logger: &'a Logger,
 }
 
-/// What is special about an action that runs a program.
+/// The difference between the actions that run a program.
 pub(crate) struct ProgramAction<'a> {
     /// The complete input.
     pub input: &'a [&'a [u8]],
-    /// Errors go where output goes.
+    /// Whether standard error goes where standard output goes.
     pub joined: bool,
     /// Whether this output needs no more.
     pub enough: fn(&[u8]) -> bool,
@@ -65,13 +66,13 @@ pub(crate) struct ProgramAction<'a> {
     pub verdict: fn(ProgramExit, &[u8]) -> Reply,
 }
 
-/// What became of a program.
+/// How a program ended.
 enum End {
-    /// It ended.
+    /// The program ended by itself.
     Exit(ProgramExit),
-    /// It was ended, since its time was over.
+    /// The program was ended, because its time was over.
     Late,
-    /// It was ended, since the client had gone.
+    /// The program was ended, because the client had gone.
     Canceled,
 }
 
@@ -123,7 +124,7 @@ pub(crate) fn one_line(output: &[u8]) -> String {
     printable(lines.collect::<Vec<_>>().join(" ").as_bytes()).into_owned()
 }
 
-/// A pipe that a program writes to, and what came of it.
+/// A pipe that a program writes to, and the output that was kept.
 #[derive(Default)]
 struct Output {
     pipe: Option<File>,
@@ -137,7 +138,7 @@ impl Output {
         Ok((Self { pipe: Some(read.into()), kept: Vec::new() }, write))
     }
 
-    /// Reads once, where something is there to be read, the end included.
+    /// Reads once from a pipe that has output or has ended.
     fn read(&mut self) {
         let Some(pipe) = &mut self.pipe else { return };
         let mut chunk = [0; MAX_REPLY];
@@ -152,18 +153,19 @@ impl Output {
     }
 }
 
-/// What a wait has shown.
+/// The event that ended a wait.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Event {
     /// The program has ended.
     Ended,
-    /// The client has hung up or reset the connection. That it sends no more is nothing.
+    /// The client has closed or reset the connection. A client that only ends its sending is no
+    /// event.
     Hangup,
     /// The deadline has passed.
     Late,
 }
 
-/// A program that runs.
+/// A running program.
 struct Run<'a> {
     child: Option<Child>,
     process: OwnedFd,
@@ -197,7 +199,7 @@ impl<'a> Run<'a> {
                 stdio: [input.as_fd(), stdout.as_fd(), stderr.as_fd()],
             },
         )?;
-        // Without them there are descriptors free for what comes now.
+        // Closing these descriptors makes room for the next one.
         drop((input, stdout, stderr));
         let process = pidfd::open(child.pid())?;
         let client = Some(mail.descriptor());
@@ -205,7 +207,7 @@ impl<'a> Run<'a> {
         Ok(Self { child: Some(child), process, client, output, errors, deadline, logger, id })
     }
 
-    /// Waits for the program's end, or brings it about.
+    /// Waits for the program's end, or ends it.
     fn finish(&mut self, enough: fn(&[u8]) -> bool) -> End {
         match self.wait(self.deadline) {
             Event::Ended => {
@@ -282,7 +284,8 @@ impl<'a> Run<'a> {
         }
     }
 
-    /// After its end: reads what it has written, and for a moment what others may write yet.
+    /// Reads, after the program's end, its remaining output, and for [`LINGER`] what others may
+    /// still write.
     fn last_words(&mut self, enough: fn(&[u8]) -> bool) {
         let linger = Deadline::after(LINGER);
         while self.output.pipe.is_some() || self.errors.pipe.is_some() {
@@ -299,7 +302,7 @@ impl<'a> Run<'a> {
         let mut polled = Polled::default();
         polled.add(Source::Process, self.process.as_fd(), PollFlags::POLLIN);
         if let Some(client) = self.client {
-            // Only what is always reported: errors and hang-ups.
+            // No events but errors and hang-ups, which poll(2) always reports.
             polled.add(Source::Client, client, PollFlags::empty());
         }
         polled.add_outputs(&self.output, &self.errors);
@@ -331,13 +334,13 @@ impl<'a> Run<'a> {
     }
 }
 
-/// What there is to act on.
+/// The events that poll(2) reported.
 struct Ready {
     ended: bool,
     hangup: bool,
 }
 
-/// What is waited for.
+/// A source of events.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Source {
     Process,
@@ -367,7 +370,7 @@ impl<'f> Polled<'f> {
         }
     }
 
-    /// Which of them have something to say; none when the deadline has passed.
+    /// Waits for events and returns their sources; none when the deadline has passed.
     fn wait(mut self, deadline: Deadline) -> Vec<Source> {
         match ppoll(&mut self.fds, Some(TimeSpec::from(deadline.remaining())), None) {
             Ok(_) => {}

@@ -12,8 +12,8 @@ use crate::lua::binding::convert;
 use crate::lua::binding::error;
 use crate::lua::library::listen::SharedDraft;
 
-/// Why a configuration can't be used. The administrator can repair each by
-/// editing the file, except [`ConfigError::Internal`].
+/// Why a configuration can't be used. The administrator can repair each by editing the file, except
+/// [`ConfigError::Internal`].
 #[derive(Debug, Error)]
 pub enum ConfigError {
     /// The file can't be read.
@@ -21,7 +21,7 @@ pub enum ConfigError {
     Unreadable {
         /// The file.
         path: PathBuf,
-        /// What the system says.
+        /// The system's error.
         cause: std::io::Error,
     },
     /// The script has a syntax error or failed while it ran; file and line are in the text.
@@ -35,7 +35,7 @@ pub enum ConfigError {
     Declaration {
         /// The script.
         path: PathBuf,
-        /// Which global or setting, and what was expected.
+        /// The global or setting, and what was expected.
         message: String,
     },
     /// The working directory can't be changed, or Lua can't be set up.
@@ -43,7 +43,7 @@ pub enum ConfigError {
     Internal(String),
 }
 
-/// Without the number that Rust appends.
+/// Returns the system's text without the number that Rust appends.
 fn reason(cause: &std::io::Error) -> String {
     match cause.raw_os_error() {
         Some(code) => nix::errno::Errno::from_raw(code).desc().to_owned(),
@@ -88,8 +88,8 @@ fn run_reload(lua: &Lua) -> mlua::Result<()> {
     }
 }
 
-/// As `lua` does: a first line that begins with `#` is for the shell. The line end stays, so that
-/// lines keep their numbers.
+/// Skips a first line that begins with `#`, which is for the shell, as the program `lua` does. The
+/// line end stays, so that lines keep their numbers.
 fn without_shebang(source: &[u8]) -> &[u8] {
     let source = source.strip_prefix(b"\xef\xbb\xbf").unwrap_or(source);
     match source.first() {

@@ -2,8 +2,8 @@
 //!
 //! [`monitor`] lets one thread at a time run Lua, [`watch`] is its clock and [`collector`] its
 //! garbage collector. [`slot`] holds a mail while its handler runs, [`scope`] what ends with a run,
-//! [`output`] what a script prints. [`background`] runs functions without a mail. [`prelude`] is the
-//! part in Lua.
+//! [`output`] what a script prints. [`background`] runs functions without a mail. [`prelude`] is
+//! the part in Lua.
 
 pub(crate) mod background;
 pub(crate) mod collector;

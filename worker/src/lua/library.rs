@@ -35,7 +35,7 @@ use crate::lua::engine::watch::Watch;
 use crate::lua::library::listen::SharedDraft;
 use crate::lua::library::shared::SharedOpener;
 
-/// What the libraries share with the owner of the Lua state.
+/// The objects that the libraries share with the owner of the Lua state.
 pub(crate) struct Libraries<'a> {
     /// The clock of the state.
     pub watch: &'a Arc<Watch>,
@@ -43,11 +43,11 @@ pub(crate) struct Libraries<'a> {
     pub output: &'a Arc<Output>,
     /// The worker's log.
     pub logger: &'a Logger,
-    /// What the script declares.
+    /// The script's declarations.
     pub draft: &'a SharedDraft,
     /// The way to the shared dictionaries.
     pub dictionaries: &'a SharedOpener,
-    /// What `pg` keeps beside the state.
+    /// The part of `pg` that lives beside the Lua state.
     pub pg: &'a Arc<pg::Library>,
 }
 

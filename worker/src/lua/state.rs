@@ -1,13 +1,13 @@
-//! One Lua state with one configuration: loaded once in the zygote, forked into
-//! workers, shared by a worker's threads.
+//! The Lua state with its configuration: loaded once in the zygote, forked into workers, shared by
+//! a worker's threads.
 //!
-//! Contract: [`State::load`] runs on a single-threaded process. Afterwards any
-//! number of threads may call [`State::start`]; [`State::held`] and
-//! [`State::exhausted`] take no lock. Nothing of Lua leaves this type.
+//! Contract: [`State::load`] runs on a single-threaded process. Afterwards any number of threads
+//! may call [`State::start`]; [`State::held`] and [`State::exhausted`] take no lock. Nothing of Lua
+//! leaves this type.
 //!
 //! # Failure
-//! [`ConfigError`] while loading, [`HandlerError`] per mail; the latter is
-//! logged here, with the script's traceback.
+//! [`ConfigError`] while loading, [`HandlerError`] per mail; the latter is logged here, with the
+//! script's traceback.
 
 use std::io::Read as _;
 use std::path::PathBuf;
@@ -75,9 +75,9 @@ pub struct State {
     pg: Arc<pg::Library>,
 }
 
-/// The one call that mlua asks to be marked: only so does it load Lua's whole standard library, of
-/// which `debug` can break the binding's invariants. The script is the administrator's, and the
-/// process is there to be replaced.
+/// Makes a state with Lua's whole standard library. mlua marks the call as unsafe, because the
+/// library `debug` can break the binding's invariants. The script is the administrator's, and a
+/// process that breaks is replaced.
 #[expect(unsafe_code, reason = "mlua offers the debug library in no other way")]
 fn new_lua() -> Lua {
     // SAFETY: C modules and the debug library are the script's own risk: config.lua is as trusted
@@ -109,7 +109,7 @@ impl State {
         let (lua, monitor) = set_up(&watch, &libraries).map_err(internal)?;
         let result = config::run(&lua, &config, reload, &draft);
         output.flush(None);
-        // Nothing of this may be inherited: each process has its own ways.
+        // No channel or connection may be inherited: each process has its own.
         pg.close();
         dictionary_client::close_idle();
         *dictionaries.write() = Box::new(|_| Err(SendError::Closed));
@@ -144,8 +144,9 @@ impl State {
         Ok((state, declaration))
     }
 
-    /// To be called in a freshly forked worker: other random numbers, other log lines, a way of its
-    /// own to the shared dictionaries, and the threads of `every` and of `db:listen`.
+    /// Prepares the state in a freshly forked worker: other random numbers, the worker's number in
+    /// log lines, a way of its own to the shared dictionaries, and the threads of `every` and of
+    /// `db:listen`.
     pub fn after_fork(&self, worker: WorkerId, dictionaries: Opener) {
         *self.dictionaries.write() = dictionaries;
         self.worker.store(worker.0, Ordering::Relaxed);
@@ -165,9 +166,8 @@ impl State {
         self.pg.start(&background);
     }
 
-    /// Runs the listener's handler for a mail as long as it doesn't wait; the rest of it, with
-    /// what it waits for, is for a thread that may. The mail comes back whatever happens, with all
-    /// of its Lua values dropped.
+    /// Runs the listener's handler for a mail until it has to wait. A thread that may wait does the
+    /// rest. The mail comes back whatever happens, with all of its Lua values dropped.
     pub fn start(
         self: Arc<Self>,
         listener: usize,
@@ -196,7 +196,7 @@ impl State {
         }
     }
 
-    /// Takes the mail back from a handler that has ended.
+    /// Takes the mail back from a handler that has ended, and logs a failure.
     fn decided(&self, slot: &Slot, result: Result<Result<Action, String>, Stop>) -> Decision {
         let mail = slot.take().expect("nobody else takes the mail out of its slot");
         self.output.flush(Some(&mail.id()));
@@ -209,12 +209,13 @@ impl State {
         (mail, result)
     }
 
-    /// How long Lua has been held, and by which job; takes no lock.
+    /// Returns how long Lua has been held, and by which job. Takes no lock.
     pub fn held(&self) -> Held {
         self.watch.held()
     }
 
-    /// The memory limit was reached even after a full collection: this process should be replaced.
+    /// Whether the memory limit was reached even after a full collection; the process should then
+    /// be replaced.
     pub fn exhausted(&self) -> bool {
         self.exhausted.load(Ordering::Relaxed)
     }
@@ -241,7 +242,7 @@ impl State {
         }
     }
 
-    /// Notices, after a failure, that Lua's memory is full of what the script keeps.
+    /// Checks, after a failure, whether Lua's memory is full of what the script keeps.
     fn check_memory(&self) {
         let limit = self.settings.lua_memory_limit;
         if collector::is_full(&self.lua, limit) && !self.exhausted.swap(true, Ordering::Relaxed) {

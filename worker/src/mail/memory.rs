@@ -1,19 +1,19 @@
 //! The bound on memory for messages (`mail_memory`).
 //!
-//! Contract: a request that outgrows its thread's own buffer takes its whole length from the
-//! budget first, at once, and gives it back when the mail is finished. Nobody waits while it
-//! holds something, so waiting can't become a deadlock. Who waits is served in order; a
-//! request that is larger than the budget runs when nothing else does.
+//! Contract: a request that outgrows its thread's own buffer first takes its whole length from the
+//! budget, in one step, and gives it back when the mail is finished. A thread never waits while it
+//! holds a share, so waiting can't become a deadlock. Waiting threads are served in order; a
+//! request that is larger than the budget runs when no other share is held.
 //!
 //! # Failure
-//! Who waits until its deadline gets nothing.
+//! A thread that waits until its deadline gets nothing.
 
 use std::collections::VecDeque;
 
 use parking_lot::{Condvar, Mutex};
 use qrelay_shared::deadline::Deadline;
 
-/// What a worker has for messages.
+/// The memory of a worker for messages.
 #[derive(Debug)]
 pub(crate) struct Budget {
     limit: usize,

@@ -1,8 +1,8 @@
-//! The lines that stand before a relayed message: what the script inserted, and the trace of
-//! where the mail came from.
+//! The lines before a relayed message: the lines that the script inserted, and the `Received` line,
+//! which says where the mail came from.
 //!
-//! Contract: the last inserted line comes first; then exactly one `Received` line; every line
-//! ends in CRLF. Inserted lines have been checked by who inserted them.
+//! Contract: the last inserted line comes first; then exactly one `Received` line; every line ends
+//! in CRLF. Inserted lines are checked when they are inserted.
 
 use std::io::Write;
 
@@ -12,8 +12,8 @@ use crate::mail::Inserted;
 
 /// Appends inserted lines and the `Received` line for this client.
 ///
-/// A local client in a foreign pid namespace has no pid here; its line says `PID=0`, as the
-/// kernel does, so that the line keeps its form.
+/// A local client in a foreign pid namespace has no pid here; its line says `PID=0`, as the kernel
+/// does, so that the line keeps its form.
 pub(crate) fn write_prefix(out: &mut Vec<u8>, inserted: &Inserted, peer: &Peer) {
     out.extend_from_slice(inserted.text());
     out.extend_from_slice(b"Received: from ");

@@ -1,18 +1,18 @@
 //! How many arguments a function of qrelay takes.
 //!
-//! Contract: a Rust function's parameters say how many arguments it takes at most; those that are
-//! missing are nil, and the function itself says what it thinks of that. Nils at the end that
-//! nobody asked for don't count, so that a wrapper can pass its own optional arguments on. When no
-//! more come than are taken, all this costs is a comparison: nothing is allocated.
+//! Contract: the parameters of a Rust function limit the number of its arguments. A missing
+//! argument is nil, and the function itself checks it. Surplus nils at the end don't count, so that
+//! a wrapper can pass its own optional arguments on. The check costs a comparison and allocates
+//! nothing unless there is a surplus.
 //!
 //! # Failure
-//! More arguments than are taken raise, with the function's name and both numbers.
+//! Surplus arguments raise an error with the function's name and both numbers.
 
 use mlua::{AnyUserData, Either, FromLua, FromLuaMulti, MultiValue, UserDataRef, Value};
 
 use crate::lua::binding::error::Raise;
 
-/// What error messages call a function.
+/// The name of a function in error messages.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Name {
     /// A function. One whose name has a colon is called on its library, as in `pg:new(…)`.
@@ -22,7 +22,7 @@ pub(crate) enum Name {
 }
 
 impl Name {
-    /// The name, and how many of its parameters the documentation doesn't count.
+    /// Returns the name, and how many leading parameters the documentation doesn't count.
     fn shown(self) -> (&'static str, usize) {
         match self {
             Self::Function(name) => (name, usize::from(name.contains(':'))),
@@ -33,11 +33,11 @@ impl Name {
 
 /// The parameters of a function.
 pub(crate) trait Arguments: Sized {
-    /// The same, and whatever comes after them.
+    /// The parameters, and all arguments after them.
     type Raw: FromLuaMulti + 'static;
-    /// How many there are.
+    /// The number of parameters.
     const COUNT: usize;
-    /// Separates them from what comes after them.
+    /// Separates the parameters from the surplus arguments.
     fn split(raw: Self::Raw) -> (Self, MultiValue);
 }
 
@@ -106,10 +106,10 @@ several!(2: A B);
 several!(3: A B C);
 several!(4: A B C D);
 
-/// The arguments of a call, if there aren't too many.
+/// Returns the arguments of a call.
 ///
 /// # Errors
-/// There are.
+/// There are too many arguments.
 pub(crate) fn checked<A: Arguments>(name: Name, raw: A::Raw) -> Result<A, Raise> {
     let (arguments, surplus) = A::split(raw);
     match surplus.iter().rposition(|value| !value.is_nil()) {
@@ -118,7 +118,7 @@ pub(crate) fn checked<A: Arguments>(name: Name, raw: A::Raw) -> Result<A, Raise>
     }
 }
 
-/// The error for a function of so many parameters that got more arguments.
+/// Returns the error for a function of `count` parameters that got `got` arguments.
 fn too_many(name: Name, count: usize, got: usize) -> Raise {
     let (name, uncounted) = name.shown();
     let expected = match count.saturating_sub(uncounted) {

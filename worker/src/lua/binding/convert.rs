@@ -1,11 +1,10 @@
 //! Lua values into Rust values, the same way for every library.
 //!
-//! Contract: a number is accepted where text is expected, a numeric string
-//! where a number is. An integral float within ±2^53 is written without `.0`.
-//! Tables of options have known keys only.
+//! Contract: a number is accepted where text is expected, a numeric string where a number is. An
+//! integral float within ±2^53 is written without `.0`. Tables of options have known keys only.
 //!
 //! # Failure
-//! [`Raise::Text`], which names the argument, what was expected and what came.
+//! [`Raise::Text`], which names the argument, the expected type and the value.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -28,9 +27,9 @@ pub(crate) enum Argument<'a> {
     Positional {
         /// The function.
         function: &'a str,
-        /// Its place.
+        /// The position, from 1.
         position: usize,
-        /// Its name in the documentation.
+        /// The argument's name in the documentation.
         name: &'a str,
     },
     /// A key in a table of options.
@@ -62,7 +61,7 @@ impl<'a> Argument<'a> {
         Self::Positional { function, position, name }
     }
 
-    /// The error that says what is expected instead of `value`.
+    /// Returns the error that names what is expected instead of `value`.
     pub(crate) fn wrong(&self, expected: &str, value: &Value) -> Raise {
         self.invalid(&format!("expected {expected}, got {}", describe(value)))
     }
@@ -76,7 +75,7 @@ impl<'a> Argument<'a> {
     /// The value as text.
     ///
     /// # Errors
-    /// It is neither a string nor a number.
+    /// The value is neither a string nor a number.
     pub(crate) fn text<'v>(&self, value: &'v Value) -> Result<Text<'v>, Raise> {
         text(value)?.ok_or_else(|| self.wrong("a string", value))
     }
@@ -84,7 +83,7 @@ impl<'a> Argument<'a> {
     /// The value as a finite number from `min` to `max`.
     ///
     /// # Errors
-    /// It is none, or out of range.
+    /// The value is no such number, or out of range.
     pub(crate) fn number(&self, value: &Value, min: f64, max: f64) -> Result<f64, Raise> {
         let expected = || format!("a number from {} to {}", plain(min), plain(max));
         match number(value) {
@@ -97,7 +96,7 @@ impl<'a> Argument<'a> {
     /// The value as an integer from `min` to `max`; fractions are an error.
     ///
     /// # Errors
-    /// It is none, or out of range.
+    /// The value is no such number, or out of range.
     pub(crate) fn integer(&self, value: &Value, min: u64, max: u64) -> Result<u64, Raise> {
         let n = self.number(value, min as f64, max as f64)?;
         if n.fract() == 0.0 {
@@ -109,7 +108,7 @@ impl<'a> Argument<'a> {
     /// The value as a time limit in seconds: more than 0, at most `max`.
     ///
     /// # Errors
-    /// It is none, or out of range.
+    /// The value is no such number, or out of range.
     pub(crate) fn duration(&self, value: &Value, max: f64) -> Result<Duration, Raise> {
         match number(value) {
             Some(n) if n > 0.0 && n <= max => Ok(Duration::from_secs_f64(n).max(SHORTEST)),
@@ -123,7 +122,7 @@ impl<'a> Argument<'a> {
     /// The value as a table.
     ///
     /// # Errors
-    /// It is none.
+    /// The value is no table.
     pub(crate) fn table<'v>(&self, value: &'v Value) -> Result<&'v Table, Raise> {
         value.as_table().ok_or_else(|| self.wrong("a table", value))
     }
@@ -131,7 +130,7 @@ impl<'a> Argument<'a> {
     /// The value as a list: the table's elements from 1 on.
     ///
     /// # Errors
-    /// It is no table, or has other keys.
+    /// The value is no table, or has other keys.
     pub(crate) fn list(&self, value: &Value) -> Result<Vec<Value>, Raise> {
         let table = value.as_table().ok_or_else(|| self.wrong("a list", value))?;
         let list = table.sequence_values().collect::<mlua::Result<Vec<Value>>>()?;
@@ -142,14 +141,14 @@ impl<'a> Argument<'a> {
     }
 }
 
-/// A time limit that is not zero stays so.
+/// The shortest time limit: a limit above 0 never becomes 0 by rounding.
 const SHORTEST: Duration = Duration::from_nanos(1);
 
 /// Text that may be borrowed from Lua.
 pub(crate) enum Text<'a> {
     /// A Lua string's bytes.
     Lua(BorrowedBytes),
-    /// What a number, or an object, is as text.
+    /// The text of a number or an object.
     Other(Cow<'a, str>),
 }
 
@@ -220,12 +219,12 @@ fn parse_number(text: &[u8]) -> Option<f64> {
     text.parse().ok().filter(|_| numeric)
 }
 
-/// A number as people write it.
+/// Returns a number as people write it.
 fn plain(n: f64) -> String {
     if n.fract() == 0.0 && n.abs() <= EXACT { format!("{n:.0}") } else { n.to_string() }
 }
 
-/// What came instead, in an error message: the type, and the value if it is short.
+/// Returns the description of a value for an error message: the type, and the value if it is short.
 pub(crate) fn describe(value: &Value) -> String {
     match value {
         Value::Nil => "nil".into(),
@@ -293,7 +292,8 @@ impl<'a> Options<'a> {
 }
 
 fn is_one_of(key: &Value, known: &[&str]) -> bool {
-    matches!(key, Value::String(key) if known.iter().any(|known| *known.as_bytes() == *key.as_bytes()))
+    let Value::String(key) = key else { return false };
+    known.iter().any(|known| *known.as_bytes() == *key.as_bytes())
 }
 
 /// The error for a name that isn't known to `subject`, with the nearest one that is.

@@ -1,11 +1,10 @@
 //! Errors at the boundary of Lua.
 //!
-//! Contract: [`Raise`] goes into a script, [`ConfigError`] and [`HandlerError`]
-//! come out of one. Texts are Lua's own: file, line, cause, without the names
-//! that the binding gives to kinds of errors.
+//! Contract: [`Raise`] goes into a script, [`HandlerError`] comes out of one. Texts are Lua's own:
+//! file, line, cause, without the binding's names for kinds of errors.
 //!
 //! # Failure
-//! None: these are the failures.
+//! None: this module defines the failures.
 
 use thiserror::Error;
 
@@ -36,7 +35,7 @@ impl From<&str> for Raise {
     }
 }
 
-/// [`Raise::Text`] on its way through Lua, to be told from errors of other origin.
+/// [`Raise::Text`] while Lua passes it on. The type distinguishes it from errors of other origin.
 #[derive(Debug, Error)]
 #[error("{0}")]
 struct Misuse(String);
@@ -53,20 +52,20 @@ impl From<Raise> for mlua::Error {
 /// Why a handler yielded no action.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
 pub enum HandlerError {
-    /// It failed, and the reason is already in the log, with traceback. The mail gets
-    /// `Zscript failed`.
+    /// The handler failed. The reason is already in the log, with traceback. The mail gets `Zscript
+    /// failed`.
     #[error("script failed")]
     Script,
-    /// The mail's deadline passed while it waited for Lua or in an operation. The mail gets
-    /// `Zrelay failed`.
+    /// The mail's deadline passed while it waited for Lua or in an operation. The mail gets `Zrelay
+    /// failed`.
     #[error("the deadline passed before the handler returned")]
     Deadline,
 }
 
-/// What separates a message from its traceback.
+/// The text between a message and its traceback.
 const TRACEBACK: &str = "\nstack traceback:\n";
 
-/// What code of qrelay in Lua is called in a traceback.
+/// The name, in a traceback, of qrelay's own code in Lua.
 pub(crate) const CHUNK: &str = "[qrelay]";
 
 /// An error's message as Lua would print it, position included, and the traceback if there is one.

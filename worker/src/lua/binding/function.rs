@@ -1,14 +1,13 @@
 //! How Rust functions and objects become Lua's.
 //!
-//! Contract: a function that raises does so with the position of the script's
-//! line, like Lua's own libraries; where a script catches the error, it gets a
-//! string (`prelude.lua` wraps `pcall` and its like). A function that may have to
-//! wait returns a mark and an operation to a wrapper, which yields it. Whatever a script calls
-//! takes only as many arguments as it has parameters (see [`super::arguments`]).
+//! Contract: a function that raises does so with the position of the script's line, like Lua's own
+//! libraries; where a script catches the error, it gets a string (`prelude.lua` wraps `pcall` and
+//! its like). A function that may have to wait returns a mark and an operation to a wrapper, which
+//! yields it. Whatever a script calls takes only as many arguments as it has parameters (see
+//! [`super::arguments`]).
 //!
 //! # Failure
-//! [`Raise`] of the wrapped function. Making functions fails only when Lua's
-//! memory is exhausted.
+//! [`Raise`] of the wrapped function. Making functions fails only when Lua's memory is exhausted.
 
 use mlua::{
     BString, Either, FromLuaMulti, Function, IntoLua, IntoLuaMulti, LightUserData, Lua, MultiValue,
@@ -20,10 +19,11 @@ use crate::lua::binding::convert;
 use crate::lua::binding::error::Raise;
 use crate::lua::binding::operation::{Operation, Pending};
 
-/// Its address is the mark; a script can't make light userdata.
+/// The address of this byte is the mark; a script can't make light userdata.
 static WAIT: u8 = b'W';
 
-/// What a function that has to wait returns before its operation; no script can have this value.
+/// Returns the mark, which a function that has to wait returns before its operation. No script can
+/// have this value.
 pub(crate) fn mark() -> LightUserData {
     LightUserData(std::ptr::from_ref(&WAIT).cast_mut().cast())
 }
@@ -31,7 +31,7 @@ pub(crate) fn mark() -> LightUserData {
 /// The object before the dot or colon: usually of the class's type, checked by the method itself.
 pub(crate) type This<T> = Either<UserDataRef<T>, Value>;
 
-/// The wrappers of `prelude.lua`, kept as application data of the Lua state.
+/// The wrappers that `prelude.lua` returns, kept as application data of the Lua state.
 struct Prelude {
     awaiting: Function,
     class: Function,
@@ -57,11 +57,11 @@ fn prelude(lua: &Lua) -> mlua::Result<mlua::AppDataRef<'_, Prelude>> {
         .ok_or_else(|| mlua::Error::RuntimeError("the prelude is not installed".into()))
 }
 
-/// What a function that may have to wait does.
+/// The result of a function that may have to wait.
 pub(crate) enum Call<R> {
-    /// It needn't.
+    /// The function returns these values at once.
     Now(R),
-    /// The operation's results are the function's.
+    /// The function waits for the operation, whose results become its own.
     Later(Box<dyn Operation>),
 }
 
@@ -93,8 +93,8 @@ where
     counted(lua, Name::Function(name), f)
 }
 
-/// A function that Lua calls, or `prelude.lua`, and no script: a metamethod or an iterator. What
-/// else it gets is Lua's business.
+/// Makes a function that only Lua or `prelude.lua` calls: a metamethod or an iterator. Surplus
+/// arguments are ignored.
 ///
 /// # Errors
 /// Lua is out of memory.
@@ -109,8 +109,9 @@ where
     boxed(lua, Box::new(f))
 }
 
-/// A function behind a pointer, so that all of the same signature share the binding's code around
-/// them: that is more than their own, and a mail's way leads through many of them.
+/// Makes a function that is called through a pointer. All functions of one signature then share the
+/// binding's code around them, which is larger than their own: a mail passes many of them, and the
+/// processor's instruction cache is small.
 fn boxed<A, R>(lua: &Lua, f: Boxed<A, R>) -> mlua::Result<Function>
 where
     A: FromLuaMulti + 'static,

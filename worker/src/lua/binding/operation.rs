@@ -1,15 +1,14 @@
-//! Operations: what a handler waits for while somebody else has Lua.
+//! Operations: the blocking work of a handler, done while other threads use Lua.
 //!
-//! Contract: a library function that would block returns an [`Operation`]. It
-//! travels out of the handler's coroutine to a thread that may wait
-//! (see [`crate::lua::engine::monitor`]), which carries it out, or waits for what is under way already, with Lua
-//! unlocked and puts the [`Completion`] into the same object, from where the waiting function takes
-//! it. An operation holds no Lua values: dropping one would wait for Lua.
+//! Contract: a library function that would block returns an [`Operation`]. It travels out of the
+//! handler's coroutine to a thread that may wait (see [`crate::lua::engine::monitor`]), which
+//! carries it out, or waits for what is under way already, with Lua unlocked and puts the
+//! [`Completion`] into the same object, from where the waiting function takes it. An operation
+//! holds no Lua values: dropping one would wait for Lua.
 //!
 //! # Failure
-//! An operation that can't be done in time says [`Completion::Expired`]; that ends
-//! the handler. Other failures are values (`nil, message`) or raise in the
-//! script, as the operation decides.
+//! An operation that can't be done in time says [`Completion::Expired`]; that ends the handler.
+//! Other failures are values (`nil, message`) or raise in the script, as the operation decides.
 
 use mlua::{IntoLuaMulti, Lua, MultiValue};
 use parking_lot::Mutex;
@@ -19,7 +18,7 @@ use crate::lua::binding::error::Raise;
 
 /// Blocking work, done without Lua.
 pub(crate) trait Operation: Send {
-    /// Does it, on the calling thread, by the deadline.
+    /// Does the work on the calling thread, by the deadline.
     fn run(self: Box<Self>, deadline: Deadline) -> Completion;
 }
 
@@ -66,7 +65,7 @@ impl Pending {
         Self(Mutex::new(Stage::Ready(operation)))
     }
 
-    /// The work, for whoever does it; nobody else gets it.
+    /// Takes the work; only the first call gets it.
     pub(crate) fn take(&self) -> Option<Box<dyn Operation>> {
         let mut stage = self.0.lock();
         match std::mem::replace(&mut *stage, Stage::Running) {
@@ -78,15 +77,15 @@ impl Pending {
         }
     }
 
-    /// It is done.
+    /// Stores how the operation ended.
     pub(crate) fn finish(&self, outcome: Completion) {
         *self.0.lock() = Stage::Done(outcome);
     }
 
-    /// Its results, once.
+    /// Takes the results of the operation, once.
     ///
     /// # Errors
-    /// It isn't done, or was given up.
+    /// The operation isn't done, or was given up.
     pub(crate) fn results(&self) -> Result<Results, Raise> {
         match std::mem::replace(&mut *self.0.lock(), Stage::Running) {
             Stage::Done(Completion::Done(results)) => Ok(results),

@@ -1,4 +1,4 @@
-//! Lua strings that are asked for again and again.
+//! Lua strings that are needed again and again.
 //!
 //! Contract: a text that is shared, such as a listener's name, is made into a Lua string once, and
 //! found again by where it is in memory: making a string costs five times as much as looking for
@@ -22,7 +22,7 @@ pub(crate) struct Strings(Mutex<FxHashMap<usize, Kept>>);
 
 struct Kept {
     string: LuaString,
-    /// As long as it is here, no other text has its address.
+    /// Keeps the text alive, so that no other text gets its address.
     _text: Arc<[u8]>,
 }
 

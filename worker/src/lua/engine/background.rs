@@ -20,7 +20,7 @@ use slog::Logger;
 use crate::lua::engine::monitor::{Monitor, Progress, RunContext, Stop};
 use crate::lua::engine::output::Output;
 
-/// What running a function takes.
+/// Everything that is needed to run a function without a mail.
 pub(crate) struct Background {
     monitor: Arc<Monitor>,
     output: Arc<Output>,
@@ -41,7 +41,7 @@ impl Background {
         Self { monitor, output, logger, settings, worker }
     }
 
-    /// Where errors go.
+    /// Returns the logger for errors.
     pub(crate) fn logger(&self) -> &Logger {
         &self.logger
     }

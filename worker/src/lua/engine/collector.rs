@@ -8,17 +8,17 @@ use mlua::state::{GcIncParams, GcMode};
 
 /// When the collector begins again, in percent of what it left. An object with a finalizer, as each
 /// mail has some, survives the cycle that finds it dead, and counts as left. If a script keeps `s`
-/// bytes and all garbage is such objects, each cycle leaves `s (p - 1) / (2 - p)` bytes of them with a
-/// pause of `p` times what was left; with `p` = 2, Lua's own value, always more. With 1.4 Lua's memory
-/// stays below 2.4 `s`.
+/// bytes and all garbage is such objects, each cycle leaves `s (p - 1) / (2 - p)` bytes of them
+/// with a pause of `p` times what was left; with `p` = 2, Lua's own value, always more. With 1.4
+/// Lua's memory stays below 2.4 `s`.
 const GC_PAUSE: i32 = 140;
 
 /// How fast the collector works, where 200 is the rate of allocation: so fast that each cycle is
 /// done at once, some 2 ms per MiB that the script keeps. Otherwise it falls behind: when Lua 5.3
-/// gives a finalizer to an object that was made where a sweep begins (luaC_checkfinalizer in lgc.c),
-/// it frees all dead objects up to the next living one, counts them as memory that may be taken
-/// before the collector goes on, and so leaves as many of the next mails'. With a table of 300 KiB
-/// and 20 times the rate of allocation a worker grew by 100 bytes per mail.
+/// gives a finalizer to an object that was made where a sweep begins (luaC_checkfinalizer in
+/// lgc.c), it frees all dead objects up to the next living one, counts them as memory that may be
+/// taken before the collector goes on, and so leaves as many of the next mails'. With a table of
+/// 300 KiB and 20 times the rate of allocation a worker grew by 100 bytes per mail.
 const GC_STEP_MULTIPLIER: i32 = 1_000_000_000;
 
 /// Part of the memory limit that may be in use after a full collection.

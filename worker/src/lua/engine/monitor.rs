@@ -1,16 +1,14 @@
 //! The monitor: one thread at a time runs Lua, and a handler that waits lets go of it.
 //!
-//! Contract: [`Monitor::start`] runs a Lua function as a coroutine on the calling
-//! thread, until it ends or yields an operation; [`Monitor::finish`], on the same
-//! thread or another, does that blocking work with Lua free, resumes the coroutine,
-//! and so on to its end. Everything that may take
-//! time is bounded by the deadline; running Lua is bounded by the budget. All
-//! Lua values of a run are dropped when it ends: at once by a thread that has
-//! Lua, else by the next one that gets it, since dropping one waits for Lua.
+//! Contract: [`Monitor::start`] runs a Lua function as a coroutine on the calling thread, until it
+//! ends or yields an operation; [`Monitor::finish`], on the same thread or another, does that
+//! blocking work with Lua free, resumes the coroutine, and so on to its end. Everything that may
+//! take time is bounded by the deadline; running Lua is bounded by the budget. All Lua values of a
+//! run are dropped when it ends: at once by a thread that has Lua, else by the next one that gets
+//! it, since dropping one waits for Lua.
 //!
 //! # Failure
-//! [`Stop`]. A coroutine that failed, or was given up, is left to the garbage
-//! collector.
+//! [`Stop`]. A coroutine that failed, or was given up, is left to the garbage collector.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -36,14 +34,14 @@ pub(crate) enum Stop {
     Deadline,
     /// An error left the function, or it yielded to nobody.
     Error {
-        /// As Lua words it.
+        /// The message in Lua's words.
         message: String,
         /// Where it was, one line per frame.
         traceback: Option<String>,
     },
 }
 
-/// For whom a function is run, and for how long.
+/// The job of a run, and its time limits.
 pub(crate) struct RunContext {
     /// The supervisor's number of the job, 0 if there is none.
     pub number: JobId,
@@ -59,7 +57,8 @@ pub(crate) struct RunContext {
 pub(crate) struct Monitor {
     lua: Lua,
     watch: Arc<Watch>,
-    /// Whoever has this may use Lua; the coroutines are ready to be used again.
+    /// The lock of Lua: its holder may use the state. It holds the finished coroutines, ready to be
+    /// used again.
     gate: Mutex<Vec<Thread>>,
     /// Lua values of runs that were given up while somebody else had Lua, dropped by the next one
     /// that passes the gate.
@@ -71,7 +70,7 @@ pub(crate) struct Monitor {
 pub(crate) struct Suspended {
     run: Waiting,
     budget: Duration,
-    /// Ends when Lua is free.
+    /// Ended when Lua is free.
     scope: Ending,
 }
 
@@ -123,9 +122,9 @@ impl Monitor {
         Ok(Self { lua, watch, gate: Mutex::default(), abandoned: Mutex::default(), traceback })
     }
 
-    /// Runs a function as long as it doesn't wait; `argument` is made and `results` taken while
-    /// Lua is held. Not if its time is over: it may have waited for that of others, whose handlers
-    /// ran for long, and those behind it shouldn't wait for it in vain.
+    /// Runs a function until it ends or has to wait; `argument` is made and `results` taken while
+    /// Lua is held. A function whose deadline has passed isn't started, because it may have waited
+    /// long for Lua, and the functions behind it should not wait longer in vain.
     ///
     /// # Errors
     /// See [`Stop`].
@@ -145,7 +144,7 @@ impl Monitor {
         Ok(hold.stopped(step, thread, results).suspended(budget, scope))
     }
 
-    /// Runs it to its end, on this thread, which waits for what it waits for.
+    /// Runs a suspended function to its end on this thread, which does its blocking operations.
     ///
     /// # Errors
     /// See [`Stop`].
@@ -233,8 +232,8 @@ impl Hold<'_> {
         }
     }
 
-    /// Runs Lua until the coroutine returns, fails or waits. Making the arguments belongs to it: the
-    /// collector may run then, and with it finalizers of the script.
+    /// Runs Lua until the coroutine returns, fails or waits. Making the arguments belongs to it:
+    /// the collector may run then, and with it finalizers of the script.
     fn resume<A: IntoLuaMulti>(
         &mut self,
         thread: &Thread,

@@ -26,7 +26,7 @@ pub(crate) struct Output {
     partial: Mutex<[Vec<u8>; 2]>,
 }
 
-/// One of the standard streams.
+/// A standard stream.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Stream {
     /// Level info.
@@ -41,7 +41,7 @@ impl Output {
         Arc::new(Self { logger, watch, partial: Mutex::default() })
     }
 
-    /// One record; `id` is that of the mail whose handler wrote it.
+    /// Writes one record; `id` is the id of the mail whose handler wrote the line.
     fn emit(&self, stream: Stream, text: &[u8], id: Option<&str>) {
         let text = String::from_utf8_lossy(text);
         match (stream, id) {
@@ -82,7 +82,8 @@ impl Output {
         self.flush(self.watch.mail().and_then(|mail| mail.id()).as_deref());
     }
 
-    /// Writes what still waits for its line end, for the mail whose handler is done if there is one.
+    /// Writes what still waits for its line end, for the mail whose handler is done if there is
+    /// one.
     pub(crate) fn flush(&self, id: Option<&str>) {
         let mut partial = self.partial.lock();
         for stream in [Stream::Stdout, Stream::Stderr] {

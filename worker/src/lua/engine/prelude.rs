@@ -1,8 +1,8 @@
 //! The part of the engine that is written in Lua, and what it needs of Rust.
 //!
-//! Contract: `prelude.lua` wraps functions that may have to wait so that they yield their operation,
-//! and Lua's own `pcall`, `coroutine.wrap` and their like so that they can't hide the end of a
-//! handler's time.
+//! Contract: `prelude.lua` wraps functions that may have to wait so that they yield their
+//! operation, and Lua's own `pcall`, `coroutine.wrap` and their like so that they can't hide the
+//! end of a handler's time.
 //!
 //! # Failure
 //! Lua is out of memory.
@@ -18,8 +18,9 @@ use crate::lua::binding::function::{self, internal};
 use crate::lua::binding::operation::Pending;
 use crate::lua::engine::watch::Watch;
 
-/// Carries out an operation where nobody can be yielded to: while the script loads, or below a C
-/// function. In a handler this holds up Lua, so it counts as running and ends with the budget.
+/// Does an operation where a function can't yield: while the script loads, or below a C function.
+/// In a handler Lua stays locked meanwhile, so the time counts as running time and ends with the
+/// budget.
 fn block(watch: &Watch, pending: &Pending) {
     if let Some(operation) = pending.take() {
         let limit = watch.remaining().min(FOREVER);
@@ -27,7 +28,7 @@ fn block(watch: &Watch, pending: &Pending) {
     }
 }
 
-/// No configuration loads longer; the supervisor's `--boot-timeout` ends it before.
+/// Longest wait while a script loads; the supervisor's `--boot-timeout` ends loading earlier.
 const FOREVER: Duration = Duration::from_secs(86_400);
 
 /// Runs `prelude.lua`: wraps coroutines and `pcall`, and gives the binding its wrappers.
@@ -46,7 +47,7 @@ pub(crate) fn install(lua: &Lua, watch: &Arc<Watch>) -> mlua::Result<()> {
     function::set_wrappers(lua, &exports)
 }
 
-/// What `prelude.lua` needs of Rust.
+/// Makes the Rust functions that `prelude.lua` calls.
 fn natives(lua: &Lua, watch: &Arc<Watch>) -> mlua::Result<Table> {
     let native = lua.create_table()?;
     let clock = Arc::clone(watch);

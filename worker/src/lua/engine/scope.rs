@@ -1,9 +1,9 @@
-//! What ends with a run of Lua: resources that a script holds and must not keep longer, such as a
+//! Resources that end with a run of Lua, because a script must not keep them longer, such as a
 //! database connection in a transaction.
 //!
-//! Contract: whoever makes such a resource for a script registers it with the scope of the run
-//! ([`super::watch::Watch::scope`]); when the run ends, however it does, the resource is ended,
-//! whether or not the garbage collector has come by.
+//! Contract: a library that makes such a resource for a script registers it with the scope of the
+//! run ([`super::watch::Watch::scope`]). The end of the run, of whatever kind, ends the resource.
+//! The garbage collector may come later.
 //!
 //! # Failure
 //! None.
@@ -14,11 +14,11 @@ use parking_lot::Mutex;
 
 /// Something that ends with the run in which it was made.
 pub(crate) trait Resource: Send + Sync {
-    /// Ends it, if it hasn't ended yet. Called without Lua; must not block.
+    /// Ends the resource, if it hasn't ended yet. Called without Lua; must not block.
     fn end(&self);
 }
 
-/// One run's resources.
+/// The resources of a run.
 #[derive(Default)]
 pub(crate) struct Scope(Mutex<Vec<Weak<dyn Resource>>>);
 
@@ -29,7 +29,7 @@ impl std::fmt::Debug for Scope {
 }
 
 impl Scope {
-    /// The resource ends with this run.
+    /// Adds a resource, which then ends with the run.
     pub(crate) fn add<R: Resource + 'static>(&self, resource: &Arc<R>) {
         let resource: Arc<dyn Resource> = Arc::<R>::clone(resource);
         let mut resources = self.0.lock();
@@ -37,7 +37,7 @@ impl Scope {
         resources.push(Arc::downgrade(&resource));
     }
 
-    /// The run is over.
+    /// Ends all resources, because the run is over.
     pub(crate) fn end(&self) {
         let resources = std::mem::take(&mut *self.0.lock());
         resources.iter().filter_map(Weak::upgrade).for_each(|resource| resource.end());

@@ -1,8 +1,9 @@
-//! Where a mail is while its handler runs.
+//! The place of a mail while its handler runs.
 //!
-//! Contract: whoever runs the handler puts the mail in and takes it back afterwards, without
-//! needing Lua; from then on the slot is empty, whoever kept it. Nothing is asked of Lua while the
-//! slot is locked: making a string may run a finalizer of the script, which may use the same mail.
+//! Contract: the thread that runs the handler puts the mail in and takes it back afterwards,
+//! without needing Lua. From then on the slot is empty for every object that still refers to it.
+//! Nothing is asked of Lua while the slot is locked: making a string may run a finalizer of the
+//! script, which may use the same mail.
 //!
 //! # Failure
 //! An empty slot raises `Stale object`.
@@ -16,12 +17,12 @@ use crate::client::cgroup::Cgroup;
 use crate::lua::binding::error::Raise;
 use crate::mail::Mail;
 
-/// Where the mail is while its handler runs. Empty it is small: it stays until Lua collects the
-/// object, and Lua doesn't see how much memory it takes.
+/// The place of a mail while its handler runs. An empty slot is small, because it stays until Lua
+/// collects the mail object, and Lua doesn't count its memory.
 #[derive(Debug)]
 pub(crate) struct Slot(Mutex<Option<Content>>);
 
-/// What there is of a mail while its handler runs.
+/// A mail and what belongs to it while its handler runs.
 #[derive(Debug)]
 struct Content {
     mail: Box<Mail>,
@@ -35,7 +36,8 @@ impl Slot {
         Arc::new(Self(Mutex::new(Some(Content { mail, cgroups: Vec::new() }))))
     }
 
-    /// Takes it out; the object is stale from now on, and the groups' directories are closed.
+    /// Takes the mail out. The mail object is stale from now on, and the groups' directories are
+    /// closed.
     pub(crate) fn take(&self) -> Option<Box<Mail>> {
         self.0.lock().take().map(|held| held.mail)
     }
@@ -45,11 +47,11 @@ impl Slot {
         self.0.lock().as_ref().map(|held| held.mail.id())
     }
 
-    /// Works on the mail and its control groups. Nothing in it may ask Lua, which could ask for
-    /// this mail.
+    /// Works on the mail and its control groups. `f` must not call Lua, which could call for this
+    /// mail.
     ///
     /// # Errors
-    /// What `f` raises, or that the mail is gone.
+    /// The error of `f`, or `Stale object` if the mail is gone.
     pub(crate) fn with<R>(
         &self,
         f: impl FnOnce(&mut Mail, &mut Vec<Cgroup>) -> Result<R, Raise>,

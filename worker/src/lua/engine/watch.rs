@@ -1,19 +1,17 @@
-//! How long Lua runs: the clock that stops a runaway handler from inside, and
-//! what the control thread may know without taking a lock.
+//! How long Lua runs: the clock that stops a runaway handler from inside, and what the control
+//! thread may know without taking a lock.
 //!
-//! Contract: between [`Watch::begin`] and the end of the [`Turn`], the thread
-//! that holds Lua runs it for one job. A count hook looks at the clock every
-//! `COUNT` instructions. Once the turn's limit has passed it raises an error
-//! at every instruction, since a `pcall` swallows a single one, until the turn
-//! is over. A Lua thread has a hook of its own, and one that resumes others
-//! would get to its next count late, so `coroutine.resume` and `wrap` look at
-//! the flag `expired` and call [`Watch::stop`], too. Threads that a handler
-//! leaves behind with the hook of every instruction get the normal one back the
-//! next time it fires.
+//! Contract: between [`Watch::begin`] and the end of the [`Turn`], the thread that holds Lua runs
+//! it for one job. A count hook looks at the clock every `COUNT` instructions. Once the turn's
+//! limit has passed it raises an error at every instruction, since a `pcall` swallows a single one,
+//! until the turn is over. A Lua thread has a hook of its own, and one that resumes others would
+//! get to its next count late, so `coroutine.resume` and `wrap` look at the flag `expired` and call
+//! [`Watch::stop`], too. Threads that a handler leaves behind with the hook of every instruction
+//! get the normal one back the next time it fires.
 //!
 //! # Failure
-//! A loop inside a C function or in an `xpcall` message handler is not reached
-//! by the hook; it shows in [`Watch::held`], and the supervisor ends the worker.
+//! A loop inside a C function or in an `xpcall` message handler is not reached by the hook; it
+//! shows in [`Watch::held`], and the supervisor ends the worker.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -32,7 +30,7 @@ const COUNT: u32 = 10_000;
 /// No limit on the running turn.
 const NEVER: u64 = u64::MAX;
 
-/// Since when Lua is held, and for whom.
+/// How long Lua has been held, and for which job.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Held {
     /// Zero when Lua is free.
@@ -50,20 +48,20 @@ pub(crate) struct Watch {
     job: AtomicU64,
     /// Nanoseconds after the epoch.
     limit: AtomicU64,
-    /// The limit of the running turn passed.
+    /// Whether the limit of the running turn has passed.
     expired: AtomicBool,
-    /// Some thread may have the hook of every instruction.
+    /// Whether a Lua thread may have the hook of every instruction.
     tightened: AtomicBool,
     /// For `prelude.lua`: whether the limit of the running turn passed.
     flags: OnceLock<Table>,
     /// The mail whose handler runs.
     mail: Mutex<Option<Arc<Slot>>>,
-    /// What ends with the run.
+    /// The resources that end with the run.
     scope: Mutex<Option<Arc<Scope>>>,
 }
 
 impl Watch {
-    /// A clock that stands still.
+    /// Returns a clock without a turn.
     pub(crate) fn new() -> Arc<Self> {
         Arc::new(Self {
             epoch: Instant::now(),
@@ -122,13 +120,13 @@ impl Watch {
         self.mail.lock().clone()
     }
 
-    /// What ends with the running run; while the script loads there is none.
+    /// Returns the scope of the current run; while the script loads there is none.
     pub(crate) fn scope(&self) -> Option<Arc<Scope>> {
         let running = !self.is_loading();
         running.then(|| Arc::clone(self.scope.lock().get_or_insert_default()))
     }
 
-    /// What is left of the running turn.
+    /// Returns the time left for the running turn.
     pub(crate) fn remaining(&self) -> Duration {
         let limit = self.limit.load(Ordering::Relaxed);
         Duration::from_nanos(limit.saturating_sub(self.now()))
@@ -153,14 +151,14 @@ impl Watch {
     }
 
     fn flag(&self, expired: bool) -> mlua::Result<()> {
-        // The key exists, so this takes no memory.
+        // The key exists, so that setting it takes no memory.
         self.flags.get().map_or(Ok(()), |flags| flags.raw_set("expired", expired))
     }
 
-    /// Called by a thread that finds `expired` set: the same that the hook does.
+    /// Does what the hook does, for a Lua thread that finds `expired` set.
     ///
     /// # Errors
-    /// Always the one that ends the thread, if the limit has passed.
+    /// The error that ends the Lua thread, if the limit has passed.
     pub(crate) fn stop(self: &Arc<Self>, lua: &Lua) -> mlua::Result<()> {
         self.check(lua).map(|_| ())
     }
@@ -214,7 +212,7 @@ impl Drop for Turn<'_> {
         self.watch.limit.store(NEVER, Ordering::Relaxed);
         *self.watch.mail.lock() = None;
         if let Some(scope) = self.watch.scope.lock().take() {
-            // If it is there already, it is the same.
+            // A scope that is set already is the same one.
             let _ = self.scope.0.set(scope);
         }
     }

@@ -19,10 +19,10 @@ use crate::lua::library::action_object::ActionObject;
 use crate::lua::library::address;
 use crate::lua::library::mail_object::{This, alive};
 
-/// Most addresses whose action objects are kept.
+/// Most addresses with a cached action object.
 const MAX_KEPT: usize = 256;
 
-/// Adds them to the class of mail objects.
+/// Adds the methods to the class of mail objects.
 ///
 /// # Errors
 /// Lua is out of memory.
@@ -41,7 +41,7 @@ pub(crate) fn methods(class: &mut Class<'_>) -> mlua::Result<()> {
     reply(class, "defer", Action::Defer)
 }
 
-/// An action that is an answer at once.
+/// Adds a method whose action is an answer without a next hop.
 fn reply(
     class: &mut Class<'_>,
     name: &'static str,
@@ -60,10 +60,11 @@ fn reply(
     })
 }
 
-/// Texts of addresses, and the action objects that connect there.
+/// Action objects by the text of their address.
 type Kept = Mutex<HashMap<Vec<u8>, AnyUserData>>;
 
-/// `connect(to)`: most handlers do so with few addresses, so their action objects are kept.
+/// Returns the action of `connect(to)`. Most handlers use few addresses, so the action objects are
+/// cached.
 fn connect_plainly(lua: &Lua, to: &Value, kept: &Kept) -> Result<AnyUserData, Raise> {
     if let Value::String(text) = to {
         if let Some(action) = kept.lock().get(&*text.as_bytes()) {

@@ -12,11 +12,11 @@ use crate::delivery::action::Action;
 use crate::lua::binding::convert;
 use crate::lua::binding::function::Class;
 
-/// The userdata.
+/// An action as userdata.
 pub(crate) struct ActionObject(Action);
 
 impl ActionObject {
-    /// This decision.
+    /// Makes the object of an action.
     pub(crate) fn new(action: Action) -> Self {
         Self(action)
     }
@@ -39,7 +39,7 @@ pub(crate) fn register(lua: &Lua) -> mlua::Result<()> {
     })
 }
 
-/// What a handler's last result is, if it is an action.
+/// Returns the action that is a handler's last result, or the text for the log if it is none.
 pub(crate) fn decision(values: MultiValue) -> Result<Action, String> {
     let last = values.back().unwrap_or(&Value::Nil);
     if let Value::UserData(object) = last

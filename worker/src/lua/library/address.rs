@@ -1,10 +1,9 @@
 //! Addresses of sockets in Lua: `qmqp_resolve`, `log_resolve`, `control_resolve`.
 //!
-//! Contract: an address object is immutable, holds at least one endpoint, shows
-//! them with `tostring` and compares by them. A host name is looked up on a
-//! thread of its own, which is abandoned at the deadline, since the system's
-//! resolver has no time limit; while the script loads, on the calling thread,
-//! since the zygote must stay single-threaded.
+//! Contract: an address object is immutable, holds at least one endpoint, shows them with
+//! `tostring` and compares by them. A host name is looked up on a thread of its own, which is
+//! abandoned at the deadline, since the system's resolver has no time limit; while the script
+//! loads, on the calling thread, since the zygote must stay single-threaded.
 //!
 //! # Failure
 //! A text that is no address, or a look-up that fails, raises.
@@ -23,7 +22,7 @@ use crate::lua::binding::function::{self, Call, Class};
 use crate::lua::binding::operation::{Completion, Operation};
 use crate::lua::engine::watch::Watch;
 
-/// The userdata.
+/// An address as userdata.
 #[derive(Debug)]
 pub(crate) struct AddressObject {
     endpoints: Vec<Endpoint>,
@@ -32,7 +31,7 @@ pub(crate) struct AddressObject {
 }
 
 impl AddressObject {
-    /// These endpoints; at least one.
+    /// An address of these endpoints; at least one.
     fn new(endpoints: Vec<Endpoint>) -> Self {
         Self { endpoints, connect: OnceLock::new() }
     }
@@ -54,16 +53,16 @@ impl std::fmt::Display for AddressObject {
     }
 }
 
-/// The address object behind a value, if it is one.
+/// Returns the address object behind a value, if the value is one.
 pub(crate) fn object(value: &Value) -> Option<mlua::UserDataRef<AddressObject>> {
     value.as_userdata().and_then(|object| object.borrow().ok())
 }
 
-/// The endpoints that an address object or a string without a host name stands for; `resolver` is
-/// the function that looks up names.
+/// Returns the endpoints of an address object, or of a string without a host name. `resolver` is
+/// the name of the Lua function for host names, for error messages.
 ///
 /// # Errors
-/// It is neither.
+/// The value is neither.
 pub(crate) fn endpoints(
     argument: &Argument<'_>,
     value: &Value,
@@ -135,7 +134,7 @@ fn resolve(
 struct Lookup {
     host: String,
     port: u16,
-    /// On the calling thread.
+    /// Whether the calling thread does the look-up.
     here: bool,
 }
 
@@ -148,7 +147,7 @@ impl Lookup {
     }
 }
 
-/// The resolver's own words, without what Rust puts before them.
+/// Returns the resolver's own words, without Rust's prefix.
 fn reason(error: &std::io::Error) -> String {
     let text = error.to_string();
     let prefix = "failed to lookup address information: ";

@@ -1,12 +1,12 @@
 //! `m.cgroup`: the client's control group, its attributes and those above it.
 //!
-//! Contract: an object is a path and the mail it was asked of; the group's directory is closed
-//! when the handler ends, the descriptor of the client's process with the mail. Two objects of
-//! the same path are equal.
+//! Contract: an object is a path and a mail. The group's directory is closed when the handler ends,
+//! and the descriptor of the client's process with the mail. Two objects of the same path are
+//! equal.
 //!
 //! # Failure
-//! Asking for the group of a client that has exited raises, and so does what the system
-//! refuses. Names that aren't there are nil. A stale object raises `Stale object`.
+//! The group of a client that has exited raises, and so does an error of the system. A missing
+//! attribute is nil. A stale object raises `Stale object`.
 
 use std::sync::Arc;
 
@@ -59,7 +59,7 @@ impl From<CgroupError> for Raise {
 }
 
 impl Handle {
-    /// Works on the group while its mail is there.
+    /// Works on the group, if its mail is still there.
     fn with<R>(&self, f: impl FnOnce(&Cgroup) -> Result<R, Raise>) -> Result<R, Raise> {
         self.slot.with(|_, cgroups| {
             let own = cgroups.iter().find(|cgroup| **cgroup.path() == *self.path);
@@ -67,7 +67,7 @@ impl Handle {
         })
     }
 
-    /// The group above.
+    /// Returns the parent group.
     fn parent(&self) -> Result<Option<Self>, Raise> {
         self.slot.with(|_, cgroups| {
             let Some(path) = parent(&self.path) else { return Ok(None) };
@@ -79,7 +79,7 @@ impl Handle {
     }
 }
 
-/// Adds it to the class of mail objects.
+/// Adds the attribute to the class of mail objects.
 ///
 /// # Errors
 /// Lua is out of memory.
@@ -90,7 +90,7 @@ pub(crate) fn attribute(class: &mut Class<'_>) -> mlua::Result<()> {
     })
 }
 
-/// The path of the client's group, which is in the list afterwards.
+/// Returns the path of the client's group and adds the group to the list.
 fn client(mail: &mut Mail, cgroups: &mut Vec<Cgroup>) -> Result<Option<Arc<[u8]>>, Raise> {
     if cgroups.is_empty() {
         let Peer::Local { pid: Some(pid), .. } = *mail.peer() else { return Ok(None) };
@@ -154,7 +154,7 @@ fn read_only(lua: &Lua, what: &'static str) -> mlua::Result<Function> {
     })
 }
 
-/// What makes two objects equal; `None` for one of another kind.
+/// Returns the path, by which two objects are equal; `None` for an object of another kind.
 fn path_of<T: 'static>(value: &Value, handle: fn(&T) -> &Handle) -> Option<Arc<[u8]>> {
     let object = value.as_userdata()?.borrow::<T>().ok()?;
     Some(Arc::clone(&handle(&object).path))
@@ -186,7 +186,7 @@ fn xattr(lua: &Lua, handle: &Handle, key: &Value) -> Result<Value, Raise> {
     Ok(value.map(|value| lua.create_string(value)).transpose()?.into_lua(lua)?)
 }
 
-/// `pairs()` over the attributes' full names: it iterates over a copy.
+/// Makes `pairs()` over the attributes' full names; it iterates over a copy.
 fn pairs(lua: &Lua) -> mlua::Result<Function> {
     let next: Function = lua.globals().get("next")?;
     function::internal(lua, move |lua, this: UserDataRef<XattrObject>| {

@@ -42,7 +42,8 @@ function math.frexp(x)
     local m, e = math.frexp(x * 2.0 ^ 54)
     return m, e - 54
   end
-  return string.unpack('<d', string.pack('<i8', bits & ~(0x7ff << 52) | 1022 << 52)), exponent - 1022
+  local mantissa = bits & ~(0x7ff << 52) | 1022 << 52
+  return string.unpack('<d', string.pack('<i8', mantissa)), exponent - 1022
 end
 
 -- 2^e itself may be no float where m * 2^e is one. A fraction of e doesn't count.

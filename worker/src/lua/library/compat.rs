@@ -1,5 +1,5 @@
-//! Names of Lua 5.1 and LuaJIT, for scripts that were written for them: aliases
-//! where 5.3 has the thing, hints where it hasn't.
+//! Names of Lua 5.1 and LuaJIT, for scripts that were written for them: aliases where 5.3 has the
+//! thing, hints where it hasn't.
 //!
 //! # Failure
 //! `ffi`, `jit`, `setfenv`, `getfenv`, `module` and `newproxy` raise, with a hint.

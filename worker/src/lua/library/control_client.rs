@@ -1,12 +1,11 @@
 //! The library `control_client`: commands to beng-proxy.
 //!
-//! Contract: a client sends datagrams and hears nothing back. It is connected in
-//! each worker when it is first used, and again when its server was restarted. A
-//! builder collects commands; it may be sent more than once, by any client.
+//! Contract: a client sends datagrams and receives nothing. Each worker connects its clients at
+//! their first use, and again when the server was restarted. A builder collects commands; any
+//! client may send it, more than once.
 //!
 //! # Failure
-//! Misuse raises, and the builder is as before. What fails at run time is
-//! `nil, message`.
+//! Misuse raises and leaves the builder as it was. A failure at run time is `nil, message`.
 
 use std::sync::Arc;
 
@@ -108,7 +107,7 @@ fn builder(lua: &Lua) -> mlua::Result<()> {
         })?;
     }
     class.method("cancel_job", |lua, arguments: MultiValue| {
-        // The builder itself is the first one.
+        // The first argument is the builder itself.
         let got = arguments.len().saturating_sub(1);
         if got != 2 {
             return Err(format!(

@@ -1,13 +1,13 @@
-//! This process's way to the shared dictionaries, which live in the supervisor.
+//! The client of the shared dictionaries, which live in the supervisor.
 //!
-//! Contract: a question has a channel of its own until its answer is there; then the channel is
-//! idle, and serves the next one. [`try_ask`] never waits, so it may be used while Lua is held:
-//! by the time somebody waits for the answer it usually has come. What a zygote opened while its
-//! script loaded must be closed ([`close_idle`]) before it forks: two processes with one channel
-//! would read each other's answers.
+//! Contract: a question has a channel of its own until its answer has come; then the channel is
+//! idle and serves the next question. [`try_ask`] never waits, so it may be called while Lua is
+//! held; the answer has usually come when a thread begins to wait for it. A zygote must close its
+//! channels ([`close_idle`]) before it forks, because two processes with one channel would read
+//! each other's answers.
 //!
 //! # Failure
-//! [`AskError`]. A channel that failed, or whose answer nobody waited for, is closed.
+//! [`AskError`]. A channel is closed if it failed, or if no thread waited for its answer.
 
 use std::cell::RefCell;
 use std::os::fd::{AsFd, OwnedFd};
@@ -21,7 +21,7 @@ use qrelay_shared::dictionary::{Answer, FromDictionary, Operation, Request, ToDi
 use qrelay_shared::ipc::channel::{Channel, RecvBuffer, RecvError, SendError};
 use qrelay_shared::sys::wait::socket_timeout;
 
-/// The supervisor answers at once, or something is wrong.
+/// Longest wait for an answer. The supervisor answers at once unless something is wrong.
 const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Why there is no answer.
@@ -30,7 +30,7 @@ pub(crate) enum AskError {
     /// The mail's time is over.
     #[error("the time for this mail is over")]
     Expired,
-    /// It can't be reached.
+    /// The dictionary server can't be reached.
     #[error("the shared dictionaries can't be reached: {0}")]
     Unreachable(String),
 }
@@ -41,35 +41,36 @@ impl AskError {
     }
 }
 
-/// Hands the supervisor its end of a new channel.
+/// Passes the supervisor its end of a new channel.
 pub(crate) type Opener = Box<dyn Fn(OwnedFd) -> Result<(), SendError> + Send + Sync>;
 
-/// A channel.
+/// A channel to the dictionary server.
 struct DictionaryChannel {
     inner: Channel<ToDictionary, FromDictionary>,
-    /// Its receive timeout is [`PATIENCE`], not less.
+    /// Whether the receive timeout is [`PATIENCE`].
     patient: bool,
 }
 
-/// Channels that nobody uses just now.
+/// The idle channels of this process.
 static IDLE: Mutex<Idle<DictionaryChannel>> = Mutex::new(Idle(Vec::new()));
 
-/// The same, decided apart from them; the last used one is at the end.
+/// A list of idle channels; the last used one is at the end. Generic, so that tests need no
+/// channels.
 struct Idle<T>(Vec<(T, Instant)>);
 
-/// As many stay open.
+/// Most idle channels that stay open.
 const MAX_IDLE: usize = 64;
 
-/// Those that haven't been needed for so long are closed when another one becomes idle.
+/// A channel that was idle for longer is closed when another one becomes idle.
 const MAX_IDLE_TIME: Duration = Duration::from_secs(30);
 
 impl<T> Idle<T> {
-    /// One to be used.
+    /// Takes the channel that was used last.
     fn take(&mut self) -> Option<T> {
         self.0.pop().map(|(channel, _)| channel)
     }
 
-    /// This one is idle now; those that are to be closed.
+    /// Adds an idle channel and returns the channels to close.
     #[must_use]
     fn keep_idle(&mut self, channel: T, now: Instant) -> Vec<(T, Instant)> {
         let disused = |(_, since): &&(T, Instant)| now.duration_since(*since) > MAX_IDLE_TIME;
@@ -82,13 +83,13 @@ impl<T> Idle<T> {
 }
 
 thread_local! {
-    /// For answers without values or keys.
+    /// The buffer for answers without values or keys.
     static SMALL: RefCell<Option<RecvBuffer>> = const { RefCell::new(None) };
-    /// For the others.
+    /// The buffer for all other answers.
     static LARGE: RefCell<Option<RecvBuffer>> = const { RefCell::new(None) };
 }
 
-/// Closes the channels that nobody uses.
+/// Closes the idle channels.
 pub(crate) fn close_idle() {
     IDLE.lock().0.clear();
 }
@@ -100,19 +101,19 @@ pub(crate) struct Asked {
     large: bool,
 }
 
-/// Asks if that can be done at once.
+/// Asks on an idle channel; `None` if there is none that takes the question at once.
 pub(crate) fn try_ask(request: &Request<'_>) -> Option<Asked> {
     let channel = IDLE.lock().take()?;
     match channel.inner.try_send(request, &[]) {
         Ok(()) => return Some(Asked::new(channel, request)),
         Err(SendError::Closed) => {}
-        // That isn't the channel's fault.
+        // The channel can still be used.
         Err(_) => channel.keep_idle(),
     }
     None
 }
 
-/// Asks.
+/// Asks on an idle channel, or on a new one.
 ///
 /// # Errors
 /// See [`AskError`].
@@ -131,7 +132,7 @@ impl Asked {
         Self { channel, large }
     }
 
-    /// Gives the answer to `take` as soon as it is there.
+    /// Waits for the answer and passes it to `take`.
     ///
     /// # Errors
     /// See [`AskError`].
@@ -166,13 +167,13 @@ impl DictionaryChannel {
         Ok(Self { inner, patient: false })
     }
 
-    /// It is idle now.
+    /// Keeps the channel for the next question.
     fn keep_idle(self) {
         let closed = IDLE.lock().keep_idle(self, Instant::now());
         drop(closed);
     }
 
-    /// Receiving ends at the deadline, or when patience does.
+    /// Limits receiving to the deadline and to [`PATIENCE`].
     fn limit(&mut self, deadline: Deadline) -> Result<(), AskError> {
         let brief = deadline.remaining() < PATIENCE;
         if self.patient && !brief {

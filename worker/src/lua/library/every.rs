@@ -1,14 +1,13 @@
 //! `every(seconds, fn)`: functions that every worker runs again and again.
 //!
-//! Contract: each has a thread of its own, which begins with the worker and ends
-//! with it; the zygote and `qrelay check` have none. A run begins one period after
-//! the one before began, or when that has ended if it took longer: it never
-//! overlaps itself, and what was missed is left out. A run may use as much Lua as
-//! a handler, and wait as long as a mail.
+//! Contract: each function has a thread of its own, which begins and ends with the worker; the
+//! zygote and `qrelay check` have none. A run begins one period after the start of the previous
+//! run, or at its end if it took longer. Runs of one function never overlap, and missed runs are
+//! left out. A run may use as much Lua time as a handler, and wait as long as a mail.
 //!
 //! # Failure
-//! A run that fails is logged with its traceback, and the next one comes in its
-//! time. A thread that can't be had is logged.
+//! A run that fails is logged with its traceback, and the next one begins on time. A thread that
+//! can't be started is logged.
 
 use std::sync::Arc;
 use std::thread;
@@ -27,10 +26,10 @@ use crate::lua::engine::watch::Watch;
 const MIN_PERIOD: f64 = 0.01;
 /// Longest period: a day.
 const MAX_PERIOD: f64 = 86_400.0;
-/// Most functions, since each has a thread.
+/// Most functions, because each has a thread.
 const MAX_TIMERS: usize = 64;
 
-/// What a script has asked for, as application data of the Lua state.
+/// The timers of a script, as application data of the Lua state.
 #[derive(Default)]
 struct Timers(Vec<Timer>);
 
@@ -69,7 +68,7 @@ fn add(lua: &Lua, seconds: &Value, function: &Value) -> Result<(), Raise> {
     Ok(())
 }
 
-/// To be called in a worker: starts the threads.
+/// Starts the threads, in a worker.
 pub(crate) fn start(lua: &Lua, background: &Arc<Background>) {
     let timers = lua.remove_app_data::<Timers>().unwrap_or_default();
     for timer in timers.0 {

@@ -1,10 +1,10 @@
 //! `m:exec(program, arg…, [options])` and `m:exec_raw(…)`: their arguments.
 //!
-//! Contract: what [`crate::delivery::action::Exec`] says. Arguments are texts without
-//! NUL; the last one may be a table of options.
+//! Contract: as [`crate::delivery::action::Exec`] says. Arguments are texts without NUL; the last
+//! one may be a table of options.
 //!
 //! # Failure
-//! Wrong arguments raise. Whether the program exists shows when it is run.
+//! Wrong arguments raise. A missing program shows only when it is run.
 
 use std::ffi::CString;
 use std::sync::Arc;
@@ -25,7 +25,7 @@ const MAX_BYTES: usize = 1 << 20;
 /// Most environment variables.
 const MAX_ENVIRONMENT: usize = 32;
 
-/// Adds them to the class of mail objects.
+/// Adds the methods to the class of mail objects.
 ///
 /// # Errors
 /// Lua is out of memory.

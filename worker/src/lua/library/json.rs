@@ -1,14 +1,13 @@
 //! The library `json`.
 //!
-//! Contract: a sequence is an array, any other table an object, `{}` an object;
-//! integers and floats stay what they are. Tables nest at most [`MAX_DEPTH`]
-//! deep in either direction, checked before descending, so that neither a
-//! hostile text nor a cycle can exhaust the stack. Metatables are ignored. The
-//! keys of an object are written in order, so that equal tables give equal text.
+//! Contract: a sequence is an array, any other table an object, `{}` an object; integers and floats
+//! stay what they are. Tables nest at most [`MAX_DEPTH`] deep in either direction, checked before
+//! descending, so that neither a hostile text nor a cycle can exhaust the stack. Metatables are
+//! ignored. The keys of an object are written in order, so that equal tables give equal text.
 //!
 //! # Failure
-//! What JSON can't express raises and names the place. A text that isn't JSON
-//! is `nil, message`.
+//! A value that JSON can't express raises an error that names its place. A text that isn't JSON is
+//! `nil, message`.
 
 use std::cell::Cell;
 use std::ffi::c_void;
@@ -28,15 +27,15 @@ pub(crate) const MAX_DEPTH: usize = 128;
 /// Longest text that `json.dump` makes: 16 MiB, the default size of a whole mail.
 const MAX_TEXT: usize = 16 << 20;
 
-/// Most values in a text that `json.dump` makes: about a second's work. A small table that is in
-/// many places of a larger one could otherwise make any number.
+/// Most values in a text that `json.dump` makes: about a second's work. Without the limit a small
+/// table that is in many places of a larger one could make any number of values.
 const MAX_VALUES: usize = 1 << 20;
 
 /// The value `json.null`.
 #[derive(Debug, Clone, Copy)]
 struct Null;
 
-/// What `json.null` is in each Lua state.
+/// The value of `json.null` in a Lua state.
 struct NullValue(Value);
 
 fn null(lua: &Lua) -> Value {
@@ -86,7 +85,7 @@ pub(crate) fn register(lua: &Lua) -> mlua::Result<()> {
 
 /// Why a value has no JSON.
 pub(super) enum DumpError {
-    /// JSON has nothing like it; the text says what, and where.
+    /// JSON has no such value; the text names the value and its place.
     Value(String),
     /// Lua is out of memory.
     Lua(mlua::Error),
@@ -108,7 +107,7 @@ impl From<mlua::Error> for DumpError {
     }
 }
 
-/// A value's JSON, without white space.
+/// Returns a value's JSON, without white space.
 ///
 /// # Errors
 /// See [`DumpError`].
@@ -118,7 +117,7 @@ pub(super) fn dump(value: &Value) -> Result<Vec<u8>, DumpError> {
     Ok(writer.text)
 }
 
-/// A step from the outermost value to the one that is written.
+/// A step on the path from the outermost value to the value that is being written.
 enum Step {
     Index(usize),
     Key(Vec<u8>),
@@ -127,7 +126,7 @@ enum Step {
 struct Writer {
     text: Vec<u8>,
     values: usize,
-    /// The tables that are open, by identity, and what is written of each.
+    /// The tables around the current value, by identity, with the step into each.
     path: Vec<(*const c_void, Step)>,
 }
 
@@ -233,16 +232,16 @@ impl Writer {
         members.collect()
     }
 
-    /// What is written next of the innermost table.
+    /// Sets what is written next of the innermost table.
     fn step(&mut self, step: Step) {
         if let Some((_, current)) = self.path.last_mut() {
             *current = step;
         }
     }
 
-    /// What can't be written, and where it is.
+    /// Returns the error for a value that can't be written, with its place.
     fn wrong(&self, what: &str) -> DumpError {
-        /// Steps shown of a long way.
+        /// Most steps of a path that a message shows.
         const SHOWN: usize = 8;
         let mut text = format!("not JSON: {what}");
         if !self.path.is_empty() {
@@ -261,8 +260,8 @@ impl Writer {
     }
 }
 
-/// The value that a text stands for, or why it is no JSON. With `nulls`, null is `json.null`, else
-/// it is left out.
+/// Returns the value of a JSON text, or the reason why the text is no JSON. With `nulls`, null is
+/// `json.null`; else null is left out.
 ///
 /// # Errors
 /// Lua is out of memory.

@@ -1,9 +1,8 @@
 //! The library `jwt`: JSON Web Tokens (RFC 7519) signed with Ed25519 (RFC 8037).
 //!
-//! Contract: `EdDSA` is the only algorithm, in both directions; what a token's
-//! header says can't choose another. Nothing of a token is believed before its
-//! signature has been verified. What a header marks as critical is refused,
-//! since nothing beyond RFC 7519 is known here.
+//! Contract: `EdDSA` is the only algorithm, in both directions; a token's header can't choose
+//! another. No part of a token is used before its signature has been verified. A header with
+//! critical extensions is refused, because no extension of RFC 7519 is supported.
 //!
 //! # Failure
 //! Misuse raises. A token that isn't valid is `nil, message`.
@@ -91,7 +90,7 @@ fn verify(lua: &Lua, (token, pk): (Value, Value)) -> Result<MultiValue, Raise> {
         Ok(parts) => parts,
         Err(message) => return failure(lua, message),
     };
-    // First with every null, lest an `exp` of null pass for none.
+    // The first pass keeps every null, because an `exp` of null must not pass for a missing one.
     for (bytes, check) in [
         (&parts.header, header_flaw as fn(&Table) -> mlua::Result<Option<&'static str>>),
         (&parts.payload, claims_flaw),
@@ -118,14 +117,14 @@ fn failure(lua: &Lua, message: &str) -> Result<MultiValue, Raise> {
     Ok(MultiValue::from_iter([Value::Nil, message]))
 }
 
-/// What the key's owner has signed.
+/// The parts of a token with a valid signature.
 #[derive(Debug)]
 struct Parts {
     header: Vec<u8>,
     payload: Vec<u8>,
 }
 
-/// Takes a token apart, if its signature is the key's.
+/// Takes a token apart, if the key has signed it.
 fn genuine(token: &[u8], pk: &PublicKey) -> Result<Parts, &'static str> {
     const MALFORMED: &str = "malformed token";
     let dots: Vec<usize> = memchr::memchr_iter(b'.', token).take(3).collect();
@@ -165,7 +164,7 @@ fn now() -> f64 {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO).as_secs_f64()
 }
 
-/// A claim's number, if there is the claim.
+/// Returns the number of a claim, if the claim exists.
 fn time(claim: &Value) -> Result<Option<f64>, ()> {
     match claim {
         Value::Nil => Ok(None),

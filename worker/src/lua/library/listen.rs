@@ -1,14 +1,13 @@
-//! What a script declares: `qmqp_listen`, `settings`, `systemd`, `max_size`, `log_server`.
+//! The declarations of a script: `qmqp_listen`, `settings`, `systemd`, `max_size`, `log_server`.
 //!
-//! Contract: while the script loads, a [`Draft`] collects listeners, handlers
-//! and settings; [`Draft::finish`] makes the [`Declaration`] of them. It is not
-//! locked while Lua is asked something, which may run a finalizer. Names of
-//! owners are looked up here, once, so that a replaced worker's generation
-//! doesn't depend on them.
+//! Contract: while the script loads, a [`Draft`] collects listeners, handlers and settings;
+//! [`Draft::finish`] makes the [`Declaration`] of them. The draft is not locked during a call to
+//! Lua, because the call may run a finalizer. Owners' names are looked up once, here, so that a
+//! replaced worker doesn't depend on them.
 //!
 //! # Failure
-//! Wrong arguments raise in the script. What only shows at the end (no listener
-//! at all, a wrong `log_server`) is an error of [`Draft::finish`].
+//! Wrong arguments raise in the script. A mistake that only shows at the end (no listener at all, a
+//! wrong `log_server`) is an error of [`Draft::finish`].
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -38,10 +37,10 @@ const MAX_BACKLOG: u64 = 65_535;
 
 /// The options of `qmqp_listen`.
 const OPTIONS: &[&str] = &["mode", "owner", "group", "backlog", "max_size", "allow"];
-/// Those of them that only a socket file has.
+/// The options of a socket file only.
 const FILE_OPTIONS: &[&str] = &["mode", "owner", "group"];
 
-/// Who runs, as far as declarations go.
+/// The phase of loading, which decides whether a declaration is allowed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Phase {
     Loading,
@@ -49,7 +48,7 @@ enum Phase {
     Finished,
 }
 
-/// What has been declared so far.
+/// The declarations so far.
 pub(crate) struct Draft {
     phase: Phase,
     listeners: Vec<ListenerDecl>,
@@ -68,7 +67,7 @@ pub(crate) type SharedDraft = Arc<Mutex<Draft>>;
 struct Systemd(Option<String>);
 
 impl Draft {
-    /// Nothing declared yet.
+    /// Returns a draft without declarations.
     pub(crate) fn new(systemd: Vec<String>) -> SharedDraft {
         Arc::new(Mutex::new(Self {
             phase: Phase::Loading,
@@ -80,12 +79,12 @@ impl Draft {
         }))
     }
 
-    /// The script has run; its function `reload` is about to.
+    /// Enters the phase in which the script's function `reload` runs.
     pub(crate) fn enter_reload(&mut self) {
         self.phase = Phase::Reload;
     }
 
-    /// Everything has run: the declaration, and the handler of each listener.
+    /// Returns the final declaration and the handler of each listener.
     ///
     /// # Errors
     /// A text that names what is missing or wrong.
@@ -223,7 +222,8 @@ fn listen_address(argument: &Argument<'_>, place: &Value) -> Result<ListenAddres
     let text = text.as_bytes();
     if &*text == b"systemd" {
         return Err(argument.invalid(
-            "the string 'systemd' is no address; did you mean the variable systemd, without quotes?",
+            "the string 'systemd' is no address; \
+             did you mean the variable systemd, without quotes?",
         ));
     }
     match endpoint::parse(&text, 0) {
@@ -237,14 +237,14 @@ fn listen_address(argument: &Argument<'_>, place: &Value) -> Result<ListenAddres
     }
 }
 
-/// Something that isn't even meant to be an IP address, a path or an `@name`.
+/// Whether a text isn't meant to be an IP address, a path or an `@name`.
 fn is_word(text: &[u8]) -> bool {
     let is_address = matches!(endpoint::parse(text, 1), Ok(Parsed::Endpoint(_)));
     let has_digits_only = text.iter().all(|b| b"0123456789.:[]".contains(b));
     !is_address && !has_digits_only && !text.starts_with(b"/") && !text.starts_with(b"@")
 }
 
-/// Without doubled slashes and `.`, so that one file has one name.
+/// Removes doubled slashes and `.`, so that one file has one name.
 fn tidy(path: PathBuf) -> PathBuf {
     path.components().collect()
 }
@@ -304,7 +304,7 @@ fn global_max_size(lua: &Lua) -> Result<usize, Raise> {
     Ok(size as usize)
 }
 
-/// An octal string: a number would be read as decimal.
+/// Reads an octal string; a number is refused, because Lua would read it as decimal.
 fn mode(key: &Argument<'_>, value: &Value) -> Result<u32, Raise> {
     let parsed = match value {
         Value::String(text) => str::from_utf8(&text.as_bytes())

@@ -1,8 +1,8 @@
 //! The library `log`: records with a level and fields.
 //!
-//! Contract: a record goes where the worker's own go, with the id of the mail
-//! whose handler writes it. Fields are written in the order of their names. What
-//! the level leaves out costs nothing but its arguments.
+//! Contract: a script's record goes where the worker's own records go, with the id of the mail
+//! whose handler writes it. Fields are written in the order of their names. A record below the
+//! log's level costs only the making of its arguments.
 //!
 //! # Failure
 //! Misuse raises; the log itself never waits and never fails.
@@ -35,7 +35,7 @@ const LEVELS: [(&str, Level); 4] = [
 struct Fields(Vec<(String, String)>);
 
 impl KV for Fields {
-    /// The last one first, as slog does it.
+    /// Emits the last field first, as slog does.
     fn serialize(&self, _: &Record<'_>, serializer: &mut dyn Serializer) -> slog::Result {
         for (name, value) in self.0.iter().rev() {
             serializer.emit_str(name.clone().into(), value)?;
@@ -65,7 +65,7 @@ pub(crate) fn register(lua: &Lua, logger: &Logger, watch: &Arc<Watch>) -> mlua::
     lua.globals().set("log", library)
 }
 
-/// The level of a record is a constant, hence the arms.
+/// Writes a record. The level must be a constant, hence the arms.
 fn write(logger: &Logger, level: Level, text: &str, id: Option<&str>, fields: Fields) {
     match level {
         Level::Debug => slog::debug!(logger, "{}", text; "id" => id, fields),

@@ -1,7 +1,7 @@
-//! What a handler sees of its mail: attributes and methods of the mail object.
+//! The attributes and methods of the mail object.
 //!
-//! Contract: an attribute shows what the handler has changed, else what the client sent. A change
-//! is checked before it is made.
+//! Contract: an attribute has the handler's value, else the client's. A change is checked before it
+//! is made.
 //!
 //! # Failure
 //! Wrong names and values raise; a stale object raises `Stale object`.
@@ -120,7 +120,7 @@ fn valid_account(value: &Value) -> Result<Option<String>, Raise> {
     Ok(Some(shown.into_owned()))
 }
 
-/// Facts about the client and the connection.
+/// Adds the attributes of the client.
 fn client(class: &mut Class<'_>) -> mlua::Result<()> {
     class.getter("pid", |_, this: &MailObject| {
         this.with(|mail| match *mail.peer() {
@@ -153,7 +153,7 @@ fn client(class: &mut Class<'_>) -> mlua::Result<()> {
     class.getter("size", |_, this: &MailObject| this.with(|mail| Ok(mail.message().len())))
 }
 
-/// An IP address, or the words of the `Received` line.
+/// Returns the client's IP address, or the words of the `Received` line.
 fn peer(peer: &Peer) -> String {
     match peer {
         Peer::Local { pid: Some(pid), uid, .. } => {
@@ -205,7 +205,7 @@ fn header_name<'v>(function: &str, value: &'v Value) -> Result<Text<'v>, Raise> 
     Err(argument.wrong("a field name of printable characters without ':'", value))
 }
 
-/// What can be inserted as the value of a field with this name.
+/// Returns the value for a field of this name, if it can be inserted.
 fn header_value<'v>(name: &[u8], value: &'v Value) -> Result<Text<'v>, Raise> {
     let argument = Argument::new("insert_header", 2, "value");
     let text = match convert::text(value)? {
@@ -237,7 +237,7 @@ fn has_tostring(value: &Value) -> Result<bool, Raise> {
     })
 }
 
-/// Marks all fields of that name to be left out; how many there are.
+/// Removes all fields of this name and returns their number.
 fn remove_header(mail: &mut Mail, name: &[u8]) -> usize {
     let fields = header::field_ranges(mail.message(), name);
     let count = fields.len();

@@ -1,7 +1,7 @@
 //! The object that stands for a mail in Lua.
 //!
-//! Contract: the object leads to the [`Slot`] of the mail. The object is stale once the handler has
-//! ended, and other users of it learn so from the slot.
+//! Contract: the object refers to the [`Slot`] of the mail. The object is stale once the handler
+//! has ended and the slot is empty.
 //!
 //! # Failure
 //! A stale object, or another value in its place, raises.
@@ -16,11 +16,11 @@ use crate::lua::binding::function;
 use crate::lua::engine::slot::Slot;
 use crate::mail::Mail;
 
-/// The userdata.
+/// A mail as userdata.
 pub(crate) struct MailObject(Arc<Slot>);
 
 impl MailObject {
-    /// The mail in this slot.
+    /// Makes the object of the mail in this slot.
     pub(crate) fn new(slot: Arc<Slot>) -> Self {
         Self(slot)
     }
@@ -32,7 +32,7 @@ pub(crate) type This = function::This<MailObject>;
 /// The mail object that a method was called on.
 ///
 /// # Errors
-/// It is no mail, or stale.
+/// The value is no mail object, or is stale.
 pub(crate) fn alive(this: &This) -> Result<&MailObject, Raise> {
     match this {
         Either::Left(object) => object.with(|_| Ok(&**object)),
@@ -45,10 +45,10 @@ pub(crate) fn alive(this: &This) -> Result<&MailObject, Raise> {
 }
 
 impl MailObject {
-    /// Works on the mail. Nothing in `f` may ask Lua, which could ask for this mail.
+    /// Works on the mail. `f` must not call Lua, which could call for this mail.
     ///
     /// # Errors
-    /// What `f` raises, or that the mail is gone.
+    /// The error of `f`, or `Stale object` if the mail is gone.
     pub(crate) fn with<R>(
         &self,
         f: impl FnOnce(&mut Mail) -> Result<R, Raise>,
@@ -56,7 +56,7 @@ impl MailObject {
         self.0.with(|mail, _| f(mail))
     }
 
-    /// Where the mail is.
+    /// Returns the slot of the mail.
     pub(crate) fn slot(&self) -> &Arc<Slot> {
         &self.0
     }

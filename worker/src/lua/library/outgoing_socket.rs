@@ -1,13 +1,13 @@
-//! A socket over which a script sends to somebody else, such as a log server.
+//! A socket over which a script sends to a server, such as a log server.
 //!
-//! Contract: nothing is received. A connection that was declared while the script loads is made
-//! when it is first needed, and again after a failure; [`OutgoingSocket::release`] closes it before a
-//! fork, so that every worker has its own. Threads that use one at the same time wait for each
+//! Contract: nothing is received. A socket that was declared while the script loads is connected at
+//! its first use, and again after a failure; [`OutgoingSocket::release`] closes it before a fork,
+//! so that every worker has its own. Threads that use one socket at the same time wait for each
 //! other. A message of a datagram or packet socket goes out whole or not at all.
 //!
 //! # Failure
-//! [`SocketError`]. A stream that failed in the middle is closed, since nobody knows how much
-//! has arrived.
+//! [`SocketError`]. A stream that failed in the middle is closed, because nobody knows how much has
+//! arrived.
 
 use std::os::fd::{AsRawFd, OwnedFd};
 
@@ -29,7 +29,7 @@ pub(crate) enum SocketError {
     Connect {
         /// The last address.
         endpoint: String,
-        /// What the system says.
+        /// The system's error.
         errno: Errno,
     },
     /// The connection failed.
@@ -37,10 +37,10 @@ pub(crate) enum SocketError {
     Send {
         /// Every address of the connection.
         endpoint: String,
-        /// What the system says.
+        /// The system's error.
         errno: Errno,
     },
-    /// It was closed, by the script or after a failure.
+    /// The socket was closed, by the script or after a failure.
     #[error("the socket is closed")]
     Closed,
     /// The deadline passed.
@@ -55,13 +55,13 @@ enum State {
     Closed,
 }
 
-/// One socket.
+/// A socket of a script.
 #[derive(Debug)]
 pub(crate) struct OutgoingSocket {
     /// Tried in this order.
     endpoints: Vec<Endpoint>,
     kind: SockType,
-    /// A lost connection is made again.
+    /// Whether a lost connection is made again.
     declared: bool,
     state: Mutex<State>,
 }
@@ -72,7 +72,7 @@ impl OutgoingSocket {
         Self { endpoints, kind, declared, state: Mutex::new(State::Unconnected) }
     }
 
-    /// Connects it, unless it is.
+    /// Connects the socket, unless it is connected.
     ///
     /// # Errors
     /// See [`SocketError`].
@@ -91,7 +91,7 @@ impl OutgoingSocket {
         }
         let used_before = matches!(*state, State::Connected(_));
         match self.send_once(&mut state, bytes, deadline) {
-            // The receiver has been restarted; a message that failed has gone nowhere.
+            // The receiver has been restarted, and a message that failed has reached nobody.
             Err(SocketError::Send { .. })
                 if used_before && self.has_messages() && matches!(*state, State::Unconnected) =>
             {
@@ -101,11 +101,12 @@ impl OutgoingSocket {
         }
     }
 
-    /// Closes it for good. What a peer of a stream has sent is dropped first: closing with it would
-    /// reset the connection, and the peer could lose what it has not read yet.
+    /// Closes the socket for good. Input from the peer of a stream is dropped first, because
+    /// closing with unread input resets the connection, and the peer could lose what it has not
+    /// read yet.
     ///
     /// # Errors
-    /// Another thread keeps it busy until the deadline.
+    /// Another thread uses the socket until the deadline.
     pub(crate) fn close(&self, deadline: Deadline) -> Result<(), SocketError> {
         let mut state = self.lock(deadline)?;
         if let State::Connected(fd) = std::mem::replace(&mut *state, State::Closed)
@@ -117,7 +118,7 @@ impl OutgoingSocket {
         Ok(())
     }
 
-    /// Before a fork: closes it, to be connected again when it is needed.
+    /// Closes the socket before a fork; the next use connects it again.
     pub(crate) fn release(&self) {
         let mut state = self.state.lock();
         if matches!(*state, State::Connected(_)) {
@@ -212,9 +213,10 @@ fn send_all(fd: &OwnedFd, mut bytes: &[u8], deadline: Deadline) -> Result<(), Er
     }
 }
 
-/// Drops what has been received, without waiting for more; whether the peer has ended the stream.
+/// Drops the input that has been received, without waiting for more. Returns whether the peer has
+/// ended the stream.
 fn drop_input(fd: &OwnedFd) -> bool {
-    /// Reads at most; a peer that sends faster than this is not waited for.
+    /// Most reads; a peer that sends faster is not waited for.
     const READS: usize = 64;
     let mut buffer = [0; 4096];
     for _ in 0..READS {

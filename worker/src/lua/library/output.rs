@@ -12,8 +12,8 @@ use crate::lua::binding::error::{self, Raise};
 use crate::lua::binding::function::Class;
 use crate::lua::engine::output::{Output, Stream};
 
-/// The stream whose method was called. What else Lua's own streams would ignore is ignored here,
-/// and what they would obey can't be.
+/// Returns the stream whose method was called. Further arguments are ignored, as Lua's own streams
+/// ignore most of them.
 fn first(arguments: &MultiValue) -> Result<Stream, Raise> {
     stream(arguments.front().unwrap_or(&Value::Nil))
 }
@@ -27,7 +27,7 @@ fn stream(value: &Value) -> Result<Stream, Raise> {
     Err("expected a stream; call its methods with a colon".into())
 }
 
-/// What a standard stream can't do, as the C library would say it.
+/// Returns the result of a call that a standard stream can't do, in the C library's words.
 fn refused(reason: &'static str) -> (Value, &'static str) {
     (Value::Nil, reason)
 }

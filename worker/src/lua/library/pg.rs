@@ -10,7 +10,7 @@
 //! while the script was loaded are closed, and their threads have ended, before anything forks.
 //!
 //! # Failure
-//! Misuse raises; what the server refuses, or the network, is `nil, message`.
+//! Misuse raises; an error of the server or of the network is `nil, message`.
 
 mod array;
 mod connection;
@@ -52,14 +52,14 @@ const DEFAULT_CONNECTIONS: u64 = 2;
 /// Most of them: each is a thread here and a process on the server.
 const MAX_CONNECTIONS: u64 = 1000;
 
-/// What the library knows beyond the script's objects.
+/// The state of the library beside the script's objects.
 pub(crate) struct Library {
     logger: Logger,
-    /// Made while the script was loaded.
+    /// The pools that were made while the script was loading.
     pools: Mutex<Vec<WeakPool>>,
-    /// Of these channels each worker is told, per database.
+    /// The channels that each worker listens on, per database.
     channels: Mutex<Vec<(Arc<Target>, Vec<Channel>)>>,
-    /// Since the worker began.
+    /// Set when the worker begins.
     background: OnceLock<Arc<Background>>,
 }
 
@@ -74,8 +74,8 @@ impl Library {
         })
     }
 
-    /// The script is loaded: closes what it opened and waits for the threads' end, at most
-    /// [`pool::CLOSE_TIME`].
+    /// Closes, after loading, the connections that the script opened, and waits at most
+    /// [`pool::CLOSE_TIME`] for the end of their threads.
     pub(crate) fn close(&self) {
         let deadline = Deadline::after(pool::CLOSE_TIME);
         let pools = std::mem::take(&mut *self.pools.lock());
@@ -86,7 +86,7 @@ impl Library {
         }
     }
 
-    /// In a worker: starts to listen.
+    /// Starts to listen, in a worker.
     pub(crate) fn start(&self, background: &Arc<Background>) {
         // It is set once: a process becomes a worker once.
         let _ = self.background.set(Arc::clone(background));
@@ -95,7 +95,7 @@ impl Library {
         }
     }
 
-    /// The callback runs when somebody notifies the channel.
+    /// Calls the callback for each notification of the channel.
     fn listen(&self, target: &Arc<Target>, name: String, callback: Function) {
         let channel = Channel { name, callback };
         if let Some(background) = self.background.get() {

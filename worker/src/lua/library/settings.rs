@@ -3,8 +3,8 @@
 //! Contract: each key has one row in `KEYS`, with its limits.
 //!
 //! # Failure
-//! An unknown key, a wrong type or a value out of range raises, and names the
-//! key. What only makes sense together is checked by [`consistent`].
+//! An unknown key, a wrong type or a value out of range raises an error that names the key.
+//! [`consistent`] checks values against each other.
 
 use std::time::Duration;
 
@@ -34,7 +34,7 @@ enum Kind {
     Share(fn(&mut Settings) -> &mut f64),
 }
 
-/// All settings, in the order of the documentation.
+/// The settings, in the order of the documentation.
 const KEYS: &[(&str, Kind)] = &[
     ("workers", Kind::Small(1, 256, |s| &mut s.workers)),
     ("worker_connections", Kind::Small(1, 4096, |s| &mut s.worker_connections)),
@@ -54,8 +54,8 @@ const KEYS: &[(&str, Kind)] = &[
     ("max_hops", Kind::Small(1, 1000, |s| &mut s.max_hops)),
 ];
 
-/// Takes over the keys of the table that a script passes to `settings`; `settings` is of no use after
-/// an error.
+/// Copies the keys of the table that a script passes to `settings`. After an error `settings` must
+/// not be used.
 ///
 /// # Errors
 /// See the module.
@@ -106,7 +106,7 @@ pub(crate) fn has_mail_memory(table: &Table) -> Result<bool, Raise> {
     Ok(!table.raw_get::<Value>("mail_memory")?.is_nil())
 }
 
-/// Raises `mail_memory`, which the script has left alone, to what its listeners need.
+/// Raises `mail_memory`, unless the script has set it, to the need of the listeners.
 pub(crate) fn fit_mail_memory(settings: &mut Settings, listeners: &[ListenerDecl]) {
     let largest = listeners.iter().map(|listener| listener.max_size).max().unwrap_or_default();
     settings.mail_memory = settings.mail_memory.max(largest + ENVELOPE);

@@ -1,12 +1,12 @@
 //! The library `shared`: dictionaries that all workers and generations have in common.
 //!
-//! Contract: every method is one atomic operation, done by the supervisor; asking yields, like a
-//! query. A question goes out before that if it is short and need not wait for a channel, so it may
-//! take effect though nobody waits for the answer any more. Keys and names are checked here, so
+//! Contract: every method is one atomic operation, done by the supervisor. Waiting for the answer
+//! yields, like a query. A short question goes out before the wait if a channel is idle, so it may
+//! take effect although nobody waits for the answer any more. Keys and names are checked here, so
 //! that a mistake raises where it was made.
 //!
 //! # Failure
-//! Wrong arguments raise. What can't be stored or reached is `nil, message`.
+//! Wrong arguments raise. A failure to store, or to reach the supervisor, is `nil, message`.
 
 use std::borrow::Cow;
 use std::sync::Arc;
@@ -31,13 +31,13 @@ const MAX_TTL: f64 = 1e9;
 /// Longest value that is sent while Lua is held, in bytes: a page, copied in 1 µs.
 const SHORT: usize = 4096;
 
-/// Keys that `keys()` returns when it isn't told.
+/// Default limit of `keys()`.
 const DEFAULT_KEYS: u64 = 1000;
 
-/// The way to the supervisor, which is another one after a fork.
+/// The way to the supervisor, replaced after a fork.
 pub(crate) type SharedOpener = Arc<RwLock<Opener>>;
 
-/// The userdata.
+/// A dictionary as userdata.
 struct Dictionary {
     name: Arc<str>,
     opener: SharedOpener,
@@ -137,7 +137,7 @@ fn ask_about(
     Ok(Call::Later(pending))
 }
 
-/// Whether writing it takes no time worth mentioning.
+/// Whether sending the question takes so little time that Lua may be held.
 fn is_short(question: &Question<'_>) -> bool {
     match question {
         Question::Set { value: Value::String(value), .. }
@@ -146,7 +146,7 @@ fn is_short(question: &Question<'_>) -> bool {
     }
 }
 
-/// A question that is still to be asked.
+/// A question that has not been sent.
 struct Ask {
     name: Arc<str>,
     opener: SharedOpener,
@@ -166,7 +166,7 @@ impl Operation for Ask {
     }
 }
 
-/// A question on its way.
+/// A question that has been sent.
 struct Wait(Asked);
 
 impl Operation for Wait {
@@ -182,7 +182,7 @@ fn told(answer: Result<Completion, AskError>) -> Completion {
     })
 }
 
-/// What the script gets.
+/// Returns the results of a method.
 fn outcome(answer: Answer<'_>) -> Completion {
     match answer {
         Answer::Value(value) => {
@@ -229,7 +229,7 @@ fn stored(method: &str, value: &LuaValue) -> Result<Value<'static>, Raise> {
     }
 }
 
-/// What `incr` adds: 1 if it isn't told.
+/// Returns the amount that `incr` adds, 1 by default.
 fn summand(value: &LuaValue) -> Result<Value<'static>, Raise> {
     match value {
         LuaValue::Nil => Ok(Value::Integer(1)),

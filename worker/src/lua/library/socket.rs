@@ -1,12 +1,11 @@
 //! The library `socket`: sending to stream, datagram and packet sockets.
 //!
-//! Contract: each operation yields and takes at most ten seconds. A socket that
-//! is made while the script loads is connected in each worker at its first use;
-//! what was connected while loading is closed by [`release`] before any fork.
+//! Contract: each operation yields and takes at most ten seconds. A socket that is made while the
+//! script loads is connected in each worker at its first use; [`release`] closes sockets that were
+//! connected while loading before any fork.
 //!
 //! # Failure
-//! Misuse raises. What fails at run time is `nil, message`, see
-//! [`SocketError`].
+//! Misuse raises. A failure at run time is `nil, message`, see [`SocketError`].
 
 use std::ops::Range;
 use std::sync::{Arc, Weak};
@@ -35,15 +34,14 @@ const KINDS: [(&str, SockType); 3] = [
     ("seqpacket", SockType::SeqPacket),
 ];
 
-/// The connections that were declared while the script loads, as application data of the Lua
-/// state.
+/// The sockets that were declared while the script loads, as application data of the Lua state.
 #[derive(Default)]
 struct Declared(Vec<Weak<OutgoingSocket>>);
 
-/// The userdata.
+/// A socket as userdata.
 struct SocketObject(Arc<OutgoingSocket>);
 
-/// A connection that is made later, and closed before a fork.
+/// Declares a socket that is connected later, and closed before a fork.
 pub(super) fn declare(lua: &Lua, endpoints: Vec<Endpoint>, kind: SockType) -> Arc<OutgoingSocket> {
     let socket = Arc::new(OutgoingSocket::new(endpoints, kind, true));
     if let Some(mut declared) = lua.app_data_mut::<Declared>() {
@@ -52,7 +50,7 @@ pub(super) fn declare(lua: &Lua, endpoints: Vec<Endpoint>, kind: SockType) -> Ar
     socket
 }
 
-/// To be called when the script has loaded: closes what it has connected.
+/// Closes, when the script has loaded, the sockets that it has connected.
 pub(crate) fn release(lua: &Lua) {
     let declared = lua.remove_app_data::<Declared>().unwrap_or_default();
     declared.0.iter().filter_map(Weak::upgrade).for_each(|socket| socket.release());
@@ -104,7 +102,7 @@ fn connect(
     loading: bool,
 ) -> Result<Call<AnyUserData>, Raise> {
     let argument = Argument::new("socket:connect", 1, "address");
-    // There is no port that would be usual.
+    // No default port.
     let endpoints = address::endpoints(&argument, &address, 0, "qmqp_resolve")?;
     let kind = kind(&options)?;
     if loading {
@@ -173,7 +171,7 @@ impl Operation for Connect {
 pub(super) struct Send {
     /// Over which.
     pub(super) socket: Arc<OutgoingSocket>,
-    /// What is sent.
+    /// The bytes to send.
     pub(super) bytes: Vec<u8>,
 }
 

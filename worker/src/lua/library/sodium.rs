@@ -1,14 +1,12 @@
-//! The library `sodium`: hexadecimal, random bytes, sealed boxes, signatures,
-//! by libsodium.
+//! The library `sodium`: hexadecimal, random bytes, sealed boxes, signatures, by libsodium.
 //!
-//! Contract: keys, ciphertexts and signatures are binary strings. libsodium is
-//! initialised by the first function that needs it; it starts no thread and
-//! keeps no state that a fork would duplicate, since its random bytes are the
-//! kernel's. No error message shows a key.
+//! Contract: keys, ciphertexts and signatures are binary strings. libsodium is initialised by the
+//! first function that needs it; it starts no thread and keeps no state that a fork would
+//! duplicate, since its random bytes are the kernel's. No error message shows a key.
 //!
 //! # Failure
-//! Misuse raises, a key of the wrong length included. What can't be decoded or
-//! opened is nil, without a message, as scripts of the original expect.
+//! Misuse raises, and so does a key of the wrong length. A text that can't be decoded or opened is
+//! nil, without a message, as scripts of the original expect.
 
 use std::sync::OnceLock;
 
@@ -28,7 +26,7 @@ const MAX_RANDOM: u64 = 1 << 20;
 /// Makes libsodium ready; cheap after the first time.
 ///
 /// # Errors
-/// It can't be initialised: the system has no random numbers.
+/// libsodium can't be initialised: the system has no random numbers.
 pub(super) fn ready() -> Result<(), Raise> {
     static READY: OnceLock<bool> = OnceLock::new();
     if *READY.get_or_init(|| sodiumoxide::init().is_ok()) {
@@ -41,7 +39,7 @@ pub(super) fn ready() -> Result<(), Raise> {
 /// A key: text of exactly the length that its type has.
 ///
 /// # Errors
-/// It is no text, or has another length; the message doesn't show it.
+/// The value is no text, or has another length; the message doesn't show the key.
 pub(super) fn key<K>(
     argument: &Argument<'_>,
     value: &Value,
@@ -85,7 +83,7 @@ fn bytes(lua: &Lua, sodium: &Table) -> mlua::Result<()> {
     sodium.raw_set("randombytes", random)
 }
 
-/// The bytes, or nil.
+/// Returns the bytes, or nil for an error.
 fn optional(lua: &Lua, bytes: Result<Vec<u8>, ()>) -> Result<Option<LuaString>, Raise> {
     Ok(bytes.ok().map(|bytes| lua.create_string(bytes)).transpose()?)
 }
@@ -119,8 +117,8 @@ fn seal(lua: &Lua, (message, pk): (Value, Value)) -> Result<LuaString, Raise> {
     Ok(lua.create_string(sealedbox::seal(&message, &pk))?)
 }
 
-/// Whether it is one of the few points to which nothing can be sealed. The binding doesn't report
-/// that sealing failed, and its result would be zeros.
+/// Whether the key is one of the few points to which nothing can be sealed. The binding doesn't
+/// report that sealing failed, and its result would be zeros.
 fn is_degenerate(pk: &PublicKey) -> bool {
     scalarmult::scalarmult(&Scalar([1; scalarmult::SCALARBYTES]), &GroupElement(pk.0)).is_err()
 }
@@ -184,7 +182,7 @@ pub(super) fn verification_key(
     key(argument, value, sign::PUBLICKEYBYTES, sign::PublicKey::from_slice)
 }
 
-/// Whether this is a signature at all, and the key's.
+/// Whether the bytes are a signature made with the key.
 pub(super) fn verify(signature: &[u8], message: &[u8], pk: &sign::PublicKey) -> bool {
     sign::Signature::from_bytes(signature)
         .is_ok_and(|signature| sign::verify_detached(&signature, message, pk))

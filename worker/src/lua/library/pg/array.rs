@@ -39,7 +39,7 @@ pub(super) enum Element {
 /// A Lua list as an array.
 ///
 /// # Errors
-/// It has elements that no array has, or too many dimensions.
+/// The list has an element that can't be in an array, or too many dimensions.
 pub(super) fn encode(argument: &Argument<'_>, table: &Table) -> Result<Vec<u8>, Raise> {
     let mut text = Vec::new();
     encode_list(argument, table, 1, &mut text)?;
@@ -78,7 +78,8 @@ fn encode_list(
     Ok(())
 }
 
-/// In quotes, which are right for every element and keep the word NULL from being one.
+/// Writes an element in quotes, which every element may have, and which distinguish the word NULL
+/// from a NULL.
 fn quote(element: &[u8], text: &mut Vec<u8>) {
     text.push(b'"');
     for &byte in element {
@@ -93,7 +94,7 @@ fn quote(element: &[u8], text: &mut Vec<u8>) {
 /// An array's elements.
 ///
 /// # Errors
-/// The text is none.
+/// The text is no array.
 pub(super) fn decode(text: &[u8]) -> Result<Vec<Element>, ArrayError> {
     let mut reader = Reader { text, position: 0 };
     reader.skip_bounds();
@@ -122,7 +123,8 @@ impl Reader<'_> {
         }
     }
 
-    /// Subscripts that don't begin at 1 come first: `[0:1][2:3]={…}`.
+    /// Skips subscripts before the array, which are there when they don't begin at 1:
+    /// `[0:1][2:3]={…}`.
     fn skip_bounds(&mut self) {
         self.skip_spaces();
         if self.peek() == Some(b'[')
@@ -186,7 +188,7 @@ impl Reader<'_> {
         Ok(value)
     }
 
-    /// Up to the next delimiter; an escaped one, and escaped spaces, belong to it.
+    /// Reads an element up to the next delimiter; escaped delimiters and spaces belong to it.
     fn bare(&mut self) -> Result<Element, ArrayError> {
         let (mut value, mut kept, mut escaped) = (Vec::new(), 0, false);
         while let Some(byte) = self.peek().filter(|byte| !b",{}\"".contains(byte)) {

@@ -1,13 +1,13 @@
-//! One connection on a thread of its own.
+//! A connection on a thread of its own.
 //!
 //! Contract: the thread takes tasks from its pool's queue, one at a time, and connects when it has
 //! to; a connection that turns out to be broken before a request has left is made again. The
-//! database client has no time limit; who asks has one, and abandons the task when it is over: the
-//! statement is cancelled, and the thread ends when the server says something or the connection
+//! database client has no time limit. The caller of a task has one and abandons the task when it is
+//! over: the statement is cancelled, and the thread ends when the server answers or the connection
 //! breaks.
 //!
 //! # Failure
-//! What goes wrong is the answer. A panic ends the thread, and with it the task's channel.
+//! An error is the answer. A panic ends the thread, and with it the task's channel.
 
 use std::sync::Arc;
 
@@ -17,11 +17,11 @@ use crate::lua::library::pg::session::{Answer, Request, Session};
 use crate::lua::library::pg::target::{Cancel, Target};
 use crate::lua::library::pg::task::{Stage, Task};
 
-/// Virtual memory of a connection's thread: a TLS handshake of an unoptimised build takes less
-/// than half of it (measured), everything else a fraction.
+/// Virtual memory of a connection's thread: a TLS handshake of an unoptimised build takes less than
+/// half of it (measured), everything else a fraction.
 pub(super) const STACK_SIZE: usize = 512 << 10;
 
-/// Has the server cancel what an abandoned connection is doing.
+/// Has the server cancel the statement of an abandoned connection.
 pub(super) fn cancel(cancel: Arc<Cancel>) {
     // Without a thread the statement goes on until its end.
     let _ = spawn("pg-cancel", STACK_SIZE, move || cancel.run());
@@ -35,7 +35,8 @@ pub(super) trait Tasks {
     /// Waits for the next task; none if there can be no more.
     fn next(&mut self) -> Option<Task>;
 
-    /// Counts the task as over; false if nobody waits for it, and the thread isn't counted any more.
+    /// Counts the task as over; false if nobody waits for it, and the thread isn't counted any
+    /// more.
     fn finish(&mut self) -> bool;
 }
 
@@ -63,13 +64,13 @@ impl<T: Tasks> Worker<T> {
                 break;
             }
             if let Some(answer) = answer {
-                // Who asked may have given up just now.
+                // The caller may have given up just now.
                 let _ = task.answers.send(answer);
             }
         }
     }
 
-    /// Does a task to its end; its last answer, if there is one.
+    /// Does a task to its end and returns its last answer, if there is one.
     fn work(&mut self, task: &Task) -> Option<Answer> {
         let answer = self.answer(&task.request, &task.stage);
         let (Some(more), Answer::Done(_)) = (&task.more, &answer) else { return Some(answer) };

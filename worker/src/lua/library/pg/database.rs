@@ -5,7 +5,7 @@
 //! with the handler.
 //!
 //! # Failure
-//! Misuse raises; what the server refuses, or the network, is `nil, message`.
+//! Misuse raises; an error of the server or of the network is `nil, message`.
 
 use std::collections::BTreeSet;
 use std::sync::{Arc, Weak};
@@ -51,7 +51,7 @@ impl IntoLua for DatabaseObject {
     }
 }
 
-/// What a transaction has; nothing while a request is under way, and after its end.
+/// The connection of a transaction; `None` while a request is under way, and after the end.
 struct Transaction(Mutex<Option<Lease>>);
 
 impl Resource for Transaction {
@@ -146,7 +146,7 @@ fn channel(name: &Value) -> Result<String, Raise> {
     valid.map(str::to_owned).ok_or_else(|| argument.wrong(&expected(), name))
 }
 
-/// What `execute` asks for, or why it can't be asked.
+/// Returns the request of `execute`, or the reason why it can't be sent.
 fn request(sql: &Value, parameters: &Value) -> Result<Result<Request, String>, Raise> {
     let text = Argument::new("execute", 1, "sql").text(sql)?;
     if memchr::memchr(0, &text).is_some() {
@@ -239,7 +239,7 @@ impl Operation for Continue {
     }
 }
 
-/// `db:transaction`, which is Lua since it calls Lua.
+/// Makes `db:transaction`, which is written in Lua because it calls Lua.
 fn transaction_function(lua: &Lua, watch: &Arc<Watch>) -> mlua::Result<Function> {
     let check = lua.create_function(|_, raw: <(Value, Value) as Arguments>::Raw| {
         let checked = arguments::checked(Name::Method("transaction"), raw);

@@ -21,10 +21,10 @@ use postgres::{Client, Error, Row};
 use crate::lua::library::pg::rows::{ResultRow, Rows};
 use crate::lua::library::pg::statement::Parameter;
 
-/// The type of parameters that the server is to find the types of.
+/// The type of parameters whose types the server is to find.
 const UNTYPED: Type = Type::UNKNOWN;
 
-/// Whether `PREPARE` takes a statement that begins so. All that do begin with one of these words.
+/// Whether `PREPARE` takes the statement: only statements that begin with one of these words.
 pub(super) fn is_preparable(sql: &str) -> bool {
     const QUERIES: [&str; 8] =
         ["SELECT", "INSERT", "UPDATE", "DELETE", "MERGE", "VALUES", "WITH", "TABLE"];
@@ -38,8 +38,8 @@ fn first_word(sql: &str) -> &str {
     &sql[..end]
 }
 
-/// Without the white space, parentheses and comments before it. (A comment in `/*` and `*/` may have
-/// others in it.)
+/// Skips white space, parentheses and comments before a statement. (Comments in `/*` and `*/` can
+/// be nested.)
 fn after_prefix(mut sql: &str) -> &str {
     loop {
         sql = sql.trim_start_matches(|c: char| c.is_whitespace() || c == '(');
@@ -99,7 +99,7 @@ impl ToSql for Text<'_> {
     to_sql_checked!();
 }
 
-/// A value as it comes.
+/// A value in binary form, unchanged.
 struct Binary<'a>(&'a [u8]);
 
 impl<'a> FromSql<'a> for Binary<'a> {
@@ -115,15 +115,15 @@ impl<'a> FromSql<'a> for Binary<'a> {
 /// Runs a statement to its end.
 ///
 /// # Errors
-/// The outer one is the server's or the connection's. The inner one names a column that has no text,
-/// or says that the statement can't be sent.
+/// The outer one is the server's or the connection's. The inner one names a column that has no
+/// text, or says that the statement can't be sent.
 pub(super) fn run(
     client: &mut Client,
     sql: &str,
     parameters: &[Parameter],
 ) -> Result<Result<Rows, String>, Error> {
     if first_word(sql).eq_ignore_ascii_case("COPY") {
-        // The server would wait for data, and take nothing else for the end of them.
+        // The server would wait for data, and no other message would end the data.
         return Ok(Err("COPY takes no parameters, not even an empty list".into()));
     }
     learn_types(client, sql, parameters.len())?;
@@ -140,9 +140,9 @@ pub(super) fn run(
     Ok(rows.map(|rows| Rows { rows, affected }))
 }
 
-/// Has the client library meet the types of the result before the result. It asks the server for
-/// those that are new to it; amid a result it would wait for an answer that comes after more rows
-/// than it takes in unread.
+/// Lets the client library learn the types of the result before the result comes. The library asks
+/// the server for types that are new to it. In the middle of a result it would wait for an answer
+/// behind more rows than it buffers.
 fn learn_types(client: &mut Client, sql: &str, parameters: usize) -> Result<(), Error> {
     match client.prepare_typed(sql, &vec![UNTYPED; parameters]) {
         // Behind a pooler another client may have left a statement of the library's name.
@@ -169,8 +169,8 @@ fn result_row(row: &Row) -> Result<Result<ResultRow, String>, Error> {
 
 fn no_text(column: &str, kind: &Type) -> String {
     format!(
-        "the statement was done, but column {column} has the type {kind}, which only SELECT, INSERT, \
-         UPDATE, DELETE and MERGE can return; make it text"
+        "the statement was done, but column {column} has the type {kind}, which only SELECT, \
+         INSERT, UPDATE, DELETE and MERGE can return; make it text"
     )
 }
 
@@ -183,7 +183,7 @@ fn text(kind: &Type, binary: &[u8]) -> Option<Vec<u8>> {
         Type::INT4 => Some(i32::from_be_bytes(binary.try_into().ok()?).to_string().into_bytes()),
         Type::INT8 => Some(i64::from_be_bytes(binary.try_into().ok()?).to_string().into_bytes()),
         Type::OID => Some(u32::from_be_bytes(binary.try_into().ok()?).to_string().into_bytes()),
-        // After the version of its form.
+        // The first byte is the version of the binary form.
         Type::JSONB => binary.strip_prefix(&[1]).map(<[u8]>::to_vec),
         Type::VOID
         | Type::TEXT

@@ -2,13 +2,13 @@
 //!
 //! Contract: the channels of one connection have a thread that follows it, and each of them has a
 //! thread that runs its callback, so that callbacks of one channel never overlap and those of
-//! different channels don't wait for each other. A callback runs once after every LISTEN, without
-//! a payload, since notifications before it were missed; and once more when more than
-//! [`QUEUE_MAX`] notifications wait for it.
+//! different channels don't wait for each other. A callback runs once after every LISTEN, without a
+//! payload, since notifications before it were missed; and once more when more than [`QUEUE_MAX`]
+//! notifications wait for it.
 //!
 //! # Failure
-//! A connection that breaks is logged and made again, after a pause that doubles from
-//! [`PAUSE_MIN`] to [`PAUSE_MAX`]; so is one that can't be made.
+//! A connection that breaks is logged and made again, after a pause that doubles from [`PAUSE_MIN`]
+//! to [`PAUSE_MAX`]; so is one that can't be made.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -59,7 +59,7 @@ pub(super) fn start(target: Arc<Target>, channels: Vec<Channel>, background: &Ar
     }
 }
 
-/// The way to a callback's thread.
+/// The sender's end of a callback's thread.
 struct CallbackThread {
     name: String,
     calls: Sender<Option<String>>,
@@ -76,7 +76,7 @@ impl CallbackThread {
         Ok(callback)
     }
 
-    /// Never waits.
+    /// Passes a notification on, without waiting.
     fn deliver(&self, payload: Option<String>) {
         if self.calls.try_send(payload).is_err() {
             self.missed.store(true, Ordering::Release);
@@ -106,7 +106,7 @@ fn run_callbacks(
     }
 }
 
-/// Follows a connection.
+/// A thread that receives the notifications of a connection.
 struct Subscription {
     target: Arc<Target>,
     callbacks: Vec<CallbackThread>,
@@ -130,7 +130,7 @@ impl Subscription {
         }
     }
 
-    /// Until the connection breaks; says why.
+    /// Receives notifications until the connection breaks, and returns the reason.
     fn follow(
         &self,
         mut client: postgres::Client,

@@ -13,8 +13,8 @@ use thiserror::Error;
 
 use crate::lua::binding::convert::nearest;
 
-/// The parameters that are understood, each with libpq's environment variable for it
-/// (PostgreSQL documentation, 34.1.2 and 34.15).
+/// The parameters that are understood, each with libpq's environment variable for it (PostgreSQL
+/// documentation, 34.1.2 and 34.15).
 const KEYWORDS: &[(&str, Option<&str>)] = &[
     ("host", Some("PGHOST")),
     ("hostaddr", Some("PGHOSTADDR")),
@@ -50,25 +50,25 @@ pub(super) enum ConnInfoError {
     /// A value that begins with a quote and doesn't end with one.
     #[error("a quote is not closed")]
     UnterminatedQuote,
-    /// No such parameter, or none that is supported.
+    /// The parameter doesn't exist, or isn't supported.
     #[error("parameter '{key}' is not supported{hint}")]
     UnknownParameter {
-        /// As written.
+        /// The name as written.
         key: String,
-        /// The nearest one that is, if one is near.
+        /// The nearest supported name, if one is near.
         hint: String,
     },
-    /// A parameter with a value that it can't have, or that isn't supported.
+    /// The parameter's value is wrong or isn't supported.
     #[error("{key}: expected {expected}, got '{value}'")]
     InvalidValue {
         /// The parameter.
         key: &'static str,
-        /// What it may be.
+        /// The allowed values.
         expected: String,
-        /// What it is.
+        /// The given value.
         value: String,
     },
-    /// A URI that is none.
+    /// The URI is malformed.
     #[error("malformed URI: {0}")]
     MalformedUri(&'static str),
     /// A file that a parameter names can't be used.
@@ -102,7 +102,7 @@ impl Parameters {
         }
     }
 
-    /// Takes what isn't given from the environment.
+    /// Takes missing parameters from the environment.
     pub(super) fn complete(&mut self, environment: impl Fn(&str) -> Option<String>) {
         for (key, variable) in KEYWORDS {
             if !self.0.contains_key(key)
@@ -113,7 +113,7 @@ impl Parameters {
         }
     }
 
-    /// A parameter's value; an empty one is as good as none, as in libpq.
+    /// Returns a parameter's value; an empty value counts as none, as in libpq.
     pub(super) fn get(&self, key: &str) -> Option<&str> {
         self.0.get(key).map(String::as_str).filter(|value| !value.is_empty())
     }

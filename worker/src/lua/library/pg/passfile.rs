@@ -1,10 +1,11 @@
-//! The password file: lines of `host:port:database:user:password` (PostgreSQL documentation, 34.16).
+//! The password file: lines of `host:port:database:user:password` (PostgreSQL documentation,
+//! 34.16).
 //!
 //! Contract: the first line that matches counts; `*` matches everything, a backslash makes the next
 //! character an ordinary one. As with libpq, a file that others may read is not used.
 //!
 //! # Failure
-//! A file that can't be used has no passwords; why shows in the log.
+//! A file that can't be used counts as empty; the log says why.
 
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
@@ -14,12 +15,12 @@ use slog::{Logger, warn};
 /// Permissions of group and others.
 const OTHERS: u32 = 0o077;
 
-/// What a password is asked for.
+/// The server, database and user that a password is for.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Access<'a> {
     /// Name or address; `localhost` stands for the default socket directory.
     pub host: &'a str,
-    /// Its port.
+    /// The server's port.
     pub port: &'a str,
     /// The database.
     pub database: &'a str,
@@ -27,10 +28,11 @@ pub(super) struct Access<'a> {
     pub user: &'a str,
 }
 
-/// The contents of a password file; empty if there is none that may be used.
+/// Returns the contents of a password file, or an empty text if the file can't be used.
 pub(super) fn read(path: &Path, logger: &Logger) -> String {
     let unusable = |reason: &str| {
-        warn!(logger, "the password file is not used"; "file" => %path.display(), "reason" => reason);
+        warn!(logger, "the password file is not used";
+            "file" => %path.display(), "reason" => reason);
         String::new()
     };
     match std::fs::metadata(path) {
@@ -60,7 +62,7 @@ pub(super) fn find(contents: &str, access: &Access<'_>) -> Option<String> {
     })
 }
 
-/// Up to the next colon that has no backslash, and what follows it.
+/// Splits a text at the next colon that has no backslash before it.
 fn take_field(text: &str) -> Option<(&str, &str)> {
     let mut escaped = false;
     let end = text.find(|c: char| {

@@ -1,12 +1,12 @@
-//! The connections of one `pg:new`: at most so many, made when they are needed, used again.
+//! The connections of one `pg:new`: limited in number, made when they are needed, used again.
 //!
-//! Contract: tasks wait in one queue, from which the connections' threads take them: a connection
-//! that is done with one goes on with the next without sleeping in between. A [`Lease`] keeps a
-//! connection over several requests. Connections that were abandoned count as well: a server that
-//! doesn't answer costs at most twice as many threads as there may be connections.
+//! Contract: tasks wait in one queue, from which the connections' threads take them. A connection
+//! goes on with the next task without sleeping in between. A [`Lease`] keeps a connection over
+//! several requests. Abandoned connections are limited as well: a server that doesn't answer costs
+//! at most twice as many threads as there may be connections.
 //!
 //! # Failure
-//! [`Refusal`]. A mail that gives up waiting is told nothing of the database, so the log is.
+//! [`Refusal`]. A mail that gives up waiting learns no reason, so the reason goes to the log.
 
 use std::io;
 use std::sync::Arc;
@@ -26,7 +26,7 @@ use crate::lua::library::pg::task::{Abandoned, Finish, Stage, Task};
 /// How long the end of loading waits for connections that the script has opened.
 pub(super) const CLOSE_TIME: Duration = Duration::from_secs(5);
 
-/// What a mail waits for until a thread has begun with its task.
+/// The log's name for what a mail waits for until a thread has begun with its task.
 const FREE: &str = "a free connection";
 
 /// Why there is no result.
@@ -34,7 +34,7 @@ const FREE: &str = "a free connection";
 pub(super) enum Refusal {
     /// The deadline passed.
     Expired,
-    /// The server's, or the system's, reason.
+    /// The reason of the server or the system.
     Failed(String),
 }
 
@@ -44,7 +44,7 @@ pub(super) struct Pool {
     queue: Mutex<Queue>,
 }
 
-/// Its threads end when nobody can put anything in any more.
+/// The queue of tasks. Its threads end when its last sender is gone.
 struct Queue {
     tasks: Sender<Task>,
     taken: Receiver<Task>,
@@ -57,7 +57,7 @@ impl Queue {
     }
 }
 
-/// What the threads know of their pool.
+/// The part of a pool that its threads share.
 struct Shared {
     target: Arc<Target>,
     max: usize,
@@ -78,7 +78,7 @@ struct State {
 }
 
 impl Shared {
-    /// Says in the log what a mail waited for when its time was over.
+    /// Logs what a mail waited for when its time was over.
     fn given_up(&self, waiting_for: &str) {
         slog::warn!(self.logger, "pg: a mail's time is over"; "waited_for" => waiting_for,
             "server" => self.target.name());
@@ -97,7 +97,7 @@ impl Shared {
     }
 }
 
-/// What the pool counts of one of its threads, until this is dropped.
+/// A thread's entry in the counts of its pool, until it is dropped.
 struct PoolThread {
     shared: Arc<Shared>,
     taken: Receiver<Task>,
@@ -152,7 +152,7 @@ impl Drop for PoolThread {
         } else {
             state.threads -= 1;
         }
-        // If there can be none, those who wait do so until their deadlines.
+        // If no thread can be started, the callers wait until their deadlines.
         let _ = self.shared.grow(&mut state, &self.taken);
         drop(state);
         self.shared.ended.notify_all();
@@ -167,12 +167,12 @@ impl Pool {
         Arc::new(Self { shared, queue: Mutex::new(Queue::new()) })
     }
 
-    /// Where the connections lead.
+    /// Returns the database of the connections.
     pub(super) fn target(&self) -> &Arc<Target> {
         &self.shared.target
     }
 
-    /// Has a request answered.
+    /// Sends a request and waits for its result.
     ///
     /// # Errors
     /// See [`Refusal`].
@@ -199,7 +199,7 @@ impl Pool {
         Ok(Lease { requests, caller })
     }
 
-    /// Ends every thread as soon as it has nothing to do, and waits for that.
+    /// Ends every thread as soon as it is idle, and waits for the ends.
     pub(super) fn close(&self, deadline: Deadline) {
         *self.queue.lock() = Queue::new();
         let mut state = self.shared.state.lock();
@@ -210,8 +210,8 @@ impl Pool {
         }
     }
 
-    /// Puts a task into the queue, if there are threads for it or may be; else waits for one of
-    /// those that were abandoned.
+    /// Puts a task into the queue. While no thread exists and none may be started, waits for the
+    /// end of an abandoned thread.
     fn enqueue(&self, task: Task, deadline: Deadline) -> Result<(), Refusal> {
         let shared = &self.shared;
         let mut state = shared.state.lock();
@@ -267,7 +267,7 @@ impl Caller {
     }
 
     fn abandon(&self) {
-        // The state is locked first: the thread's end is counted after this.
+        // The state is locked first, so that the thread's end is counted afterwards.
         let mut state = self.shared.state.lock();
         let Abandoned::Working(cancel) = self.stage.abandon() else {
             return self.shared.given_up(FREE);
@@ -276,7 +276,7 @@ impl Caller {
         state.threads -= 1;
         state.outstanding -= 1;
         state.abandoned += 1;
-        // If there can be none, those who wait do so until their deadlines.
+        // If no thread can be started, the callers wait until their deadlines.
         let _ = self.shared.grow(&mut state, &self.taken);
         drop(state);
         if let Some(token) = cancel {
@@ -285,14 +285,14 @@ impl Caller {
     }
 }
 
-/// A connection that somebody has for himself.
+/// A connection that one transaction has to itself.
 pub(super) struct Lease {
     requests: Sender<Request>,
     caller: Caller,
 }
 
 impl Lease {
-    /// Has a request of a transaction answered.
+    /// Sends a request of the transaction and waits for its result.
     ///
     /// # Errors
     /// See [`Refusal`].

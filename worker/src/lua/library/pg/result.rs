@@ -4,8 +4,8 @@
 //! fetched, so a result that a script keeps costs what it hasn't fetched.
 //!
 //! # Failure
-//! Misuse raises. A value that isn't UTF-8 (a database without an encoding has such) is
-//! `nil, message`.
+//! Misuse raises. A value that isn't UTF-8 (a database without an encoding has such) is `nil,
+//! message`.
 
 use std::vec::IntoIter;
 
@@ -17,19 +17,19 @@ use crate::lua::binding::error::Raise;
 use crate::lua::binding::function::{self, Class};
 use crate::lua::library::pg::rows::{ResultRow, Rows};
 
-/// The userdata.
+/// A result as userdata.
 pub(super) struct ResultObject {
     rows: Mutex<IntoIter<ResultRow>>,
     affected: u64,
 }
 
 impl ResultObject {
-    /// Nothing fetched yet.
+    /// A result from which nothing has been fetched.
     pub(super) fn new(rows: Rows) -> Self {
         Self { rows: Mutex::new(rows.rows.into_iter()), affected: rows.affected }
     }
 
-    /// The next row; the last one takes the list with it.
+    /// Takes the next row; the last one frees the list.
     fn next(&self) -> Option<ResultRow> {
         let mut rows = self.rows.lock();
         let row = rows.next();
@@ -46,7 +46,7 @@ impl IntoLua for ResultObject {
     }
 }
 
-/// How a row's values are found.
+/// How a script finds a row's values.
 #[derive(Debug, Clone, Copy)]
 enum Keys {
     Names,

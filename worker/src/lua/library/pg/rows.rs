@@ -7,7 +7,7 @@ use crate::lua::library::pg::statement::Parameter;
 /// A row of a result.
 #[derive(Debug)]
 pub(super) enum ResultRow {
-    /// As it came.
+    /// A row of the simple query protocol.
     Text(SimpleQueryRow),
     /// Names of columns and their texts.
     Values(Vec<(String, Parameter)>),
@@ -16,7 +16,7 @@ pub(super) enum ResultRow {
 /// The last result of a request.
 #[derive(Debug, Default)]
 pub(super) struct Rows {
-    /// Each knows its columns' names.
+    /// The rows, each with its columns' names.
     pub rows: Vec<ResultRow>,
     /// Rows that were affected or returned.
     pub affected: u64,

@@ -1,10 +1,10 @@
-//! What happens on a connection: statements in, results out, all blocking.
+//! A session on a connection: statements in, results out, all blocking.
 //!
 //! Contract: every value of a result is PostgreSQL's text, so statements go by the simple query
-//! protocol. One with parameters is prepared first, by a `PREPARE` through the extended protocol,
-//! which refuses several statements in one text; it stays prepared, so the next time it costs one
-//! round trip. What can't be prepared has a way of its own ([`extended`]). Outside of a transaction
-//! of its own a session never stays in one.
+//! protocol. A statement with parameters is prepared first, by a `PREPARE` through the extended
+//! protocol, which refuses several statements in one text. The statement stays prepared, so the
+//! next time it costs one round trip. Statements that can't be prepared go through [`extended`]. A
+//! session stays in a transaction only between [`Request::Begin`] and its end.
 //!
 //! # Failure
 //! [`Answer::Failed`] with the server's message while the connection can go on, [`Answer::Lost`]
@@ -22,24 +22,24 @@ use crate::lua::library::pg::rows::{ResultRow, Rows};
 use crate::lua::library::pg::statement::{self, Parameter};
 use crate::lua::library::pg::target::describe;
 
-/// Statements that stay prepared per connection; beyond, the one that wasn't used for the longest
-/// time goes.
+/// Most statements that stay prepared per connection; beyond, the least recently used one is
+/// dropped.
 const PREPARED_MAX: usize = 128;
 
-/// After so long without a use a connection is tried before a statement is entrusted to it: the
-/// server, or a router, may have forgotten it. With less traffic than that nobody misses the time
-/// of another round trip; and no server restarts in less (85 ms were seen).
+/// A connection that was idle for longer is tested before the next statement, because the server or
+/// a router may have closed it. With so little traffic the time of another round trip doesn't
+/// matter, and no server restarts faster (85 ms were seen).
 const TRUSTED: Duration = Duration::from_millis(20);
 
-/// How long that trial may take.
+/// Longest time of the test.
 const TRIAL: Duration = Duration::from_secs(5);
 
-/// What a session is asked for.
+/// A request to a session.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Request {
     /// Statements without parameters.
     Query(String),
-    /// One statement with parameters.
+    /// A single statement with parameters.
     Execute {
         /// The statement.
         sql: String,
@@ -48,16 +48,16 @@ pub(super) enum Request {
     },
     /// Begins a transaction, which lasts over several requests.
     Begin,
-    /// Ends it: everything counts.
+    /// Commits the transaction.
     Commit,
-    /// Ends it: nothing counts.
+    /// Rolls the transaction back.
     Rollback,
 }
 
 /// How a request ended.
 #[derive(Debug)]
 pub(super) enum Answer {
-    /// It was done.
+    /// The request was done.
     Done(Rows),
     /// The server refused.
     Failed(String),
@@ -73,10 +73,11 @@ pub(super) enum Answer {
 /// A connection with its prepared statements.
 pub(super) struct Session {
     client: Client,
-    /// By text: the number in the name, and when it was last used.
+    /// Prepared statements by their text: the number in the name, and the counter at the last use.
     prepared: HashMap<String, (u64, u64)>,
-    /// First part of names. Behind a pooler that changes connections between statements, equal
-    /// names of different clients would stand for each other's statements.
+    /// First part of the names of prepared statements, unique per session. Behind a pooler that
+    /// changes connections between statements, equal names of different clients would be mistaken
+    /// for each other.
     prefix: String,
     counter: u64,
     in_transaction: bool,
@@ -102,7 +103,7 @@ impl Session {
         self.in_transaction
     }
 
-    /// Does what is asked.
+    /// Carries out a request.
     pub(super) fn answer(&mut self, request: &Request) -> Answer {
         if !self.in_transaction
             && self.last_used.elapsed() > TRUSTED
@@ -160,8 +161,9 @@ impl Session {
         let question = "SELECT pg_catalog.now() OPERATOR(pg_catalog.<>) \
                         pg_catalog.statement_timestamp()";
         match self.client.simple_query(question) {
-            Ok(messages) => Ok(messages.iter().any(|message| {
-                matches!(message, SimpleQueryMessage::Row(row) if row.try_get(0).ok().flatten() == Some("t"))
+            Ok(messages) => Ok(messages.iter().any(|message| match message {
+                SimpleQueryMessage::Row(row) => row.try_get(0).ok().flatten() == Some("t"),
+                _ => false,
             })),
             Err(error) if error.code() == Some(&SqlState::IN_FAILED_SQL_TRANSACTION) => Ok(true),
             Err(error) => {
@@ -183,7 +185,7 @@ impl Session {
         let known = self.prepared.contains_key(sql);
         let result = self.execute_prepared(sql, parameters);
         let messages = match result {
-            // It has been deallocated, or a table has changed: nothing was done yet.
+            // The prepared statement is gone, or a table has changed. Nothing was done yet.
             Err(error) if known && is_outdated(&error) => {
                 self.forget(sql)?;
                 if self.in_transaction {
@@ -220,7 +222,7 @@ impl Session {
             }
         }
         let number = self.counter;
-        // The line's end is for a statement that ends in a comment.
+        // The line end closes a comment at the end of the statement.
         let prepare = format!("PREPARE {}_{number} AS {sql}\n", self.prefix);
         self.client.execute_typed(&prepare, &[])?;
         self.prepared.insert(sql.to_owned(), (number, self.counter));
@@ -231,7 +233,7 @@ impl Session {
     fn forget(&mut self, sql: &str) -> Result<(), Error> {
         let Some((number, _)) = self.prepared.remove(sql) else { return Ok(()) };
         if self.in_transaction {
-            // It may have failed, and then takes no orders.
+            // A failed transaction takes no further commands.
             return Ok(());
         }
         match self.client.batch_execute(&format!("DEALLOCATE {}_{number}", self.prefix)) {
@@ -266,7 +268,7 @@ impl Session {
     }
 }
 
-/// What a script is told that leaves a transaction open.
+/// The message for a script that leaves a transaction open.
 const HINT: &str = "a transaction can't be left open, it was rolled back; \
                     use db:transaction(function(tx) … end)";
 
@@ -278,7 +280,7 @@ fn is_outdated(error: &Error) -> bool {
         || code == Some(&SqlState::FEATURE_NOT_SUPPORTED)
 }
 
-/// Whether the text may begin a transaction. All that do have one of these words.
+/// Whether the text may begin a transaction: only texts with one of these words do.
 fn mentions_transaction(sql: &str) -> bool {
     sql.split(|c: char| !c.is_ascii_alphanumeric() && c != '_')
         .any(|word| word.eq_ignore_ascii_case("begin") || word.eq_ignore_ascii_case("transaction"))
@@ -293,21 +295,21 @@ fn failure(error: &Error, closed: bool) -> Answer {
     }
 }
 
-/// Whether it is the server's, and the connection can go on.
+/// Whether the server refused the statement and the connection can go on.
 fn is_refusal(error: &Error) -> bool {
     error
         .as_db_error()
         .is_some_and(|db| !matches!(db.parsed_severity(), Some(Severity::Fatal | Severity::Panic)))
 }
 
-/// A socket that is already shut down takes nothing.
+/// Whether nothing was sent, because the socket was already shut down.
 fn is_unsent(error: &Error) -> bool {
     std::error::Error::source(error)
         .and_then(|cause| cause.downcast_ref::<std::io::Error>())
         .is_some_and(|cause| cause.kind() == std::io::ErrorKind::BrokenPipe)
 }
 
-/// Of several results the last.
+/// Returns the last of several results.
 fn last_result(messages: Vec<SimpleQueryMessage>) -> Rows {
     let mut result = Rows::default();
     let mut complete = false;

@@ -19,11 +19,11 @@ pub(super) const MAX_PARAMETERS: u64 = 65_535;
 /// A parameter's text, as the server reads it; `None` is NULL.
 pub(super) type Parameter = Option<Vec<u8>>;
 
-/// The parameters in a Lua table, or the number of the one that has a NUL, which no text in
-/// PostgreSQL can have.
+/// Returns the parameters in a Lua table, or the number of the parameter that has a NUL, which no
+/// text in PostgreSQL can have.
 ///
 /// # Errors
-/// One of them has no text.
+/// A parameter has no text.
 pub(super) fn parameters(
     argument: &Argument<'_>,
     table: &Table,
@@ -64,7 +64,7 @@ pub(super) fn literals(parameters: &[Parameter]) -> String {
 /// A list's length: its `n` if it has one, as table.pack leaves it.
 ///
 /// # Errors
-/// `n` is no length.
+/// The field `n` is no length.
 pub(super) fn length(argument: &Argument<'_>, table: &Table) -> Result<u64, Raise> {
     let n: Value = table.raw_get("n")?;
     let length =

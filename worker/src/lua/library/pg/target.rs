@@ -1,4 +1,4 @@
-//! Where a database is: servers to try in turn, each with all that a connection needs.
+//! The servers of a database, to be tried in turn, each with all that a connection needs.
 //!
 //! Contract: [`Target::new`] decides everything that a connection string leaves open, as libpq
 //! would (defaults, password file, root certificates), so that nothing is looked up later but host
@@ -29,18 +29,18 @@ use crate::lua::library::pg::tls::{self, Check};
 const DEFAULT_SOCKET_DIRECTORY: &str = "/var/run/postgresql";
 /// PostgreSQL's port.
 const DEFAULT_PORT: &str = "5432";
-/// What a server's list of sessions shows, unless the configuration says otherwise.
+/// The default name in a server's list of sessions.
 const APPLICATION_NAME: &str = "qrelay";
 
-/// A peer that is silent for this long is asked whether it is still there, and then at these
-/// intervals, this often. The system's own two hours would be as long as a listener misses
-/// notifications after a router forgot its connection.
+/// TCP keepalive, in seconds: the silence before the first probe, the interval, and the number of
+/// probes. With the system's default of two hours a listener would miss notifications for as long
+/// after a router dropped its connection.
 const KEEPALIVE_IDLE: u64 = 30;
 const KEEPALIVE_INTERVAL: u64 = 10;
 const KEEPALIVE_COUNT: u64 = 3;
 
-/// Seconds to connect to one address, unless the configuration says otherwise, as for relays: else
-/// an address that swallows everything would leave no time for the next.
+/// Default limit, in seconds, for connecting to one address. Without a limit an address that
+/// answers nothing would leave no time for the next.
 const CONNECT_TIMEOUT: u64 = 5;
 
 /// A database.
@@ -53,7 +53,7 @@ pub(super) struct Target {
 
 #[derive(Debug)]
 struct Server {
-    /// For error messages.
+    /// The servers' names, for messages.
     name: String,
     config: Config,
     encryption: Encryption,
@@ -76,7 +76,7 @@ impl std::fmt::Debug for Encryption {
     }
 }
 
-/// Cancels what a connection is doing.
+/// Cancels the statement of a connection.
 #[derive(Clone)]
 pub(super) struct Cancel {
     token: postgres::CancelToken,
@@ -84,9 +84,9 @@ pub(super) struct Cancel {
 }
 
 impl Cancel {
-    /// Asks the server to; blocks.
+    /// Asks the server to cancel; blocks.
     pub(super) fn run(&self) {
-        // The server says nothing about it, and there is nothing to do about a failure.
+        // The server sends no answer, and a failure can't be repaired.
         let _ = match &self.encryption {
             Encryption::Never => self.token.cancel_query(NoTls),
             Encryption::IfPossible(tls) | Encryption::Always(tls) => {
@@ -100,7 +100,7 @@ impl Target {
     /// The database that a connection string and the environment name.
     ///
     /// # Errors
-    /// Something isn't supported, or makes no sense.
+    /// A parameter isn't supported, or makes no sense.
     pub(super) fn new(
         mut parameters: Parameters,
         schema: Option<&str>,
@@ -139,10 +139,10 @@ impl Target {
         names.collect::<Vec<_>>().join(" or ")
     }
 
-    /// Connects to the first server that can be.
+    /// Connects to the first server that accepts.
     ///
     /// # Errors
-    /// Why the last one couldn't.
+    /// The last server's error.
     pub(super) fn connect(&self) -> Result<(Client, Cancel), String> {
         let mut failure = String::new();
         for server in &self.servers {
@@ -179,8 +179,8 @@ impl Server {
     }
 }
 
-/// As libpq with `sslmode=prefer`: after a failed handshake, and when no line of pg_hba.conf allows
-/// the connection with TLS.
+/// Whether `sslmode=prefer` tries again without TLS, as libpq does: after a failed handshake, and
+/// when no line of pg_hba.conf allows the connection with TLS.
 fn may_work_without_tls(error: &Error) -> bool {
     let handshake = std::error::Error::source(error)
         .and_then(|cause| cause.downcast_ref::<std::io::Error>())
@@ -189,7 +189,7 @@ fn may_work_without_tls(error: &Error) -> bool {
     handshake || error.code() == Some(&SqlState::INVALID_AUTHORIZATION_SPECIFICATION)
 }
 
-/// What the server, or the system, says, in one line with SQLSTATE.
+/// Returns the error of the server or the system in one line, with SQLSTATE.
 pub(super) fn describe(error: &Error) -> String {
     let Some(db) = error.as_db_error() else {
         let mut text = error.to_string();
@@ -209,7 +209,7 @@ pub(super) fn describe(error: &Error) -> String {
     text
 }
 
-/// One schema, or a list as in `search_path`.
+/// Returns the statement that sets the search path to a schema, or to a list as in `search_path`.
 fn prologue(schema: &str) -> String {
     let is_list = schema.contains([',', '"']);
     let path = if is_list { schema.to_owned() } else { statement::quote_identifier(schema) };
@@ -219,7 +219,7 @@ fn prologue(schema: &str) -> String {
     sql
 }
 
-/// A host and a port of the lists.
+/// A host and port of a target.
 struct Place {
     name: String,
     host: String,
@@ -254,7 +254,7 @@ impl Place {
     }
 }
 
-/// Makes sense of parameters.
+/// Interprets the parameters.
 struct Reader<'a> {
     parameters: &'a Parameters,
     home: PathBuf,
@@ -270,7 +270,7 @@ impl Reader<'_> {
         Err(ConnInfoError::InvalidValue { key, expected: expected.to_owned(), value })
     }
 
-    /// One of these words.
+    /// Returns the parameter's value, which must be one of these words.
     fn word(&self, key: &'static str, words: &[&str]) -> Result<Option<&str>, ConnInfoError> {
         match self.get(key) {
             Some(word) if !words.contains(&word) => self.invalid(key, &words.join(", ")),
@@ -287,7 +287,7 @@ impl Reader<'_> {
         }
     }
 
-    /// What all servers have in common.
+    /// Returns the configuration that all servers have in common.
     fn base(&self, own_name: &str) -> Result<Config, ConnInfoError> {
         let mut config = Config::new();
         let user = self.get("user").unwrap_or(own_name);

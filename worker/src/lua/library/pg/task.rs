@@ -16,9 +16,9 @@ use crate::lua::library::pg::target::Cancel;
 
 /// Something to be done on a connection.
 pub(super) struct Task {
-    /// What is asked first.
+    /// The first request.
     pub request: Request,
-    /// What is asked afterwards: the connection is kept until nobody can ask any more.
+    /// Further requests; the connection is kept until their sender is gone.
     pub more: Option<Receiver<Request>>,
     /// Where answers go.
     pub answers: Sender<Answer>,
@@ -26,7 +26,7 @@ pub(super) struct Task {
     pub stage: Arc<Stage>,
 }
 
-/// How far a task is: known to who asked and to the thread that works on it.
+/// How far a task is, shared by the caller and by the thread that works on it.
 #[derive(Default)]
 pub(super) struct Stage(Mutex<Step>);
 
@@ -41,11 +41,11 @@ enum Step {
     Skipped,
     /// Nobody waits for it any more.
     Abandoned,
-    /// It is over.
+    /// Marks the task as over.
     Done,
 }
 
-/// What was abandoned.
+/// The work that was abandoned.
 pub(super) enum Abandoned {
     /// Nothing that would go on.
     Idle,
@@ -53,19 +53,20 @@ pub(super) enum Abandoned {
     Working(Option<Arc<Cancel>>),
 }
 
-/// What the end of a task means.
+/// The meaning of a task's end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Finish {
     /// Somebody waits for the answer.
     Answer,
-    /// It was abandoned before anybody worked on it.
+    /// The task was abandoned before a thread worked on it.
     Skipped,
-    /// It was abandoned meanwhile.
+    /// The task was abandoned during the work.
     Abandoned,
 }
 
 impl Stage {
-    /// Work begins, or its connection is known; false if nobody waits.
+    /// Notes that work begins, or that its connection is known. Returns false if nobody waits for
+    /// the task.
     pub(super) fn run(&self, cancel: Option<&Arc<Cancel>>) -> bool {
         let mut step = self.0.lock();
         let wanted = matches!(*step, Step::Queued | Step::Running(_));
@@ -75,7 +76,7 @@ impl Stage {
         wanted
     }
 
-    /// It is over.
+    /// Marks the task as over.
     pub(super) fn finish(&self) -> Finish {
         match std::mem::replace(&mut *self.0.lock(), Step::Done) {
             Step::Abandoned => Finish::Abandoned,
@@ -84,7 +85,7 @@ impl Stage {
         }
     }
 
-    /// Nobody waits any more.
+    /// Marks the task as abandoned.
     pub(super) fn abandon(&self) -> Abandoned {
         let mut step = self.0.lock();
         let next = if matches!(*step, Step::Queued) { Step::Skipped } else { Step::Abandoned };

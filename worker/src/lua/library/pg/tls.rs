@@ -29,23 +29,23 @@ use tokio_postgres_rustls::MakeRustlsConnect;
 pub(super) enum Check {
     /// Nothing.
     Nothing,
-    /// Who signed it.
+    /// The signer of the certificate.
     Signer,
-    /// Who signed it, and for which name.
+    /// The signer of the certificate, and the server's name in it.
     SignerAndName,
 }
 
 /// The certificates of a root file.
 ///
 /// # Errors
-/// Why it can't be used.
+/// The reason why the file can't be used.
 pub(super) fn read_roots(path: &Path) -> Result<Vec<CertificateDer<'static>>, String> {
     let certificates = CertificateDer::pem_file_iter(path).map_err(|error| error.to_string())?;
     let certificates = certificates.collect::<Result<Vec<_>, _>>().map_err(|e| e.to_string())?;
     if certificates.is_empty() { Err("it has no certificate".into()) } else { Ok(certificates) }
 }
 
-/// A connector that checks this much against these roots.
+/// Returns a connector that checks certificates against these roots.
 ///
 /// # Errors
 /// A root is no certificate.
@@ -65,7 +65,7 @@ pub(super) fn connector(
         .dangerous()
         .with_custom_certificate_verifier(Arc::new(verifier))
         .with_no_client_auth();
-    // What is remembered before a fork would be used by every worker.
+    // Sessions that are kept before a fork would be used by every worker.
     config.resumption = Resumption::disabled();
     Ok(MakeRustlsConnect::new(config))
 }

@@ -16,7 +16,7 @@ pub(super) fn without_scheme(text: &str) -> Option<&str> {
 /// Reads what follows the scheme.
 ///
 /// # Errors
-/// It is malformed, or names a parameter that isn't supported.
+/// The URI is malformed, or has a parameter that isn't supported.
 pub(super) fn parse(text: &str, parameters: &mut Parameters) -> Result<(), ConnInfoError> {
     let (text, query) = text.split_once('?').unwrap_or((text, ""));
     let (authority, database) = text.split_once('/').unwrap_or((text, ""));
