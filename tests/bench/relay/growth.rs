@@ -22,7 +22,7 @@ use crate::{
     load,
     measure::Extent,
     outcome::Answers,
-    process::{Program, Sink, Subject, generate},
+    process::{Build, Program, Sink, Subject, generate},
     usage,
 };
 
@@ -131,7 +131,8 @@ pub fn run(kind: &Kind, mails: u64, extent: &Extent, log: Option<&Path>) -> Resu
     println!("{mails} mails of {} bytes from {} clients\n", extent.size, extent.clients);
     let dir = tempfile::tempdir().map_err(system("temporary directory"))?;
     let sink = Sink::start(extent.threads)?;
-    let program = Program::Qrelay { script: kind.script, log: log.map(Path::to_owned) };
+    let log = log.map(Path::to_owned);
+    let program = Program::Qrelay { build: Build::Ours, script: kind.script, log };
     let qrelay = Subject::start("qrelay", &program, dir.path(), sink.port)?;
     println!("{:>9} {:>7}  {:^34}  {:^34}", "", "", "worker", "supervisor");
     let columns = format!("{:>12} {:>11} {:>9}", "RSS MiB", "descriptors", "threads");

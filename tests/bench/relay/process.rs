@@ -52,8 +52,26 @@ pub enum Program {
     Bare,
     /// The bare relay in C, already compiled.
     Floor(PathBuf),
-    /// qrelay with this script.
-    Qrelay { script: &'static str, log: Option<PathBuf> },
+    /// A build of qrelay with this script.
+    Qrelay { build: Build, script: &'static str, log: Option<PathBuf> },
+}
+
+/// Which build of qrelay runs.
+#[derive(Clone, Debug)]
+pub enum Build {
+    /// The build that cargo made for this benchmark.
+    Ours,
+    /// Another executable, to compare with.
+    Other(PathBuf),
+}
+
+impl Build {
+    fn executable(&self) -> &Path {
+        match self {
+            Self::Ours => Path::new(env!("CARGO_BIN_EXE_qrelay")),
+            Self::Other(executable) => executable,
+        }
+    }
 }
 
 impl Program {
@@ -69,8 +87,8 @@ impl Program {
                 command.arg(socket).arg(bare::THREADS.to_string()).arg(port.to_string());
                 command
             }
-            Self::Qrelay { script, log } => {
-                let mut command = Command::new(env!("CARGO_BIN_EXE_qrelay"));
+            Self::Qrelay { build, script, log } => {
+                let mut command = Command::new(build.executable());
                 command.arg("--config").arg(write_config(dir, socket, port, script)?);
                 command.stderr(log_file(log.as_deref())?);
                 command
