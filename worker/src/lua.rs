@@ -7,10 +7,12 @@
 //!
 //! # Failure
 //! Misuse raises a Lua error of type string, with the caller's position, as Lua's own libraries do.
-//! An error of Lua leaves this room only as [`config::ConfigError`] or [`state::HandlerError`].
+//! An error of Lua leaves this room only as [`config::ConfigError`] or
+//! [`crate::session::script::HandlerError`].
 
 pub(crate) mod binding;
 pub mod config;
 pub(crate) mod engine;
 pub(crate) mod library;
+mod script;
 pub mod state;

@@ -31,14 +31,13 @@ use crate::delivery::connect;
 use crate::delivery::exec;
 use crate::delivery::exec_raw;
 use crate::delivery::program::ProgramContext;
-use crate::lua::state::HandlerError;
 use crate::mail::{Mail, Origin};
 use crate::session::record::Outcome;
 use crate::session::record::age;
 use crate::session::record::record;
 use crate::session::reply::{answer, drop_surplus, linger};
 use crate::session::request::{Incoming, Terms};
-use crate::session::script::Handling;
+use crate::session::script::{HandlerError, Handling};
 use crate::threads::pool::{Listener, Worker};
 
 /// What may still be unread when the answer is sent.

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use qrelay_shared::ids::WorkerId;
 use qrelay_shared::ipc::channel::SendError;
 use qrelay_worker::delivery::action::Action;
-use qrelay_worker::lua::state::HandlerError;
+use qrelay_worker::session::script::HandlerError;
 use support::{Options, Script, config_error, mail};
 
 /// Runs a test in Lua twice: while the script loads, and as a handler.

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use nix::time::{ClockId, clock_gettime};
 use qrelay_worker::delivery::action::Action;
-use qrelay_worker::lua::state::HandlerError;
+use qrelay_worker::session::script::HandlerError;
 use support::{Script, mail, remote_mail};
 
 /// Loads a script of `tests/lua/` and runs all its handlers, whose assertions must hold.

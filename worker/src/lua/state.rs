@@ -24,7 +24,6 @@ use slog::Logger;
 
 use crate::delivery::action::Action;
 use crate::lua::binding::error;
-pub use crate::lua::binding::error::HandlerError;
 use crate::lua::config::{self, ConfigError};
 use crate::lua::engine::background::Background;
 use crate::lua::engine::collector;
@@ -43,7 +42,7 @@ use crate::lua::library::shared::SharedOpener;
 use crate::lua::library::socket;
 use crate::lua::library::{self, Libraries};
 use crate::mail::Mail;
-use crate::session::script::{Decision, Handling};
+use crate::session::script::{Decision, HandlerError, Handling};
 
 /// How a configuration is loaded.
 pub struct LoadOptions {

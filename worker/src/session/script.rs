@@ -1,22 +1,41 @@
-//! What the threads of a worker need of the script: the seam between I/O and Lua.
+//! The script as the rest of the worker sees it: the seam between I/O and Lua.
+//!
+//! Contract: a session knows a [`Script`] by this trait alone; `lua` implements the trait.
+//!
+//! # Failure
+//! A handler that yields no action is a [`HandlerError`], and gives its mail back.
 
-use qrelay_shared::deadline::Deadline;
-use qrelay_shared::ids::JobId;
 use std::sync::Arc;
 use std::time::Duration;
 
+use qrelay_shared::deadline::Deadline;
+use qrelay_shared::ids::JobId;
+use thiserror::Error;
+
 use crate::delivery::action::Action;
-use crate::lua::state::{HandlerError, State};
 use crate::mail::Mail;
+
+/// Why a handler yielded no action.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
+pub enum HandlerError {
+    /// The handler failed, and the log has the reason already, with a traceback. The mail gets
+    /// `Zscript failed`.
+    #[error("script failed")]
+    Script,
+    /// The mail's deadline passed while the handler waited for Lua or in an operation. The mail
+    /// gets `Zrelay failed`.
+    #[error("the deadline passed before the handler returned")]
+    Deadline,
+}
 
 /// A mail and what its handler says about it.
 pub type Decision = (Box<Mail>, Result<Action, HandlerError>);
 
 /// How far a handler has come.
 pub enum Handling {
-    /// It has decided.
+    /// The handler has decided.
     Decided(Decision),
-    /// The rest of it waits for something, and so does who calls this.
+    /// The handler waits for something. Calling this runs the rest of the handler and waits with it.
     Waits(Box<dyn FnOnce() -> Decision + Send>),
 }
 
@@ -30,31 +49,16 @@ impl Handling {
     }
 }
 
-/// The script as the session and the control thread see it.
+/// What sessions and the control thread need of a script.
 pub trait Script: Send + Sync {
-    /// Asks the listener's handler what to do with a mail; waits for nothing but for Lua. The mail
+    /// Asks the listener's handler what to do with a mail. Waits for nothing but Lua. The mail
     /// comes back whatever happens.
     fn start(self: Arc<Self>, listener: usize, mail: Box<Mail>, deadline: Deadline) -> Handling;
 
-    /// For how long the running call has held the script, and for which job; zero when none
-    /// does. Takes no lock.
+    /// Returns for how long the running call has held the script, and for which job; zero if no
+    /// call runs. Takes no lock.
     fn held(&self) -> (Duration, JobId);
 
-    /// The script's memory limit was hit although everything dead had been collected.
+    /// Returns whether the script's memory limit was hit even after a full garbage collection.
     fn exhausted(&self) -> bool;
-}
-
-impl Script for State {
-    fn start(self: Arc<Self>, listener: usize, mail: Box<Mail>, deadline: Deadline) -> Handling {
-        State::start(self, listener, mail, deadline)
-    }
-
-    fn held(&self) -> (Duration, JobId) {
-        let held = State::held(self);
-        (held.duration, held.job)
-    }
-
-    fn exhausted(&self) -> bool {
-        State::exhausted(self)
-    }
 }

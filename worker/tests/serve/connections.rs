@@ -12,7 +12,7 @@ use qrelay_shared::ipc::channel::{RecvBuffer, RecvError};
 use qrelay_shared::ipc::message::{Job, Peer, Report};
 use qrelay_shared::qmqp::{Status, encode_request};
 use qrelay_worker::delivery::action::{Action, Connect};
-use qrelay_worker::lua::state::HandlerError;
+use qrelay_worker::session::script::HandlerError;
 
 use crate::harness::{Finished, Harness, discard, read_reply, request};
 

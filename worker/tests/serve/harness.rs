@@ -18,9 +18,8 @@ use qrelay_shared::qmqp::{Status, encode_request};
 use qrelay_shared::settings::{Declaration, ListenAddress, ListenerDecl, Settings};
 use qrelay_worker::delivery::action::Action;
 use qrelay_worker::job_channel::Reports;
-use qrelay_worker::lua::state::HandlerError;
 use qrelay_worker::mail::Mail;
-use qrelay_worker::session::script::{Handling, Script};
+use qrelay_worker::session::script::{HandlerError, Handling, Script};
 use qrelay_worker::threads::pool::Worker;
 
 pub type Decision = Result<Action, HandlerError>;

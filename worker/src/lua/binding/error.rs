@@ -1,7 +1,7 @@
 //! Errors at the boundary of Lua.
 //!
-//! Contract: [`Raise`] goes into a script, [`HandlerError`] comes out of one. Texts are Lua's own:
-//! file, line, cause, without the binding's names for kinds of errors.
+//! Contract: [`Raise`] goes into a script. Texts are Lua's own: file, line, cause, without the
+//! binding's names for kinds of errors.
 //!
 //! # Failure
 //! None: this module defines the failures.
@@ -47,19 +47,6 @@ impl From<Raise> for mlua::Error {
             Raise::Lua(error) => error,
         }
     }
-}
-
-/// Why a handler yielded no action.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
-pub enum HandlerError {
-    /// The handler failed. The reason is already in the log, with traceback. The mail gets `Zscript
-    /// failed`.
-    #[error("script failed")]
-    Script,
-    /// The mail's deadline passed while it waited for Lua or in an operation. The mail gets `Zrelay
-    /// failed`.
-    #[error("the deadline passed before the handler returned")]
-    Deadline,
 }
 
 /// The text between a message and its traceback.

@@ -1,0 +1,26 @@
+//! The script that a session asks is a Lua [`State`].
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use qrelay_shared::deadline::Deadline;
+use qrelay_shared::ids::JobId;
+
+use crate::lua::state::State;
+use crate::mail::Mail;
+use crate::session::script::{Handling, Script};
+
+impl Script for State {
+    fn start(self: Arc<Self>, listener: usize, mail: Box<Mail>, deadline: Deadline) -> Handling {
+        State::start(self, listener, mail, deadline)
+    }
+
+    fn held(&self) -> (Duration, JobId) {
+        let held = State::held(self);
+        (held.duration, held.job)
+    }
+
+    fn exhausted(&self) -> bool {
+        State::exhausted(self)
+    }
+}
