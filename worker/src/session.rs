@@ -1,21 +1,28 @@
 //! One connection, from its first byte to its `Done`.
 //!
-//! Contract: [`Session::begin`] waits for nothing but Lua, [`Session::finish`] for whatever it takes;
-//! another thread may do that. A complete request gets exactly one answer, and `K` only when the next hop
-//! has said so or the handler wants it pretended. Everything that waits ends at the mail's
-//! deadline, which starts with the last byte of the request, or at a limit of its own. `Done`
-//! is the last that happens.
+//! Contract: a [`Session`] is built when its job arrives and moves from thread to thread with what
+//! has been done so far. [`Session::begin`] waits for nothing but Lua. [`Session::finish`] waits
+//! for everything else; another thread may call it. A complete request gets exactly one answer;
+//! the answer is `K` only if the next hop has said `K` or the handler wants a delivery pretended.
+//! Every wait ends at the mail's deadline, which starts with the last byte of the request, or at a
+//! limit of its own. `Done` is reported last, and exactly once.
 //!
 //! # Failure
-//! Of a session: a reply `Z` or `D`, or none to a client that is gone. Nothing propagates.
+//! A session that fails answers `Z` or `D`, or nothing if its client is gone. A panic is logged
+//! and costs its own mail: the client gets `Zinternal server error` unless it has been answered.
 
-pub(crate) mod record;
-pub(crate) mod reply;
-pub(crate) mod request;
+mod clock;
+mod context;
+mod record;
+mod reply;
+mod request;
 pub mod script;
+mod stage;
 
-use std::cell::Cell;
+use std::any::Any;
+use std::mem;
 use std::os::fd::OwnedFd;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -24,6 +31,10 @@ use qrelay_shared::header::received_count;
 use qrelay_shared::ipc::message::{Job, MailRecord, mail_id};
 use qrelay_shared::qmqp::{Limits, Reply, Request, RequestError, parse};
 use qrelay_shared::texts;
+use slog::error;
+
+pub(crate) use self::clock::now;
+pub use self::context::Context;
 
 use crate::client::socket::ClientSocket;
 use crate::delivery::action::Action;
@@ -32,102 +43,104 @@ use crate::delivery::exec;
 use crate::delivery::exec_raw;
 use crate::delivery::program::ProgramContext;
 use crate::mail::{Mail, Origin};
-use crate::session::record::Outcome;
-use crate::session::record::age;
-use crate::session::record::record;
+use crate::session::clock::age;
+use crate::session::context::Listener;
+use crate::session::record::{Outcome, record, refusal};
 use crate::session::reply::{answer, drop_surplus, linger};
 use crate::session::request::{Incoming, Terms};
 use crate::session::script::{HandlerError, Handling};
-use crate::threads::pool::{Listener, Worker};
+use crate::session::stage::{Stage, Unread};
 
-/// What may still be unread when the answer is sent.
+/// What still has to be said about a session.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Unread {
-    /// Nothing that we know of.
-    Unknown,
-    /// The rest of the request, or more than that.
-    Some,
+enum Due {
+    /// The client's answer, then `Done`.
+    Answer,
+    /// `Done`: the client has its answer.
+    Done,
+    /// Nothing: the session is over.
+    Nothing,
 }
 
-/// How far a session has come when somebody has to wait: for its client, the next hop, a program.
-pub enum Stage {
-    /// There may be more of the request than these bytes.
-    Request(Vec<u8>),
-    /// There is no mail, and this is the answer.
-    Refused(Reply, Unread),
-    /// The mail is not for its handler to decide about.
-    Settled(Box<Mail>, Reply, Unread),
-    /// The handler has begun, and usually has decided.
-    Handled(Handling, Deadline, Unread),
-    /// The client left.
-    Gone,
-}
-
-impl Stage {
-    /// Nothing has been read.
-    pub fn untouched() -> Self {
-        Self::Request(Vec::new())
-    }
-
-    /// The handler has begun and waits.
-    pub fn waits(&self) -> bool {
-        matches!(self, Self::Handled(Handling::Waits(_), ..))
-    }
-
-    /// Something is wrong with this program.
-    pub fn failed() -> Self {
-        Self::Refused(Reply::temporary(texts::INTERNAL_ERROR), Unread::Some)
-    }
-}
-
-/// One client's connection and what it came with.
-pub struct Session<'w> {
-    worker: &'w Worker,
-    job: &'w Job,
-    client: &'w Arc<OwnedFd>,
+/// One client's connection, and how far it has come.
+pub(crate) struct Session {
+    job: Job,
+    stage: Stage,
+    due: Due,
     /// The connection to the next hop, closed when the client has its answer.
-    spent: Cell<Option<OwnedFd>>,
+    spent: Option<OwnedFd>,
+    client: Arc<OwnedFd>,
 }
 
-impl<'w> Session<'w> {
-    /// A session for a job that has been received.
-    pub fn new(worker: &'w Worker, job: &'w Job, client: &'w Arc<OwnedFd>) -> Self {
-        Self { worker, job, client, spent: Cell::new(None) }
+impl Session {
+    /// Returns the session of a job that has been received, with the client's socket.
+    pub(crate) fn new(job: Job, client: OwnedFd) -> Self {
+        let client = Arc::new(client);
+        Self { job, stage: Stage::untouched(), due: Due::Answer, spent: None, client }
     }
 
-    /// As far as it goes without waiting: of what is needed to get there, Lua above all, much is in
-    /// the processor's caches when it is done for several mails in turn.
-    pub fn begin(&self) -> Stage {
-        let Some((listener, terms)) = self.terms() else {
+    /// Returns when the client's first byte was there: nanoseconds of CLOCK_BOOTTIME.
+    pub(crate) fn spoke(&self) -> u64 {
+        self.job.spoke
+    }
+
+    /// Returns whether the handler has begun and waits.
+    pub(crate) fn handler_waits(&self) -> bool {
+        matches!(self.stage, Stage::Handled(Handling::Waits(_), ..))
+    }
+
+    /// Goes as far as possible without waiting. Several sessions that one thread begins in turn
+    /// cost less than others, because what they need, Lua above all, stays in the processor's
+    /// caches.
+    pub(crate) fn begin(&mut self, context: &Context) {
+        let begun = catch_unwind(AssertUnwindSafe(|| self.try_begin(context)));
+        self.stage = begun.unwrap_or_else(|panic| {
+            self.log_panic(context, &*panic);
+            Stage::failed()
+        });
+    }
+
+    fn try_begin(&self, context: &Context) -> Stage {
+        let Some((listener, terms)) = self.terms(context) else {
             return Stage::failed();
         };
-        let mut buffer = self.worker.buffers.take();
-        match terms.try_read(self.client, &mut buffer) {
-            Some(incoming) => self.received(listener, &terms.limits, incoming, buffer),
+        let mut buffer = context.buffers.take();
+        match terms.try_read(&self.client, &mut buffer) {
+            Some(incoming) => self.received(context, listener, &terms.limits, incoming, buffer),
             None => Stage::Request(buffer),
         }
     }
 
     /// Serves the client to the end.
-    pub fn finish(&self, stage: Stage) {
+    pub(crate) fn finish(mut self, context: &Context) {
+        let stage = mem::replace(&mut self.stage, Stage::Gone);
+        let finished = catch_unwind(AssertUnwindSafe(|| self.serve(context, stage)));
+        if let Err(panic) = finished {
+            self.log_panic(context, &*panic);
+            self.serve(context, Stage::failed());
+        }
+    }
+
+    fn serve(&mut self, context: &Context, stage: Stage) {
         match stage {
             Stage::Request(mut buffer) => {
-                let Some((listener, terms)) = self.terms() else {
-                    return self.finish(Stage::failed());
+                let Some((listener, terms)) = self.terms(context) else {
+                    return self.serve(context, Stage::failed());
                 };
-                let (incoming, memory) = terms.read(self.client, &mut buffer);
-                self.finish(self.received(listener, &terms.limits, incoming, buffer));
-                // Its buffer has been freed: others may use the memory.
+                let (incoming, memory) = terms.read(&self.client, &mut buffer);
+                let stage = self.received(context, listener, &terms.limits, incoming, buffer);
+                self.serve(context, stage);
+                // The buffer has been freed: other sessions may use the memory.
                 drop(memory);
             }
-            Stage::Refused(reply, unread) => self.refuse(&reply, unread),
+            Stage::Refused(reply, unread) => self.refuse(context, &reply, unread),
             Stage::Settled(mail, reply, unread) => {
-                self.conclude(mail, &Outcome::refused(reply), unread);
+                self.conclude(context, mail, &Outcome::refused(reply), unread);
             }
             Stage::Handled(handling, deadline, unread) => {
                 let (mail, decision) = handling.finish();
                 let outcome = match decision {
-                    Ok(action) => self.carry_out(&mail, &action, deadline),
+                    Ok(action) => self.carry_out(context, &mail, &action, deadline),
                     Err(HandlerError::Script) => {
                         Outcome::failed(Reply::temporary(texts::SCRIPT_FAILED))
                     }
@@ -135,64 +148,73 @@ impl<'w> Session<'w> {
                         Outcome::failed(Reply::temporary(texts::RELAY_FAILED))
                     }
                 };
-                self.conclude(mail, &outcome, unread);
+                self.conclude(context, mail, &outcome, unread);
             }
-            Stage::Gone => self.done(None),
+            Stage::Gone => self.done(context, None),
         }
     }
 
-    fn terms(&self) -> Option<(&'w Listener, Terms<'w>)> {
-        let worker = self.worker;
-        let listener = worker.listeners.get(self.job.listener as usize)?;
+    fn terms<'c>(&self, context: &'c Context) -> Option<(&'c Listener, Terms<'c>)> {
+        let listener = context.listeners.get(self.job.listener as usize)?;
         let limits = Limits { max_size: listener.max_size };
-        Some((listener, Terms::new(limits, &worker.settings, &worker.budget)))
+        Some((listener, Terms::new(limits, &context.settings, &context.budget)))
     }
 
-    /// Takes a request apart that has come as far as it does, and asks the handler.
+    /// Parses what has been read of a request, and asks the handler if it is a mail.
     fn received(
         &self,
+        context: &Context,
         listener: &Listener,
         limits: &Limits,
         incoming: Incoming,
         mut buffer: Vec<u8>,
     ) -> Stage {
+        let no_mail = |buffer, reply, unread| {
+            context.buffers.give(buffer);
+            Stage::Refused(reply, unread)
+        };
         let (total, at_once) = match incoming {
             Incoming::Complete { total, at_once } => (total, at_once),
-            Incoming::Refused(reply) => return self.no_mail(buffer, reply, Unread::Some),
+            Incoming::Refused(reply) => return no_mail(buffer, reply, Unread::Some),
             Incoming::Gone => {
-                self.worker.buffers.give(buffer);
+                context.buffers.give(buffer);
                 return Stage::Gone;
             }
         };
-        let deadline = self.deadline(at_once);
+        let deadline = self.deadline(context, at_once);
         let unread = if buffer.len() > total { Unread::Some } else { Unread::Unknown };
         buffer.truncate(total);
         match parse(&buffer, limits) {
-            Ok(request) => self.handle(self.mail(listener, buffer, request), deadline, unread),
-            Err(error) => self.no_mail(buffer, refusal(error), unread),
+            Ok(request) => {
+                let mail = self.mail(context, listener, buffer, request);
+                self.handle(context, mail, deadline, unread)
+            }
+            Err(error) => no_mail(buffer, refused(error), unread),
         }
     }
 
-    fn no_mail(&self, buffer: Vec<u8>, reply: Reply, unread: Unread) -> Stage {
-        self.worker.buffers.give(buffer);
-        Stage::Refused(reply, unread)
-    }
-
-    /// The mail's: `relay_timeout` after the last byte of its request. Of a request that was
-    /// there at once only the time of its first byte is known, which is safely earlier.
-    fn deadline(&self, at_once: bool) -> Deadline {
-        let limit = self.worker.settings.relay_timeout;
+    /// Returns the mail's deadline: `relay_timeout` after the last byte of its request. Of a
+    /// request that was there at once only the time of its first byte is known, which is safely
+    /// earlier.
+    fn deadline(&self, context: &Context, at_once: bool) -> Deadline {
+        let limit = context.settings.relay_timeout;
         let age = if at_once { age(self.job.spoke) } else { Duration::ZERO };
         Deadline::after(limit.saturating_sub(age))
     }
 
-    fn mail(&self, listener: &Listener, buffer: Vec<u8>, request: Request) -> Box<Mail> {
+    fn mail(
+        &self,
+        context: &Context,
+        listener: &Listener,
+        buffer: Vec<u8>,
+        request: Request,
+    ) -> Box<Mail> {
         let origin = Origin {
-            id: mail_id(&self.worker.instance, self.job.job),
+            id: mail_id(&context.instance, self.job.job),
             listener: Arc::clone(&listener.name),
             peer: self.job.peer,
             socket: ClientSocket {
-                descriptor: Arc::clone(self.client),
+                descriptor: Arc::clone(&self.client),
                 job: self.job.job,
                 listening: self.job.listening,
                 accepted: self.job.accepted,
@@ -202,33 +224,50 @@ impl<'w> Session<'w> {
     }
 
     /// Asks the handler about a mail.
-    fn handle(&self, mail: Box<Mail>, deadline: Deadline, unread: Unread) -> Stage {
+    fn handle(
+        &self,
+        context: &Context,
+        mail: Box<Mail>,
+        deadline: Deadline,
+        unread: Unread,
+    ) -> Stage {
         let hops = received_count(mail.message());
-        if hops > self.worker.settings.max_hops as usize {
+        if hops > context.settings.max_hops as usize {
             return Stage::Settled(mail, Reply::permanent(texts::TOO_MANY_HOPS), unread);
         }
         let listener = self.job.listener as usize;
-        let script = Arc::clone(&self.worker.script);
+        let script = Arc::clone(&context.script);
         Stage::Handled(script.start(listener, mail, deadline), deadline, unread)
     }
 
-    /// Answers the mail's client, and tells the supervisor.
-    fn conclude(&self, mail: Box<Mail>, outcome: &Outcome, unread: Unread) {
+    /// Answers the mail's client, and reports the mail to the supervisor.
+    fn conclude(&mut self, context: &Context, mail: Box<Mail>, outcome: &Outcome, unread: Unread) {
         self.answer(&outcome.reply, unread);
-        self.done(Some(record(&mail, outcome)));
-        self.worker.buffers.give(mail.into_buffer());
+        self.done(context, Some(record(&mail, outcome)));
+        context.buffers.give(mail.into_buffer());
     }
 
-    /// The last that the supervisor is told about the job.
-    fn done(&self, record: Option<MailRecord<'_>>) {
-        self.worker.reports.done(self.job.job, record);
+    /// Reports the end of the job to the supervisor, unless that was done before a panic.
+    fn done(&mut self, context: &Context, record: Option<MailRecord<'_>>) {
+        if self.due != Due::Nothing {
+            context.reports.done(self.job.job, record);
+            self.due = Due::Nothing;
+        }
     }
 
-    fn carry_out(&self, mail: &Mail, action: &Action, deadline: Deadline) -> Outcome {
-        self.announce_timeout(action);
+    fn carry_out(
+        &mut self,
+        context: &Context,
+        mail: &Mail,
+        action: &Action,
+        deadline: Deadline,
+    ) -> Outcome {
+        self.announce_timeout(context, action);
         let name = action.name();
         let text =
             |own: &Option<Arc<str>>, default: &str| own.as_deref().unwrap_or(default).to_owned();
+        let host =
+            ProgramContext { children: &context.children, deadline, logger: &context.logger };
         match action {
             Action::Discard(own) => {
                 Outcome::own(name, Reply::accepted(text(own, texts::DISCARDED)))
@@ -236,53 +275,58 @@ impl<'w> Session<'w> {
             Action::Reject(own) => Outcome::own(name, Reply::permanent(text(own, texts::REJECTED))),
             Action::Defer(own) => Outcome::own(name, Reply::temporary(text(own, texts::DEFERRED))),
             Action::Connect(target) => {
-                let limit = self.worker.settings.connect_timeout;
+                let limit = context.settings.connect_timeout;
                 let (delivery, spent) =
-                    connect::relay(mail, target, limit, deadline, &self.worker.logger);
-                self.spent.set(spent);
+                    connect::relay(mail, target, limit, deadline, &context.logger);
+                self.spent = spent;
                 Outcome::delivery(name, delivery)
             }
-            Action::Exec(program) => {
-                Outcome::delivery(name, exec::run(&self.host(deadline), mail, program))
-            }
+            Action::Exec(program) => Outcome::delivery(name, exec::run(&host, mail, program)),
             Action::ExecRaw(program) => {
-                Outcome::delivery(name, exec_raw::run(&self.host(deadline), mail, program))
+                Outcome::delivery(name, exec_raw::run(&host, mail, program))
             }
         }
     }
 
-    /// What a program runs under.
-    fn host(&self, deadline: Deadline) -> ProgramContext<'_> {
-        ProgramContext { children: &self.worker.children, deadline, logger: &self.worker.logger }
-    }
-
-    /// Lets a drain wait for an action that may take longer than a drain does anyway.
-    fn announce_timeout(&self, action: &Action) {
+    /// Lets a drain wait for an action that may take longer than the drain time.
+    fn announce_timeout(&self, context: &Context, action: &Action) {
         if let Some(timeout) = action.timeout()
-            && timeout > self.worker.settings.drain_timeout
+            && timeout > context.settings.drain_timeout
         {
-            self.worker.reports.timeout(self.job.job, timeout);
+            context.reports.timeout(self.job.job, timeout);
         }
     }
 
     /// Answers a request that never became a mail.
-    fn refuse(&self, reply: &Reply, unread: Unread) {
+    fn refuse(&mut self, context: &Context, reply: &Reply, unread: Unread) {
         self.answer(reply, unread);
-        self.done(Some(record::refusal(reply, self.job.accepted)));
+        let accepted = self.job.accepted;
+        self.done(context, Some(refusal(reply, accepted)));
     }
 
-    fn answer(&self, reply: &Reply, unread: Unread) {
-        answer(self.client, reply);
+    /// Answers the client, unless that was done before a panic.
+    fn answer(&mut self, reply: &Reply, unread: Unread) {
+        if self.due != Due::Answer {
+            return;
+        }
+        self.due = Due::Done;
+        answer(&self.client, reply);
         match unread {
-            Unread::Unknown => drop_surplus(self.client),
+            Unread::Unknown => drop_surplus(&self.client),
             Unread::Some => {
                 drop(self.spent.take());
-                linger(self.client);
+                linger(&self.client);
             }
         }
     }
+
+    fn log_panic(&self, context: &Context, panic: &(dyn Any + Send)) {
+        let cause = panic.downcast_ref::<String>().map(String::as_str);
+        let cause = cause.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("unknown");
+        error!(context.logger, "internal error"; "job" => self.job.job, "panic" => cause);
+    }
 }
 
-fn refusal(error: RequestError) -> Reply {
+fn refused(error: RequestError) -> Reply {
     Reply::permanent(error.reply_text())
 }

@@ -1,5 +1,7 @@
-//! The threads of a worker, and what they hand each other.
+//! The threads of a worker.
+//!
+//! [`pool`] has the threads; `scheduler` decides what they do, and `counts` how many there are.
 
+mod counts;
 pub mod pool;
-pub mod queue;
-pub mod scheduler;
+mod scheduler;

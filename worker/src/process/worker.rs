@@ -9,6 +9,7 @@
 //! a worker a better neighbour (its name, its place before the OOM killer, no core dumps) is
 //! tried, and failing at it is only noted.
 
+use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
@@ -27,9 +28,9 @@ use crate::job_channel::Reports;
 use crate::lua::library::dictionary_client::Opener;
 use crate::lua::state::State;
 use crate::process::control;
+use crate::session::Context;
 use crate::session::script::Script;
-use crate::threads::pool::Worker;
-use crate::threads::queue::IDLE;
+use crate::threads::pool::{IDLE, Pool};
 
 /// Added to oom_score_adj, whose scale ends at 1000: among our processes of like size the
 /// kernel's choice is a worker, never the supervisor.
@@ -61,28 +62,35 @@ pub fn run(
     settle(&logger);
     state.after_fork(id, opener(&jobs));
     let script: Arc<dyn Script> = Arc::new(state);
-    let worker = Reports::new(Channel::from_fd(jobs), IDLE).map_err(std::io::Error::from).and_then(
-        |reports| {
-            let end = || end(0);
-            let script = Arc::clone(&script);
-            let worker = Worker::new(declaration, instance, script, reports, logger.clone(), end);
-            worker.run().map(|()| worker)
-        },
-    );
-    let worker = match worker {
-        Ok(worker) => worker,
+    let pool = match start(jobs, declaration, instance, &script, &logger) {
+        Ok(pool) => pool,
         Err(error) => {
             error!(logger, "worker can't start"; "error" => %error);
             return Exit::System;
         }
     };
-    worker.reports.ready();
+    pool.context().reports.ready();
     control::run(&Channel::from_fd(control), &*script);
     warn!(logger, "the supervisor is gone; finishing what is here");
     std::thread::sleep(declaration.settings.drain_timeout);
-    // Nobody is left to do it after us.
-    worker.children.kill_all();
+    // After this process nobody is left to end its programs.
+    pool.context().children.kill_all();
     end(UNFINISHED)
+}
+
+/// Starts the threads that serve the jobs of this socket.
+fn start(
+    jobs: OwnedFd,
+    declaration: &Declaration,
+    instance: String,
+    script: &Arc<dyn Script>,
+    logger: &Logger,
+) -> io::Result<Arc<Pool>> {
+    let reports = Reports::new(Channel::from_fd(jobs), IDLE)?;
+    let context = Context::new(declaration, instance, Arc::clone(script), reports, logger.clone());
+    let pool = Pool::new(context, || end(0));
+    pool.run()?;
+    Ok(pool)
 }
 
 /// Asks the supervisor for the shared dictionaries over the job socket.
@@ -113,9 +121,9 @@ fn settle(logger: &Logger) {
     }
 }
 
-fn volunteer_for_oom() -> std::io::Result<()> {
+fn volunteer_for_oom() -> io::Result<()> {
     const PATH: &str = "/proc/self/oom_score_adj";
-    let now: i32 = std::fs::read_to_string(PATH)?.trim().parse().map_err(std::io::Error::other)?;
+    let now: i32 = std::fs::read_to_string(PATH)?.trim().parse().map_err(io::Error::other)?;
     std::fs::write(PATH, (now + OOM_PENALTY).min(1000).to_string())
 }
 

@@ -5,9 +5,7 @@
 //! `Received` line belongs neither to `size` nor to `sent`.
 
 use std::sync::Arc;
-use std::time::Duration;
 
-use nix::time::{ClockId, clock_gettime};
 use qrelay_shared::address::{escape_for_log, printable};
 use qrelay_shared::ipc::message::MailRecord;
 use qrelay_shared::pond;
@@ -15,6 +13,7 @@ use qrelay_shared::qmqp::Reply;
 
 use crate::delivery::Delivery;
 use crate::mail::Mail;
+use crate::session::clock::age;
 
 /// Stands for the action when there was none.
 const NO_ACTION: &str = "-";
@@ -31,9 +30,9 @@ const ROOM: usize = 128;
 
 /// How a mail ended.
 #[derive(Debug)]
-pub struct Outcome {
+pub(crate) struct Outcome {
     /// What the client is told.
-    pub reply: Reply,
+    pub(crate) reply: Reply,
     action: &'static str,
     next_hop: Option<Arc<str>>,
     attempted: bool,
@@ -43,29 +42,29 @@ pub struct Outcome {
 
 impl Outcome {
     /// The handler never ran.
-    pub fn refused(reply: Reply) -> Self {
+    pub(crate) fn refused(reply: Reply) -> Self {
         Self { refused: true, ..Self::own(NO_ACTION, reply) }
     }
 
     /// The handler came to no decision.
-    pub fn failed(reply: Reply) -> Self {
+    pub(crate) fn failed(reply: Reply) -> Self {
         Self::own(NO_ACTION, reply)
     }
 
     /// An action that hands the mail to nobody.
-    pub fn own(action: &'static str, reply: Reply) -> Self {
+    pub(crate) fn own(action: &'static str, reply: Reply) -> Self {
         Self { reply, action, next_hop: None, attempted: false, canceled: false, refused: false }
     }
 
     /// An action that handed the mail on, or tried.
-    pub fn delivery(action: &'static str, delivery: Delivery) -> Self {
+    pub(crate) fn delivery(action: &'static str, delivery: Delivery) -> Self {
         let Delivery { reply, next_hop, attempted, canceled } = delivery;
         Self { reply, action, next_hop, attempted, canceled, refused: false }
     }
 }
 
 /// The record of a mail.
-pub fn record<'m>(mail: &'m Mail, outcome: &'m Outcome) -> MailRecord<'m> {
+pub(crate) fn record<'m>(mail: &'m Mail, outcome: &'m Outcome) -> MailRecord<'m> {
     let sender = escape_for_log(mail.sender());
     let text = match outcome.canceled {
         true => CANCELED.into(),
@@ -94,7 +93,7 @@ pub fn record<'m>(mail: &'m Mail, outcome: &'m Outcome) -> MailRecord<'m> {
 }
 
 /// The record of a request that was refused before there was a mail.
-pub fn refusal(reply: &Reply, accepted: u64) -> MailRecord<'_> {
+pub(crate) fn refusal(reply: &Reply, accepted: u64) -> MailRecord<'_> {
     MailRecord {
         sender: "".into(),
         recipients: "".into(),
@@ -113,13 +112,7 @@ pub fn refusal(reply: &Reply, accepted: u64) -> MailRecord<'_> {
     }
 }
 
-/// How long ago a time in nanoseconds of CLOCK_BOOTTIME was.
-pub fn age(accepted: u64) -> Duration {
-    let accepted = Duration::from_nanos(accepted);
-    clock_gettime(ClockId::CLOCK_BOOTTIME)
-        .map_or(Duration::ZERO, |now| Duration::from(now).saturating_sub(accepted))
-}
-
+/// Returns the microseconds since a connection was accepted.
 fn since(accepted: u64) -> u64 {
     u64::try_from(age(accepted).as_micros()).unwrap_or(u64::MAX)
 }

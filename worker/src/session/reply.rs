@@ -24,7 +24,7 @@ const SEND_TIMEOUT: Duration = Duration::from_secs(3);
 const LINGER: Duration = Duration::from_secs(2);
 
 /// Sends the reply and ends the stream.
-pub fn answer(client: &OwnedFd, reply: &Reply) {
+pub(crate) fn answer(client: &OwnedFd, reply: &Reply) {
     // Who doesn't get the whole reply sees the stream end early, which is temporary.
     let _ = send_all(client.as_fd(), &reply.encode(), SEND_TIMEOUT);
     let _ = shutdown(client.as_raw_fd(), Shutdown::Write);
@@ -50,7 +50,7 @@ fn send_all(client: BorrowedFd<'_>, mut bytes: &[u8], timeout: Duration) -> Resu
 }
 
 /// Drops what the client sent after its request, if there is any; costs one call if not.
-pub fn drop_surplus(client: &OwnedFd) {
+pub(crate) fn drop_surplus(client: &OwnedFd) {
     let surplus = recv(client.as_raw_fd(), &mut [0], MsgFlags::MSG_DONTWAIT);
     if surplus.is_ok_and(|bytes| bytes > 0) {
         linger(client);
@@ -58,7 +58,7 @@ pub fn drop_surplus(client: &OwnedFd) {
 }
 
 /// Reads and drops until the client has closed its side, for a while.
-pub fn linger(client: &OwnedFd) {
+pub(crate) fn linger(client: &OwnedFd) {
     let mut scratch = [0; 16 * 1024];
     let deadline = Deadline::after(LINGER);
     while !deadline.expired() {

@@ -24,7 +24,7 @@ use qrelay_shared::texts;
 use crate::mail::memory::{Budget, Share};
 
 /// Bytes that a buffer has at first: most mails fit.
-pub const BUFFER_SIZE: usize = 64 * 1024;
+pub(crate) const BUFFER_SIZE: usize = 64 * 1024;
 
 /// Bytes of a buffer that is kept for the next mail.
 const KEPT_BUFFER_SIZE: usize = 256 * 1024;
@@ -34,22 +34,22 @@ const KEPT_BUFFERS: usize = 16;
 
 /// Which requests are accepted, and what they may cost.
 #[derive(Debug)]
-pub struct Terms<'w> {
+pub(crate) struct Terms<'w> {
     /// Limits of the listener.
-    pub limits: Limits,
+    pub(crate) limits: Limits,
     /// Longest silence of the client.
-    pub client_timeout: Duration,
+    pub(crate) client_timeout: Duration,
     /// Longest time for the whole request.
-    pub request_timeout: Duration,
+    pub(crate) request_timeout: Duration,
     /// Longest time to wait for memory.
-    pub memory_timeout: Duration,
+    pub(crate) memory_timeout: Duration,
     /// Where memory for large requests comes from.
-    pub budget: &'w Budget,
+    pub(crate) budget: &'w Budget,
 }
 
 /// What came of reading.
 #[derive(Debug)]
-pub enum Incoming {
+pub(crate) enum Incoming {
     /// The first `total` bytes of the buffer are the request's netstring.
     Complete {
         /// Length of the request; more bytes may have been received.
@@ -72,7 +72,7 @@ impl Incoming {
 
 impl<'w> Terms<'w> {
     /// The terms of a listener that accepts messages within `limits`.
-    pub fn new(limits: Limits, settings: &Settings, budget: &'w Budget) -> Self {
+    pub(crate) fn new(limits: Limits, settings: &Settings, budget: &'w Budget) -> Self {
         Self {
             limits,
             client_timeout: settings.client_timeout,
@@ -83,7 +83,7 @@ impl<'w> Terms<'w> {
     }
 
     /// Reads what is there; nothing if more has to be waited for. `buffer` is empty at first.
-    pub fn try_read(&self, client: &OwnedFd, buffer: &mut Vec<u8>) -> Option<Incoming> {
+    pub(crate) fn try_read(&self, client: &OwnedFd, buffer: &mut Vec<u8>) -> Option<Incoming> {
         make_room(buffer);
         match receive(client, buffer) {
             Ok(0) => return Some(Incoming::Gone),
@@ -101,7 +101,11 @@ impl<'w> Terms<'w> {
     /// Reads until the request is complete or can't be any more; `buffer` has what
     /// [`Self::try_read`] got, if that was tried. The share of memory is to be kept as long as the
     /// buffer.
-    pub fn read(&self, client: &OwnedFd, buffer: &mut Vec<u8>) -> (Incoming, Option<Share<'w>>) {
+    pub(crate) fn read(
+        &self,
+        client: &OwnedFd,
+        buffer: &mut Vec<u8>,
+    ) -> (Incoming, Option<Share<'w>>) {
         make_room(buffer);
         let mut memory = None;
         let incoming = self.read_with(client, buffer, &mut memory);
@@ -187,16 +191,16 @@ fn receive(client: &OwnedFd, buffer: &mut Vec<u8>) -> Result<usize, Errno> {
 
 /// Buffers that are ready for the next requests: empty, and not larger than what is worth keeping.
 #[derive(Debug, Default)]
-pub struct Buffers(Mutex<Vec<Vec<u8>>>);
+pub(crate) struct Buffers(Mutex<Vec<Vec<u8>>>);
 
 impl Buffers {
     /// A buffer: the one that was used last, since its memory is in the processor's caches.
-    pub fn take(&self) -> Vec<u8> {
+    pub(crate) fn take(&self) -> Vec<u8> {
         self.0.lock().pop().unwrap_or_default()
     }
 
     /// Takes back what isn't needed any more.
-    pub fn give(&self, mut buffer: Vec<u8>) {
+    pub(crate) fn give(&self, mut buffer: Vec<u8>) {
         if buffer.capacity() <= KEPT_BUFFER_SIZE {
             buffer.clear();
             let mut kept = self.0.lock();

@@ -1,194 +1,241 @@
-//! The life of a worker: a process with a script of its own and threads that do blocking I/O.
+//! The threads of a worker: they carry out what the [`Scheduler`] orders.
 //!
-//! Contract: every I/O thread waits for something to do, and waits again: it begins the jobs that
-//! come, or serves one to its end; which of them does what, `queue` says. At the end of the job
-//! socket they finish what they have, and the last one ends the process. The main thread answers
-//! on the control socket and never waits for the others.
+//! Contract: every thread asks the scheduler what to do, does it with blocking I/O, and asks again.
+//! After the end of the job socket the threads finish what is queued, and the last thread calls
+//! `end`. The watcher is one thread more, and has nothing to do with mails: it sends reports and
+//! starts threads while all others are busy.
 //!
 //! # Failure
-//! A thread that can't be had means fewer threads. A panic costs its own mail (`Z`).
+//! A thread that can't be started means fewer threads. A job whose socket got lost is handed back.
+//! A datagram that makes no sense ends the process, because nobody could say which clients the
+//! datagram was about.
 
-use std::any::Any;
+use std::fmt;
 use std::io;
-use std::os::fd::OwnedFd;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::Duration;
 
-use qrelay_shared::ipc::channel::RecvBuffer;
-use qrelay_shared::ipc::message::Job;
-use qrelay_shared::settings::{Declaration, Settings};
+use parking_lot::{Condvar, Mutex};
+use qrelay_shared::ipc::channel::{RecvBuffer, RecvError};
 use qrelay_shared::sys::thread::{LUA_STACK, spawn};
-use slog::{Logger, error, warn};
+use slog::{error, warn};
 
-use crate::delivery::children::Children;
-use crate::job_channel::Reports;
-use crate::mail::memory::Budget;
-use crate::session::request::Buffers;
-use crate::session::script::Script;
-use crate::session::{Session, Stage};
-use crate::threads::queue::{Next, Queue, Task};
+use crate::session::{Context, Session, now};
+use crate::threads::scheduler::{
+    Answer, Event, Left, Next, NextJob, Orders, Place, Reports, Scheduler, Stuck, Task, Threads,
+};
 
-/// Virtual memory of the thread that starts others, in bytes.
-const WATCH_STACK: usize = 128 << 10;
+/// How long a thread waits for something to do. Then it ends, if another thread waits too.
+pub(crate) const IDLE: Duration = Duration::from_secs(30);
 
-/// How long to wait for a thread that couldn't be had.
+/// Virtual memory of the watcher's stack, in bytes.
+const WATCHER_STACK: usize = 128 << 10;
+
+/// How long the watcher pauses while all threads are busy.
+const WATCH_INTERVAL: Duration = Duration::from_millis(10);
+
+/// How long to wait after a failure that passes by itself, such as ENOMEM or EAGAIN.
 const PAUSE: Duration = Duration::from_millis(100);
 
-/// What a session needs to know about its listener.
-#[derive(Debug)]
-pub struct Listener {
-    /// The address, as written in the configuration.
-    pub name: Arc<str>,
-    /// Bytes of a message.
-    pub max_size: usize,
-}
-
-/// What all threads of a worker share.
-pub struct Worker {
-    /// By [`Job::listener`].
-    pub listeners: Vec<Listener>,
-    /// Of the worker's generation.
-    pub settings: Settings,
-    /// First part of every mail's id.
-    pub instance: String,
-    /// Decides about mails.
-    pub script: Arc<dyn Script>,
-    /// Memory for messages.
-    pub(crate) budget: Budget,
-    /// What requests are read into.
-    pub buffers: Buffers,
-    /// Jobs come from here, and what became of them goes back.
-    pub reports: Arc<Reports>,
-    /// The programs that run for mails.
-    pub(crate) children: Arc<Children>,
-    /// Names the process.
-    pub logger: Logger,
-    queue: Queue,
+/// The threads of a worker, and what they share.
+pub struct Pool {
+    context: Context,
+    scheduler: Mutex<Scheduler<Session>>,
+    /// There is something to do.
+    work: Condvar,
+    /// The watcher is to look around.
+    watcher: Condvar,
     end: Box<dyn Fn() + Send + Sync>,
 }
 
-impl std::fmt::Debug for Worker {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Worker").field("queue", &self.queue).finish_non_exhaustive()
+impl fmt::Debug for Pool {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.scheduler.lock().fmt(f)
     }
 }
 
-impl Worker {
-    /// A worker without threads. The last thread that ends calls `end`.
-    pub fn new(
-        declaration: &Declaration,
-        instance: String,
-        script: Arc<dyn Script>,
-        reports: Reports,
-        logger: Logger,
-        end: impl Fn() + Send + Sync + 'static,
-    ) -> Arc<Self> {
-        let listeners = declaration.listeners.iter().map(|listener| Listener {
-            name: listener.address.to_string().into(),
-            max_size: listener.max_size,
-        });
-        let settings = declaration.settings.clone();
-        let reports = Arc::new(reports);
+impl Task for Session {
+    fn since(&self) -> Duration {
+        Duration::from_nanos(self.spoke())
+    }
+
+    fn handler_waits(&self) -> bool {
+        Self::handler_waits(self)
+    }
+}
+
+impl Pool {
+    /// Returns a pool without threads. The last thread that ends calls `end`.
+    pub fn new(context: Context, end: impl Fn() + Send + Sync + 'static) -> Arc<Self> {
+        let connections = context.settings.worker_connections as usize;
         Arc::new(Self {
-            listeners: listeners.collect(),
-            budget: Budget::new(settings.mail_memory),
-            buffers: Buffers::default(),
-            queue: Queue::new(settings.worker_connections as usize, logger.clone()),
-            settings,
-            instance,
-            script,
-            children: Children::new(Arc::clone(&reports)),
-            reports,
-            logger,
+            context,
+            scheduler: Mutex::new(Scheduler::new(connections)),
+            work: Condvar::new(),
+            watcher: Condvar::new(),
             end: Box::new(end),
         })
     }
 
-    /// Starts the first threads; they start others as they are needed.
+    /// Returns what the sessions share.
+    pub(crate) fn context(&self) -> &Context {
+        &self.context
+    }
+
+    /// Starts the watcher and the first thread, which starts others as they are needed.
     ///
     /// # Errors
-    /// The system has no thread for us.
+    /// See [`spawn`].
     pub fn run(self: &Arc<Self>) -> io::Result<()> {
-        let worker = Arc::clone(self);
-        spawn("watch", WATCH_STACK, move || worker.watch())?;
+        let pool = Arc::clone(self);
+        spawn("watch", WATCHER_STACK, move || pool.watch())?;
         self.start()
     }
 
     fn start(self: &Arc<Self>) -> io::Result<()> {
-        let worker = Arc::clone(self);
-        spawn("mail", LUA_STACK, move || worker.thread())
+        let pool = Arc::clone(self);
+        spawn("mail", LUA_STACK, move || pool.thread())
     }
 
-    /// Starts a thread that has been counted already. False: there is none for us.
+    /// Starts a thread that is counted already. Returns whether the system had a thread.
     fn start_another(self: &Arc<Self>) -> bool {
         let Err(error) = self.start() else { return true };
-        warn!(self.logger, "no further thread"; "error" => %error);
-        if self.queue.not_started() {
+        warn!(self.context.logger, "no further thread"; "error" => %error);
+        let left = self.scheduler.lock().not_started();
+        self.watcher.notify_one();
+        if left == Left::Nobody {
             (self.end)();
         }
         false
     }
 
-    /// Starts threads when all are busy and nobody takes the jobs that are queued. Never ends.
-    fn watch(self: &Arc<Self>) {
+    /// The life of a thread.
+    fn thread(self: Arc<Self>) {
+        let mut buffer = RecvBuffer::small();
+        let mut event = Event::Started;
         loop {
-            let needed = self.queue.watch(&self.reports);
+            let Orders { threads, reports, next } = self.orders(event);
+            self.obey(threads);
+            match reports {
+                Reports::Leave => {}
+                Reports::Send => self.context.reports.flush(),
+                Reports::LeaveToWatcher => drop(self.watcher.notify_one()),
+            }
+            event = match next {
+                Next::Serve(session) => {
+                    session.finish(&self.context);
+                    Event::Finished
+                }
+                Next::Lead => match self.lead(&mut buffer) {
+                    Ok(event) => event,
+                    Err(error) => {
+                        let logger = &self.context.logger;
+                        error!(logger, "the job socket can't be understood"; "error" => %error);
+                        return (self.end)();
+                    }
+                },
+                Next::Report => {
+                    self.context.reports.flush();
+                    Event::Reported
+                }
+                Next::Retire | Next::End(Left::Others) => return,
+                Next::End(Left::Nobody) => return (self.end)(),
+            };
+        }
+    }
+
+    /// Waits until there is something to do.
+    fn orders(&self, event: Event) -> Orders<Session> {
+        let now_before = now();
+        let mut scheduler = self.scheduler.lock();
+        let mut answer = scheduler.event(event, now_before);
+        loop {
+            match answer {
+                Answer::Act(orders) => return orders,
+                Answer::Wait => {
+                    let idle = self.work.wait_for(&mut scheduler, IDLE).timed_out();
+                    let event = if idle { Event::Idle } else { Event::Woken };
+                    answer = scheduler.event(event, now());
+                }
+            }
+        }
+    }
+
+    fn obey(self: &Arc<Self>, threads: Threads) {
+        match threads {
+            Threads::Leave => {}
+            Threads::WakeOne => drop(self.work.notify_one()),
+            Threads::WakeAll => drop(self.work.notify_all()),
+            Threads::Start => drop(self.start_another()),
+        }
+    }
+
+    /// As leader: receives a datagram, and queues its jobs.
+    fn lead(self: &Arc<Self>, buffer: &mut RecvBuffer) -> Result<Event, RecvError> {
+        let Context { reports, logger, .. } = &self.context;
+        let mut messages = match reports.next(buffer) {
+            Ok(messages) => messages,
+            Err(RecvError::Empty) => return Ok(Event::Quiet),
+            Err(RecvError::Closed) => return Ok(Event::Closed),
+            Err(RecvError::Os(errno)) => {
+                warn!(logger, "no job can be received"; "error" => errno.desc());
+                reports.flush();
+                std::thread::sleep(PAUSE);
+                return Ok(Event::Received);
+            }
+            Err(error) => return Err(error),
+        };
+        let received = now();
+        let mut next = NextJob::Begin;
+        let mut lost = false;
+        while let Some(message) = messages.next() {
+            let job = message?;
+            let Some(client) = messages.fds.take() else {
+                reports.lost(job.job);
+                lost = true;
+                continue;
+            };
+            let mut session = Session::new(job, client);
+            if next == NextJob::Begin {
+                session.begin(&self.context);
+            }
+            let place = Place { received, last: messages.is_empty() };
+            let now = now();
+            let queued = self.scheduler.lock().queue(session, place, now);
+            self.obey(queued.threads);
+            next = queued.next;
+        }
+        if lost {
+            warn!(logger, "connections were lost: too many open files");
+            reports.flush();
+            std::thread::sleep(PAUSE);
+        }
+        Ok(Event::Received)
+    }
+
+    /// The life of the watcher, which never ends.
+    fn watch(self: &Arc<Self>) {
+        let reports = &self.context.reports;
+        loop {
+            let mut scheduler = self.scheduler.lock();
+            // A thread that leaves its reports to the watcher takes the lock after gathering them,
+            // so that looking under the lock overlooks none.
+            while !scheduler.needs_watching(reports.has_gathered()) {
+                self.watcher.wait(&mut scheduler);
+            }
+            drop(scheduler);
+            std::thread::sleep(WATCH_INTERVAL);
+            reports.flush();
+            let stuck = self.scheduler.lock().stuck();
+            let needed = match stuck {
+                Stuck::Start(needed) => needed,
+                Stuck::Ask if reports.has_job() => self.scheduler.lock().job_waits(),
+                Stuck::Ask => 0,
+            };
             let started = (0..needed).filter(|_| self.start_another()).count();
             if started < needed {
                 std::thread::sleep(PAUSE);
             }
         }
-    }
-
-    fn thread(self: Arc<Self>) {
-        let mut message = RecvBuffer::small();
-        let mut served = false;
-        loop {
-            let start = || {
-                self.start_another();
-            };
-            let begin = |job: &Job, client: &Arc<OwnedFd>| self.begin(job, client);
-            match self.queue.next(served, &self.reports, &mut message, begin, start) {
-                Ok(Next::Serve(task)) => self.finish(task),
-                Ok(Next::Superfluous) => return,
-                Ok(Next::Ended) => break,
-                Err(error) => {
-                    error!(self.logger, "the job socket can't be understood"; "error" => %error);
-                    return (self.end)();
-                }
-            }
-            served = true;
-        }
-        self.reports.flush();
-        if self.queue.left() {
-            (self.end)();
-        }
-    }
-
-    /// Serves a job as far as it goes without waiting.
-    fn begin(&self, job: &Job, client: &Arc<OwnedFd>) -> Stage {
-        let session = Session::new(self, job, client);
-        catch_unwind(AssertUnwindSafe(|| session.begin())).unwrap_or_else(|panic| {
-            self.log_panic(job, &*panic);
-            Stage::failed()
-        })
-    }
-
-    /// Serves a job to its end.
-    fn finish(&self, task: Task) {
-        let Task { job, client, stage } = task;
-        let session = Session::new(self, &job, &client);
-        if let Err(panic) = catch_unwind(AssertUnwindSafe(|| session.finish(stage))) {
-            // If the mail had been answered, this answer fails.
-            self.log_panic(&job, &*panic);
-            session.finish(Stage::failed());
-        }
-    }
-
-    fn log_panic(&self, job: &Job, panic: &(dyn Any + Send)) {
-        let cause = panic.downcast_ref::<String>().map(String::as_str);
-        let cause = cause.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("unknown");
-        error!(self.logger, "internal error"; "job" => job.job, "panic" => cause);
     }
 }

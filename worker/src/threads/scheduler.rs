@@ -1,220 +1,344 @@
-//! How many I/O threads a worker has: pure counting.
+//! Who of a worker's threads does what next: the decisions alone.
 //!
-//! Contract: one thread leads, that is, it waits for jobs; the others serve mails or wait for
-//! something to do. Few threads that are busy all the time cost less than many of which one is
-//! always asleep, because a thread that finds its next job in the queue needn't be woken. So
-//! threads are started as jobs come only up to [`EAGER`], or twice as many if their handlers wait;
-//! more are started when jobs have to wait: one by whoever takes a job that is [`STALE`], and as many as there are when no job was
-//! taken for a while although some are queued ([`Census::stuck`]). The last one to end says so.
-
-use std::time::Duration;
-
-/// Threads beside the leader that are started without a job having had to wait.
-pub const EAGER: usize = 5;
-
-/// The same if their jobs' handlers wait, which takes a mail twice through the queue: with a
-/// question to a shared dictionary per mail, twice as many threads relay a twentieth more.
-const EAGER_IF_WAITING: usize = 2 * EAGER;
-
-/// A job that has waited this long shows that there are too few threads.
-pub const STALE: Duration = Duration::from_millis(20);
-
-/// The counts. Every method is one event in the life of a thread.
-#[derive(Debug)]
-pub struct Census {
-    limit: usize,
-    living: usize,
-    waiting: usize,
-    serving: usize,
-    taken: u64,
-}
-
-impl Census {
-    /// The first thread is about to start. At most `connections` are served at a time.
-    pub fn new(connections: usize) -> Self {
-        // One more, to lead.
-        Self { limit: connections.max(1) + 1, living: 1, waiting: 1, serving: 0, taken: 0 }
-    }
-
-    /// A thread waits for something to do.
-    pub fn waits(&mut self) {
-        self.waiting += 1;
-    }
-
-    /// A thread doesn't wait any more, or has just started.
-    pub fn woke(&mut self) {
-        self.waiting = self.waiting.saturating_sub(1);
-    }
-
-    /// Somebody waits.
-    pub fn has_waiting(&self) -> bool {
-        self.waiting > 0
-    }
-
-    /// A thread that neither waits nor serves may stop leading: there is another, or there can be.
-    pub fn can_replace(&self) -> bool {
-        self.waiting > 0 || self.living <= EAGER.min(self.limit - 1)
-    }
-
-    /// A thread has taken a job of this age, whose handler `waits` or not; `leaderless` if nobody
-    /// leads. True: another one is to be started, and is counted as living and waiting from now on.
-    pub fn took_job(&mut self, age: Duration, waits: bool, leaderless: bool) -> bool {
-        self.taken += 1;
-        self.serving += 1;
-        let start = self.waiting == 0
-            && self.living < self.limit
-            && (age > STALE
-                || leaderless && self.living <= EAGER
-                || waits && self.living <= EAGER_IF_WAITING);
-        if start {
-            self.living += 1;
-            self.waiting += 1;
-        }
-        start
-    }
-
-    /// A thread is through with its job.
-    pub fn came_back(&mut self) {
-        self.serving = self.serving.saturating_sub(1);
-    }
-
-    /// All but a leader serve mails.
-    pub fn all_busy(&self) -> bool {
-        self.waiting == 0 && self.serving > 0
-    }
-
-    /// Jobs taken so far.
-    pub fn taken(&self) -> u64 {
-        self.taken
-    }
-
-    /// There are jobs, and since `taken` of them nobody has taken one. So many threads are to be
-    /// started, and are counted as living and waiting from now on.
-    pub fn stuck(&mut self, taken: u64) -> usize {
-        if !self.all_busy() || self.taken != taken {
-            return 0;
-        }
-        let start = self.living.min(self.limit.saturating_sub(self.living));
-        self.living += start;
-        self.waiting += start;
-        start
-    }
-
-    /// The thread that was to be started couldn't be. True: there is none left.
-    pub fn not_started(&mut self) -> bool {
-        self.woke();
-        self.ended()
-    }
-
-    /// A thread ends. True: it was the last.
-    pub fn ended(&mut self) -> bool {
-        self.living = self.living.saturating_sub(1);
-        self.living == 0
-    }
-}
+//! Contract: threads tell a [`Scheduler`] what has happened, and carry out the [`Orders`] that come
+//! back. The scheduler holds the queue of tasks and knows no clock, no lock and no I/O: the caller
+//! passes the time in and holds a lock meanwhile.
+//!
+//! One thread at a time, the leader, waits at the job socket. The leader begins the jobs of a
+//! datagram as far as they go without waiting, and queues them. A thread that takes a task wakes or
+//! starts another thread if there is more to do: another task, or leading. A thread that has
+//! finished a task takes the next one from the queue, so that under load no thread is woken.
+//!
+//! A leader takes a task only if another thread can lead. A client's socket on its way from process
+//! to process makes every close of a local socket on this machine start the kernel's search for
+//! sockets that no process can receive any more (Linux 6.18, net/unix/garbage.c), and the search
+//! costs more than waking a thread. So datagrams mustn't lie in the job socket.
+//!
+//! While all threads are busy, their reports may wait for each other; the watcher, a thread of its
+//! own, sends them soon after ([`Reports::LeaveToWatcher`]) and adds threads if tasks are stuck.
+//!
+//! # Failure
+//! A thread that can't be started is counted out. The next event tries again.
 
 #[cfg(test)]
-mod tests {
-    use super::*;
+mod property;
+#[cfg(test)]
+mod tests;
 
-    const NOW: Duration = Duration::ZERO;
+use std::collections::VecDeque;
+use std::fmt;
+use std::time::Duration;
 
-    /// The first of at most `connections` and a leader has started and looks for a job.
-    fn one(connections: usize) -> Census {
-        let mut census = Census::new(connections);
-        census.woke();
-        census
+use crate::threads::counts::{Counts, Taken};
+
+/// How long the leader begins the jobs of one datagram itself. After a handler has run for longer,
+/// the leader queues the other jobs as they are, and other threads do meanwhile what doesn't need
+/// Lua.
+const TURN: Duration = Duration::from_millis(10);
+
+/// A job on its way through the threads.
+pub(crate) trait Task {
+    /// Returns when the job began to wait, on the clock whose time the scheduler is given.
+    fn since(&self) -> Duration;
+
+    /// Returns whether the job's handler has begun and waits.
+    fn handler_waits(&self) -> bool;
+}
+
+/// What has happened to a thread, which asks what to do next.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Event {
+    /// The thread has started.
+    Started,
+    /// The thread has served its task to the end.
+    Finished,
+    /// The thread has sent the reports.
+    Reported,
+    /// The thread was woken while it waited.
+    Woken,
+    /// The thread has waited for the whole idle time.
+    Idle,
+    /// As leader, the thread has queued the jobs of a datagram, or is to try again.
+    Received,
+    /// As leader, the thread has received nothing for the whole idle time.
+    Quiet,
+    /// As leader, the thread has seen the end of the job socket: no further jobs will come.
+    Closed,
+}
+
+/// The answer to an [`Event`].
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Answer<T> {
+    /// The thread is to wait, without letting any other event in between, until it is woken or
+    /// idle.
+    Wait,
+    /// The thread is to carry out these orders.
+    Act(Orders<T>),
+}
+
+/// What a thread is to do, in this order.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Orders<T> {
+    /// For other threads.
+    pub(crate) threads: Threads,
+    /// For reports that have gathered.
+    pub(crate) reports: Reports,
+    /// For the thread itself.
+    pub(crate) next: Next<T>,
+}
+
+/// What a thread does for others.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Threads {
+    /// Nothing.
+    Leave,
+    /// Wake one thread that waits, if there is one.
+    WakeOne,
+    /// Wake all threads that wait.
+    WakeAll,
+    /// Start a thread, which is counted already.
+    Start,
+}
+
+/// What a thread does with the reports that have gathered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Reports {
+    /// Nothing: another order says when to send them.
+    Leave,
+    /// Send them.
+    Send,
+    /// Call the watcher, which sends them a little later, together with others.
+    LeaveToWatcher,
+}
+
+/// What a thread does next.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Next<T> {
+    /// Serve this task to its end, then [`Event::Finished`].
+    Serve(T),
+    /// Receive a datagram and [`Scheduler::queue`] its jobs, then [`Event::Received`],
+    /// [`Event::Quiet`] or [`Event::Closed`].
+    Lead,
+    /// Send the reports, then [`Event::Reported`].
+    Report,
+    /// End, and do nothing else. The thread isn't counted any more.
+    Retire,
+    /// End, because no further jobs will come.
+    End(Left),
+}
+
+/// Who is left when a thread has ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Left {
+    /// Other threads.
+    Others,
+    /// No thread: the process is to end.
+    Nobody,
+}
+
+impl Left {
+    fn nobody(nobody: bool) -> Self {
+        if nobody { Self::Nobody } else { Self::Others }
+    }
+}
+
+/// Where a job stands in its datagram.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Place {
+    /// When the datagram was received.
+    pub(crate) received: Duration,
+    /// The job is the last one of the datagram.
+    pub(crate) last: bool,
+}
+
+/// What the leader does after it has queued a job.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Queued {
+    /// For other threads.
+    pub(crate) threads: Threads,
+    /// For the next job of the datagram.
+    pub(crate) next: NextJob,
+}
+
+/// How the leader queues the next job of a datagram.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum NextJob {
+    /// Begun.
+    Begin,
+    /// Untouched.
+    PassOn,
+}
+
+/// What the watcher has to know before it may start threads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Stuck {
+    /// This many threads are to be started, which are counted already.
+    Start(usize),
+    /// No thread leads: [`Scheduler::job_waits`] if a job waits in the job socket.
+    Ask,
+}
+
+/// The tasks that no thread has taken yet, and what the threads do.
+pub(crate) struct Scheduler<T> {
+    counts: Counts,
+    tasks: VecDeque<T>,
+    /// A thread leads.
+    led: bool,
+    /// No further jobs will come.
+    ended: bool,
+    /// How many tasks had been taken when the watcher began its pause.
+    watched: u64,
+}
+
+impl<T> fmt::Debug for Scheduler<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Scheduler")
+            .field("counts", &self.counts)
+            .field("tasks", &self.tasks.len())
+            .finish_non_exhaustive()
+    }
+}
+
+impl<T: Task> Scheduler<T> {
+    /// Returns an empty queue. The first thread is counted, and about to start. At most
+    /// `connections` tasks are served at a time.
+    pub(crate) fn new(connections: usize) -> Self {
+        let counts = Counts::new(connections);
+        Self { counts, tasks: VecDeque::new(), led: false, ended: false, watched: 0 }
     }
 
-    #[test]
-    fn grows_to_the_limit_and_one_leads() {
-        let mut census = one(2);
-        for living in 2..=3 {
-            assert!(census.can_replace());
-            assert!(census.took_job(NOW, false, true));
-            census.woke();
-            assert_eq!((census.living, census.waiting), (living, 0));
+    /// Decides what a thread does next.
+    pub(crate) fn event(&mut self, event: Event, now: Duration) -> Answer<T> {
+        match event {
+            Event::Started | Event::Woken | Event::Idle => self.counts.woke(),
+            Event::Finished => self.counts.came_back(),
+            Event::Reported => {}
+            Event::Received | Event::Quiet => self.led = false,
+            Event::Closed => (self.led, self.ended) = (false, true),
         }
-        assert!(!census.can_replace());
-        assert_eq!(census.stuck(2), 0);
-        census.came_back();
-        assert!(!census.took_job(NOW, false, false));
-    }
-
-    #[test]
-    fn starts_nobody_while_somebody_waits() {
-        let mut census = one(10);
-        assert!(census.took_job(NOW, false, true));
-        census.woke();
-        census.came_back();
-        census.waits();
-        assert!(census.can_replace());
-        assert!(!census.took_job(NOW, false, true));
-        assert_eq!((census.living, census.waiting), (2, 1));
-    }
-
-    #[test]
-    fn beyond_a_few_only_waiting_jobs_start_threads() {
-        let mut census = one(100);
-        for _ in 0..EAGER {
-            assert!(census.took_job(NOW, false, true));
-            census.woke();
+        if self.may_serve()
+            && let Some(task) = self.tasks.pop_front()
+        {
+            return Answer::Act(self.serve(task, event, now));
         }
-        assert_eq!(census.living, EAGER + 1);
-        assert!(!census.can_replace());
-        census.came_back();
-        assert!(!census.took_job(STALE, false, false));
-        census.came_back();
-        assert!(census.took_job(STALE + Duration::from_millis(1), false, false));
-    }
-
-    #[test]
-    fn handlers_that_wait_start_some_more() {
-        let mut census = one(100);
-        let started = (0..100)
-            .filter(|_| {
-                let start = census.took_job(NOW, true, true);
-                census.woke();
-                start
-            })
-            .count();
-        assert_eq!(started, EAGER_IF_WAITING);
-    }
-
-    #[test]
-    fn when_nobody_takes_jobs_the_number_doubles() {
-        let mut census = one(EAGER * 3);
-        for _ in 0..EAGER {
-            census.took_job(NOW, false, true);
-            census.woke();
+        if self.leaderless() {
+            return Answer::Act(self.lead(event));
         }
-        let living = EAGER + 1;
-        assert_eq!(census.stuck(census.taken() - 1), 0, "one was taken");
-        assert_eq!(census.stuck(census.taken()), living);
-        assert_eq!(census.stuck(census.taken()), 0, "somebody waits");
-        for _ in 0..living {
-            census.woke();
-            census.took_job(NOW, false, false);
+        match event {
+            // What the thread has gathered is sent before it waits.
+            Event::Started | Event::Finished | Event::Received | Event::Quiet => {
+                report(Threads::Leave)
+            }
+            Event::Closed => report(Threads::WakeAll),
+            Event::Reported | Event::Woken | Event::Idle if self.ended => {
+                Answer::Act(alone(Next::End(Left::nobody(self.counts.ended()))))
+            }
+            Event::Reported | Event::Woken => {
+                self.counts.waits();
+                Answer::Wait
+            }
+            Event::Idle => {
+                self.counts.ended();
+                Answer::Act(alone(Next::Retire))
+            }
         }
-        assert_eq!(census.stuck(census.taken()), EAGER * 3 + 1 - 2 * living);
-        assert_eq!(census.living, EAGER * 3 + 1);
     }
 
-    #[test]
-    fn a_thread_that_cannot_be_had_is_tried_again() {
-        let mut census = one(10);
-        assert!(census.took_job(NOW, false, true));
-        census.not_started();
-        assert_eq!((census.living, census.waiting), (1, 0));
-        census.came_back();
-        assert!(census.took_job(NOW, false, true));
+    /// No thread leads, although jobs may come.
+    fn leaderless(&self) -> bool {
+        !self.led && !self.ended
     }
 
-    #[test]
-    fn the_last_one_says_so() {
-        let mut census = one(10);
-        assert!(census.took_job(NOW, false, true));
-        assert!(!census.ended());
-        assert!(census.ended());
+    /// A thread that takes a task leaves another one to lead, unless no thread needs to.
+    fn may_serve(&self) -> bool {
+        !self.leaderless() || self.counts.can_replace()
     }
+
+    fn serve(&mut self, task: T, event: Event, now: Duration) -> Orders<T> {
+        let leaderless = self.leaderless();
+        let start = self.counts.took_job(Taken {
+            age: now.saturating_sub(task.since()),
+            handler_waits: task.handler_waits(),
+            leaderless,
+        });
+        let threads = if start {
+            Threads::Start
+        } else if event == Event::Closed {
+            Threads::WakeAll
+        } else if leaderless || !self.tasks.is_empty() {
+            Threads::WakeOne
+        } else {
+            Threads::Leave
+        };
+        Orders { threads, reports: self.reports(), next: Next::Serve(task) }
+    }
+
+    fn lead(&mut self, event: Event) -> Orders<T> {
+        if event == Event::Quiet && self.counts.has_waiting() {
+            // The other thread leads.
+            self.counts.ended();
+            return Orders { threads: Threads::WakeOne, ..alone(Next::Retire) };
+        }
+        self.led = true;
+        Orders { threads: Threads::Leave, reports: self.reports(), next: Next::Lead }
+    }
+
+    fn reports(&self) -> Reports {
+        if self.counts.all_busy() { Reports::LeaveToWatcher } else { Reports::Send }
+    }
+
+    /// As leader: a job has come as far as it goes without waiting, or is untouched.
+    pub(crate) fn queue(&mut self, task: T, place: Place, now: Duration) -> Queued {
+        self.tasks.push_back(task);
+        // One task is for the leader itself, if another thread can lead.
+        let own = place.last && self.tasks.len() == 1;
+        let wake = self.counts.has_waiting() && !own;
+        let turn = now.saturating_sub(place.received);
+        Queued {
+            threads: if wake { Threads::WakeOne } else { Threads::Leave },
+            next: if turn < TURN { NextJob::Begin } else { NextJob::PassOn },
+        }
+    }
+
+    /// The thread that was to be started couldn't be. The watcher is to be called.
+    pub(crate) fn not_started(&mut self) -> Left {
+        Left::nobody(self.counts.not_started())
+    }
+
+    /// The watcher looks around, where `gathered` says whether reports wait to be sent. Returns
+    /// whether the watcher is to act after a pause ([`Self::stuck`]): otherwise something might
+    /// wait for longer than it should. Reports count even if a thread waits: the thread may have
+    /// sent the reports just before others were left to the watcher.
+    pub(crate) fn needs_watching(&mut self, gathered: bool) -> bool {
+        self.watched = self.counts.taken();
+        let stuck = self.leaderless() || !self.tasks.is_empty();
+        gathered || stuck && self.counts.all_busy()
+    }
+
+    /// The watcher has paused, and sent the reports.
+    pub(crate) fn stuck(&mut self) -> Stuck {
+        if !self.tasks.is_empty() {
+            Stuck::Start(self.counts.stuck(self.watched))
+        } else if self.leaderless() {
+            Stuck::Ask
+        } else {
+            Stuck::Start(0)
+        }
+    }
+
+    /// The watcher has found that a job waits in the job socket. Returns how many threads are to
+    /// be started, which are counted already.
+    pub(crate) fn job_waits(&mut self) -> usize {
+        let more = self.leaderless() || !self.tasks.is_empty();
+        if more { self.counts.stuck(self.watched) } else { 0 }
+    }
+}
+
+/// Orders that concern nobody else.
+fn alone<T>(next: Next<T>) -> Orders<T> {
+    Orders { threads: Threads::Leave, reports: Reports::Leave, next }
+}
+
+fn report<T>(threads: Threads) -> Answer<T> {
+    Answer::Act(Orders { threads, ..alone(Next::Report) })
 }

@@ -19,8 +19,9 @@ use qrelay_shared::settings::{Declaration, ListenAddress, ListenerDecl, Settings
 use qrelay_worker::delivery::action::Action;
 use qrelay_worker::job_channel::Reports;
 use qrelay_worker::mail::Mail;
+use qrelay_worker::session::Context;
 use qrelay_worker::session::script::{HandlerError, Handling, Script};
-use qrelay_worker::threads::pool::Worker;
+use qrelay_worker::threads::pool::Pool;
 
 pub type Decision = Result<Action, HandlerError>;
 type Handler = dyn Fn(&mut Mail) -> Decision + Send + Sync;
@@ -49,7 +50,7 @@ pub struct Harness {
     pub jobs: Channel<ToJobs, ToReports>,
     next: u64,
     pub ended: Receiver<()>,
-    pub worker: Arc<Worker>,
+    pub pool: Arc<Pool>,
     /// Jobs of a datagram with several reports that no test has asked for yet.
     finished: VecDeque<Finished>,
 }
@@ -90,18 +91,14 @@ impl Harness {
         let declaration =
             Declaration { listeners: vec![listener], settings, ..Declaration::default() };
         let (end, ended) = channel();
-        let worker = Worker::new(
-            &declaration,
-            "test".into(),
-            script,
-            Reports::new(theirs, Duration::from_millis(20)).expect("socket"),
-            slog::Logger::root(slog::Discard, slog::o!()),
-            move || {
-                let _ = end.send(());
-            },
-        );
-        worker.run().expect("thread");
-        Self { jobs, next: 1, ended, worker, finished: VecDeque::new() }
+        let reports = Reports::new(theirs, Duration::from_millis(20)).expect("socket");
+        let logger = slog::Logger::root(slog::Discard, slog::o!());
+        let context = Context::new(&declaration, "test".into(), script, reports, logger);
+        let pool = Pool::new(context, move || {
+            let _ = end.send(());
+        });
+        pool.run().expect("thread");
+        Self { jobs, next: 1, ended, pool, finished: VecDeque::new() }
     }
 
     /// Dispatches a new connection, and returns the client's end.

@@ -14,7 +14,7 @@ use qrelay_shared::settings::Settings;
 use qrelay_worker::delivery::action::Action;
 use qrelay_worker::mail::Mail;
 use qrelay_worker::session::script::{Handling, Script};
-use qrelay_worker::threads::pool::Worker;
+use qrelay_worker::threads::pool::Pool;
 
 use crate::harness::{Harness, discard, read_reply, request};
 
@@ -104,10 +104,10 @@ fn threads_come_as_needed_and_go() {
         assert_eq!(read_reply(&mut client), "10:Kdiscarded,");
         harness.finished();
     }
-    let one_is_left = |worker: &Worker| format!("{worker:?}").contains("living: 1, waiting: 0");
+    let one_is_left = |pool: &Pool| format!("{pool:?}").contains("living: 1, waiting: 0");
     let start = Instant::now();
-    while !one_is_left(&harness.worker) {
-        assert!(start.elapsed() < Duration::from_secs(10), "{:?}", harness.worker);
+    while !one_is_left(&harness.pool) {
+        assert!(start.elapsed() < Duration::from_secs(10), "{:?}", harness.pool);
         std::thread::sleep(Duration::from_millis(5));
     }
     drop(release);
@@ -170,8 +170,8 @@ fn jobs_are_received_while_all_threads_are_busy() {
     clients.extend(harness.submit_at_once(3, 0));
     // The new jobs wait in the worker, not in the kernel.
     let start = Instant::now();
-    while !format!("{:?}", harness.worker).contains("tasks: 3") {
-        assert!(start.elapsed() < Duration::from_secs(10), "{:?}", harness.worker);
+    while !format!("{:?}", harness.pool).contains("tasks: 3") {
+        assert!(start.elapsed() < Duration::from_secs(10), "{:?}", harness.pool);
         std::thread::sleep(Duration::from_millis(5));
     }
     drop(release);

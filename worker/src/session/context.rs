@@ -1,0 +1,71 @@
+//! What all sessions of a worker share.
+
+use std::sync::Arc;
+
+use qrelay_shared::settings::{Declaration, Settings};
+use slog::Logger;
+
+use crate::delivery::children::Children;
+use crate::job_channel::Reports;
+use crate::mail::memory::Budget;
+use crate::session::request::Buffers;
+use crate::session::script::Script;
+
+/// What a session needs to know about its listener.
+pub(crate) struct Listener {
+    /// Address, as written in the configuration.
+    pub(crate) name: Arc<str>,
+    /// Largest message, in bytes.
+    pub(crate) max_size: usize,
+}
+
+/// The worker as its sessions see it.
+pub struct Context {
+    /// Indexed by `Job::listener`.
+    pub(crate) listeners: Vec<Listener>,
+    /// Settings of the worker's generation.
+    pub(crate) settings: Settings,
+    /// First part of every mail's id.
+    pub(crate) instance: String,
+    /// Decides about mails.
+    pub(crate) script: Arc<dyn Script>,
+    /// Memory for messages.
+    pub(crate) budget: Budget,
+    /// Buffers that requests are read into.
+    pub(crate) buffers: Buffers,
+    /// The supervisor's end of every job.
+    pub(crate) reports: Arc<Reports>,
+    /// Programs that run for mails.
+    pub(crate) children: Arc<Children>,
+    /// Names this process in every line.
+    pub(crate) logger: Logger,
+}
+
+impl Context {
+    /// Builds what the sessions of a worker with this declaration share.
+    pub fn new(
+        declaration: &Declaration,
+        instance: String,
+        script: Arc<dyn Script>,
+        reports: Reports,
+        logger: Logger,
+    ) -> Self {
+        let listeners = declaration.listeners.iter().map(|listener| Listener {
+            name: listener.address.to_string().into(),
+            max_size: listener.max_size,
+        });
+        let settings = declaration.settings.clone();
+        let reports = Arc::new(reports);
+        Self {
+            listeners: listeners.collect(),
+            budget: Budget::new(settings.mail_memory),
+            buffers: Buffers::default(),
+            settings,
+            instance,
+            script,
+            children: Children::new(Arc::clone(&reports)),
+            reports,
+            logger,
+        }
+    }
+}

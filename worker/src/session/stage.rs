@@ -1,0 +1,43 @@
+//! How far a session has come when a thread has to wait for the rest.
+
+use qrelay_shared::deadline::Deadline;
+use qrelay_shared::qmqp::Reply;
+use qrelay_shared::texts;
+
+use crate::mail::Mail;
+use crate::session::script::Handling;
+
+/// What may still be unread when the answer is sent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Unread {
+    /// Nothing is known to be unread.
+    Unknown,
+    /// The rest of the request, or bytes after the request.
+    Some,
+}
+
+/// A point in a session where the next step may wait: for the client, the next hop or a program.
+pub(crate) enum Stage {
+    /// There may be more of the request than these bytes.
+    Request(Vec<u8>),
+    /// There is no mail, and this is the answer.
+    Refused(Reply, Unread),
+    /// The mail is answered without asking its handler.
+    Settled(Box<Mail>, Reply, Unread),
+    /// The handler has begun, and usually has decided.
+    Handled(Handling, Deadline, Unread),
+    /// The client left.
+    Gone,
+}
+
+impl Stage {
+    /// Nothing has been read.
+    pub(crate) fn untouched() -> Self {
+        Self::Request(Vec::new())
+    }
+
+    /// This program has failed, and the client is told so.
+    pub(crate) fn failed() -> Self {
+        Self::Refused(Reply::temporary(texts::INTERNAL_ERROR), Unread::Some)
+    }
+}

@@ -1,0 +1,237 @@
+//! How many I/O threads a worker has: the counts, and when another thread is started.
+//!
+//! Contract: one thread leads, that is, it waits for jobs; the others serve jobs or wait for
+//! something to do. Few threads that are busy all the time cost less than many threads of which one
+//! is always asleep, because a thread that finds its next job in the queue needn't be woken. So
+//! threads are started as jobs arrive only up to [`EAGER`], or twice as many if the jobs' handlers
+//! wait. More threads are started when jobs have to wait: one by a thread that takes a job older
+//! than [`STALE`], and as many as there are when jobs are queued and no thread has taken one for a
+//! while ([`Counts::stuck`]). No clock, no lock, no I/O.
+
+use std::time::Duration;
+
+/// Threads beside the leader that are started although no job has had to wait.
+const EAGER: usize = 5;
+
+/// [`EAGER`] for jobs whose handlers wait, because such a handler takes a job twice through the
+/// queue: with a question to a shared dictionary per mail, twice as many threads relay 5 % more.
+const EAGER_IF_WAITING: usize = 2 * EAGER;
+
+/// A job that has waited this long shows that there are too few threads.
+const STALE: Duration = Duration::from_millis(20);
+
+/// The threads of a worker by what they do. Every method is one event in the life of a thread.
+#[derive(Debug)]
+pub(crate) struct Counts {
+    limit: usize,
+    living: usize,
+    waiting: usize,
+    serving: usize,
+    taken: u64,
+}
+
+/// What counts about a job that a thread takes.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Taken {
+    /// How long the job has waited.
+    pub(crate) age: Duration,
+    /// The job's handler has begun and waits.
+    pub(crate) handler_waits: bool,
+    /// No thread leads, although jobs may come.
+    pub(crate) leaderless: bool,
+}
+
+impl Counts {
+    /// Returns the counts before the first thread starts. At most `connections` jobs are served at
+    /// a time.
+    pub(crate) fn new(connections: usize) -> Self {
+        // One thread more, to lead.
+        Self { limit: connections.max(1) + 1, living: 1, waiting: 1, serving: 0, taken: 0 }
+    }
+
+    /// A thread begins to wait for something to do.
+    pub(crate) fn waits(&mut self) {
+        self.waiting += 1;
+    }
+
+    /// A thread has been woken, or has just started.
+    pub(crate) fn woke(&mut self) {
+        self.waiting = self.waiting.saturating_sub(1);
+    }
+
+    /// Returns whether a thread waits, or is being started.
+    pub(crate) fn has_waiting(&self) -> bool {
+        self.waiting > 0
+    }
+
+    /// Returns whether the leader may stop leading: another thread can lead, or can be started.
+    pub(crate) fn can_replace(&self) -> bool {
+        self.waiting > 0 || self.living <= EAGER.min(self.limit - 1)
+    }
+
+    /// A thread has taken a job. Returns whether another thread is to be started; the new thread
+    /// counts as living and waiting from now on.
+    pub(crate) fn took_job(&mut self, job: Taken) -> bool {
+        self.taken += 1;
+        self.serving += 1;
+        let start = self.waiting == 0
+            && self.living < self.limit
+            && (job.age > STALE
+                || job.leaderless && self.living <= EAGER
+                || job.handler_waits && self.living <= EAGER_IF_WAITING);
+        if start {
+            self.living += 1;
+            self.waiting += 1;
+        }
+        start
+    }
+
+    /// A thread has finished its job.
+    pub(crate) fn came_back(&mut self) {
+        self.serving = self.serving.saturating_sub(1);
+    }
+
+    /// Returns whether all threads but a leader serve jobs.
+    pub(crate) fn all_busy(&self) -> bool {
+        self.waiting == 0 && self.serving > 0
+    }
+
+    /// Returns how many jobs have been taken so far.
+    pub(crate) fn taken(&self) -> u64 {
+        self.taken
+    }
+
+    /// Jobs are queued, and no thread has taken one since `taken` were. Returns how many threads
+    /// are to be started; the new threads count as living and waiting from now on.
+    pub(crate) fn stuck(&mut self, taken: u64) -> usize {
+        if !self.all_busy() || self.taken != taken {
+            return 0;
+        }
+        let start = self.living.min(self.limit.saturating_sub(self.living));
+        self.living += start;
+        self.waiting += start;
+        start
+    }
+
+    /// A thread that was to be started couldn't be. Returns whether no thread is left.
+    pub(crate) fn not_started(&mut self) -> bool {
+        self.woke();
+        self.ended()
+    }
+
+    /// A thread ends. Returns whether no thread is left.
+    pub(crate) fn ended(&mut self) -> bool {
+        self.living = self.living.saturating_sub(1);
+        self.living == 0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const NOW: Duration = Duration::ZERO;
+
+    fn taken(age: Duration, handler_waits: bool, leaderless: bool) -> Taken {
+        Taken { age, handler_waits, leaderless }
+    }
+
+    /// The first of at most `connections` and a leader has started and looks for a job.
+    fn one(connections: usize) -> Counts {
+        let mut counts = Counts::new(connections);
+        counts.woke();
+        counts
+    }
+
+    #[test]
+    fn grows_to_the_limit_and_one_leads() {
+        let mut counts = one(2);
+        for living in 2..=3 {
+            assert!(counts.can_replace());
+            assert!(counts.took_job(taken(NOW, false, true)));
+            counts.woke();
+            assert_eq!((counts.living, counts.waiting), (living, 0));
+        }
+        assert!(!counts.can_replace());
+        assert_eq!(counts.stuck(2), 0);
+        counts.came_back();
+        assert!(!counts.took_job(taken(NOW, false, false)));
+    }
+
+    #[test]
+    fn starts_nobody_while_somebody_waits() {
+        let mut counts = one(10);
+        assert!(counts.took_job(taken(NOW, false, true)));
+        counts.woke();
+        counts.came_back();
+        counts.waits();
+        assert!(counts.can_replace());
+        assert!(!counts.took_job(taken(NOW, false, true)));
+        assert_eq!((counts.living, counts.waiting), (2, 1));
+    }
+
+    #[test]
+    fn beyond_a_few_only_waiting_jobs_start_threads() {
+        let mut counts = one(100);
+        for _ in 0..EAGER {
+            assert!(counts.took_job(taken(NOW, false, true)));
+            counts.woke();
+        }
+        assert_eq!(counts.living, EAGER + 1);
+        assert!(!counts.can_replace());
+        counts.came_back();
+        assert!(!counts.took_job(taken(STALE, false, false)));
+        counts.came_back();
+        assert!(counts.took_job(taken(STALE + Duration::from_millis(1), false, false)));
+    }
+
+    #[test]
+    fn handlers_that_wait_start_some_more() {
+        let mut counts = one(100);
+        let started = (0..100)
+            .filter(|_| {
+                let start = counts.took_job(taken(NOW, true, true));
+                counts.woke();
+                start
+            })
+            .count();
+        assert_eq!(started, EAGER_IF_WAITING);
+    }
+
+    #[test]
+    fn when_nobody_takes_jobs_the_number_doubles() {
+        let mut counts = one(EAGER * 3);
+        for _ in 0..EAGER {
+            counts.took_job(taken(NOW, false, true));
+            counts.woke();
+        }
+        let living = EAGER + 1;
+        assert_eq!(counts.stuck(counts.taken() - 1), 0, "one was taken");
+        assert_eq!(counts.stuck(counts.taken()), living);
+        assert_eq!(counts.stuck(counts.taken()), 0, "somebody waits");
+        for _ in 0..living {
+            counts.woke();
+            counts.took_job(taken(NOW, false, false));
+        }
+        assert_eq!(counts.stuck(counts.taken()), EAGER * 3 + 1 - 2 * living);
+        assert_eq!(counts.living, EAGER * 3 + 1);
+    }
+
+    #[test]
+    fn a_thread_that_cannot_be_had_is_tried_again() {
+        let mut counts = one(10);
+        assert!(counts.took_job(taken(NOW, false, true)));
+        counts.not_started();
+        assert_eq!((counts.living, counts.waiting), (1, 0));
+        counts.came_back();
+        assert!(counts.took_job(taken(NOW, false, true)));
+    }
+
+    #[test]
+    fn the_last_one_says_so() {
+        let mut counts = one(10);
+        assert!(counts.took_job(taken(NOW, false, true)));
+        assert!(!counts.ended());
+        assert!(counts.ended());
+    }
+}
