@@ -1,12 +1,12 @@
 //! The worker's end of its job socket: jobs come in, reports go out.
 //!
-//! Contract: a `Done` is never lost while the supervisor and this process live, because a credit
-//! and a duplicate of the client's socket hang on it. Those of several mails travel together
-//! when the threads are busy enough; whoever is about to wait sends what has gathered. Sending
-//! waits; the supervisor always reads.
+//! Contract: a `Done` is never lost while the supervisor and this process live, because the
+//! supervisor keeps a credit and a duplicate of the client's socket until then. While the threads
+//! are busy, the `Done` of several mails travel together; a thread that is about to wait sends what
+//! has gathered. Sending waits for room in the socket; the supervisor always reads.
 //!
 //! # Failure
-//! Once the supervisor is gone nobody wants reports, and they are dropped in silence: the
+//! Once the supervisor is gone, reports are dropped in silence, because nobody reads them. The
 //! mails that are still here are finished all the same.
 
 use std::os::fd::AsFd;
@@ -23,13 +23,13 @@ use qrelay_shared::ids::JobId;
 use qrelay_shared::ipc::channel::{Batch, Channel, Messages, RecvBuffer, RecvError, SendError};
 use qrelay_shared::ipc::message::{MailRecord, Report, ToJobs, ToReports};
 
-/// How long to wait when the kernel has no memory for a report just now.
+/// How long to wait if the kernel has no memory for a report.
 const PAUSE: Duration = Duration::from_millis(10);
 
-/// Reports that travel together at most: beyond, the cost of a datagram hardly shows.
+/// Largest number of reports in a datagram: with more, the cost of a datagram hardly shows.
 const MAX_GATHERED: usize = 8;
 
-/// Bytes of reports that are sent without waiting for more: one record can have 32 KiB of
+/// Bytes of gathered reports that are sent without waiting for more. One record can have 32 KiB of
 /// recipients, and a datagram takes 128 KiB.
 const MAX_FINISHED: usize = 32 * 1024;
 
@@ -38,11 +38,11 @@ const MAX_FINISHED: usize = 32 * 1024;
 pub struct Reports {
     channel: Channel<ToReports, ToJobs>,
     finished: Mutex<Finished>,
-    /// `finished` isn't empty.
+    /// Whether `finished` has reports, readable without its lock.
     gathered: AtomicBool,
 }
 
-/// Every `Done` that has not been sent.
+/// Every `Done` that hasn't been sent, encoded, and its job.
 #[derive(Debug, Default)]
 struct Finished {
     batch: Batch<ToReports>,
@@ -50,61 +50,64 @@ struct Finished {
 }
 
 impl Reports {
-    /// Takes the job socket. Receiving from it gives up after `idle`.
+    /// Takes the job socket. [`Self::next`] gives up after `idle`.
     ///
     /// # Errors
-    /// As setsockopt(2).
+    /// See setsockopt(2).
     pub fn new(channel: Channel<ToReports, ToJobs>, idle: Duration) -> Result<Self, Errno> {
         let millis = i64::try_from(idle.as_millis()).unwrap_or(i64::MAX);
         setsockopt(&channel.as_fd(), sockopt::ReceiveTimeout, &TimeVal::milliseconds(millis))?;
         Ok(Self { channel, finished: Mutex::default(), gathered: AtomicBool::new(false) })
     }
 
-    /// Waits for jobs.
+    /// Waits for a datagram of jobs.
     ///
     /// # Errors
     /// See [`RecvError`]; `Empty` when the idle time is over.
-    pub fn next<'b>(&self, buffer: &'b mut RecvBuffer) -> Result<Messages<'b, ToJobs>, RecvError> {
+    pub(crate) fn next<'b>(
+        &self,
+        buffer: &'b mut RecvBuffer,
+    ) -> Result<Messages<'b, ToJobs>, RecvError> {
         self.channel.recv_batch(buffer)
     }
 
-    /// Whether a job is queued.
-    pub fn has_job(&self) -> bool {
+    /// Returns whether a job waits in the socket.
+    pub(crate) fn has_job(&self) -> bool {
         let mut fds = [PollFd::new(self.channel.as_fd(), PollFlags::POLLIN)];
         poll(&mut fds, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
     }
 
-    /// This worker can take jobs.
-    pub fn ready(&self) {
+    /// Reports that this worker can take jobs.
+    pub(crate) fn ready(&self) {
         self.send(&Report::Ready);
     }
 
-    /// The client of this job is to be answered by the supervisor.
-    pub fn lost(&self, job: JobId) {
+    /// Reports that a job came without its socket: the supervisor answers the client.
+    pub(crate) fn lost(&self, job: JobId) {
         self.send(&Report::Lost { job });
     }
 
-    /// A program, leader of its own process group, runs for this job.
-    pub fn child(&self, job: JobId, pid: Pid) {
+    /// Reports a program that runs for a job, as leader of a process group.
+    pub(crate) fn child(&self, job: JobId, pid: Pid) {
         self.send(&Report::Child { job, pid: pid.as_raw() });
     }
 
-    /// That program has ended and is about to be reaped.
-    pub fn child_gone(&self, job: JobId) {
+    /// Reports that the job's program has ended and is about to be reaped.
+    pub(crate) fn child_gone(&self, job: JobId) {
         self.send(&Report::ChildGone { job });
     }
 
-    /// This job may take that long.
-    pub fn timeout(&self, job: JobId, timeout: Duration) {
+    /// Reports that a job may take longer than a drain.
+    pub(crate) fn timeout(&self, job: JobId, timeout: Duration) {
         let milliseconds = u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX);
         self.send(&Report::Timeout { job, milliseconds });
     }
 
-    /// This job is finished. Its report may wait for others, until [`Self::flush`].
-    pub fn done(&self, job: JobId, record: Option<MailRecord<'_>>) {
+    /// Reports that a job is finished. The report may wait for others, until [`Self::flush`].
+    pub(crate) fn done(&self, job: JobId, record: Option<MailRecord<'_>>) {
         let mut finished = self.finished.lock();
-        // A record is far smaller than what is left of a datagram. If not: better no log line
-        // than no end.
+        // A record is far smaller than the room that is left in a datagram. If one isn't, its log
+        // line is lost, but not the end of its job.
         if finished.batch.push(&Report::Done { job, record }).is_err() {
             return self.send(&Report::Done { job, record: None });
         }
@@ -115,13 +118,13 @@ impl Reports {
         }
     }
 
-    /// Whether something has gathered that [`Self::flush`] would send.
-    pub fn has_gathered(&self) -> bool {
+    /// Returns whether [`Self::flush`] would send anything.
+    pub(crate) fn has_gathered(&self) -> bool {
         self.gathered.load(Ordering::Relaxed)
     }
 
     /// Sends what has gathered.
-    pub fn flush(&self) {
+    pub(crate) fn flush(&self) {
         if self.has_gathered() {
             self.send_finished(&mut self.finished.lock());
         }
@@ -143,12 +146,12 @@ impl Reports {
     }
 
     fn send(&self, report: &Report<'_>) {
-        // What isn't sent now never can be: nobody is left to read it.
+        // An error means that nobody is left to read the report.
         let _ = persist(|| self.channel.send(report, &[]));
     }
 }
 
-/// Sends until it is sent, or never can be.
+/// Sends again while the kernel lacks memory. Returns how that ended.
 fn persist(mut send: impl FnMut() -> Result<(), SendError>) -> Result<(), SendError> {
     loop {
         match send() {

@@ -1,7 +1,9 @@
 //! The processes of this crate: the zygote, which runs config.lua and forks, and the workers.
+//!
+//! [`zygote::main`] is where both begin; [`check::check`] runs config.lua in any other process.
 
 pub mod check;
-pub mod control;
+mod control;
 mod logging;
-pub mod worker;
+mod worker;
 pub mod zygote;

@@ -51,7 +51,7 @@ use crate::session::request::{Incoming, Terms};
 use crate::session::script::{HandlerError, Handling};
 use crate::session::stage::{Stage, Unread};
 
-/// What still has to be said about a session.
+/// The messages that a session still owes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Due {
     /// The client's answer, then `Done`.

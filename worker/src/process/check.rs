@@ -1,6 +1,6 @@
 //! `qrelay check`: loads config.lua as a zygote would, and shows what it declares.
 //!
-//! Contract: nothing is bound, forked or sent; but the script's own side effects happen.
+//! Contract: nothing is bound, forked or sent. The script's own side effects happen.
 //!
 //! # Failure
 //! The script's error, with file and line.
@@ -16,9 +16,9 @@ use crate::lua::config::ConfigError;
 use crate::lua::library::dictionary_client::Opener;
 use crate::lua::state::{LoadOptions, State};
 
-/// Loads the script at an absolute path and describes it, one line per item. The names that
-/// `systemd['…']` may have are those of `LISTEN_FDNAMES`, as for the daemon; `dictionaries` is
-/// the way to shared dictionaries, which only this check sees.
+/// Loads the script at an absolute path, and describes what the script declares, one line per item.
+/// The variable `LISTEN_FDNAMES` says which names `systemd['…']` may have, as for the daemon.
+/// `dictionaries` is the way to shared dictionaries, which only this check sees.
 ///
 /// # Errors
 /// See [`ConfigError`].
@@ -46,7 +46,7 @@ fn describe(declaration: &Declaration) -> String {
     text
 }
 
-/// Writing to a string can't fail.
+/// Adds a line. Writing to a string can't fail.
 fn push(text: &mut String, name: &str, value: &str) {
     let _ = writeln!(text, "{name} = {value}");
 }

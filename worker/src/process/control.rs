@@ -1,9 +1,10 @@
-//! The control thread: answers the supervisor's pings, and notices its end.
+//! The control thread: answers the supervisor's pings, and notices the supervisor's end.
 //!
-//! Contract: takes no lock and touches no Lua, so it answers whatever the other threads do.
+//! Contract: the thread takes no lock and doesn't touch Lua, so that it answers whatever the other
+//! threads do.
 //!
 //! # Failure
-//! When the supervisor is gone, the mails that are here are still finished, within the drain
+//! [`run`] returns when the supervisor is gone. The worker then finishes its mails within the drain
 //! time.
 
 use std::time::Duration;
@@ -16,8 +17,8 @@ use crate::session::script::Script;
 /// How long to wait after a failure that passes by itself, such as ENOMEM.
 const PAUSE: Duration = Duration::from_millis(10);
 
-/// Answers until the supervisor is gone, or says something that can't be understood.
-pub fn run(channel: &Channel<FromControl, ToControl>, script: &dyn Script) {
+/// Answers pings until the supervisor is gone, or a message can't be understood.
+pub(crate) fn run(channel: &Channel<FromControl, ToControl>, script: &dyn Script) {
     let mut buffer = RecvBuffer::small();
     loop {
         match channel.recv(&mut buffer) {

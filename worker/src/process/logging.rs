@@ -1,29 +1,29 @@
 //! A logger that outlives a fork.
 //!
-//! A logger names its process in every line, but the script keeps the one that it was loaded
-//! with. So that one passes everything on to another, which each process replaces by its own.
+//! A logger names its process in every line, but a script keeps the logger that it was loaded with.
+//! So the script's logger passes every line on to the current logger, which each process sets.
 
 use std::sync::{Arc, PoisonError, RwLock};
 
 use slog::{Drain, Logger, Never, OwnedKVList, Record};
 
-/// Where the current process's logger is kept.
+/// The place of the current process's logger.
 #[derive(Debug, Clone)]
-pub struct Current(Arc<RwLock<Logger>>);
+pub(crate) struct Current(Arc<RwLock<Logger>>);
 
 impl Current {
     /// Starts with this process's logger.
-    pub fn new(logger: Logger) -> Self {
+    pub(crate) fn new(logger: Logger) -> Self {
         Self(Arc::new(RwLock::new(logger)))
     }
 
-    /// The logger that follows every [`Current::replace`].
-    pub fn logger(&self) -> Logger {
+    /// Returns a logger that follows every [`Current::replace`].
+    pub(crate) fn logger(&self) -> Logger {
         Logger::root(self.clone(), slog::o!())
     }
 
-    /// Makes all loggers from here write to this one.
-    pub fn replace(&self, logger: Logger) {
+    /// Makes all loggers of this `Current` write to `logger`.
+    pub(crate) fn replace(&self, logger: Logger) {
         *self.0.write().unwrap_or_else(PoisonError::into_inner) = logger;
     }
 }

@@ -1,13 +1,12 @@
 //! A worker process from its fork to its end.
 //!
-//! Contract: `Ready` is reported once jobs can be taken. The process ends when its last job is
-//! done after the end of the job socket; if the supervisor is gone, at the drain time at the
-//! latest.
+//! Contract: `Ready` is reported once jobs can be taken. After the end of the job socket the
+//! process ends with its last job. If the supervisor is gone, the process ends after the drain time
+//! at the latest.
 //!
 //! # Failure
-//! A worker that can't have a single thread ends with a status other than 0. What only makes
-//! a worker a better neighbour (its name, its place before the OOM killer, no core dumps) is
-//! tried, and failing at it is only noted.
+//! A worker that can't start a single thread ends with a status other than 0. A failure to set the
+//! process's name, its OOM score or its limit of core dumps is logged, and the worker goes on.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -32,26 +31,26 @@ use crate::session::Context;
 use crate::session::script::Script;
 use crate::threads::pool::{IDLE, Pool};
 
-/// Added to oom_score_adj, whose scale ends at 1000: among our processes of like size the
-/// kernel's choice is a worker, never the supervisor.
+/// Added to oom_score_adj, whose scale ends at 1000: among processes of qrelay of like size the
+/// kernel kills a worker, never the supervisor.
 const OOM_PENALTY: i32 = 200;
 
 /// Exit status when mails were still unfinished at the drain time.
 const UNFINISHED: i32 = 1;
 
-/// What a worker is born with.
+/// The name and the sockets that a worker gets from the supervisor.
 #[derive(Debug)]
-pub struct Birth {
-    /// Its name.
-    pub worker: WorkerId,
-    /// Its end of the job socket.
-    pub jobs: OwnedFd,
-    /// Its end of the control socket.
-    pub control: OwnedFd,
+pub(crate) struct Birth {
+    /// Names the worker.
+    pub(crate) worker: WorkerId,
+    /// The worker's end of the job socket.
+    pub(crate) jobs: OwnedFd,
+    /// The worker's end of the control socket.
+    pub(crate) control: OwnedFd,
 }
 
-/// Lives as a worker. Returns only a failure to begin.
-pub fn run(
+/// Lives as a worker. Returns only if the worker can't start.
+pub(crate) fn run(
     birth: Birth,
     state: State,
     declaration: &Declaration,
@@ -79,6 +78,9 @@ pub fn run(
 }
 
 /// Starts the threads that serve the jobs of this socket.
+///
+/// # Errors
+/// The socket can't be set up, or the system has no thread.
 fn start(
     jobs: OwnedFd,
     declaration: &Declaration,
@@ -93,7 +95,7 @@ fn start(
     Ok(pool)
 }
 
-/// Asks the supervisor for the shared dictionaries over the job socket.
+/// Returns what asks the supervisor for the shared dictionaries, over the job socket.
 fn opener(jobs: &OwnedFd) -> Opener {
     let channel = jobs.try_clone().map(Channel::<ToReports, ToJobs>::from_fd);
     Box::new(move |theirs| match &channel {
@@ -102,13 +104,13 @@ fn opener(jobs: &OwnedFd) -> Opener {
     })
 }
 
-/// Ends the process without waiting for threads, or for anything they have registered.
+/// Ends the process without waiting for threads, and without running their exit handlers.
 fn end(status: i32) -> ! {
     flush_stdio();
     exit_now(status)
 }
 
-/// Makes the process a good neighbour.
+/// Sets what the rest of the machine sees of the process.
 fn settle(logger: &Logger) {
     if let Err(errno) = prctl::set_name(c"qrelay-worker") {
         debug!(logger, "no process name"; "error" => errno.desc());
@@ -127,8 +129,8 @@ fn volunteer_for_oom() -> io::Result<()> {
     std::fs::write(PATH, (now + OOM_PENALTY).min(1000).to_string())
 }
 
-/// A core dump would contain mail. The limit is 1, not 0, because to a program that takes
-/// dumps through a pipe only 1 means none (core(5), fs/coredump.c).
+/// Forbids core dumps, because they would contain mail. The limit is 1, not 0, because only 1 stops
+/// the kernel from starting a program that takes dumps through a pipe (core(5), fs/coredump.c).
 fn forbid_core_dumps() -> Result<(), Errno> {
     let (_, hard) = getrlimit(Resource::RLIMIT_CORE)?;
     setrlimit(Resource::RLIMIT_CORE, hard.min(1), hard)

@@ -1,13 +1,13 @@
-//! The process `qrelay zygote`: evaluates config.lua once, and forks workers and one standby of
-//! itself. Its orders come over a socket that is its standard input.
+//! The process `qrelay zygote`: evaluates config.lua once, and forks workers and one standby
+//! zygote. The orders come over a socket that is the zygote's standard input.
 //!
-//! Contract: single-threaded to its end, because it forks. Whatever it forks becomes a child
-//! of the supervisor and keeps nothing of the zygote's but the script. It takes no orders from
-//! signals, and ends with the supervisor.
+//! Contract: a zygote has a single thread to its end, because it forks. Every process that it forks
+//! becomes a child of the supervisor, and keeps nothing of the zygote but the script. A zygote
+//! ignores SIGINT, SIGTERM, SIGHUP and SIGQUIT, and ends with the supervisor.
 //!
 //! # Failure
-//! A script that can't be used, a panic included, is reported, and so is a fork that fails.
-//! The end of the channel is the end of the process.
+//! A script that can't be used is reported, and so are a panic while it loads and a fork that
+//! fails. The end of the channel is the end of the process.
 
 use std::ops::ControlFlow;
 use std::os::fd::AsFd;
@@ -36,8 +36,10 @@ use crate::lua::state::{LoadOptions, State};
 use crate::process::logging::Current;
 use crate::process::worker::{self, Birth};
 
-/// How long a standby waits for the supervisor to become its parent, and how often it looks.
+/// How long a standby waits for the supervisor to become its parent.
 const ADOPTION_TIME: Duration = Duration::from_secs(1);
+
+/// How often the standby looks meanwhile.
 const ADOPTION_POLL: Duration = Duration::from_micros(100);
 
 type ZygoteChannel = Channel<FromZygote, ToZygote>;
@@ -49,17 +51,17 @@ struct Loaded {
     instance: String,
 }
 
-/// What this process turned out to be when a fork was ordered.
+/// The role of this process after it has obeyed an order.
 enum Life {
-    /// Still the zygote, and the channel has ended.
+    /// A zygote whose channel has ended.
     Ended,
     /// A worker.
     Worker(Birth),
-    /// A standby with a channel of its own.
+    /// A standby zygote, with a channel of its own.
     Standby(ZygoteChannel),
 }
 
-/// Runs the zygote, and every process forked from it, to the end.
+/// Runs the zygote to its end, and so every process that the zygote forks.
 pub fn main(level: Level) -> Exit {
     let supervisor = getppid();
     let logger = Current::new(qrelay_shared::log::init(level, "qrelay-zygote"));
@@ -81,11 +83,11 @@ pub fn main(level: Level) -> Exit {
     }
 }
 
-/// Makes this process a zygote; false when the supervisor is gone already.
+/// Makes this process a zygote. Returns whether the supervisor is still there.
 fn prepare(supervisor: Pid) -> Result<bool, Errno> {
     prctl::set_name(c"qrelay-zygote")?;
     tame_malloc();
-    // Not SIG_IGN, which a program that a worker executes would inherit.
+    // A handler that does nothing, because a program that a worker executes would inherit SIG_IGN.
     let nobody_looks = Arc::new(AtomicBool::new(false));
     for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGQUIT] {
         signal_hook::flag::register(signal as i32, Arc::clone(&nobody_looks))
@@ -94,13 +96,13 @@ fn prepare(supervisor: Pid) -> Result<bool, Errno> {
     end_with(supervisor)
 }
 
-/// Has this process end with its parent; false when that isn't the supervisor.
+/// Has this process end with its parent. Returns whether the parent is the supervisor.
 fn end_with(supervisor: Pid) -> Result<bool, Errno> {
     prctl::set_pdeathsig(Signal::SIGKILL)?;
     Ok(getppid() == supervisor)
 }
 
-/// A panic's message belongs in the log, not raw on standard error.
+/// Writes the messages of panics to the log, instead of raw to standard error.
 fn log_panics(logger: Logger) {
     std::panic::set_hook(Box::new(move |panic| {
         error!(logger, "panic"; "cause" => %panic);
@@ -131,8 +133,8 @@ fn live(mut channel: ZygoteChannel, supervisor: Pid, level: Level, logger: &Curr
     }
 }
 
-/// Waits until the supervisor is this process's parent: the death of the intermediate process
-/// must not count as its. False if it is gone.
+/// Waits until the supervisor is this process's parent, so that the end of the intermediate process
+/// isn't taken for the supervisor's. Returns whether the supervisor is still there.
 fn adopted(channel: &ZygoteChannel, supervisor: Pid) -> bool {
     let deadline = Deadline::after(ADOPTION_TIME);
     while getppid() != supervisor {
@@ -145,7 +147,7 @@ fn adopted(channel: &ZygoteChannel, supervisor: Pid) -> bool {
     true
 }
 
-/// Does what the supervisor says until this process becomes something else.
+/// Obeys the supervisor until this process becomes another one or ends.
 fn obey(channel: &ZygoteChannel, loaded: &mut Option<Loaded>, logger: &Current) -> Life {
     let mut buffer = RecvBuffer::new();
     loop {
@@ -164,7 +166,7 @@ fn obey(channel: &ZygoteChannel, loaded: &mut Option<Loaded>, logger: &Current) 
     }
 }
 
-/// Sends a report. If the supervisor is gone, the next receive says so.
+/// Sends a report. If the supervisor is gone, the next receive notices.
 fn send(channel: &ZygoteChannel, report: &ZygoteReport) {
     if let Err(SendError::TooLarge) = channel.send(report, &[]) {
         let message = "the listeners don't fit in a message: too many, or too long".into();
@@ -172,7 +174,7 @@ fn send(channel: &ZygoteChannel, report: &ZygoteReport) {
     }
 }
 
-/// Carries out one order; breaks off in a process that it has forked.
+/// Carries out one order. Breaks in a process that the order has forked.
 fn execute(
     channel: &ZygoteChannel,
     received: Received<ZygoteOrder>,
@@ -218,7 +220,7 @@ fn execute(
     }
 }
 
-/// Asks the supervisor for the shared dictionaries over this channel.
+/// Returns what asks the supervisor for the shared dictionaries, over this channel.
 fn opener(channel: &ZygoteChannel) -> Opener {
     let channel = channel.as_fd().try_clone_to_owned().map(ZygoteChannel::from_fd);
     Box::new(move |theirs| match &channel {

@@ -1,4 +1,4 @@
-//! What all sessions of a worker share.
+//! The state that all sessions of a worker share.
 
 use std::sync::Arc;
 
@@ -11,7 +11,7 @@ use crate::mail::memory::Budget;
 use crate::session::request::Buffers;
 use crate::session::script::Script;
 
-/// What a session needs to know about its listener.
+/// A listener, as far as sessions need to know it.
 pub(crate) struct Listener {
     /// Address, as written in the configuration.
     pub(crate) name: Arc<str>,

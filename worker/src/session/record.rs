@@ -1,8 +1,8 @@
-//! What the supervisor is told about a finished mail, for its log and for Pond.
+//! The record of a finished mail, from which the supervisor makes a log line and a Pond message.
 //!
-//! Contract: every foreign text is printable, and the recipients are cut so that a Pond
-//! message (`from=<S> to=<R1>,… TEXT`) stays under 32 KiB. Counting is the original's: our own
-//! `Received` line belongs neither to `size` nor to `sent`.
+//! Contract: every text from outside is made printable, and the recipients are cut so that a Pond
+//! message (`from=<S> to=<R1>,… TEXT`) stays under 32 KiB. Bytes are counted as the original qrelay
+//! counts them: qrelay's own `Received` line counts neither in `size` nor in `sent`.
 
 use std::sync::Arc;
 
@@ -25,13 +25,13 @@ const CANCELED: &str = "canceled";
 /// `from=<> to= ` and ` … +1024 more`, with some room.
 const FRAME: usize = 64;
 
-/// Bytes that the recipients of a usual mail fit in.
+/// Bytes that the recipients of a usual mail need.
 const ROOM: usize = 128;
 
 /// How a mail ended.
 #[derive(Debug)]
 pub(crate) struct Outcome {
-    /// What the client is told.
+    /// For the client.
     pub(crate) reply: Reply,
     action: &'static str,
     next_hop: Option<Arc<str>>,
@@ -41,29 +41,29 @@ pub(crate) struct Outcome {
 }
 
 impl Outcome {
-    /// The handler never ran.
+    /// Returns the outcome of a mail whose handler never ran.
     pub(crate) fn refused(reply: Reply) -> Self {
         Self { refused: true, ..Self::own(NO_ACTION, reply) }
     }
 
-    /// The handler came to no decision.
+    /// Returns the outcome of a mail whose handler came to no decision.
     pub(crate) fn failed(reply: Reply) -> Self {
         Self::own(NO_ACTION, reply)
     }
 
-    /// An action that hands the mail to nobody.
+    /// Returns the outcome of an action that hands the mail to nobody.
     pub(crate) fn own(action: &'static str, reply: Reply) -> Self {
         Self { reply, action, next_hop: None, attempted: false, canceled: false, refused: false }
     }
 
-    /// An action that handed the mail on, or tried.
+    /// Returns the outcome of an action that handed the mail on, or tried.
     pub(crate) fn delivery(action: &'static str, delivery: Delivery) -> Self {
         let Delivery { reply, next_hop, attempted, canceled } = delivery;
         Self { reply, action, next_hop, attempted, canceled, refused: false }
     }
 }
 
-/// The record of a mail.
+/// Returns the record of a mail.
 pub(crate) fn record<'m>(mail: &'m Mail, outcome: &'m Outcome) -> MailRecord<'m> {
     let sender = escape_for_log(mail.sender());
     let text = match outcome.canceled {
@@ -92,7 +92,7 @@ pub(crate) fn record<'m>(mail: &'m Mail, outcome: &'m Outcome) -> MailRecord<'m>
     }
 }
 
-/// The record of a request that was refused before there was a mail.
+/// Returns the record of a request that was refused before there was a mail.
 pub(crate) fn refusal(reply: &Reply, accepted: u64) -> MailRecord<'_> {
     MailRecord {
         sender: "".into(),
@@ -117,7 +117,7 @@ fn since(accepted: u64) -> u64 {
     u64::try_from(age(accepted).as_micros()).unwrap_or(u64::MAX)
 }
 
-/// Addresses as one text.
+/// Addresses as one text, and how many of all were left out.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Recipients {
     text: String,

@@ -1,11 +1,11 @@
-//! Answering a client, so that it can read the answer.
+//! Answers a client in such a way that the client can read the answer.
 //!
-//! Contract: reply and end of stream are sent one right after the other. Closing a socket with
-//! unread data in it resets the connection, and a reset makes the client lose the reply; hence
-//! [`linger`] where something may be unread.
+//! Contract: the end of the stream follows the reply at once. Closing a socket with unread data in
+//! it resets the connection, and the client then loses the reply. So [`linger`] comes before a
+//! close where data may be unread.
 //!
 //! # Failure
-//! A client that is gone, or doesn't read, gets no answer; nothing else follows from that.
+//! A client that is gone, or doesn't read, gets no answer. No error is reported.
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
@@ -17,7 +17,7 @@ use qrelay_shared::deadline::Deadline;
 use qrelay_shared::qmqp::Reply;
 use qrelay_shared::sys::wait::wait;
 
-/// How long a reply (262 bytes) may wait for a client that doesn't read.
+/// How long a reply (at most 262 bytes) may wait for a client that doesn't read.
 const SEND_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// How long the rest of a request is read and dropped.
@@ -25,7 +25,7 @@ const LINGER: Duration = Duration::from_secs(2);
 
 /// Sends the reply and ends the stream.
 pub(crate) fn answer(client: &OwnedFd, reply: &Reply) {
-    // Who doesn't get the whole reply sees the stream end early, which is temporary.
+    // A client that doesn't get the whole reply sees the stream end early, and tries again later.
     let _ = send_all(client.as_fd(), &reply.encode(), SEND_TIMEOUT);
     let _ = shutdown(client.as_raw_fd(), Shutdown::Write);
 }
@@ -49,7 +49,7 @@ fn send_all(client: BorrowedFd<'_>, mut bytes: &[u8], timeout: Duration) -> Resu
     Ok(())
 }
 
-/// Drops what the client sent after its request, if there is any; costs one call if not.
+/// Drops what the client sent after its request. Costs one system call if there is nothing.
 pub(crate) fn drop_surplus(client: &OwnedFd) {
     let surplus = recv(client.as_raw_fd(), &mut [0], MsgFlags::MSG_DONTWAIT);
     if surplus.is_ok_and(|bytes| bytes > 0) {
@@ -57,7 +57,7 @@ pub(crate) fn drop_surplus(client: &OwnedFd) {
     }
 }
 
-/// Reads and drops until the client has closed its side, for a while.
+/// Reads and drops bytes until the client has closed its side, for at most [`LINGER`].
 pub(crate) fn linger(client: &OwnedFd) {
     let mut scratch = [0; 16 * 1024];
     let deadline = Deadline::after(LINGER);

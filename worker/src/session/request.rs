@@ -1,11 +1,11 @@
-//! Reading one request from a client.
+//! Reads one request from a client.
 //!
-//! Contract: memory is taken as bytes arrive, never for a length that was only announced; a
-//! request beyond what every mail has is counted against the worker's [`Budget`].
+//! Contract: memory is taken as bytes arrive, never for a length that was only announced. A request
+//! that is larger than [`BUFFER_SIZE`] is counted against the worker's [`Budget`].
 //!
 //! # Failure
-//! What can't become a request is refused as early as the bytes show it; a client that leaves
-//! before its last comma gets no answer.
+//! A request is refused as soon as its bytes show that it can't become valid. A client that leaves
+//! before the request's last comma gets no answer.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
@@ -23,13 +23,13 @@ use qrelay_shared::texts;
 
 use crate::mail::memory::{Budget, Share};
 
-/// Bytes that a buffer has at first: most mails fit.
+/// Bytes of a new buffer: most mails fit.
 pub(crate) const BUFFER_SIZE: usize = 64 * 1024;
 
-/// Bytes of a buffer that is kept for the next mail.
+/// Largest buffer that is kept for another mail, in bytes.
 const KEPT_BUFFER_SIZE: usize = 256 * 1024;
 
-/// How many of them.
+/// How many buffers are kept.
 const KEPT_BUFFERS: usize = 16;
 
 /// Which requests are accepted, and what they may cost.
@@ -43,22 +43,22 @@ pub(crate) struct Terms<'w> {
     pub(crate) request_timeout: Duration,
     /// Longest time to wait for memory.
     pub(crate) memory_timeout: Duration,
-    /// Where memory for large requests comes from.
+    /// Memory for large requests.
     pub(crate) budget: &'w Budget,
 }
 
-/// What came of reading.
+/// The result of reading.
 #[derive(Debug)]
 pub(crate) enum Incoming {
     /// The first `total` bytes of the buffer are the request's netstring.
     Complete {
         /// Length of the request; more bytes may have been received.
         total: usize,
-        /// Nobody had to wait for any of it: its last byte may have come long ago, while the
-        /// connection waited for a worker.
+        /// No thread waited for a part of the request, so that the last byte may have come long
+        /// ago, while the connection waited for a worker.
         at_once: bool,
     },
-    /// To be answered thus, while the client may still be sending.
+    /// There is no valid request, and this is the answer. The client may still be sending.
     Refused(Reply),
     /// The client left; no answer is due.
     Gone,
@@ -71,7 +71,7 @@ impl Incoming {
 }
 
 impl<'w> Terms<'w> {
-    /// The terms of a listener that accepts messages within `limits`.
+    /// Returns the terms of a listener that accepts messages within `limits`.
     pub(crate) fn new(limits: Limits, settings: &Settings, budget: &'w Budget) -> Self {
         Self {
             limits,
@@ -82,7 +82,7 @@ impl<'w> Terms<'w> {
         }
     }
 
-    /// Reads what is there; nothing if more has to be waited for. `buffer` is empty at first.
+    /// Reads what is there into an empty buffer. Returns nothing if the request isn't complete.
     pub(crate) fn try_read(&self, client: &OwnedFd, buffer: &mut Vec<u8>) -> Option<Incoming> {
         make_room(buffer);
         match receive(client, buffer) {
@@ -98,9 +98,8 @@ impl<'w> Terms<'w> {
         }
     }
 
-    /// Reads until the request is complete or can't be any more; `buffer` has what
-    /// [`Self::try_read`] got, if that was tried. The share of memory is to be kept as long as the
-    /// buffer.
+    /// Reads until the request is complete or refused. `buffer` is empty, or has what
+    /// [`Self::try_read`] got. The caller keeps the share of memory as long as the buffer.
     pub(crate) fn read(
         &self,
         client: &OwnedFd,
@@ -147,13 +146,13 @@ impl<'w> Terms<'w> {
         }
     }
 
-    /// Waits for bytes; false when the client took too long.
+    /// Waits for bytes. Returns whether they came in time.
     fn wait(&self, client: &OwnedFd, deadline: Deadline) -> Result<bool, Errno> {
         let until = deadline.at_most(self.client_timeout);
         Ok(!wait(client.as_fd(), PollFlags::POLLIN, until)?.is_empty())
     }
 
-    /// Makes room for more; false if the budget has none.
+    /// Makes room for more bytes. Returns whether the budget allowed it.
     fn grow(
         &self,
         buffer: &mut Vec<u8>,
@@ -161,7 +160,7 @@ impl<'w> Terms<'w> {
         memory: &mut Option<Share<'w>>,
         deadline: Deadline,
     ) -> bool {
-        // A full buffer without a length can't be: `progress` refuses that many digits.
+        // A full buffer has a length: `progress` refuses so many digits.
         let Some(total) = total else { return false };
         if memory.is_none() {
             *memory = self.budget.take(total, deadline.at_most(self.memory_timeout));
@@ -174,12 +173,12 @@ impl<'w> Terms<'w> {
     }
 }
 
-/// There is room for what most requests need.
+/// Makes room for what most requests need.
 fn make_room(buffer: &mut Vec<u8>) {
     buffer.reserve(BUFFER_SIZE.saturating_sub(buffer.len()));
 }
 
-/// Receives what is there.
+/// Receives what is there, without waiting.
 fn receive(client: &OwnedFd, buffer: &mut Vec<u8>) -> Result<usize, Errno> {
     loop {
         match recv_append(client.as_fd(), buffer, MsgFlags::MSG_DONTWAIT) {
@@ -189,17 +188,17 @@ fn receive(client: &OwnedFd, buffer: &mut Vec<u8>) -> Result<usize, Errno> {
     }
 }
 
-/// Buffers that are ready for the next requests: empty, and not larger than what is worth keeping.
+/// Buffers for the next requests: empty, and of at most [`KEPT_BUFFER_SIZE`].
 #[derive(Debug, Default)]
 pub(crate) struct Buffers(Mutex<Vec<Vec<u8>>>);
 
 impl Buffers {
-    /// A buffer: the one that was used last, since its memory is in the processor's caches.
+    /// Returns the buffer that was used last, because its memory is in the processor's caches.
     pub(crate) fn take(&self) -> Vec<u8> {
         self.0.lock().pop().unwrap_or_default()
     }
 
-    /// Takes back what isn't needed any more.
+    /// Takes back a buffer, and keeps it if it isn't too large.
     pub(crate) fn give(&self, mut buffer: Vec<u8>) {
         if buffer.capacity() <= KEPT_BUFFER_SIZE {
             buffer.clear();
@@ -258,7 +257,7 @@ mod tests {
             let bytes = request(size);
             let (got, shown) = read(&budget, |mut client| {
                 client.write_all(&bytes).expect("write");
-                // What follows is no part of it.
+                // The request ends before these bytes.
                 let _ = client.write_all(b"surplus");
             });
             assert_eq!(shown, format!("complete {}", bytes.len() > BUFFER_SIZE), "{size}");

@@ -28,14 +28,14 @@ pub enum HandlerError {
     Deadline,
 }
 
-/// A mail and what its handler says about it.
+/// A mail, and what its handler decided.
 pub type Decision = (Box<Mail>, Result<Action, HandlerError>);
 
 /// How far a handler has come.
 pub enum Handling {
     /// The handler has decided.
     Decided(Decision),
-    /// The handler waits for something. Calling this runs the rest of the handler and waits with it.
+    /// The handler waits for something. Calling this function waits as well, and runs the rest.
     Waits(Box<dyn FnOnce() -> Decision + Send>),
 }
 
@@ -49,7 +49,7 @@ impl Handling {
     }
 }
 
-/// What sessions and the control thread need of a script.
+/// A script, as far as sessions and the control thread need it.
 pub trait Script: Send + Sync {
     /// Asks the listener's handler what to do with a mail. Waits for nothing but Lua. The mail
     /// comes back whatever happens.

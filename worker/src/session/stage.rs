@@ -7,7 +7,7 @@ use qrelay_shared::texts;
 use crate::mail::Mail;
 use crate::session::script::Handling;
 
-/// What may still be unread when the answer is sent.
+/// Data of the client that may be unread when the answer is sent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Unread {
     /// Nothing is known to be unread.
@@ -36,7 +36,7 @@ impl Stage {
         Self::Request(Vec::new())
     }
 
-    /// This program has failed, and the client is told so.
+    /// qrelay itself has failed, and the client is told so.
     pub(crate) fn failed() -> Self {
         Self::Refused(Reply::temporary(texts::INTERNAL_ERROR), Unread::Some)
     }

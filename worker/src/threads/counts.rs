@@ -30,7 +30,7 @@ pub(crate) struct Counts {
     taken: u64,
 }
 
-/// What counts about a job that a thread takes.
+/// A job that a thread takes, as far as the counts depend on it.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Taken {
     /// How long the job has waited.

@@ -1,4 +1,4 @@
-//! Who of a worker's threads does what next: the decisions alone.
+//! Decides what each of a worker's threads does next.
 //!
 //! Contract: threads tell a [`Scheduler`] what has happened, and carry out the [`Orders`] that come
 //! back. The scheduler holds the queue of tasks and knows no clock, no lock and no I/O: the caller
@@ -45,7 +45,7 @@ pub(crate) trait Task {
     fn handler_waits(&self) -> bool;
 }
 
-/// What has happened to a thread, which asks what to do next.
+/// Something has happened to a thread, which asks what to do next.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Event {
     /// The thread has started.
@@ -76,7 +76,7 @@ pub(crate) enum Answer<T> {
     Act(Orders<T>),
 }
 
-/// What a thread is to do, in this order.
+/// Orders for a thread, to be carried out one after the other.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Orders<T> {
     /// For other threads.
@@ -87,7 +87,7 @@ pub(crate) struct Orders<T> {
     pub(crate) next: Next<T>,
 }
 
-/// What a thread does for others.
+/// Orders about other threads.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Threads {
     /// Nothing.
@@ -100,7 +100,7 @@ pub(crate) enum Threads {
     Start,
 }
 
-/// What a thread does with the reports that have gathered.
+/// Orders about reports that have gathered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Reports {
     /// Nothing: another order says when to send them.
@@ -111,7 +111,7 @@ pub(crate) enum Reports {
     LeaveToWatcher,
 }
 
-/// What a thread does next.
+/// The next step of a thread.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Next<T> {
     /// Serve this task to its end, then [`Event::Finished`].
@@ -127,12 +127,12 @@ pub(crate) enum Next<T> {
     End(Left),
 }
 
-/// Who is left when a thread has ended.
+/// The rest of the threads when a thread has ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Left {
-    /// Other threads.
+    /// There are other threads.
     Others,
-    /// No thread: the process is to end.
+    /// There is no other thread: the process is to end.
     Nobody,
 }
 
@@ -151,7 +151,7 @@ pub(crate) struct Place {
     pub(crate) last: bool,
 }
 
-/// What the leader does after it has queued a job.
+/// Orders for the leader after it has queued a job.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Queued {
     /// For other threads.
@@ -169,12 +169,13 @@ pub(crate) enum NextJob {
     PassOn,
 }
 
-/// What the watcher has to know before it may start threads.
+/// Orders for the watcher after its pause.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Stuck {
-    /// This many threads are to be started, which are counted already.
+    /// Start this many threads, which are counted already.
     Start(usize),
-    /// No thread leads: [`Scheduler::job_waits`] if a job waits in the job socket.
+    /// Look at the job socket, because no thread leads. If a job waits there,
+    /// [`Scheduler::job_waits`] says how many threads to start.
     Ask,
 }
 
@@ -225,7 +226,7 @@ impl<T: Task> Scheduler<T> {
             return Answer::Act(self.lead(event));
         }
         match event {
-            // What the thread has gathered is sent before it waits.
+            // A thread sends the reports that have gathered before it waits.
             Event::Started | Event::Finished | Event::Received | Event::Quiet => {
                 report(Threads::Leave)
             }

@@ -66,7 +66,7 @@ impl Task for Job {
     }
 }
 
-/// What a thread is about to do.
+/// A thread, by the step that it does next.
 #[derive(Debug)]
 enum Thread {
     Starts,
@@ -92,7 +92,7 @@ struct Datagram {
     next: NextJob,
 }
 
-/// What the watcher is about to do.
+/// The watcher, by the step that it does next.
 #[derive(Debug, PartialEq, Eq)]
 enum Watcher {
     /// Waits at its condition variable.
@@ -362,7 +362,7 @@ impl World {
         })
     }
 
-    /// What holds after every step.
+    /// Checks what holds after every step.
     fn check(&self) {
         let seed = self.seed;
         let limit = self.habits.connections + 1;
