@@ -330,3 +330,86 @@ impl Session {
 fn refused(error: RequestError) -> Reply {
     Reply::permanent(error.reply_text())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Read as _;
+    use std::os::unix::net::UnixStream;
+
+    use qrelay_shared::ids::{JobId, ListenerId};
+    use qrelay_shared::ipc::channel::{Channel, RecvBuffer, RecvError};
+    use qrelay_shared::ipc::message::{Peer, Report, ToJobs, ToReports};
+    use qrelay_shared::settings::Declaration;
+    use slog::{Discard, Logger};
+
+    use crate::job_channel::Reports;
+    use crate::session::script::Script;
+
+    /// A step before the panic.
+    type Step = fn(&mut Session, &Context, &Reply);
+
+    /// A script that no test asks.
+    struct Unasked;
+
+    impl Script for Unasked {
+        fn start(self: Arc<Self>, _: usize, _: Box<Mail>, _: Deadline) -> Handling {
+            unreachable!("no test asks")
+        }
+
+        fn held(&self) -> (Duration, JobId) {
+            Default::default()
+        }
+
+        fn exhausted(&self) -> bool {
+            false
+        }
+    }
+
+    #[test]
+    fn a_panic_after_any_step_adds_no_second_answer_and_no_second_done() {
+        let (supervisor, theirs) = Channel::<ToJobs, ToReports>::pair().expect("pair");
+        let reports = Reports::new(theirs, Duration::ZERO).expect("socket");
+        let (declaration, logger) = (Declaration::default(), Logger::root(Discard, slog::o!()));
+        let context = Context::new(&declaration, "test".into(), Arc::new(Unasked), reports, logger);
+        let rejected = Reply::permanent("rejected");
+        let failed = "22:Zinternal server error,";
+        let table: [(&str, Step, &str); 3] = [
+            ("nothing", |_, _, _| {}, failed),
+            (
+                "answered",
+                |session, _, reply| session.answer(reply, Unread::Unknown),
+                "9:Drejected,",
+            ),
+            (
+                "done",
+                |session, context, reply| session.refuse(context, reply, Unread::Unknown),
+                "9:Drejected,",
+            ),
+        ];
+        for (step, before, expected) in table {
+            let (mut client, server) = UnixStream::pair().expect("pair");
+            client.shutdown(std::net::Shutdown::Write).expect("shutdown");
+            let peer = Peer::Local { pid: None, uid: 1, gid: 1 };
+            let (job, listening) = (JobId(1), ListenerId(1));
+            let job = Job { job, listener: 0, listening, peer, accepted: 0, spoke: 0 };
+            let mut session = Session::new(job, server.into());
+            before(&mut session, &context, &rejected);
+            // As after a panic.
+            session.serve(&context, Stage::failed());
+            drop(session);
+            let mut answer = String::new();
+            client.read_to_string(&mut answer).expect("an end of stream");
+            assert_eq!(answer, expected, "{step}");
+            context.reports.flush();
+            let mut buffer = RecvBuffer::new();
+            let report = supervisor.recv_batch(&mut buffer).expect("a report");
+            let jobs = report.map(|report| match report.expect("a report") {
+                Report::Done { job, record } => (job, record.is_some()),
+                other => panic!("{other:?}"),
+            });
+            assert_eq!(jobs.collect::<Vec<_>>(), [(JobId(1), true)], "{step}");
+            assert!(matches!(supervisor.try_recv(&mut buffer), Err(RecvError::Empty)), "{step}");
+        }
+    }
+}

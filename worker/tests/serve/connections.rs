@@ -6,13 +6,16 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::Duration;
 
+use qrelay_shared::deadline::Deadline;
 use qrelay_shared::endpoint::Endpoint;
 use qrelay_shared::ids::{JobId, ListenerId};
 use qrelay_shared::ipc::channel::{RecvBuffer, RecvError};
 use qrelay_shared::ipc::message::{Job, Peer, Report};
 use qrelay_shared::qmqp::{Status, encode_request};
+use qrelay_shared::settings::Settings;
 use qrelay_worker::delivery::action::{Action, Connect};
-use qrelay_worker::session::script::HandlerError;
+use qrelay_worker::mail::Mail;
+use qrelay_worker::session::script::{HandlerError, Handling, Script};
 
 use crate::harness::{Finished, Harness, discard, read_reply, request};
 
@@ -156,6 +159,44 @@ fn a_panic_costs_one_mail() {
     assert_eq!(text, "internal server error");
     assert_eq!(harness.submit(&request()), "10:Kdiscarded,");
     harness.finished();
+    harness.end();
+}
+
+/// Fails while the leader begins the first mail, and discards the others.
+struct PanicsAtFirst;
+
+impl Script for PanicsAtFirst {
+    fn start(self: Arc<Self>, _: usize, mail: Box<Mail>, _: Deadline) -> Handling {
+        assert_ne!(mail.job(), JobId(1), "on purpose");
+        Handling::Decided((mail, Ok(Action::Discard(None))))
+    }
+
+    fn held(&self) -> (Duration, JobId) {
+        (Duration::ZERO, JobId::default())
+    }
+
+    fn exhausted(&self) -> bool {
+        false
+    }
+}
+
+#[test]
+fn a_panic_of_the_leader_costs_one_mail() {
+    let mut harness = Harness::with_script(Settings::default(), Arc::new(PanicsAtFirst));
+    let replies: Vec<_> = harness
+        .submit_at_once(2, 0)
+        .iter_mut()
+        .map(|client| {
+            client.shutdown(Shutdown::Write).expect("shutdown");
+            read_reply(client)
+        })
+        .collect();
+    assert_eq!(replies, ["22:Zinternal server error,", "10:Kdiscarded,"]);
+    let mut jobs = [harness.finished().job, harness.finished().job];
+    jobs.sort_unstable();
+    assert_eq!(jobs, [1, 2]);
+    let mut buffer = RecvBuffer::new();
+    assert!(matches!(harness.jobs.try_recv(&mut buffer), Err(RecvError::Empty)));
     harness.end();
 }
 
