@@ -245,12 +245,13 @@ impl<T: Task> Scheduler<T> {
         }
     }
 
-    /// No thread leads, although jobs may come.
+    /// Returns whether no thread leads, although jobs may come.
     fn leaderless(&self) -> bool {
         !self.led && !self.ended
     }
 
-    /// A thread that takes a task leaves another one to lead, unless no thread needs to.
+    /// Returns whether a thread that asks may take a task: another thread leads or can lead, or
+    /// leading isn't needed any more.
     fn may_serve(&self) -> bool {
         !self.leaderless() || self.counts.can_replace()
     }
