@@ -64,17 +64,17 @@ fn received(socket: &UdpSocket) -> Vec<u8> {
 
 #[test]
 fn sodium() {
-    passes(include_str!("../../tests/lua/sodium.lua"));
+    passes(include_str!("lua/sodium.lua"));
 }
 
 #[test]
 fn json() {
-    passes(include_str!("../../tests/lua/json.lua"));
+    passes(include_str!("lua/json.lua"));
 }
 
 #[test]
 fn jwt() {
-    passes(include_str!("../../tests/lua/jwt.lua"));
+    passes(include_str!("lua/jwt.lua"));
 }
 
 #[test]
