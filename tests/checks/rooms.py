@@ -45,8 +45,10 @@ ORDER = {
     ],
     "worker::lua": [
         "state",
+        "config",
         "library",
-        "binding engine",
+        "engine",
+        "binding",
     ],
 }
 
