@@ -1,7 +1,590 @@
-//! Accepting: the listening sockets and the connections that no worker has yet.
+//! Accepting: the listening sockets, and the clients' connections from accept to close.
+//!
+//! [`Acceptor`] owns both. It decides who is let in, holds each connection until a worker has it,
+//! and answers for the supervisor when no worker will.
+//!
+//! # Failure
+//! Out of descriptors or memory, or when the kernel refuses to pass connections on, the listeners
+//! are not watched until a job is done or 100 ms are over, because a level-triggered watched
+//! listener would keep the loop busy. When too many silent connections are held, the client with
+//! the most connections loses its oldest silent ones.
 
-pub mod bind;
-pub mod connections;
-pub mod fairness;
-pub mod listeners;
-pub mod throttle;
+mod bind;
+mod connections;
+mod listeners;
+mod throttle;
+
+use std::collections::BTreeSet;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+use qrelay_shared::ipc::message::{Job, Peer};
+use qrelay_shared::qmqp::Reply;
+use qrelay_shared::settings::{Declaration, ListenAddress};
+use qrelay_shared::texts;
+use slog::{Logger, error, info, warn};
+
+use crate::accept::connections::{ACCEPT_BATCH, Accepted, Connections, MAX_HELD, Seen, State};
+use crate::accept::listeners::{Listeners, NotListening, Socket};
+use crate::accept::throttle::Throttle;
+use crate::client::{Client, Connected};
+use crate::event::{Event, Events, LostAnswer, LostMail};
+use crate::ids::{GenerationId, JobId, ListenerId, WorkerId};
+use crate::watch::Watcher;
+
+/// How long listeners stay unwatched, unless a job is done before.
+const DISARM: Duration = Duration::from_millis(100);
+
+/// The settings of the current generation that concern clients before a worker has them.
+#[derive(Debug, Clone, Copy)]
+struct Limits {
+    /// Connections of one uid; 0 is any number.
+    per_uid: u32,
+    /// How long a client may be silent.
+    first_byte: Duration,
+    /// How long a client waits for a worker.
+    waiting: Duration,
+}
+
+/// A listener that nobody can connect to any more, and whose backlog could not be emptied because
+/// descriptors ran out.
+#[derive(Debug, Clone, Copy)]
+struct Ending {
+    listener: ListenerId,
+    serves: Serves,
+}
+
+/// Who serves the connections in the backlog of an ending listener.
+#[derive(Debug, Clone, Copy)]
+enum Serves {
+    /// This generation, in which the listener has this number; a later one lacks the listener.
+    Old(GenerationId, u32),
+    /// The current generation: the daemon stops.
+    Current,
+}
+
+/// Whether connections are let in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Intake {
+    /// The current generation's listeners are watched.
+    Open,
+    /// Until then no listener is watched.
+    Paused(Instant),
+    /// The daemon stops.
+    Over,
+}
+
+/// The owner of listeners and connections.
+#[derive(Debug)]
+pub(crate) struct Acceptor {
+    log: Logger,
+    watcher: Watcher,
+    listeners: Listeners,
+    connections: Connections,
+    intake: Intake,
+    /// The generation that gets new connections, and its limits.
+    current: Option<(GenerationId, Limits)>,
+    /// Generations that finish: each is reported when no connection waits for its workers.
+    leaving: BTreeSet<GenerationId>,
+    endings: Vec<Ending>,
+    /// When the backlogs of `endings` are tried again at the latest.
+    next_try: Option<Instant>,
+    warnings: Throttle,
+    /// Scratch list of new connections, kept for its memory.
+    accepted: Vec<JobId>,
+}
+
+impl Acceptor {
+    /// Takes over the sockets that systemd passed.
+    ///
+    /// # Errors
+    /// A passed socket doesn't listen.
+    pub(crate) fn new(
+        log: Logger,
+        watcher: Watcher,
+        passed: Vec<(OwnedFd, String)>,
+    ) -> Result<Self, NotListening> {
+        let mut listeners = Listeners::default();
+        listeners.adopt(passed)?;
+        Ok(Self {
+            log,
+            connections: Connections::new(watcher.clone()),
+            watcher,
+            listeners,
+            intake: Intake::Open,
+            current: None,
+            leaving: BTreeSet::new(),
+            endings: Vec::new(),
+            next_try: None,
+            warnings: Throttle::new(Duration::from_secs(1)),
+            accepted: Vec::new(),
+        })
+    }
+
+    /// Returns the FileDescriptorNames of the sockets that systemd passed.
+    pub(crate) fn passed_names(&self) -> Vec<String> {
+        self.listeners.adopted_names()
+    }
+
+    /// Returns the client of a connection.
+    pub(crate) fn peer(&self, job: JobId) -> Option<Peer> {
+        self.connections.get(job).map(|connection| connection.peer)
+    }
+
+    /// Returns whether every connection is closed or with a worker, and every backlog is empty.
+    pub(crate) fn is_idle(&self) -> bool {
+        self.connections.held() == 0 && self.endings.is_empty()
+    }
+
+    /// Binds the listeners of a generation that has declared itself.
+    pub(crate) fn listen(
+        &mut self,
+        generation: GenerationId,
+        declaration: &Declaration,
+        events: &mut Events,
+    ) {
+        let mut addresses = declaration.listeners.iter().map(|declared| &declared.address);
+        let wants_passed = addresses.any(|address| matches!(address, ListenAddress::Systemd(_)));
+        if wants_passed && self.passed_names().is_empty() {
+            warn!(self.log, "qmqp_listen(systemd): systemd has passed no socket");
+        }
+        events.push_back(match self.listeners.prepare(generation, declaration) {
+            Ok(()) => Event::Listening(generation),
+            Err(error) => Event::ListenFailed(generation, error.to_string()),
+        });
+    }
+
+    /// Closes and unlinks what only a generation that never served has bound.
+    pub(crate) fn abandon(&mut self, generation: GenerationId) {
+        self.listeners.abandon(generation);
+    }
+
+    /// Forgets a generation that has ended.
+    pub(crate) fn generation_ended(&mut self, generation: GenerationId) {
+        self.listeners.forget(generation);
+    }
+
+    /// Accepts for the generation `new` from now on. What is in the backlog of a listener that only
+    /// `old` has is still accepted, and bound to `old`.
+    pub(crate) fn switch(
+        &mut self,
+        (new, declaration): (GenerationId, &Declaration),
+        old: Option<GenerationId>,
+        now: Instant,
+        events: &mut Events,
+    ) {
+        for error in self.listeners.activate(new, declaration) {
+            error!(self.log, "listener: {error}");
+        }
+        let settings = &declaration.settings;
+        let limits = Limits {
+            per_uid: settings.max_connections_per_uid,
+            first_byte: settings.client_timeout,
+            waiting: settings.relay_timeout,
+        };
+        self.current = Some((new, limits));
+        if let Some(old) = old {
+            for id in self.listeners.without(new) {
+                match self.listeners.get(id).and_then(|listener| listener.number(old)) {
+                    Some(number) => self.end_listener(id, Serves::Old(old, number), now, events),
+                    None => self.listeners.close(id),
+                }
+            }
+            self.leaving.insert(old);
+        }
+        self.watch_listeners(now);
+    }
+
+    /// Lets nobody in any more: unlinks the sockets and accepts what is in their backlogs.
+    pub(crate) fn stop(&mut self, now: Instant, events: &mut Events) {
+        self.intake = Intake::Over;
+        let Some((current, _)) = self.current else { return };
+        for id in self.listeners.with(current) {
+            self.end_listener(id, Serves::Current, now, events);
+        }
+        self.leaving.insert(current);
+    }
+
+    /// Unlinks the sockets when the daemon ends without having stopped.
+    pub(crate) fn close(&mut self) {
+        if self.intake == Intake::Over {
+            return;
+        }
+        self.intake = Intake::Over;
+        if let Some((current, _)) = self.current {
+            for id in self.listeners.with(current) {
+                self.listeners.refuse_new(id, &self.watcher);
+            }
+        }
+    }
+
+    /// Answers every client that no worker has: the time for the drain is over.
+    pub(crate) fn give_up(&mut self, now: Instant, events: &mut Events) {
+        let unserved: Vec<_> = self.connections.unserved().map(|(job, _)| job).collect();
+        for job in unserved {
+            self.give_up_one(job, now, events);
+        }
+        self.endings.clear();
+    }
+
+    fn give_up_one(&mut self, job: JobId, now: Instant, events: &mut Events) {
+        let Some(connection) = self.connections.get(job) else { return };
+        if connection.state == State::Waiting {
+            events.push_back(Event::GivenUp { job, client: connection.peer.into() });
+        }
+        self.try_again(job, now);
+    }
+
+    /// Accepts a batch from a listener whose backlog has connections.
+    pub(crate) fn on_listener(&mut self, id: ListenerId, now: Instant, events: &mut Events) {
+        if !self.listeners.get(id).is_some_and(|listener| listener.is_watched()) {
+            // Something earlier in the same turn has ended the listener.
+            return;
+        }
+        if !self.make_room(now) {
+            return self.pause("too many connections wait", now);
+        }
+        let mut new = std::mem::take(&mut self.accepted);
+        if let Some(listener) = self.listeners.get(id)
+            && let Accepted::Exhausted(error) = self.connections.accept(id, listener, now, &mut new)
+        {
+            self.pause(&format!("accept: {error}"), now);
+        }
+        self.admit_all(&new, now, events);
+        new.clear();
+        self.accepted = new;
+    }
+
+    /// Returns whether a batch of connections can be held, if need be in place of silent ones of
+    /// the client that has the most: one client must not shut out the others.
+    fn make_room(&mut self, now: Instant) -> bool {
+        let reply = Reply::temporary(texts::TRY_AGAIN);
+        while self.connections.held() + ACCEPT_BATCH > MAX_HELD {
+            let Some(client) = self.connections.evict(&reply, now) else { return false };
+            if let Some(suppressed) = self.warnings.pass(now) {
+                warn!(self.log, "too many silent connections: closing some";
+                    "client" => ?client, "held" => self.connections.held(),
+                    "suppressed" => suppressed);
+            }
+        }
+        true
+    }
+
+    /// Decides about new connections. Whether they have spoken is looked at only now, because by
+    /// the end of the batch most have sent their request.
+    fn admit_all(&mut self, new: &[JobId], now: Instant, events: &mut Events) {
+        let seen = self.connections.look_at_all(new);
+        for (&job, seen) in new.iter().zip(seen) {
+            self.admit(job, seen, now, events);
+        }
+    }
+
+    /// Refuses a new connection, or lets it wait for a worker or for its first byte.
+    fn admit(&mut self, job: JobId, seen: Seen, now: Instant, events: &mut Events) {
+        let Some(connection) = self.connections.get(job) else { return };
+        let (peer, listener) = (connection.peer, connection.listener);
+        let Some((_, limits)) = self.current else { return self.try_again(job, now) };
+        if let Peer::Remote(address) = peer
+            && !self.listeners.get(listener).is_some_and(|listener| listener.allows(address))
+        {
+            info!(self.log, "connection refused: address not allowed"; "peer" => %address);
+            return self.refuse(job, texts::ACCESS_DENIED, now);
+        }
+        if let Peer::Local { uid, .. } = peer
+            && limits.per_uid > 0
+            && self.connections.of_client(peer.into()) > limits.per_uid
+        {
+            info!(self.log, "connection refused: max_connections_per_uid";
+                "uid" => uid, "limit" => limits.per_uid);
+            return self.try_again(job, now);
+        }
+        match seen {
+            Seen::Gone => self.connections.close(job),
+            Seen::Spoken => self.make_ready(job, events),
+            Seen::Silent => {
+                if let Err(error) = self.connections.pend(job, now + limits.first_byte) {
+                    self.pause(&format!("epoll_ctl: {error}"), now);
+                    self.try_again(job, now);
+                }
+            }
+        }
+    }
+
+    /// Lets a client that has spoken wait for a worker.
+    fn make_ready(&mut self, job: JobId, events: &mut Events) {
+        self.connections.wait(job);
+        let Some(connection) = self.connections.get(job) else { return };
+        let client = connection.peer.into();
+        events.push_back(match connection.bound {
+            Some((generation, _)) => Event::Bound { job, client, generation },
+            None => Event::Ready { job, client },
+        });
+    }
+
+    fn try_again(&mut self, job: JobId, now: Instant) {
+        self.refuse(job, texts::TRY_AGAIN, now);
+    }
+
+    fn refuse(&mut self, job: JobId, text: &'static str, now: Instant) {
+        self.connections.answer(job, &Reply::temporary(text), now);
+    }
+
+    /// Acts on a pending client that has sent something, or reads on what an answered one sends.
+    pub(crate) fn on_connection(&mut self, job: JobId, events: &mut Events) {
+        match self.connections.get(job).map(|connection| connection.state) {
+            Some(State::Lingering) => self.connections.drop_input(job),
+            Some(State::Pending) => match self.connections.look(job) {
+                Seen::Gone => self.connections.close(job),
+                Seen::Spoken => self.make_ready(job, events),
+                Seen::Silent => self.connections.drop_urgent(job),
+            },
+            _ => {}
+        }
+    }
+
+    /// Refuses new connections on a listener, and accepts what is in its backlog: at once if there
+    /// are descriptors enough.
+    fn end_listener(&mut self, id: ListenerId, serves: Serves, now: Instant, events: &mut Events) {
+        self.listeners.refuse_new(id, &self.watcher);
+        self.empty_backlog(Ending { listener: id, serves }, now, events);
+    }
+
+    fn empty_backlog(&mut self, ending: Ending, now: Instant, events: &mut Events) {
+        let Ending { listener: id, serves } = ending;
+        let left = self.accept_all(id, now, events);
+        if let Serves::Old(generation, number) = serves {
+            self.bind(id, generation, number, events);
+        }
+        let local = self.listeners.get(id).is_some_and(|l| matches!(l.socket(), Socket::Unix(_)));
+        // More clients could connect to a TCP port, unless what it has is lost.
+        if left == Backlog::MayHoldMore && local {
+            self.next_try = Some(now + DISARM);
+            return self.endings.push(ending);
+        }
+        self.listeners.stop_listening(id);
+        if matches!(serves, Serves::Old(..)) {
+            self.listeners.close(id);
+        }
+    }
+
+    /// Accepts all that is in a backlog, before the listener is closed.
+    fn accept_all(&mut self, id: ListenerId, now: Instant, events: &mut Events) -> Backlog {
+        let mut new = Vec::new();
+        let mut left = Backlog::Empty;
+        while let Some(listener) = self.listeners.get(id) {
+            match self.connections.accept(id, listener, now, &mut new) {
+                Accepted::More => {}
+                Accepted::Empty => break,
+                Accepted::Exhausted(error) => {
+                    self.pause(&format!("accept: {error}"), now);
+                    left = Backlog::MayHoldMore;
+                    break;
+                }
+            }
+        }
+        self.admit_all(&new, now, events);
+        left
+    }
+
+    /// Binds the listener's unserved connections to the generation that knows the listener.
+    fn bind(
+        &mut self,
+        listener: ListenerId,
+        generation: GenerationId,
+        number: u32,
+        events: &mut Events,
+    ) {
+        let unbound = self
+            .connections
+            .unserved()
+            .filter(|(_, c)| c.listener == listener && c.bound.is_none())
+            .map(|(job, c)| (job, c.state, Client::from(c.peer)));
+        for (job, state, client) in unbound.collect::<Vec<_>>() {
+            self.connections.bind(job, generation, number);
+            if state == State::Waiting {
+                events.push_back(Event::Bound { job, client, generation });
+            }
+        }
+    }
+
+    /// Notes that a worker has a connection.
+    pub(crate) fn dispatched(&mut self, job: JobId, worker: WorkerId) {
+        self.connections.set_dispatched(job, worker);
+    }
+
+    /// Answers a client that no worker can serve.
+    pub(crate) fn unservable(&mut self, job: JobId, now: Instant) {
+        self.try_again(job, now);
+    }
+
+    /// Accepts nothing for a moment, because the kernel refused to pass connections on.
+    pub(crate) fn dispatch_failed(&mut self, cause: &str, now: Instant) {
+        self.pause(&format!("dispatch: {cause}"), now);
+    }
+
+    /// Closes the duplicate of a connection that a worker has answered.
+    pub(crate) fn done(&mut self, job: JobId, now: Instant) {
+        self.connections.close(job);
+        self.resume(now);
+    }
+
+    /// Answers a client whose socket did not reach the worker, or whose last program has ended
+    /// after its worker.
+    pub(crate) fn worker_failed(&mut self, job: JobId, now: Instant) {
+        self.try_again(job, now);
+        self.resume(now);
+    }
+
+    /// Answers a client whose worker died, unless a program of the job still runs.
+    pub(crate) fn orphaned(
+        &mut self,
+        (job, worker): (JobId, WorkerId),
+        program: ProgramState,
+        now: Instant,
+        events: &mut Events,
+    ) {
+        let Some(connection) = self.connections.get(job) else { return };
+        let (peer, accepted) = (connection.peer, connection.accepted);
+        let answer = match program {
+            ProgramState::Runs => LostAnswer::TryAgain,
+            ProgramState::Ended => {
+                self.connections.answer(job, &Reply::temporary(texts::TRY_AGAIN), now)
+            }
+        };
+        let mail = LostMail { worker, job, peer, accepted, answer };
+        events.push_back(Event::MailLost(Box::new(mail)));
+    }
+
+    /// Does what is due: ends connections whose time is over, accepts what is left in backlogs, and
+    /// watches the listeners again.
+    pub(crate) fn tick(&mut self, now: Instant, events: &mut Events) {
+        while let Some(job) = self.connections.overdue(now) {
+            let Some(connection) = self.connections.get(job) else { break };
+            match connection.state {
+                State::Pending => self.refuse(job, texts::REQUEST_TIMED_OUT, now),
+                State::Waiting => {
+                    let client = Client::from(connection.peer);
+                    warn!(self.log, "no worker was free in time"; "client" => ?client);
+                    self.give_up_one(job, now, events);
+                }
+                State::Lingering | State::Dispatched(_) => self.connections.close(job),
+            }
+        }
+        if matches!(self.intake, Intake::Paused(until) if until <= now) {
+            self.resume(now);
+        }
+        for ending in std::mem::take(&mut self.endings) {
+            self.empty_backlog(ending, now, events);
+        }
+    }
+
+    /// Ends a turn of the loop, after everything that a worker could take was dispatched: gives the
+    /// clients that still wait a time limit, and reports the generations that nobody waits for.
+    pub(crate) fn settle(&mut self, now: Instant, events: &mut Events) {
+        let patience = self.current.map_or(Duration::ZERO, |(_, limits)| limits.waiting);
+        self.connections.limit_waiting(now + patience);
+        if self.leaving.is_empty() {
+            return;
+        }
+        let mut leaving = std::mem::take(&mut self.leaving);
+        leaving.retain(|&generation| {
+            let needed = self.is_needed(generation);
+            if !needed {
+                events.push_back(Event::BacklogTaken(generation));
+            }
+            needed
+        });
+        self.leaving = leaving;
+    }
+
+    /// Returns whether a connection, here or in a backlog, waits for this generation's workers.
+    fn is_needed(&self, generation: GenerationId) -> bool {
+        let current = self.current.is_some_and(|(current, _)| current == generation);
+        let in_backlog = self.endings.iter().any(|ending| match ending.serves {
+            Serves::Old(old, _) => old == generation,
+            Serves::Current => current,
+        });
+        in_backlog
+            || self.connections.any_unserved(|connection| match connection.bound {
+                Some((wanted, _)) => wanted == generation,
+                None => current,
+            })
+    }
+
+    /// Stops accepting for a moment.
+    fn pause(&mut self, cause: &str, now: Instant) {
+        if let Some(suppressed) = self.warnings.pass(now) {
+            warn!(self.log, "not accepting for a moment: {cause}";
+                "held" => self.connections.held(), "in_flight" => self.connections.dispatched(),
+                "suppressed" => suppressed);
+        }
+        if self.intake != Intake::Over {
+            self.intake = Intake::Paused(now + DISARM);
+        }
+        self.listeners.unwatch(&self.watcher);
+    }
+
+    /// Accepts again, if accepting was paused.
+    fn resume(&mut self, now: Instant) {
+        if matches!(self.intake, Intake::Paused(_)) {
+            self.intake = Intake::Open;
+            self.watch_listeners(now);
+        }
+    }
+
+    fn watch_listeners(&mut self, now: Instant) {
+        if self.intake != Intake::Open {
+            return;
+        }
+        let Some((current, _)) = self.current else { return };
+        if let Err(error) = self.listeners.watch(current, &self.watcher) {
+            self.pause(&format!("epoll_ctl: {error}"), now);
+        }
+    }
+
+    /// Returns when [`Self::tick`] has something to do, if ever.
+    pub(crate) fn next_deadline(&self) -> Option<Instant> {
+        let paused = match self.intake {
+            Intake::Paused(until) => Some(until),
+            Intake::Open | Intake::Over => None,
+        };
+        let next_try = self.next_try.filter(|_| !self.endings.is_empty());
+        self.connections.next_deadline().into_iter().chain(paused).chain(next_try).min()
+    }
+}
+
+/// Whether a backlog was emptied.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Backlog {
+    Empty,
+    MayHoldMore,
+}
+
+/// Whether a job whose worker died still has a program.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum ProgramState {
+    Runs,
+    Ended,
+}
+
+impl Connected for Acceptor {
+    fn job(&self, job: JobId, generation: GenerationId) -> Option<Job> {
+        let connection = self.connections.get(job)?;
+        let listener = match connection.bound {
+            Some((_, number)) => number,
+            None => self.listeners.get(connection.listener)?.number(generation)?,
+        };
+        Some(Job {
+            job,
+            listener,
+            listening: connection.listener,
+            peer: connection.peer,
+            accepted: connection.accepted_boottime,
+            spoke: connection.spoke_boottime,
+        })
+    }
+
+    fn socket(&self, job: JobId) -> Option<BorrowedFd<'_>> {
+        self.connections.get(job).map(|connection| connection.fd.as_fd())
+    }
+}

@@ -1,50 +1,37 @@
 //! The supervisor's life: start, serve, reload, stop.
 //!
-//! [`Daemon`] owns everything; each of its duties is an `impl` in the file named
-//! after it: `dispatch` (clients to workers), `workers` (their processes and
-//! reports), `rollout` (generations and zygotes). Decisions come from the pure
-//! modules `pool` and `generation`.
+//! [`Daemon`] owns the four owners, the queue of events, and the phase of life. A turn of the loop
+//! reads what is ready, hands every event to the owners concerned until none is left, passes
+//! waiting connections to workers, and does what is due.
 //!
 //! # Failure
-//! Before READY, a failure ends the start with one message and an exit status.
-//! Afterwards nothing ends the daemon but SIGTERM and SIGINT.
+//! Before READY, a failure ends the start with one message and an exit status. Afterwards nothing
+//! ends the daemon but SIGTERM and SIGINT.
 
-use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
+use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use nix::sys::prctl;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use nix::sys::signal::Signal;
-use nix::sys::wait::{WaitStatus, waitpid};
-use nix::unistd::Pid;
-use qrelay_shared::endpoint::Endpoint;
 use qrelay_shared::exit::Exit;
-use qrelay_shared::ipc::channel::RecvBuffer;
-use qrelay_shared::qmqp::Reply;
-use qrelay_shared::sys::process::{ended_child, reap};
-use qrelay_shared::texts;
-use slog::{Level, Logger, debug, error, info, warn};
+use qrelay_shared::ipc::message::MailRecord;
+use slog::{Level, Logger, error, info, warn};
 
-use crate::accept::connections::Connections;
-use crate::accept::listeners::Listeners;
-use crate::accept::throttle::Throttle;
-use crate::event::{Source, Watcher};
-use crate::generations::reload::Generations;
-use crate::generations::rollout::{Ending, Generation};
-use crate::generations::zygote::Zygote;
-use crate::ids::{GenerationId, JobId, WorkerId, ZygoteId};
-use crate::services::dictionary_server::DictionaryServer;
-use crate::services::pond::PondSender;
-use crate::services::systemd::Systemd;
+use crate::accept::{Acceptor, ProgramState};
+use crate::event::{Event, Events, Programs};
+use crate::generations::{Loading, Rollout};
+use crate::ids::{JobId, WorkerId};
+use crate::services::Services;
 use crate::signals::Signals;
-use crate::workers::dispatch::Dispatches;
-use crate::workers::orphans::Orphans;
-use crate::workers::pool::Pool;
-use crate::workers::processes::Worker;
+use crate::system::{Linux, System};
+use crate::watch::{Poller, Source};
+use crate::workers::Workers;
 
 /// Longest sleep of the loop when nothing is due.
 const IDLE: Duration = Duration::from_secs(60);
+/// How long after the end of a drain what is left is killed again.
+const KILL_AGAIN: Duration = Duration::from_millis(100);
 
 /// What the command line says.
 #[derive(Debug, Clone)]
@@ -59,68 +46,36 @@ pub struct Options {
 
 /// Where the daemon is in its life.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Phase {
-    /// Not ready yet.
+enum Phase {
+    /// No generation has served yet.
     Starting,
-    /// READY.
+    /// A generation serves, and systemd has been told READY.
     Serving,
-    /// Finishing; killed at the deadline.
-    Stopping {
-        /// What is left then is killed; a dead worker's programs still have their time.
-        deadline: Instant,
-        /// They haven't, since we were told to stop a second time.
-        at_once: bool,
-        /// The drain is over: nothing extends the deadline any more.
-        over: bool,
-    },
+    /// What is under way is finished; what is left at the deadline is killed.
+    Draining { deadline: Instant },
+    /// The time for the drain is over: what is left is killed, and killed again at `again`.
+    Killing { again: Instant, programs: Programs },
     /// Nothing is left to do.
     Ended(Exit),
 }
 
 /// The supervisor.
-pub struct Daemon {
-    pub(crate) log: Logger,
-    pub(crate) options: Options,
-    /// Makes this run's mail ids unique.
-    pub(crate) instance: String,
-    pub(crate) phase: Phase,
-    pub(crate) watcher: Watcher,
-    pub(crate) signals: Signals,
-    pub(crate) systemd: Systemd,
-    pub(crate) buffer: Option<RecvBuffer>,
-
-    pub(crate) listeners: Listeners,
-    /// Those whose backlog could not be emptied yet.
-    pub(crate) ending: Vec<Ending>,
-    pub(crate) connections: Connections,
-    /// Listeners are unwatched until then.
-    pub(crate) disarmed: Option<Instant>,
-    pub(crate) exhausted: Throttle,
-    /// Scratch list, kept for its memory.
-    pub(crate) accepted: Vec<JobId>,
-    pub(crate) dispatches: Dispatches,
-
-    pub(crate) dictionaries: DictionaryServer,
-    /// Of the current generation, if it has a log server.
-    pub(crate) pond: Option<PondSender>,
-
-    pub(crate) pool: Pool,
-    pub(crate) workers: BTreeMap<WorkerId, Worker>,
-    pub(crate) generations: Generations,
-    pub(crate) loaded: BTreeMap<GenerationId, Generation>,
-    pub(crate) zygotes: BTreeMap<ZygoteId, Zygote>,
-    pub(crate) last_zygote: ZygoteId,
-    /// Children that ended before we knew what they were.
-    pub(crate) strangers: HashMap<Pid, WaitStatus>,
-    /// Programs that dead workers left behind.
-    pub(crate) orphans: Orphans,
+#[derive(Debug)]
+struct Daemon {
+    log: Logger,
+    phase: Phase,
+    events: Events,
+    acceptor: Acceptor,
+    workers: Workers,
+    rollout: Rollout,
+    services: Services,
 }
 
 /// Runs the daemon to its end.
 pub fn run(options: Options) -> Exit {
     let log = qrelay_shared::log::init(options.level, "qrelay");
-    match Daemon::start(options, log.clone()) {
-        Ok(mut daemon) => daemon.serve(),
+    match start(options, log.clone()) {
+        Ok((daemon, poller, signals)) => daemon.serve(poller, signals),
         Err(message) => {
             error!(log, "cannot start: {message}");
             Exit::System
@@ -128,377 +83,339 @@ pub fn run(options: Options) -> Exit {
     }
 }
 
+/// Takes over signals and passed sockets, and begins with the first generation.
+fn start(options: Options, log: Logger) -> Result<(Daemon, Poller, Signals), String> {
+    let passed = qrelay_shared::sys::activation::take()?;
+    prctl::set_child_subreaper(true).map_err(|error| format!("PR_SET_CHILD_SUBREAPER: {error}"))?;
+    // Only the name in ps depends on it.
+    let _ = prctl::set_name(c"qrelay");
+    raise_descriptor_limit();
+    let signals = Signals::register().map_err(|error| format!("signals: {error}"))?;
+    let poller = Poller::new().map_err(|error| format!("epoll: {error}"))?;
+    let watcher = poller.watcher();
+    watcher.add(&signals, Source::Signals).map_err(|error| format!("epoll: {error}"))?;
+    let acceptor =
+        Acceptor::new(log.clone(), watcher, passed).map_err(|error| error.to_string())?;
+    let system = Rc::new(Linux { level: options.level });
+    let now = Instant::now();
+    let mut daemon = Daemon::new(&options, log, acceptor, &poller, system, now);
+    daemon.boot(now);
+    Ok((daemon, poller, signals))
+}
+
 impl Daemon {
-    /// Takes over signals and passed sockets, and begins with the first generation.
-    fn start(options: Options, log: Logger) -> Result<Self, String> {
-        let passed = qrelay_shared::sys::activation::take()?;
-        prctl::set_child_subreaper(true)
-            .map_err(|error| format!("PR_SET_CHILD_SUBREAPER: {error}"))?;
-        // Only the name in ps; the process works without it.
-        let _ = prctl::set_name(c"qrelay");
-        raise_descriptor_limit();
-        let now = Instant::now();
-        let signals = Signals::register().map_err(|error| format!("signals: {error}"))?;
-        let watcher = Watcher::new().map_err(|error| format!("epoll: {error}"))?;
-        watcher.add(&signals, Source::Signals).map_err(|error| format!("epoll: {error}"))?;
-        let mut daemon = Self {
-            generations: Generations::new(options.boot_timeout),
-            log,
-            options,
-            instance: instance(),
-            phase: Phase::Starting,
-            watcher,
-            signals,
-            systemd: Systemd::new(now),
-            buffer: Some(RecvBuffer::new()),
-            listeners: Listeners::default(),
-            ending: Vec::new(),
-            connections: Connections::default(),
-            disarmed: None,
-            exhausted: Throttle::new(Duration::from_secs(1)),
-            accepted: Vec::new(),
-            dispatches: Dispatches::default(),
-            dictionaries: DictionaryServer::default(),
-            pond: None,
-            pool: Pool::default(),
-            workers: BTreeMap::new(),
-            loaded: BTreeMap::new(),
-            zygotes: BTreeMap::new(),
-            last_zygote: ZygoteId::default(),
-            strangers: HashMap::new(),
-            orphans: Orphans::default(),
+    fn new(
+        options: &Options,
+        log: Logger,
+        acceptor: Acceptor,
+        poller: &Poller,
+        system: Rc<dyn System>,
+        now: Instant,
+    ) -> Self {
+        info!(log, "qrelay {} starts", env!("CARGO_PKG_VERSION");
+            "config" => options.config.display());
+        let watcher = poller.watcher();
+        let instance = instance();
+        let loading = Loading {
+            config: options.config.clone(),
+            boot_timeout: options.boot_timeout,
+            instance: instance.clone(),
+            passed: acceptor.passed_names(),
         };
-        daemon.listeners.adopt(passed).map_err(|error| error.to_string())?;
-        info!(daemon.log, "qrelay {} starts", env!("CARGO_PKG_VERSION");
-            "config" => daemon.options.config.display());
-        let commands = daemon.generations.boot(now);
-        daemon.roll_out(commands, now);
-        Ok(daemon)
+        Self {
+            phase: Phase::Starting,
+            events: Events::new(),
+            acceptor,
+            workers: Workers::new(
+                log.clone(),
+                instance.clone(),
+                watcher.clone(),
+                Rc::clone(&system),
+            ),
+            rollout: Rollout::new(log.clone(), loading, watcher.clone(), system),
+            services: Services::new(log.clone(), instance, watcher, now),
+            log,
+        }
+    }
+
+    /// Begins with the first generation.
+    fn boot(&mut self, now: Instant) {
+        self.rollout.boot(now, &mut self.events);
+        self.settle(now);
     }
 
     /// The event loop.
-    fn serve(&mut self) -> Exit {
+    fn serve(mut self, mut poller: Poller, mut signals: Signals) -> Exit {
         let mut sources = Vec::new();
         loop {
             if let Phase::Ended(exit) = self.phase {
-                self.clean_up();
+                self.clean_up(exit);
                 return exit;
             }
             let now = Instant::now();
             let timeout = self.next_deadline().map_or(IDLE, |at| at.saturating_duration_since(now));
-            if let Err(error) = self.watcher.wait(timeout, &mut sources) {
+            if let Err(error) = poller.wait(timeout, &mut sources) {
                 error!(self.log, "epoll_wait: {error}");
                 self.phase = Phase::Ended(Exit::System);
             }
+            let now = Instant::now();
             for source in sources.drain(..) {
-                self.handle(source);
+                match source {
+                    Source::Signals => self.on_signals(&mut signals),
+                    other => self.on_source(other, now),
+                }
+                self.settle(now);
             }
-            self.tick(Instant::now());
-            self.dispatch_late();
-            self.dispatch_waiting();
-            self.limit_waiting();
+            self.turn(Instant::now());
         }
     }
 
-    fn handle(&mut self, source: Source) {
+    /// Turns the signals that have come into events.
+    fn on_signals(&mut self, signals: &mut Signals) {
+        let pending = signals.take();
+        let events = [
+            (pending.child, Event::ChildEnded),
+            (pending.stop, Event::StopRequested),
+            (pending.reload, Event::ReloadRequested),
+        ];
+        self.events.extend(events.into_iter().filter(|(came, _)| *came).map(|(_, event)| event));
+    }
+
+    /// Has the owner of a descriptor read what is ready.
+    fn on_source(&mut self, source: Source, now: Instant) {
+        let Self { events, acceptor, workers, rollout, services, .. } = self;
         match source {
-            Source::Signals => self.on_signals(),
-            Source::Listener(id) => self.on_listener(id),
-            Source::Connection(id) => self.on_connection(id),
-            Source::Jobs(worker) => self.on_reports(worker),
-            Source::Control(worker) => self.on_pong(worker),
-            Source::Zygote(zygote) => self.on_zygote(zygote),
-            Source::Dictionary(line) => self.on_dictionary(line),
+            Source::Signals => {}
+            Source::Listener(id) => acceptor.on_listener(id, now, events),
+            Source::Connection(job) => acceptor.on_connection(job, events),
+            Source::Jobs(worker) => {
+                workers.on_reports(worker, now, &mut recorder(services, acceptor), events);
+            }
+            Source::Control(worker) => workers.on_pong(worker, now, events),
+            Source::Zygote(zygote) => rollout.on_zygote(zygote, now, events),
+            Source::Dictionary(channel) => services.on_dictionary(channel, now),
         }
     }
 
-    fn on_signals(&mut self) {
-        let now = Instant::now();
-        let pending = self.signals.take();
-        if pending.child {
-            self.reap(now);
-        }
-        if pending.stop {
-            self.stop(now);
-        }
-        if pending.reload {
-            info!(self.log, "reload requested");
-            let commands = self.generations.reload(now);
-            self.roll_out(commands, now);
+    /// Does what is due, and what follows from what has happened: first every event, then the
+    /// dispatch of waiting connections, and only then the end of what no connection waits for.
+    fn turn(&mut self, now: Instant) {
+        self.services.tick(now);
+        self.acceptor.tick(now, &mut self.events);
+        self.workers.tick(now, &mut self.events);
+        self.rollout.tick(now, &mut self.events);
+        self.settle(now);
+        self.workers.dispatch(&self.acceptor, &mut self.events);
+        self.settle(now);
+        self.acceptor.settle(now, &mut self.events);
+        self.settle(now);
+        self.tick(now);
+        self.settle(now);
+    }
+
+    /// Hands on events until none is left.
+    fn settle(&mut self, now: Instant) {
+        while let Some(event) = self.events.pop_front() {
+            self.on_event(event, now);
         }
     }
 
-    /// Does everything that is due.
+    /// Hands one event to the owners concerned.
+    fn on_event(&mut self, event: Event, now: Instant) {
+        let Self { events, acceptor, workers, rollout, services, .. } = self;
+        match event {
+            Event::ChildEnded => self.reap(now),
+            Event::ReloadRequested => rollout.reload(now, events),
+            Event::StopRequested => self.stop(now),
+            Event::StopBegan => {
+                services.stop(workers.in_flight(), now);
+                rollout.stop(now, events);
+                acceptor.stop(now, events);
+            }
+            Event::DrainEnded(programs) => {
+                acceptor.give_up(now, events);
+                workers.kill_all(programs, now, events);
+            }
+
+            Event::Ready { job, client } => workers.ready(job, client),
+            Event::Bound { job, client, generation } => workers.bound(job, client, generation),
+            Event::GivenUp { job, client } => workers.given_up(job, client),
+            Event::BacklogTaken(generation) => workers.retire(generation, now, events),
+            Event::Dispatched { job, worker } => acceptor.dispatched(job, worker),
+            Event::Unservable(job) => acceptor.unservable(job, now),
+            Event::DispatchFailed(error) => acceptor.dispatch_failed(&error.to_string(), now),
+            Event::Done(job) => acceptor.done(job, now),
+            Event::SocketLost(job) | Event::ProgramEnded(job) => acceptor.worker_failed(job, now),
+            Event::Orphaned { job, worker } => {
+                acceptor.orphaned((job, worker), ProgramState::Ended, now, events);
+            }
+            Event::ProgramRuns { job, worker } => {
+                acceptor.orphaned((job, worker), ProgramState::Runs, now, events);
+            }
+            Event::MailLost(mail) => services.mail_lost(&mail, now),
+            Event::TimeLimitSet(until) => self.extend_drain(until),
+            Event::DictionaryOpened(channel) => services.open_dictionary(channel),
+
+            Event::WorkerMissing(new) => rollout.fork_worker(&new, events),
+            Event::WorkerForked { worker, pid } => workers.forked(worker, pid, now, events),
+            Event::WorkerNotForked(worker) => workers.not_forked(worker, now, events),
+            Event::WorkerReady(generation) => rollout.worker_ready(generation, now, events),
+            Event::WorkerFailed(generation) => rollout.worker_failed(generation, now, events),
+            Event::WorkerEnded(generation) => workers.finish(generation, now, events),
+            Event::Drained(generation) => rollout.drained(generation, now, events),
+
+            Event::Declared(generation) => {
+                if let Some(declaration) = rollout.starting(generation) {
+                    acceptor.listen(generation, declaration, events);
+                }
+            }
+            Event::Listening(generation) => {
+                if let Some(declaration) = rollout.starting(generation) {
+                    workers.start(generation, &declaration.settings, now, events);
+                }
+            }
+            Event::ListenFailed(generation, message) => {
+                rollout.fail(generation, (Exit::System, message), now, events);
+            }
+            Event::Abandoned(generation) => {
+                acceptor.abandon(generation);
+                workers.abandon(generation, now, events);
+            }
+            Event::Switched { new, old } => {
+                if let Some(declaration) = rollout.declaration(new) {
+                    workers.switch(new);
+                    acceptor.switch((new, declaration), old, now, events);
+                    services.switch(new, declaration);
+                }
+                self.ready();
+            }
+            Event::GenerationEnded(generation) => acceptor.generation_ended(generation),
+            Event::ZygoteLost(generation) => workers.zygote_lost(generation, now, events),
+            Event::ZygotesEnded(generation) => workers.zygotes_ended(generation, now, events),
+            Event::StandbyForked { zygote, pid } => workers.standby_forked(zygote, pid, events),
+            Event::StandbyRuns { zygote, pid } => rollout.standby_runs(zygote, pid),
+            Event::StandbyEnded(zygote) => rollout.standby_ended(zygote, now, events),
+            Event::ReloadBegan => services.reload_began(),
+            Event::NoZygoteLeft => services.no_zygote_left(),
+            Event::ReloadFailed(cause, message) => services.reload_failed(cause, &message),
+            Event::StartFailed(exit) => self.phase = Phase::Ended(exit),
+        }
+    }
+
+    /// Reaps every child that has ended, zygotes first.
+    fn reap(&mut self, now: Instant) {
+        let Self { events, acceptor, workers, rollout, services, .. } = self;
+        rollout.reap(now, events);
+        let record = &mut recorder(services, acceptor);
+        workers.reap(&rollout.zygote_pids(), now, record, events);
+    }
+
+    /// Notes that a generation serves.
+    fn ready(&mut self) {
+        if self.phase == Phase::Starting {
+            self.phase = Phase::Serving;
+        }
+    }
+
+    /// Begins the drain, or ends it when the daemon is told to stop a second time.
+    fn stop(&mut self, now: Instant) {
+        let in_flight = self.workers.in_flight();
+        match self.phase {
+            Phase::Draining { .. } | Phase::Killing { .. } => {
+                warn!(self.log, "told to stop a second time: killing what is left";
+                    "in_flight" => in_flight);
+                self.end_drain(Programs::Killed, now);
+            }
+            Phase::Starting | Phase::Serving => {
+                let drain = self.rollout.drain_timeout();
+                info!(self.log, "stopping"; "in_flight" => in_flight,
+                    "drain_timeout" => drain.as_secs_f64());
+                let limit = self.workers.latest_time_limit();
+                let deadline = limit.max(Some(now + drain)).unwrap_or(now);
+                self.phase = Phase::Draining { deadline };
+                self.events.push_back(Event::StopBegan);
+            }
+            Phase::Ended(_) => {}
+        }
+    }
+
+    /// Lengthens a drain to the time limit that an action has set for itself. The end of a drain is
+    /// not put off.
+    fn extend_drain(&mut self, until: Instant) {
+        if let Phase::Draining { deadline } = &mut self.phase {
+            *deadline = until.max(*deadline);
+        }
+    }
+
+    fn end_drain(&mut self, programs: Programs, now: Instant) {
+        self.phase = Phase::Killing { again: now + KILL_AGAIN, programs };
+        self.events.push_back(Event::DrainEnded(programs));
+    }
+
+    /// Ends the daemon when nothing is left to finish, or the drain when its time is over.
     fn tick(&mut self, now: Instant) {
-        self.systemd.tick(now);
-        self.connections_due(now);
-        self.workers_due(now);
-        self.rollout_due(now);
-        self.reap_orphans(now);
-        self.answer_orphans(now);
-        self.pond_due(now);
-        self.stopping_due(now);
+        let (due, programs) = match self.phase {
+            Phase::Draining { deadline } => (deadline, Programs::Spared),
+            Phase::Killing { again, programs } => (again, programs),
+            Phase::Starting | Phase::Serving | Phase::Ended(_) => return,
+        };
+        if self.workers.is_idle() && self.acceptor.is_idle() {
+            self.phase = Phase::Ended(Exit::Success);
+        } else if due <= now {
+            self.end_drain(programs, now);
+        }
     }
 
     fn next_deadline(&self) -> Option<Instant> {
-        let stopping = match self.phase {
-            Phase::Stopping { deadline, .. } => Some(deadline),
-            _ => None,
+        let phase = match self.phase {
+            Phase::Draining { deadline } => Some(deadline),
+            Phase::Killing { again, .. } => Some(again),
+            Phase::Starting | Phase::Serving | Phase::Ended(_) => None,
         };
         [
-            self.systemd.next_tick(),
-            self.connections.next_deadline(),
-            self.disarmed,
-            self.pool.next_tick(),
-            self.generations.next_tick(),
-            self.orphans.next_deadline(),
-            self.pond.as_ref().and_then(PondSender::next_tick),
-            stopping,
+            self.services.next_deadline(),
+            self.acceptor.next_deadline(),
+            self.workers.next_deadline(),
+            self.rollout.next_deadline(),
+            phase,
         ]
         .into_iter()
         .flatten()
         .min()
     }
 
-    /// SIGTERM: drain. A second one: at once.
-    fn stop(&mut self, now: Instant) {
-        match self.phase {
-            Phase::Stopping { .. } => {
-                warn!(self.log, "told to stop a second time: killing what is left";
-                    "in_flight" => self.pool.in_flight());
-                self.phase = Phase::Stopping { deadline: now, at_once: true, over: true };
-            }
-            Phase::Starting | Phase::Serving => {
-                let drain = self.drain_timeout();
-                info!(self.log, "stopping"; "in_flight" => self.pool.in_flight(),
-                    "drain_timeout" => drain.as_secs_f64());
-                let explicit = self.pool.latest_explicit();
-                let deadline = explicit.map_or(now + drain, |until| until.max(now + drain));
-                self.phase = Phase::Stopping { deadline, at_once: false, over: false };
-                self.systemd
-                    .stopping(format!("Stopping: {} mails in flight", self.pool.in_flight()), now);
-                let commands = self.generations.stop();
-                self.roll_out(commands, now);
-                self.close_listeners();
-            }
-            Phase::Ended(_) => {}
-        }
-    }
-
-    fn drain_timeout(&self) -> Duration {
-        self.loaded
-            .values()
-            .map(|generation| generation.declaration.settings.drain_timeout)
-            .max()
-            .unwrap_or(Duration::ZERO)
-    }
-
-    fn stopping_due(&mut self, now: Instant) {
-        let Phase::Stopping { deadline, at_once, .. } = self.phase else { return };
-        self.retire_finished(now);
-        let answered = self.connections.held() == 0 && self.orphans.is_empty();
-        if self.workers.is_empty() && answered && self.ending.is_empty() {
-            self.phase = Phase::Ended(Exit::Success);
-        } else if deadline <= now {
-            self.give_up_unserved(now);
-            self.kill_all_workers();
-            if at_once {
-                self.orphans.kill_all(now);
-            }
-            let deadline = now + Duration::from_millis(100);
-            self.phase = Phase::Stopping { deadline, at_once, over: true };
-        }
-    }
-
-    /// An action's own time limit counts for a drain that has begun, but not for its end.
-    pub(crate) fn extend_stop(&mut self, until: Instant) {
-        if let Phase::Stopping { deadline, over: false, .. } = &mut self.phase {
-            *deadline = until.max(*deadline);
-        }
-    }
-
-    /// The drain is over: whoever has no worker yet gets none, and no worker is replaced.
-    fn give_up_unserved(&mut self, now: Instant) {
-        let unserved: Vec<_> =
-            self.connections.unserved().map(|(job, connection)| (job, connection.peer)).collect();
-        for (job, peer) in unserved {
-            self.pool.forget(peer.into(), job);
-            self.connections.answer(job, &Reply::temporary(texts::TRY_AGAIN), &self.watcher);
-        }
-        self.ending.clear();
-        self.retire_finished(now);
-    }
-
-    /// Reaps every child that has ended.
-    fn reap(&mut self, now: Instant) {
-        while let Some(worker) = self.ended_worker() {
-            if !self.reap_child(worker, now) {
-                break;
-            }
-        }
-        while let Some(pid) = ended_child(None) {
-            if self.orphans.holds(pid) {
-                // It hides the others that have ended. For those that end from now on there will be
-                // another signal.
-                for pid in self.orphans.ended_besides(now) {
-                    self.reap_after_workers(pid, now);
-                }
-                return;
-            }
-            if !self.reap_after_workers(pid, now) {
-                return;
-            }
-        }
-    }
-
-    /// Reaps a child, and every worker that has ended before: its programs have become our
-    /// children, and if one of them went first, its number could be another process' by the time
-    /// the dead worker's programs are told to end. Says whether it was there.
-    fn reap_after_workers(&mut self, pid: Pid, now: Instant) -> bool {
-        while let Some(worker) = self.ended_worker() {
-            if !self.reap_child(worker, now) {
-                return false;
-            }
-            if worker == pid {
-                return true;
-            }
-        }
-        self.reap_child(pid, now)
-    }
-
-    fn ended_worker(&self) -> Option<Pid> {
-        let mut workers = self.workers.values().filter_map(|worker| worker.pid);
-        workers.find(|&worker| ended_child(Some(worker)).is_some())
-    }
-
-    /// Reaps a child that has ended, now or later; false if it isn't there, so that nobody waits.
-    fn reap_child(&mut self, pid: Pid, now: Instant) -> bool {
-        if ended_child(Some(pid)).is_none() {
-            return false;
-        }
-        // Its process group can be named only until it is reaped.
-        if self.orphans.ended(pid, now) || self.adopt_early(pid, now) {
-            return true;
-        }
-        let Ok(status) = reap(pid) else { return false };
-        if let Some(worker) = self.worker_of(pid) {
-            self.take_last_reports(worker);
-            self.worker_ended(worker, Some(status), now);
-        } else if !self.zygote_ended(pid, status, now) {
-            self.remember_stranger(pid, status);
-        }
-        true
-    }
-
-    /// A child that has ended, unless it is a worker or zygote, may be the program of a worker that
-    /// is about to end: the kernel gives us a process' children before its last thread is gone. It
-    /// is held then as if the worker had ended.
-    fn adopt_early(&mut self, pid: Pid, now: Instant) -> bool {
-        let is_zygote = self.zygotes.values().any(|zygote| zygote.pid == Some(pid));
-        if is_zygote || self.worker_of(pid).is_some() {
-            return false;
-        }
-        let workers: Vec<WorkerId> = self.workers.keys().copied().collect();
-        for worker in workers {
-            // Its start may not have been read yet, or that its worker has reaped it.
-            self.on_reports(worker);
-            if let Some(link) = self.workers.get_mut(&worker)
-                && let Some(at) = link.children.iter().position(|&(_, child)| child == pid)
-            {
-                let child = link.children.swap_remove(at);
-                self.orphans.adopt(&[child], now);
-                return self.orphans.ended(pid, now);
-            }
-        }
-        false
-    }
-
-    /// Reaps programs of mails whose worker died, when nothing is left of their groups.
-    fn reap_orphans(&mut self, now: Instant) {
-        for pid in self.orphans.kill_overdue(now) {
-            error!(self.log, "a dead worker's program can't be killed"; "pid" => pid.as_raw());
-        }
-        let reaped = self.orphans.to_reap(now);
-        for &pid in &reaped {
-            // It has ended and is ours, so this neither waits nor fails.
-            let _ = reap(pid);
-            debug!(self.log, "a dead worker's program has ended"; "pid" => pid.as_raw());
-        }
-        if !reaped.is_empty() || self.orphans.hides(now) {
-            self.reap(now);
-        }
-    }
-
-    /// Programs of mails whose worker died are over: their clients may try again.
-    fn answer_orphans(&mut self, now: Instant) {
-        for job in self.orphans.over(now) {
-            self.connections.answer(job, &Reply::temporary(texts::TRY_AGAIN), &self.watcher);
-        }
-    }
-
-    /// Log records that could not be sent are reported.
-    fn pond_due(&mut self, now: Instant) {
-        if let Some(pond) = &mut self.pond {
-            pond.tick(now, &self.log);
-        }
-    }
-
-    /// Log records go to this server from now on.
-    pub(crate) fn log_to(&mut self, server: Option<Endpoint>) {
-        if server.as_ref() == self.pond.as_ref().map(PondSender::server) {
-            return;
-        }
-        if let Some(mut old) = std::mem::replace(&mut self.pond, server.map(PondSender::new)) {
-            old.report_rest(&self.log);
-        }
-    }
-
-    /// A child that isn't known may be a worker whose pid its zygote has yet to tell.
-    fn remember_stranger(&mut self, pid: Pid, status: WaitStatus) {
-        let expected = self.workers.values().any(|worker| worker.pid.is_none())
-            || self.zygotes.values().any(|zygote| zygote.pid.is_none());
-        if expected {
-            self.strangers.insert(pid, status);
-        } else {
-            self.strangers.clear();
-        }
-    }
-
     /// Ends what is left when the loop has ended.
-    fn clean_up(&mut self) {
-        self.close_listeners();
-        self.kill_all_workers();
-        for zygote in std::mem::take(&mut self.zygotes).into_values() {
-            if let Some(pid) = zygote.pid {
-                // It may have ended by itself.
-                let _ = nix::sys::signal::kill(pid, Signal::SIGKILL);
-                let _ = waitpid(pid, None);
-            }
-        }
-        for (_, worker) in std::mem::take(&mut self.workers) {
-            if let Some(pid) = worker.pid {
-                let _ = waitpid(pid, None);
-            }
-        }
-        self.log_to(None);
-        if self.phase == Phase::Ended(Exit::Success) {
+    fn clean_up(&mut self, exit: Exit) {
+        self.acceptor.close();
+        self.rollout.close();
+        self.workers.close();
+        self.services.close();
+        if exit == Exit::Success {
             info!(self.log, "stopped");
         }
     }
 }
 
-/// As many descriptors as the hard limit allows; workers and programs that they
-/// run inherit it.
+/// Returns what logs the record of a finished mail while the record is being read.
+fn recorder(
+    services: &mut Services,
+    acceptor: &Acceptor,
+) -> impl FnMut(WorkerId, JobId, &MailRecord<'_>) {
+    |worker, job, record| services.mail_done(worker, job, acceptor.peer(job), record)
+}
+
+/// Raises the limit of descriptors to the hard limit; workers and the programs that they run
+/// inherit it.
 fn raise_descriptor_limit() {
     if let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE)
         && soft < hard
     {
-        // It works with the soft limit too, for fewer clients.
+        // With the soft limit the daemon works too, for fewer clients.
         let _ = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
     }
 }
 
-/// Seconds since the epoch and the process id: unique to this run on this host.
+/// Names this run on this host: seconds since the epoch, and the process id.
 fn instance() -> String {
     let seconds = std::time::SystemTime::now()
         .duration_since(std::time::UNIX_EPOCH)

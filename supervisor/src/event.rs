@@ -1,129 +1,175 @@
-//! The epoll loop's view of descriptors: what is watched, and under which name
-//! it comes back.
+//! What has happened: the facts that one owner learns and other owners act on.
+//!
+//! An owner never calls another owner. It appends events to the queue that it is given, and the
+//! daemon hands each event to the owners concerned after the first one has returned. So no owner
+//! acts on state that another is still changing. Events of the mails' path are small copies; what
+//! is seldom and large is boxed.
 
-use crate::ids::{ChannelId, JobId, ListenerId, WorkerId, ZygoteId};
-use std::os::fd::AsFd;
-use std::time::Duration;
+use std::collections::VecDeque;
+use std::os::fd::OwnedFd;
+use std::time::Instant;
 
-use nix::errno::Errno;
-use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+use nix::unistd::Pid;
+use qrelay_shared::exit::Exit;
+use qrelay_shared::ipc::channel::SendError;
+use qrelay_shared::ipc::message::{MailRecord, Peer};
 
-/// What became ready.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Source {
-    /// The pipe that signal handlers write to.
-    Signals,
-    /// Connections to accept.
-    Listener(ListenerId),
-    /// A client that had sent nothing yet, or is being read to its end.
-    Connection(JobId),
-    /// Reports of a worker.
-    Jobs(WorkerId),
-    /// Pongs of a worker.
-    Control(WorkerId),
-    /// Reports of a zygote.
-    Zygote(ZygoteId),
-    /// Questions to the shared dictionaries.
-    Dictionary(ChannelId),
-}
+use crate::client::Client;
+use crate::ids::{GenerationId, JobId, WorkerId, ZygoteId};
 
-const SHIFT: u32 = 56;
-
-impl Source {
-    fn pack(self) -> u64 {
-        let (kind, id) = match self {
-            Self::Signals => (0, 0),
-            Self::Listener(id) => (1, id.0),
-            Self::Connection(id) => (2, id.0),
-            Self::Jobs(id) => (3, id.0),
-            Self::Control(id) => (4, id.0),
-            Self::Zygote(id) => (5, id.0),
-            Self::Dictionary(id) => (6, id.0),
-        };
-        kind << SHIFT | id
-    }
-
-    fn unpack(data: u64) -> Self {
-        let id = data & ((1 << SHIFT) - 1);
-        match data >> SHIFT {
-            1 => Self::Listener(ListenerId(id)),
-            2 => Self::Connection(JobId(id)),
-            3 => Self::Jobs(WorkerId(id)),
-            4 => Self::Control(WorkerId(id)),
-            5 => Self::Zygote(ZygoteId(id)),
-            6 => Self::Dictionary(ChannelId(id)),
-            _ => Self::Signals,
-        }
-    }
-}
-
-/// The set of watched descriptors; level-triggered, for reading.
+/// One fact.
 #[derive(Debug)]
-pub struct Watcher {
-    epoll: Epoll,
-    events: Vec<EpollEvent>,
+pub(crate) enum Event {
+    /// SIGCHLD.
+    ChildEnded,
+    /// SIGHUP.
+    ReloadRequested,
+    /// SIGTERM or SIGINT.
+    StopRequested,
+    /// The first request to stop: what is under way is finished.
+    StopBegan,
+    /// The time for the drain is over, or a second request to stop came.
+    DrainEnded(Programs),
+
+    /// A client has sent its first byte and waits for a worker.
+    Ready { job: JobId, client: Client },
+    /// The connection's listener is gone, so only this generation can serve the connection.
+    Bound { job: JobId, client: Client, generation: GenerationId },
+    /// A client that waited for a worker was answered without one.
+    GivenUp { job: JobId, client: Client },
+    /// No connection is left, here or in a backlog, that waits for this generation's workers.
+    BacklogTaken(GenerationId),
+    /// A worker has got the connection.
+    Dispatched { job: JobId, worker: WorkerId },
+    /// No worker can serve the connection.
+    Unservable(JobId),
+    /// The kernel refused to pass connections on.
+    DispatchFailed(SendError),
+    /// A worker has answered the client and closed the connection.
+    Done(JobId),
+    /// A worker received the job without its socket.
+    SocketLost(JobId),
+    /// The connection's worker died, and no program of the job runs.
+    Orphaned { job: JobId, worker: WorkerId },
+    /// The connection's worker died, and a program of the job still runs.
+    ProgramRuns { job: JobId, worker: WorkerId },
+    /// The last program of a job whose worker died has ended.
+    ProgramEnded(JobId),
+    /// A mail's worker died; the client's part of it is settled.
+    MailLost(Box<LostMail>),
+    /// An action has a time limit of its own, which a drain waits for.
+    TimeLimitSet(Instant),
+    /// A worker or a zygote has opened a channel to the shared dictionaries.
+    DictionaryOpened(OwnedFd),
+
+    /// The pool lacks a worker: the zygote has to fork it.
+    WorkerMissing(Box<NewWorker>),
+    /// A zygote has forked a worker.
+    WorkerForked { worker: WorkerId, pid: Pid },
+    /// There will be no such worker process.
+    WorkerNotForked(WorkerId),
+    /// A worker can take jobs.
+    WorkerReady(GenerationId),
+    /// A worker is gone.
+    WorkerEnded(GenerationId),
+    /// A worker died before it could take jobs.
+    WorkerFailed(GenerationId),
+    /// The last worker of a generation that takes no more jobs has ended.
+    Drained(GenerationId),
+
+    /// A script has declared what it wants.
+    Declared(GenerationId),
+    /// Every listener of a declaration is bound.
+    Listening(GenerationId),
+    /// A listener of a declaration can't be bound.
+    ListenFailed(GenerationId, String),
+    /// A generation that never served is given up.
+    Abandoned(GenerationId),
+    /// New connections go to `new`; `old` finishes.
+    Switched { new: GenerationId, old: Option<GenerationId> },
+    /// Nothing of a generation is left.
+    GenerationEnded(GenerationId),
+    /// A standby has taken a lost zygote's place, or none is left: what was asked of the lost one
+    /// may not have been done.
+    ZygoteLost(GenerationId),
+    /// No process can fork workers of this generation, and none will.
+    ZygotesEnded(GenerationId),
+    /// A zygote has told its standby's process id.
+    StandbyForked { zygote: ZygoteId, pid: Pid },
+    /// The standby had not ended when its process id became known.
+    StandbyRuns { zygote: ZygoteId, pid: Pid },
+    /// The standby had ended before its process id was known.
+    StandbyEnded(ZygoteId),
+    /// A configuration is being loaded while another one serves.
+    ReloadBegan,
+    /// The serving generation has no process left that can fork workers.
+    NoZygoteLeft,
+    /// A new configuration can't be used, and the old one serves on.
+    ReloadFailed(Cause, String),
+    /// The first configuration can't be used.
+    StartFailed(Exit),
 }
 
-impl Watcher {
-    /// Watches nothing yet.
-    ///
-    /// # Errors
-    /// Out of descriptors or memory.
-    pub fn new() -> Result<Self, Errno> {
-        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
-        Ok(Self { epoll, events: vec![EpollEvent::empty(); 256] })
-    }
-
-    /// Starts to watch.
-    ///
-    /// # Errors
-    /// Out of memory or over fs.epoll.max_user_watches.
-    pub fn add(&self, fd: impl AsFd, source: Source) -> Result<(), Errno> {
-        let flags = EpollFlags::EPOLLIN | EpollFlags::EPOLLRDHUP;
-        self.epoll.add(fd, EpollEvent::new(flags, source.pack()))
-    }
-
-    /// Stops to watch. A descriptor whose socket other processes share must be
-    /// taken out before it is closed: its registration would live on.
-    pub fn remove(&self, fd: impl AsFd) {
-        // ENOENT, when it wasn't watched, is what the caller wants.
-        let _ = self.epoll.delete(fd);
-    }
-
-    /// Waits for something to happen, and puts it into `sources`.
-    ///
-    /// # Errors
-    /// None that is known; EINTR counts as nothing.
-    pub fn wait(&mut self, timeout: Duration, sources: &mut Vec<Source>) -> Result<(), Errno> {
-        sources.clear();
-        // Rounded up, so that a timer is due when the wait for it ends.
-        let milliseconds = timeout.as_micros().div_ceil(1000).min(60_000) as u16;
-        let count = match self.epoll.wait(&mut self.events, EpollTimeout::from(milliseconds)) {
-            Ok(count) => count,
-            Err(Errno::EINTR) => 0,
-            Err(error) => return Err(error),
-        };
-        sources.extend(self.events.iter().take(count).map(|event| Source::unpack(event.data())));
-        Ok(())
-    }
+/// Why a generation is loaded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Cause {
+    /// The daemon starts: a failure ends it.
+    Boot,
+    /// SIGHUP: the script's `reload` is called.
+    Reload,
+    /// The current generation has lost its zygote and its standby.
+    Recovery,
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn sources_survive_packing() {
-        for source in [
-            Source::Signals,
-            Source::Listener(ListenerId(3)),
-            Source::Connection(JobId(1 << 40)),
-            Source::Jobs(WorkerId(7)),
-            Source::Control(WorkerId(7)),
-            Source::Zygote(ZygoteId(1)),
-            Source::Dictionary(ChannelId(2)),
-        ] {
-            assert_eq!(Source::unpack(source.pack()), source);
-        }
-    }
+/// What happens to the programs of dead workers when a drain's time is over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Programs {
+    /// They have the time that they were given.
+    Spared,
+    /// They are killed at once.
+    Killed,
 }
+
+/// A mail whose worker died.
+#[derive(Debug)]
+pub(crate) struct LostMail {
+    /// The dead worker.
+    pub(crate) worker: WorkerId,
+    /// The mail.
+    pub(crate) job: JobId,
+    /// The client.
+    pub(crate) peer: Peer,
+    /// When the connection was accepted.
+    pub(crate) accepted: Instant,
+    /// What the client learns.
+    pub(crate) answer: LostAnswer,
+}
+
+/// What the client of a lost mail learns.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum LostAnswer {
+    /// To try again: now, or when the job's program has ended.
+    TryAgain,
+    /// Unknown, since the client is gone or the worker had answered; perhaps with `K`.
+    Unknown,
+}
+
+/// The other ends of a new worker's sockets.
+#[derive(Debug)]
+pub(crate) struct NewWorker {
+    /// Whose zygote forks the worker.
+    pub(crate) generation: GenerationId,
+    /// The worker.
+    pub(crate) worker: WorkerId,
+    /// Jobs in, reports out.
+    pub(crate) jobs: OwnedFd,
+    /// Orders in, pongs out.
+    pub(crate) control: OwnedFd,
+}
+
+/// Events that no owner has acted on yet, oldest first. The memory is kept when it is empty.
+pub(crate) type Events = VecDeque<Event>;
+
+/// Takes the record of a finished mail at once, because the record borrows from the datagram that
+/// it came in.
+pub(crate) type Recorder<'a> = dyn FnMut(WorkerId, JobId, &MailRecord<'_>) + 'a;

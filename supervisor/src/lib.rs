@@ -1,16 +1,25 @@
 //! The supervisor of qrelay: the one process that must never die or block.
 //!
-//! It holds the listening sockets, accepts connections and passes them to
-//! workers, which it has forked by a zygote, watches, and replaces. Nothing here
-//! knows Lua, and no byte of a mail is looked at.
+//! The supervisor holds the listening sockets, accepts connections and passes them to workers. The
+//! workers are forked by a zygote; the supervisor watches and replaces them. No module here knows
+//! Lua or reads a byte of a mail.
+//!
+//! Four owners share the work, and each alone changes its state: `accept` (listeners and clients),
+//! `workers` (processes, jobs, programs), `generations` (configurations and zygotes) and `services`
+//! (logs, dictionaries, systemd). An owner tells the others what has happened by an
+//! [`event`], and [`daemon`] passes each event on.
 
 #![forbid(unsafe_code)]
 
-pub mod accept;
+mod accept;
+mod backoff;
+mod client;
 pub mod daemon;
-pub mod event;
-pub mod generations;
-pub mod ids;
+mod event;
+mod generations;
+mod ids;
 pub mod services;
-pub mod signals;
-pub mod workers;
+mod signals;
+mod system;
+mod watch;
+mod workers;

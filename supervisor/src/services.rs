@@ -1,7 +1,132 @@
 //! What the supervisor does beside relaying: logs, shared dictionaries, systemd.
+//!
+//! [`Services`] owns all of it.
+//!
+//! # Failure
+//! Nothing here delays or fails a mail: what can't be sent is lost, and counted where it matters.
 
-pub mod dictionaries;
+mod dictionaries;
 pub mod dictionary_server;
-pub mod mail_log;
-pub mod pond;
-pub mod systemd;
+mod mail_log;
+mod pond;
+mod systemd;
+
+use std::os::fd::OwnedFd;
+use std::time::Instant;
+
+use qrelay_shared::ipc::message::{MailRecord, Peer};
+use qrelay_shared::settings::Declaration;
+use slog::{Logger, info};
+
+use crate::event::{Cause, LostMail};
+use crate::ids::{ChannelId, GenerationId, JobId, WorkerId};
+use crate::services::dictionary_server::DictionaryServer;
+use crate::services::mail_log::MailLog;
+use crate::services::systemd::Systemd;
+use crate::watch::Watcher;
+
+/// The owner of logs, dictionaries and the channel to systemd.
+#[derive(Debug)]
+pub(crate) struct Services {
+    log: Logger,
+    systemd: Systemd,
+    mails: MailLog,
+    dictionaries: DictionaryServer,
+    /// The generation that gets new connections, and how many workers it has.
+    serving: Option<(GenerationId, u32)>,
+}
+
+impl Services {
+    /// Reads what systemd wants from the environment.
+    pub(crate) fn new(log: Logger, instance: String, watcher: Watcher, now: Instant) -> Self {
+        Self {
+            systemd: Systemd::new(now),
+            mails: MailLog::new(log.clone(), instance),
+            log,
+            dictionaries: DictionaryServer::new(watcher),
+            serving: None,
+        }
+    }
+
+    /// Logs a finished mail.
+    pub(crate) fn mail_done(
+        &mut self,
+        worker: WorkerId,
+        job: JobId,
+        peer: Option<Peer>,
+        record: &MailRecord<'_>,
+    ) {
+        self.mails.done(worker, job, peer, record);
+    }
+
+    /// Logs a mail whose worker died.
+    pub(crate) fn mail_lost(&mut self, mail: &LostMail, now: Instant) {
+        self.mails.lost(mail, now);
+    }
+
+    /// Answers on a channel that a worker or a zygote has opened to the dictionaries.
+    pub(crate) fn open_dictionary(&mut self, channel: OwnedFd) {
+        self.dictionaries.open(channel);
+    }
+
+    /// Answers a question to a dictionary.
+    pub(crate) fn on_dictionary(&mut self, channel: ChannelId, now: Instant) {
+        self.dictionaries.on_question(channel, now);
+    }
+
+    /// Tells systemd that another configuration is being loaded.
+    pub(crate) fn reload_began(&self) {
+        self.systemd.reloading();
+    }
+
+    /// Follows the settings of a generation that serves from now on, and says that it does.
+    pub(crate) fn switch(&mut self, generation: GenerationId, declaration: &Declaration) {
+        let workers = declaration.settings.workers;
+        self.serving = Some((generation, workers));
+        self.dictionaries.set_limit(declaration.settings.shared_memory);
+        self.mails.send_to(declaration.log_server.clone());
+        info!(self.log, "ready"; "generation" => generation, "workers" => workers);
+        self.systemd.ready(self.status_line());
+    }
+
+    /// Tells systemd that a configuration can't be used, and that the old one serves on.
+    pub(crate) fn reload_failed(&self, cause: Cause, message: &str) {
+        let line = self.status_line();
+        self.systemd.ready(match cause {
+            Cause::Recovery => format!("{line}; no zygote is left, loading failed: {message}"),
+            Cause::Boot | Cause::Reload => format!("{line}; reload failed: {message}"),
+        });
+    }
+
+    /// Tells systemd that no process can fork workers of the serving generation.
+    pub(crate) fn no_zygote_left(&self) {
+        self.systemd.status(format!("{}; no zygote is left", self.status_line()));
+    }
+
+    /// Tells systemd that the daemon stops.
+    pub(crate) fn stop(&mut self, in_flight: usize, now: Instant) {
+        self.systemd.stopping(format!("Stopping: {in_flight} mails in flight"), now);
+    }
+
+    /// Reports what has not been reported: the daemon ends.
+    pub(crate) fn close(&mut self) {
+        self.mails.send_to(None);
+    }
+
+    /// Does what is due.
+    pub(crate) fn tick(&mut self, now: Instant) {
+        self.systemd.tick(now);
+        self.mails.tick(now);
+    }
+
+    /// Returns when [`Self::tick`] has something to do, if ever.
+    pub(crate) fn next_deadline(&self) -> Option<Instant> {
+        self.systemd.next_tick().into_iter().chain(self.mails.next_tick()).min()
+    }
+
+    /// Returns one line for `systemctl status`.
+    fn status_line(&self) -> String {
+        let (generation, workers) = self.serving.unwrap_or_default();
+        format!("Generation {generation} serves with {workers} workers")
+    }
+}

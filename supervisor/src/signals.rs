@@ -8,20 +8,20 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use signal_hook::consts::{SIGCHLD, SIGHUP, SIGINT, SIGTERM};
 
-/// What signals have come since the last look.
+/// Which signals have come since the last look.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
-pub struct Pending {
+pub(crate) struct Pending {
     /// SIGTERM or SIGINT.
-    pub stop: bool,
+    pub(crate) stop: bool,
     /// SIGHUP.
-    pub reload: bool,
+    pub(crate) reload: bool,
     /// SIGCHLD.
-    pub child: bool,
+    pub(crate) child: bool,
 }
 
-/// The receiving side.
+/// Receives the signals.
 #[derive(Debug)]
-pub struct Signals {
+pub(crate) struct Signals {
     pipe: UnixStream,
     stop: Arc<AtomicBool>,
     reload: Arc<AtomicBool>,
@@ -29,11 +29,11 @@ pub struct Signals {
 }
 
 impl Signals {
-    /// Takes the signals over.
+    /// Takes the signals over from their default actions.
     ///
     /// # Errors
     /// Out of descriptors.
-    pub fn register() -> io::Result<Self> {
+    pub(crate) fn register() -> io::Result<Self> {
         let (pipe, writer) = UnixStream::pair()?;
         pipe.set_nonblocking(true)?;
         let signals =
@@ -50,9 +50,9 @@ impl Signals {
         Ok(signals)
     }
 
-    /// What has come; resets it.
-    pub fn take(&mut self) -> Pending {
-        // The bytes only wake; a full pipe has woken already.
+    /// Returns which signals have come, and forgets them.
+    pub(crate) fn take(&mut self) -> Pending {
+        // The bytes only wake the loop. A full pipe has woken it already.
         let _ = self.pipe.read(&mut [0; 64]);
         Pending {
             stop: self.stop.swap(false, Ordering::Relaxed),

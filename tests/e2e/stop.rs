@@ -4,13 +4,16 @@
 use std::net::TcpStream;
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixListener;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 
 use crate::harness::daemon::is_socket;
-use crate::harness::{Client, Daemon, Gate, Mail, Sink, Site, Target, eventually, submit};
+use crate::harness::{
+    Client, Daemon, Gate, Mail, Sink, Site, Target, eventually, processes, submit,
+};
 
 fn relay(settings: &str) -> Daemon {
     Daemon::start(&format!(
@@ -76,6 +79,72 @@ fn a_request_that_has_begun_is_finished() {
     assert_eq!(client.outcome(), "Kok");
     assert_eq!(sink.only(), mail.relayed());
     assert_eq!(daemon.wait_exit().code(), Some(0));
+}
+
+/// A reload has asked for workers that its zygote hasn't forked, and a backlog waits that can't be
+/// accepted yet. To give the reload up must not end the workers that serve before the backlog is
+/// accepted.
+#[test]
+fn a_backlog_is_served_although_a_reload_is_given_up() {
+    let mut daemon = Daemon::start(
+        "settings{workers=2, drain_timeout=60}
+         local gate = io.open('$DIR/gate')
+         if gate then gate:read('a') end
+         qmqp_listen('$DIR/in', function(m) return m:discard() end)",
+    );
+    let zygote = freeze_before_it_forks(&daemon);
+    set_descriptor_limit(&daemon, 8);
+    let mail = Mail::new("in the backlog").request();
+    let mut clients: Vec<_> = (0..3).map(|_| Client::connect(daemon.path("in"))).collect();
+    clients.iter_mut().for_each(|client| client.send(&mail));
+    let started = Instant::now();
+    daemon.signal(Signal::SIGTERM);
+    eventually("the socket is unlinked", || (!is_socket(&daemon.path("in"))).then_some(()));
+    eventually("the reload is given up", || {
+        processes::look(zygote).is_none_or(|process| process.state == 'Z').then_some(())
+    });
+    set_descriptor_limit(&daemon, 1024);
+    for client in &mut clients {
+        assert_eq!(client.outcome(), "Kdiscarded");
+    }
+    assert_eq!(daemon.wait_exit().code(), Some(0));
+    assert!(started.elapsed() < Duration::from_secs(10), "{:?}", started.elapsed());
+}
+
+/// Reloads the configuration, whose script waits at a gate, and stops the new zygote when it has
+/// declared itself and been asked for a standby and two workers.
+fn freeze_before_it_forks(daemon: &Daemon) -> i32 {
+    let gate = daemon.path("gate");
+    assert!(Command::new("mkfifo").arg(&gate).status().expect("mkfifo").success());
+    let old = eventually("zygote and standby", || Some(daemon.zygotes()).filter(|z| z.len() == 2));
+    daemon.signal(Signal::SIGHUP);
+    let zygote =
+        eventually("a new zygote", || daemon.zygotes().into_iter().find(|pid| !old.contains(pid)));
+    // It waits at the gate, so the supervisor has nothing more to do for it.
+    let writer = std::fs::OpenOptions::new().write(true).open(&gate).expect("the script reads");
+    processes::stop(daemon.pid());
+    drop(writer);
+    let receiving = format!("{} ", nix::libc::SYS_recvmsg);
+    eventually("the zygote waits for orders", || {
+        let call = std::fs::read_to_string(format!("/proc/{zygote}/syscall")).ok()?;
+        call.starts_with(&receiving).then_some(())
+    });
+    processes::stop(zygote);
+    std::fs::remove_file(&gate).expect("the gate");
+    let before = processes::descriptors(daemon.pid()).len();
+    processes::signal(daemon.pid(), Signal::SIGCONT);
+    // A standby has one channel, and each worker two.
+    eventually("the zygote has its orders", || {
+        (processes::descriptors(daemon.pid()).len() >= before + 5).then_some(())
+    });
+    zygote
+}
+
+/// Sets how many descriptors the supervisor may have.
+fn set_descriptor_limit(daemon: &Daemon, limit: u32) {
+    let mut prlimit = Command::new("prlimit");
+    prlimit.args(["--pid", &daemon.pid().to_string(), &format!("--nofile={limit}:")]);
+    assert!(prlimit.status().expect("prlimit").success());
 }
 
 #[test]

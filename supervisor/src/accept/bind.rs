@@ -1,8 +1,8 @@
 //! Making a listening socket: stale files, locks, modes.
 //!
-//! A path is bound under a flock on `PATH.lock`, held only meanwhile, so that two
-//! daemons that start at once can't take the path from each other. Whatever is
-//! at the path is left alone, unless it is a socket that refuses connections.
+//! A path is bound under a flock on `PATH.lock`, which is held only while the path is bound, so that
+//! two daemons that start at once can't take the path from each other. Whatever is at the path is
+//! left alone, unless it is a socket that refuses connections.
 //!
 //! # Failure
 //! Every error names the address and the cause; nothing is left behind.
@@ -27,14 +27,14 @@ use qrelay_shared::settings::ListenerDecl;
 
 /// Why there is no socket.
 #[derive(Debug, thiserror::Error)]
-pub enum BindError {
-    /// Somebody listens there.
+pub(crate) enum BindError {
+    /// Another process listens on the address.
     #[error("{0} is already in use by another process")]
     InUse(String),
-    /// The path is something else.
+    /// The path is no socket.
     #[error("{0} exists and is not a socket; it was left alone")]
     NotASocket(PathBuf),
-    /// Another daemon is just binding it.
+    /// Another process is binding the path.
     #[error("{0} is locked: another process is starting on this path")]
     Locked(PathBuf),
     /// The named step failed.
@@ -46,9 +46,9 @@ fn os<E: Into<io::Error>>(step: &'static str, what: impl ToString) -> impl FnOnc
     move |error| BindError::Os(step, what.to_string(), error.into())
 }
 
-/// Device and inode of a bound socket file, by which it is known as ours.
+/// A socket file that this process has bound, recognized by its device and inode.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct SocketFile {
+pub(crate) struct SocketFile {
     path: PathBuf,
     device: u64,
     inode: u64,
@@ -65,9 +65,9 @@ impl SocketFile {
     }
 
     /// Removes the file, unless somebody has put another one there.
-    pub fn unlink(&self) {
+    pub(crate) fn unlink(&self) {
         if self.is_still_ours() {
-            // If it can't be removed, the next start finds it stale.
+            // If the file can't be removed, the next start finds it stale.
             let _ = std::fs::remove_file(&self.path);
         }
     }
@@ -76,7 +76,7 @@ impl SocketFile {
     ///
     /// # Errors
     /// As chmod(2) and chown(2).
-    pub fn apply(&self, declared: &ListenerDecl) -> Result<(), BindError> {
+    pub(crate) fn apply(&self, declared: &ListenerDecl) -> Result<(), BindError> {
         if !self.is_still_ours() {
             return Ok(());
         }
@@ -90,11 +90,11 @@ impl SocketFile {
     }
 }
 
-/// A socket file to listen on.
+/// Binds a path and listens on it.
 ///
 /// # Errors
 /// See [`BindError`].
-pub fn bind_path(
+pub(crate) fn bind_path(
     path: &Path,
     declared: &ListenerDecl,
 ) -> Result<(UnixListener, SocketFile), BindError> {
@@ -122,11 +122,14 @@ pub fn bind_path(
     }
 }
 
-/// A socket in the abstract namespace.
+/// Binds a name of the abstract namespace and listens on it.
 ///
 /// # Errors
 /// See [`BindError`].
-pub fn bind_abstract(name: &[u8], declared: &ListenerDecl) -> Result<UnixListener, BindError> {
+pub(crate) fn bind_abstract(
+    name: &[u8],
+    declared: &ListenerDecl,
+) -> Result<UnixListener, BindError> {
     let shown = declared.address.to_string();
     let socket = unix_socket().map_err(os("create a socket for", &shown))?;
     let address = UnixAddr::new_abstract(name).map_err(os("bind", &shown))?;
@@ -134,11 +137,14 @@ pub fn bind_abstract(name: &[u8], declared: &ListenerDecl) -> Result<UnixListene
     Ok(UnixListener::from(socket))
 }
 
-/// A TCP port.
+/// Binds a TCP port and listens on it.
 ///
 /// # Errors
 /// See [`BindError`].
-pub fn bind_inet(address: SocketAddr, declared: &ListenerDecl) -> Result<TcpListener, BindError> {
+pub(crate) fn bind_inet(
+    address: SocketAddr,
+    declared: &ListenerDecl,
+) -> Result<TcpListener, BindError> {
     let shown = address.to_string();
     let family = if address.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
     let socket = socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)
@@ -154,8 +160,8 @@ pub fn bind_inet(address: SocketAddr, declared: &ListenerDecl) -> Result<TcpList
     Ok(TcpListener::from(socket))
 }
 
-/// The kernel's queue for a listener.
-pub fn backlog(declared: &ListenerDecl) -> Backlog {
+/// Returns the declared length of the kernel's queue, or the longest possible one.
+pub(super) fn backlog(declared: &ListenerDecl) -> Backlog {
     i32::try_from(declared.backlog)
         .ok()
         .and_then(|n| Backlog::new(n).ok())
@@ -202,7 +208,7 @@ fn remove_stale(path: &Path) -> Result<(), BindError> {
     }
 }
 
-/// The lock beside a path; the lock file goes away with it.
+/// The lock beside a path; dropping it removes the lock file.
 struct PathLock {
     path: PathBuf,
     _lock: Flock<File>,
@@ -213,7 +219,7 @@ impl PathLock {
         let mut name = socket.as_os_str().to_owned();
         name.push(".lock");
         let path = PathBuf::from(name);
-        // Somebody who has just finished may have removed the file that was locked.
+        // A process that has just released its lock may have removed the file that is now locked here.
         for _ in 0..100 {
             let file = OpenOptions::new()
                 .write(true)

@@ -1,15 +1,14 @@
 //! The clients' connections, from accept to close.
 //!
-//! A connection is *pending* until its first byte, then *waiting* for a credit,
-//! then *dispatched*: a worker has the socket and the supervisor keeps a
-//! duplicate, so that it can answer should the worker die. *Lingering* is what
-//! comes after an answer of the supervisor's own: the rest of the request is
-//! read and dropped, since closing with unread data would reset the connection
-//! and eat the answer.
+//! A connection is *pending* until its first byte, then *waiting* for a credit, then *dispatched*: a
+//! worker has the socket, and the supervisor keeps a duplicate to answer with should the worker die.
+//! A connection that the supervisor itself has answered is *lingering*: the rest of the request is
+//! read and dropped, because closing with unread data would reset the connection and destroy the
+//! answer.
 //!
 //! # Failure
-//! Nothing here waits for a client, and no client is left without an end: each
-//! state but *dispatched* has a time limit.
+//! Nothing here waits for a client, and every connection ends: each state but *dispatched* has a
+//! time limit.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -23,58 +22,65 @@ use qrelay_shared::ipc::message::Peer;
 use qrelay_shared::qmqp::Reply;
 use rustc_hash::FxHashMap;
 
-use crate::accept::fairness::Client;
 use crate::accept::listeners::{Listener, Socket, canonical};
-use crate::event::{Source, Watcher};
+use crate::client::Client;
+use crate::event::LostAnswer;
 use crate::ids::{GenerationId, JobId, ListenerId, WorkerId};
+use crate::watch::{Source, Watcher};
 
-/// Connections that are not with a worker; beyond, the kernel's backlog has to hold them.
-pub const MAX_HELD: usize = 4096;
-/// How long the rest of an answered request is read.
+/// Most connections that no worker has; the kernel's backlog has to hold more than these.
+pub(super) const MAX_HELD: usize = 4096;
+/// How long the rest of an answered request is read and dropped.
 const LINGER: Duration = Duration::from_secs(2);
 /// Connections taken from one listener before the others get their turn.
-pub const ACCEPT_BATCH: usize = 64;
+pub(super) const ACCEPT_BATCH: usize = 64;
 
-/// Where a connection is.
+/// How far a connection has come.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum State {
-    /// Its first byte hasn't come.
+pub(super) enum State {
+    /// The client has sent nothing.
     Pending,
-    /// It waits for a credit.
+    /// The client waits for a credit.
     Waiting,
-    /// This worker has it.
+    /// This worker has the connection.
     Dispatched(WorkerId),
-    /// It has been answered.
+    /// The supervisor has answered.
     Lingering,
 }
 
-/// When the time of connections is over.
+/// When the time limits of connections are over.
 type Timers = BTreeSet<(Instant, JobId)>;
 
 /// One client's connection.
 #[derive(Debug)]
-pub struct Connection {
+pub(super) struct Connection {
     /// The socket; after dispatch, a duplicate.
-    pub fd: OwnedFd,
+    pub(super) fd: OwnedFd,
     /// The client.
-    pub peer: Peer,
-    /// Where it came in.
-    pub listener: ListenerId,
-    /// When it came in.
-    pub accepted: Instant,
-    /// The same in nanoseconds of CLOCK_BOOTTIME.
-    pub accepted_boottime: u64,
-    /// When its first byte was seen, likewise.
-    pub spoke_boottime: u64,
-    /// Where it is now.
-    pub state: State,
-    /// Its listener is gone: the generation, and the listener's number in it, that must serve it.
-    pub last_chance: Option<(GenerationId, u32)>,
+    pub(super) peer: Peer,
+    /// The listener that accepted the connection.
+    pub(super) listener: ListenerId,
+    /// When the connection was accepted.
+    pub(super) accepted: Instant,
+    /// The same moment in nanoseconds of CLOCK_BOOTTIME.
+    pub(super) accepted_boottime: u64,
+    /// When the first byte was seen, on the same clock.
+    pub(super) spoke_boottime: u64,
+    /// How far the connection has come.
+    pub(super) state: State,
+    /// The only generation that can serve the connection, and the listener's number there, because
+    /// the listener is gone.
+    pub(super) bound: Option<(GenerationId, u32)>,
     until: Option<Instant>,
     watched: bool,
 }
 
 impl Connection {
+    /// Returns whether neither a worker nor an answer has reached the client.
+    fn is_unserved(&self) -> bool {
+        matches!(self.state, State::Pending | State::Waiting)
+    }
+
     fn unwatch(&mut self, watcher: &Watcher) {
         if std::mem::take(&mut self.watched) {
             watcher.remove(self.fd.as_fd());
@@ -92,8 +98,8 @@ impl Connection {
 
 /// What became of an attempt to accept.
 #[derive(Debug)]
-pub enum Accepted {
-    /// The backlog may hold more.
+pub(super) enum Accepted {
+    /// The backlog may hold more connections.
     More,
     /// The backlog is empty.
     Empty,
@@ -101,39 +107,66 @@ pub enum Accepted {
     Exhausted(io::Error),
 }
 
+/// What a client has done before the supervisor looked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Seen {
+    /// Bytes can be read.
+    Spoken,
+    /// Nothing came yet.
+    Silent,
+    /// The client has closed the connection, or the connection is broken.
+    Gone,
+}
+
 /// All connections.
-#[derive(Debug, Default)]
-pub struct Connections {
-    /// Its keys are our own, so that nobody can choose them to collide.
+#[derive(Debug)]
+pub(super) struct Connections {
+    watcher: Watcher,
+    /// The keys are counted here, so no client can choose keys that collide.
     table: FxHashMap<JobId, Connection>,
     timers: Timers,
     clients: BTreeMap<Client, u32>,
-    /// Those that have begun to wait, and may be dispatched before they need a time limit.
+    /// Connections that began to wait in this turn of the loop. Most are dispatched in the same
+    /// turn, and never need a time limit.
     unlimited: Vec<JobId>,
     last: JobId,
     dispatched: usize,
 }
 
 impl Connections {
-    /// Accepts a batch from a listener; the new ones are in no list yet but `new`.
-    pub fn accept(
+    /// Starts without connections.
+    pub(super) fn new(watcher: Watcher) -> Self {
+        Self {
+            watcher,
+            table: FxHashMap::default(),
+            timers: Timers::new(),
+            clients: BTreeMap::new(),
+            unlimited: Vec::new(),
+            last: JobId::default(),
+            dispatched: 0,
+        }
+    }
+
+    /// Accepts a batch from a listener and appends the connections to `new`. They are pending and
+    /// not watched.
+    pub(super) fn accept(
         &mut self,
         id: ListenerId,
         listener: &Listener,
+        now: Instant,
         new: &mut Vec<JobId>,
     ) -> Accepted {
-        let now = Instant::now();
         let boottime = boottime();
         for _ in 0..ACCEPT_BATCH {
-            let (fd, peer) = match accept_one(&listener.socket) {
+            let (fd, peer) = match accept_one(listener.socket()) {
                 Ok(accepted) => accepted,
                 Err(error) => match error.raw_os_error().map(Errno::from_raw) {
-                    // EINVAL: it has been shut down.
+                    // EINVAL: the listener has been shut down.
                     Some(Errno::EAGAIN | Errno::EINVAL) => return Accepted::Empty,
                     Some(Errno::EMFILE | Errno::ENFILE | Errno::ENOMEM | Errno::ENOBUFS) => {
                         return Accepted::Exhausted(error);
                     }
-                    // That client is gone, or its error is pending: the next one may be fine.
+                    // The error is that client's: the next client may be fine.
                     _ => continue,
                 },
             };
@@ -149,7 +182,7 @@ impl Connections {
                     accepted_boottime: boottime,
                     spoke_boottime: boottime,
                     state: State::Pending,
-                    last_chance: None,
+                    bound: None,
                     until: None,
                     watched: false,
                 },
@@ -159,52 +192,52 @@ impl Connections {
         Accepted::More
     }
 
-    /// One of them.
-    pub fn get(&self, id: JobId) -> Option<&Connection> {
+    /// Returns a connection.
+    pub(super) fn get(&self, id: JobId) -> Option<&Connection> {
         self.table.get(&id)
     }
 
-    /// Those that are not with a worker.
-    pub fn held(&self) -> usize {
+    /// Counts the connections that no worker has.
+    pub(super) fn held(&self) -> usize {
         self.table.len() - self.dispatched
     }
 
-    /// Those of clients whose request no worker has yet.
-    pub fn unserved(&mut self) -> impl Iterator<Item = (JobId, &mut Connection)> {
-        self.table
-            .iter_mut()
-            .filter(|(_, c)| matches!(c.state, State::Pending | State::Waiting))
-            .map(|(&id, connection)| (id, connection))
+    /// Counts the connections that workers have.
+    pub(super) fn dispatched(&self) -> usize {
+        self.dispatched
     }
 
-    /// Whether no connection is left for a worker of this generation but those it has.
-    pub fn none_unserved(&self, wanted: impl Fn(&Connection) -> bool) -> bool {
-        self.held() == 0
-            || !self
-                .table
-                .values()
-                .any(|c| matches!(c.state, State::Pending | State::Waiting) && wanted(c))
+    /// Returns the connections that are pending or waiting.
+    pub(super) fn unserved(&self) -> impl Iterator<Item = (JobId, &Connection)> {
+        let unserved = self.table.iter().filter(|(_, connection)| connection.is_unserved());
+        unserved.map(|(&id, connection)| (id, connection))
     }
 
-    /// Open connections of the same client as this one's.
-    pub fn of_client(&self, peer: Peer) -> u32 {
-        self.clients.get(&peer.into()).copied().unwrap_or(0)
+    /// Returns whether a pending or waiting connection is `wanted`. Without connections here, the
+    /// answer costs nothing.
+    pub(super) fn any_unserved(&self, wanted: impl Fn(&Connection) -> bool) -> bool {
+        self.held() > 0 && self.table.values().any(|c| c.is_unserved() && wanted(c))
     }
 
-    /// Looks whether the client has sent something. `None`: it has closed, or is gone.
-    pub fn peek(&self, id: JobId) -> Option<bool> {
-        let connection = self.table.get(&id)?;
+    /// Counts the open connections of a client.
+    pub(super) fn of_client(&self, client: Client) -> u32 {
+        self.clients.get(&client).copied().unwrap_or(0)
+    }
+
+    /// Looks whether the client has sent something.
+    pub(super) fn look(&self, id: JobId) -> Seen {
+        let Some(connection) = self.table.get(&id) else { return Seen::Gone };
         let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
         match recv(connection.fd.as_raw_fd(), &mut [0], flags) {
-            Ok(0) => None,
-            Ok(_) => Some(true),
-            Err(Errno::EAGAIN | Errno::EINTR) => Some(false),
-            Err(_) => None,
+            Ok(0) => Seen::Gone,
+            Ok(_) => Seen::Spoken,
+            Err(Errno::EAGAIN | Errno::EINTR) => Seen::Silent,
+            Err(_) => Seen::Gone,
         }
     }
 
-    /// As [`Self::peek`] for each of them; mostly, one call answers for all.
-    pub fn peek_all(&self, ids: &[JobId]) -> Vec<Option<bool>> {
+    /// Looks at each connection as [`Self::look`] does; mostly, one system call answers for all.
+    pub(super) fn look_at_all(&self, ids: &[JobId]) -> Vec<Seen> {
         let ended = PollFlags::from_bits_retain(libc::POLLRDHUP);
         let interest = PollFlags::POLLIN | PollFlags::POLLPRI | ended;
         let mut fds: Vec<_> = ids
@@ -213,70 +246,72 @@ impl Connections {
             .collect();
         let asked = fds.len() == ids.len() && poll(&mut fds, PollTimeout::ZERO).is_ok();
         let judge = |(at, &id): (usize, &JobId)| match fds.get(at).and_then(PollFd::revents) {
-            Some(PollFlags::POLLIN) if asked => Some(true),
-            Some(events) if asked && events.is_empty() => Some(false),
-            // Its end or urgent data may have come after something, or instead of it.
-            _ => self.peek(id),
+            Some(PollFlags::POLLIN) if asked => Seen::Spoken,
+            Some(events) if asked && events.is_empty() => Seen::Silent,
+            // The end or urgent data may have come after some bytes, or instead of them.
+            _ => self.look(id),
         };
         ids.iter().enumerate().map(judge).collect()
     }
 
-    /// Takes urgent data out (MSG_OOB), which QMQP knows nothing of: it makes a socket readable
-    /// that has nothing to read, for ever.
-    pub fn drop_urgent(&self, id: JobId) {
+    /// Takes urgent data out (MSG_OOB), because QMQP has no use for it and the socket would be
+    /// readable for ever without having anything to read.
+    pub(super) fn drop_urgent(&self, id: JobId) {
         if let Some(connection) = self.table.get(&id) {
             let fd = connection.fd.as_raw_fd();
-            // Errors say that there is none. Reading nothing takes its mark away, and can't take
-            // a byte of the request that has come meanwhile.
+            // Errors say that there is none. Reading nothing takes the mark of urgent data away,
+            // and can't take a byte of the request that has come meanwhile.
             let _ = recv(fd, &mut [0], MsgFlags::MSG_OOB | MsgFlags::MSG_DONTWAIT);
             let _ = recv(fd, &mut [], MsgFlags::MSG_DONTWAIT);
         }
     }
 
-    /// Makes room when too many connections are held: of the client that has the most, the one
-    /// that has been silent for longest is told to try again, and closed. It has sent nothing,
-    /// so nothing can be unread.
-    pub fn evict(&mut self, reply: &Reply, watcher: &Watcher) -> Option<Client> {
+    /// Makes room when too many connections are held: the client with the most connections loses
+    /// the one that has been silent for longest. That connection has sent nothing, so nothing can
+    /// be unread, and it is answered and closed at once. Returns the client.
+    pub(super) fn evict(&mut self, reply: &Reply, now: Instant) -> Option<Client> {
         let (&client, _) = self.clients.iter().max_by_key(|(_, count)| **count)?;
         let id = self.timers.iter().map(|&(_, id)| id).find(|id| {
             self.table
                 .get(id)
                 .is_some_and(|c| c.state == State::Pending && Client::from(c.peer) == client)
         })?;
-        self.answer(id, reply, watcher);
-        self.close(id, watcher);
+        self.answer(id, reply, now);
+        self.close(id);
         Some(client)
     }
 
-    /// Waits for its first byte until the time given.
+    /// Watches a connection for its first byte, until the time given.
     ///
     /// # Errors
-    /// It can't be watched.
-    pub fn pend(&mut self, id: JobId, until: Instant, watcher: &Watcher) -> Result<(), Errno> {
+    /// The connection can't be watched.
+    pub(super) fn pend(&mut self, id: JobId, until: Instant) -> Result<(), Errno> {
         if let Some(connection) = self.table.get_mut(&id) {
-            watcher.add(connection.fd.as_fd(), Source::Connection(id))?;
+            self.watcher.add(connection.fd.as_fd(), Source::Connection(id))?;
             connection.watched = true;
             connection.set_timer(&mut self.timers, id, Some(until));
         }
         Ok(())
     }
 
-    /// It waits for a credit, until the next [`Self::limit_waiting`] without a time limit.
-    pub fn wait(&mut self, id: JobId, watcher: &Watcher) {
+    /// Lets a connection wait for a credit, without a time limit until the next
+    /// [`Self::limit_waiting`].
+    pub(super) fn wait(&mut self, id: JobId) {
         if let Some(connection) = self.table.get_mut(&id) {
-            // One that was there at once has spoken when it was accepted.
+            // A client whose first byte was there at the accept has spoken then.
             if connection.until.is_some() {
                 connection.spoke_boottime = boottime();
             }
-            connection.unwatch(watcher);
+            connection.unwatch(&self.watcher);
             connection.set_timer(&mut self.timers, id, None);
             connection.state = State::Waiting;
             self.unlimited.push(id);
         }
     }
 
-    /// Those that have begun to wait and still do, wait until the time given.
-    pub fn limit_waiting(&mut self, until: Instant) {
+    /// Gives the connections that began to wait in this turn, and still wait, a time limit. The
+    /// limit doesn't count from the accept, because a client may take its time before it speaks.
+    pub(super) fn limit_waiting(&mut self, until: Instant) {
         for id in self.unlimited.drain(..) {
             let waiting = self.table.get_mut(&id).filter(|c| c.state == State::Waiting);
             if let Some(connection) = waiting {
@@ -285,22 +320,30 @@ impl Connections {
         }
     }
 
-    /// A worker has it now.
-    pub fn dispatched(&mut self, id: JobId, worker: WorkerId, watcher: &Watcher) {
+    /// Binds a connection to the only generation that can serve it, and the listener's number
+    /// there.
+    pub(super) fn bind(&mut self, id: JobId, generation: GenerationId, number: u32) {
         if let Some(connection) = self.table.get_mut(&id) {
-            connection.unwatch(watcher);
+            connection.bound = Some((generation, number));
+        }
+    }
+
+    /// Notes that a worker has the connection.
+    pub(super) fn set_dispatched(&mut self, id: JobId, worker: WorkerId) {
+        if let Some(connection) = self.table.get_mut(&id) {
+            connection.unwatch(&self.watcher);
             connection.set_timer(&mut self.timers, id, None);
             connection.state = State::Dispatched(worker);
             self.dispatched += 1;
         }
     }
 
-    /// Answers for the supervisor and lingers. False: the client is gone, or its worker had
-    /// answered it, just before it died.
-    pub fn answer(&mut self, id: JobId, reply: &Reply, watcher: &Watcher) -> bool {
-        let Some(connection) = self.table.get_mut(&id) else { return false };
+    /// Answers for the supervisor and lingers.
+    pub(super) fn answer(&mut self, id: JobId, reply: &Reply, now: Instant) -> LostAnswer {
+        let Some(connection) = self.table.get_mut(&id) else { return LostAnswer::Unknown };
         let fd = connection.fd.as_raw_fd();
         let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
+        // The send fails if the client is gone, or if a worker answered just before it died.
         let told = send(fd, &reply.encode(), flags).is_ok();
         let _ = shutdown(fd, Shutdown::Write);
         if matches!(connection.state, State::Dispatched(_)) {
@@ -308,32 +351,32 @@ impl Connections {
         }
         connection.state = State::Lingering;
         let watched = connection.watched
-            || watcher.add(connection.fd.as_fd(), Source::Connection(id)).is_ok();
+            || self.watcher.add(connection.fd.as_fd(), Source::Connection(id)).is_ok();
         connection.watched = watched;
-        connection.set_timer(&mut self.timers, id, Some(Instant::now() + LINGER));
+        connection.set_timer(&mut self.timers, id, Some(now + LINGER));
         if !watched {
-            self.drop_input(id, watcher);
+            self.drop_input(id);
         }
-        told
+        if told { LostAnswer::TryAgain } else { LostAnswer::Unknown }
     }
 
-    /// Reads and drops what an answered client still sends; closes at its end.
-    pub fn drop_input(&mut self, id: JobId, watcher: &Watcher) {
+    /// Reads and drops what an answered client still sends; closes at the end of it.
+    pub(super) fn drop_input(&mut self, id: JobId) {
         let Some(connection) = self.table.get(&id) else { return };
         let mut scratch = [0; 16 * 1024];
         for _ in 0..16 {
             match recv(connection.fd.as_raw_fd(), &mut scratch, MsgFlags::MSG_DONTWAIT) {
                 Err(Errno::EAGAIN | Errno::EINTR) => return,
-                Ok(0) | Err(_) => return self.close(id, watcher),
+                Ok(0) | Err(_) => return self.close(id),
                 Ok(_) => {}
             }
         }
     }
 
-    /// Forgets a connection and closes our descriptor.
-    pub fn close(&mut self, id: JobId, watcher: &Watcher) {
+    /// Forgets a connection and closes the supervisor's descriptor.
+    pub(super) fn close(&mut self, id: JobId) {
         let Some(mut connection) = self.table.remove(&id) else { return };
-        connection.unwatch(watcher);
+        connection.unwatch(&self.watcher);
         connection.set_timer(&mut self.timers, id, None);
         if matches!(connection.state, State::Dispatched(_)) {
             self.dispatched -= 1;
@@ -347,13 +390,13 @@ impl Connections {
         }
     }
 
-    /// A connection whose time is over.
-    pub fn overdue(&self, now: Instant) -> Option<JobId> {
+    /// Returns a connection whose time is over.
+    pub(super) fn overdue(&self, now: Instant) -> Option<JobId> {
         self.timers.first().filter(|(until, _)| *until <= now).map(|&(_, id)| id)
     }
 
-    /// When [`Self::overdue`] has one.
-    pub fn next_deadline(&self) -> Option<Instant> {
+    /// Returns when [`Self::overdue`] has something.
+    pub(super) fn next_deadline(&self) -> Option<Instant> {
         self.timers.first().map(|&(until, _)| until)
     }
 }
@@ -364,7 +407,7 @@ fn accept_one(socket: &Socket) -> io::Result<(OwnedFd, Peer)> {
             let fd = OwnedFd::from(listener.accept()?.0);
             let credentials = getsockopt(&fd, sockopt::PeerCredentials)?;
             let peer = Peer::Local {
-                // 0: it lives in a pid namespace that we can't see.
+                // 0: the client lives in a pid namespace that this process can't see.
                 pid: Some(credentials.pid()).filter(|&pid| pid > 0),
                 uid: credentials.uid(),
                 gid: credentials.gid(),

@@ -1,12 +1,12 @@
 //! The listening sockets, across generations.
 //!
-//! A generation first *prepares* its listeners (what it shares with earlier ones
-//! is found, the rest is bound), which changes nothing for the others; then it is
-//! *activated* or *abandoned*. A socket that both generations declare keeps its
-//! inode and backlog.
+//! The listeners of a generation are first *prepared*: sockets that earlier generations have are
+//! shared, the others are bound. That changes nothing for the earlier generations. Then the
+//! generation is *activated* or *abandoned*. A socket that both generations declare keeps its inode
+//! and backlog.
 //!
 //! # Failure
-//! A generation whose listeners can't all be had gets none.
+//! A generation whose listeners can't all be bound gets none.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr, TcpListener};
@@ -21,10 +21,11 @@ use qrelay_shared::settings::{Declaration, ListenAddress, ListenerDecl};
 
 use crate::accept::bind::{BindError, SocketFile, backlog, bind_abstract, bind_inet, bind_path};
 use crate::ids::{GenerationId, ListenerId};
+use crate::watch::{Source, Watcher};
 
 /// A socket that connections are accepted from.
 #[derive(Debug)]
-pub enum Socket {
+pub(super) enum Socket {
     /// Local: peers have credentials.
     Unix(UnixListener),
     /// TCP: peers have addresses.
@@ -42,31 +43,39 @@ impl AsFd for Socket {
 
 /// One listening socket.
 #[derive(Debug)]
-pub struct Listener {
-    /// Accept from here.
-    pub socket: Socket,
-    /// Known to the daemon's epoll set.
-    pub watched: bool,
-    /// Of the latest generation that was activated with it.
-    pub declared: Option<ListenerDecl>,
+pub(super) struct Listener {
+    socket: Socket,
+    watched: bool,
+    /// The declaration of the latest generation that was activated.
+    declared: Option<ListenerDecl>,
     address: ListenAddress,
     file: Option<SocketFile>,
-    /// systemd's: never closed, never unlinked.
+    /// Passed by systemd: never closed, never unlinked.
     adopted: bool,
-    /// Nothing new gets in any more: no generation can have it.
+    /// Nobody can connect any more, so no further generation can have this listener.
     ending: bool,
-    /// Its number in each generation's declaration.
+    /// The listener's number in each generation's declaration.
     numbers: BTreeMap<GenerationId, u32>,
 }
 
 impl Listener {
-    /// Its number in a generation's declaration.
-    pub fn number(&self, generation: GenerationId) -> Option<u32> {
+    /// Returns the socket to accept from.
+    pub(super) fn socket(&self) -> &Socket {
+        &self.socket
+    }
+
+    /// Returns whether the listener is watched for connections.
+    pub(super) fn is_watched(&self) -> bool {
+        self.watched
+    }
+
+    /// Returns the listener's number in a generation's declaration.
+    pub(super) fn number(&self, generation: GenerationId) -> Option<u32> {
         self.numbers.get(&generation).copied()
     }
 
-    /// Whether clients from this address are served.
-    pub fn allows(&self, address: IpAddr) -> bool {
+    /// Returns whether clients from this address are served.
+    pub(super) fn allows(&self, address: IpAddr) -> bool {
         match self.declared.as_ref().and_then(|declared| declared.allow.as_ref()) {
             Some(networks) => networks.iter().any(|network| network.contains(address)),
             None => self.adopted || address.to_canonical().is_loopback(),
@@ -74,9 +83,9 @@ impl Listener {
     }
 }
 
-/// All of them.
+/// All listening sockets.
 #[derive(Debug, Default)]
-pub struct Listeners {
+pub(super) struct Listeners {
     table: BTreeMap<ListenerId, Listener>,
     last: ListenerId,
 }
@@ -84,16 +93,16 @@ pub struct Listeners {
 /// Why a passed socket can't be used.
 #[derive(Debug, thiserror::Error)]
 #[error("the socket '{name}' that systemd passed is not a listening stream socket")]
-pub struct NotListening {
+pub(crate) struct NotListening {
     name: String,
 }
 
 impl Listeners {
-    /// Takes over what systemd passed.
+    /// Takes over the sockets that systemd passed.
     ///
     /// # Errors
-    /// One that isn't a listening stream socket.
-    pub fn adopt(&mut self, passed: Vec<(OwnedFd, String)>) -> Result<(), NotListening> {
+    /// A socket isn't a listening stream socket.
+    pub(super) fn adopt(&mut self, passed: Vec<(OwnedFd, String)>) -> Result<(), NotListening> {
         for (fd, name) in passed {
             let socket = adopted_socket(fd).ok_or_else(|| NotListening { name: name.clone() })?;
             self.insert(Listener {
@@ -110,8 +119,8 @@ impl Listeners {
         Ok(())
     }
 
-    /// The FileDescriptorNames of the sockets that systemd passed.
-    pub fn adopted_names(&self) -> Vec<String> {
+    /// Returns the FileDescriptorNames of the sockets that systemd passed.
+    pub(super) fn adopted_names(&self) -> Vec<String> {
         self.table
             .values()
             .filter(|listener| listener.adopted)
@@ -126,11 +135,11 @@ impl Listeners {
         self.table.insert(self.last.advance(), listener);
     }
 
-    /// Finds or binds everything that the generation declares.
+    /// Finds or binds every listener that the generation declares.
     ///
     /// # Errors
-    /// The first that can't be had; the generation has none then.
-    pub fn prepare(
+    /// The first listener that can't be bound; the generation has none then.
+    pub(super) fn prepare(
         &mut self,
         generation: GenerationId,
         declaration: &Declaration,
@@ -187,7 +196,7 @@ impl Listeners {
         Ok(())
     }
 
-    /// Gives a generation the passed sockets of one name, or all that no name claims.
+    /// Gives a generation the passed sockets of one name, or all sockets that no name claims.
     fn claim(
         &mut self,
         generation: GenerationId,
@@ -212,11 +221,11 @@ impl Listeners {
         }
     }
 
-    /// Makes the generation's listeners look as it declared them.
+    /// Sets mode, owner and backlog of the generation's listeners as declared.
     ///
     /// # Errors
     /// Modes or owners that can't be set; the sockets serve all the same.
-    pub fn activate(
+    pub(super) fn activate(
         &mut self,
         generation: GenerationId,
         declaration: &Declaration,
@@ -239,8 +248,8 @@ impl Listeners {
         errors
     }
 
-    /// Closes and unlinks what only this generation, which never served, has bound.
-    pub fn abandon(&mut self, generation: GenerationId) {
+    /// Closes and unlinks what only this generation has bound, which never served.
+    pub(super) fn abandon(&mut self, generation: GenerationId) {
         self.table.retain(|_, listener| {
             listener.numbers.remove(&generation);
             let keep = listener.adopted || !listener.numbers.is_empty();
@@ -251,20 +260,20 @@ impl Listeners {
         });
     }
 
-    /// Forgets the numbers of a generation whose last worker has ended.
-    pub fn forget(&mut self, generation: GenerationId) {
+    /// Forgets a generation's numbers, when its last worker has ended.
+    pub(super) fn forget(&mut self, generation: GenerationId) {
         for listener in self.table.values_mut() {
             listener.numbers.remove(&generation);
         }
     }
 
-    /// The sockets that this generation doesn't have, but for those that are ending.
-    pub fn without(&self, generation: GenerationId) -> Vec<ListenerId> {
+    /// Returns the sockets that this generation lacks and that are not ending.
+    pub(super) fn without(&self, generation: GenerationId) -> Vec<ListenerId> {
         self.ids(|listener| listener.number(generation).is_none() && !listener.ending)
     }
 
-    /// The sockets that this generation has.
-    pub fn with(&self, generation: GenerationId) -> Vec<ListenerId> {
+    /// Returns the sockets that this generation has.
+    pub(super) fn with(&self, generation: GenerationId) -> Vec<ListenerId> {
         self.ids(|listener| listener.number(generation).is_some())
     }
 
@@ -272,46 +281,69 @@ impl Listeners {
         self.table.iter().filter(|(_, listener)| wanted(listener)).map(|(&id, _)| id).collect()
     }
 
-    /// Closes a socket; one that systemd passed stays open, unaccepted.
-    pub fn close(&mut self, id: ListenerId) {
+    /// Closes a socket. A socket that systemd passed stays open, and nothing is accepted from it.
+    pub(super) fn close(&mut self, id: ListenerId) {
         if self.table.get(&id).is_some_and(|listener| !listener.adopted) {
             self.table.remove(&id);
         }
     }
 
-    /// One of them.
-    pub fn get(&self, id: ListenerId) -> Option<&Listener> {
+    /// Returns a listener.
+    pub(super) fn get(&self, id: ListenerId) -> Option<&Listener> {
         self.table.get(&id)
     }
 
-    /// One of them, to change.
-    pub fn get_mut(&mut self, id: ListenerId) -> Option<&mut Listener> {
-        self.table.get_mut(&id)
+    /// Watches a generation's listeners for connections.
+    ///
+    /// # Errors
+    /// A listener can't be watched; the others are.
+    pub(super) fn watch(&mut self, generation: GenerationId, watcher: &Watcher) -> nix::Result<()> {
+        let mut result = Ok(());
+        for (&id, listener) in &mut self.table {
+            if !listener.watched && listener.number(generation).is_some() {
+                match watcher.add(&listener.socket, Source::Listener(id)) {
+                    Ok(()) => listener.watched = true,
+                    Err(error) => result = Err(error),
+                }
+            }
+        }
+        result
     }
 
-    /// All of them.
-    pub fn iter_mut(&mut self) -> impl Iterator<Item = (ListenerId, &mut Listener)> {
-        self.table.iter_mut().map(|(&id, listener)| (id, listener))
+    /// Watches no listener any more.
+    pub(super) fn unwatch(&mut self, watcher: &Watcher) {
+        self.table.values_mut().for_each(|listener| listener.unwatch(watcher));
     }
-}
 
-impl Listener {
-    /// Nobody new gets in; what is in a local socket's backlog can still be
-    /// accepted. systemd's stays as it is, for whoever comes after us.
-    pub fn refuse_new(&mut self) {
-        self.ending = !self.adopted;
-        self.close_path();
-        if let (Socket::Unix(socket), false) = (&self.socket, self.adopted) {
-            // It can only fail if it doesn't listen any more.
+    /// Refuses new connections, while those in a local socket's backlog can still be accepted.
+    /// systemd's socket stays as it is, for the process that comes after this one.
+    pub(super) fn refuse_new(&mut self, id: ListenerId, watcher: &Watcher) {
+        let Some(listener) = self.table.get_mut(&id) else { return };
+        listener.unwatch(watcher);
+        listener.ending = !listener.adopted;
+        listener.close_path();
+        if let (Socket::Unix(socket), false) = (&listener.socket, listener.adopted) {
+            // It can only fail if the socket doesn't listen any more.
             let _ = shutdown(socket.as_raw_fd(), Shutdown::Read);
         }
     }
 
-    /// A TCP port is given up at once, with what came in since its backlog was emptied.
-    pub fn stop_listening(&self) {
-        if let (Socket::Tcp(socket), false) = (&self.socket, self.adopted) {
-            // It can only fail if it doesn't listen any more.
+    /// Gives a TCP port up at once, with what came in since its backlog was emptied.
+    pub(super) fn stop_listening(&self, id: ListenerId) {
+        let Some(listener) = self.table.get(&id).filter(|listener| !listener.adopted) else {
+            return;
+        };
+        if let Socket::Tcp(socket) = &listener.socket {
+            // It can only fail if the socket doesn't listen any more.
             let _ = shutdown(socket.as_raw_fd(), Shutdown::Read);
+        }
+    }
+}
+
+impl Listener {
+    fn unwatch(&mut self, watcher: &Watcher) {
+        if std::mem::take(&mut self.watched) {
+            watcher.remove(&self.socket);
         }
     }
 
@@ -329,7 +361,7 @@ fn name(address: &ListenAddress) -> Option<&String> {
     }
 }
 
-/// The descriptor as a socket to accept from, if it is one.
+/// Returns the descriptor as a socket to accept from, if it is a listening stream socket.
 fn adopted_socket(fd: OwnedFd) -> Option<Socket> {
     let listening = getsockopt(&fd, sockopt::AcceptConn).ok()?;
     let kind = getsockopt(&fd, sockopt::SockType).ok()?;
@@ -353,7 +385,7 @@ fn nonblocking(socket: &Socket) -> std::io::Result<()> {
     }
 }
 
-/// The address of a client as it is counted and shown: never IPv4-mapped.
-pub fn canonical(address: SocketAddr) -> IpAddr {
+/// Returns a client's address as it is counted and shown: never IPv4-mapped.
+pub(super) fn canonical(address: SocketAddr) -> IpAddr {
     address.ip().to_canonical()
 }

@@ -4,20 +4,20 @@ use std::time::{Duration, Instant};
 
 /// Lets one through per interval and counts the rest.
 #[derive(Debug)]
-pub struct Throttle {
+pub(crate) struct Throttle {
     interval: Duration,
     next: Option<Instant>,
     suppressed: u64,
 }
 
 impl Throttle {
-    /// None has come yet.
-    pub fn new(interval: Duration) -> Self {
+    /// Starts with none logged.
+    pub(crate) fn new(interval: Duration) -> Self {
         Self { interval, next: None, suppressed: 0 }
     }
 
-    /// Whether this one may be logged; if so, how many before it were not.
-    pub fn pass(&mut self, now: Instant) -> Option<u64> {
+    /// Returns how many were suppressed before this one if this one may be logged, else `None`.
+    pub(crate) fn pass(&mut self, now: Instant) -> Option<u64> {
         if self.next.is_some_and(|next| now < next) {
             self.suppressed += 1;
             return None;

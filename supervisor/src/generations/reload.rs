@@ -1,42 +1,32 @@
-//! Which configuration serves, which one is being tried, which ones drain.
-//! Pure: the reload's state machine.
+//! Which configuration serves, which one is being tried, and which ones drain. Pure: the state
+//! machine of the reload.
 //!
-//! Invariants: at most one attempt at a time; a failed attempt leaves the
-//! current generation as it was; orders to reload that come meanwhile cause
-//! exactly one more attempt; at most [`MAX_DRAINING`] generations drain.
+//! Invariants: there is at most one attempt at a time. A failed attempt leaves the current
+//! generation as it was. Requests to reload that come during an attempt cause exactly one more. At
+//! most [`MAX_DRAINING`] generations drain.
 
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
+use crate::backoff::Backoff;
+use crate::event::Cause;
 use crate::ids::GenerationId;
-use crate::workers::backoff::Backoff;
 
 /// Generations that may drain at once; a reload waits for one of them to end.
-pub const MAX_DRAINING: usize = 4;
-/// Workers that may die before one is ready, until the attempt has failed.
-pub const MAX_EARLY_DEATHS: u32 = 5;
-
-/// Why a generation is tried.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Cause {
-    /// The daemon starts: a failure ends it.
-    Boot,
-    /// SIGHUP: the script's `reload` is called.
-    Reload,
-    /// The current generation has lost its zygote and standby.
-    Recovery,
-}
+pub(super) const MAX_DRAINING: usize = 4;
+/// An attempt fails when this many workers died before one was ready.
+pub(super) const MAX_EARLY_DEATHS: u32 = 5;
 
 /// What is to be done.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Command {
+pub(super) enum Command {
     /// Start a zygote for this generation.
     Load(GenerationId, Cause),
-    /// Bind its listeners and start its workers.
+    /// Bind the listeners of this generation and start its workers.
     Start(GenerationId),
-    /// New connections go to the first, the second (if any) drains.
+    /// Give new connections to the first generation; the second one, if any, drains.
     Switch(GenerationId, Option<GenerationId>),
-    /// End the zygote and workers of a failed attempt.
+    /// End the zygote and the workers of a failed attempt.
     Abandon(GenerationId, Cause),
 }
 
@@ -55,7 +45,7 @@ struct Attempt {
 
 /// The generations and the attempt under way.
 #[derive(Debug)]
-pub struct Generations {
+pub(super) struct Generations {
     boot_timeout: Duration,
     last: GenerationId,
     current: Option<GenerationId>,
@@ -68,8 +58,8 @@ pub struct Generations {
 }
 
 impl Generations {
-    /// None yet; `boot_timeout` is how long a script may take to declare.
-    pub fn new(boot_timeout: Duration) -> Self {
+    /// Starts without a generation. A script that takes longer than `boot_timeout` has failed.
+    pub(super) fn new(boot_timeout: Duration) -> Self {
         Self {
             boot_timeout,
             last: GenerationId::default(),
@@ -83,13 +73,13 @@ impl Generations {
         }
     }
 
-    /// The first attempt.
-    pub fn boot(&mut self, now: Instant) -> Vec<Command> {
+    /// Begins the first attempt.
+    pub(super) fn boot(&mut self, now: Instant) -> Vec<Command> {
         self.load(Cause::Boot, now)
     }
 
-    /// SIGHUP. An attempt under way, or too many that drain, make it wait.
-    pub fn reload(&mut self, now: Instant) -> Vec<Command> {
+    /// Requests a reload, which waits while an attempt is under way or too many generations drain.
+    pub(super) fn reload(&mut self, now: Instant) -> Vec<Command> {
         if self.stopping {
             return Vec::new();
         }
@@ -97,8 +87,8 @@ impl Generations {
         self.advance(now)
     }
 
-    /// SIGTERM: no attempts any more; the one under way is given up.
-    pub fn stop(&mut self) -> Vec<Command> {
+    /// Gives up the attempt under way, and begins no other.
+    pub(super) fn stop(&mut self) -> Vec<Command> {
         self.stopping = true;
         self.again = false;
         self.recovery = None;
@@ -116,7 +106,7 @@ impl Generations {
         vec![Command::Load(generation, cause)]
     }
 
-    /// Starts what waits, if it can start now.
+    /// Begins the attempt that waits, if it can begin now.
     fn advance(&mut self, now: Instant) -> Vec<Command> {
         if self.attempt.is_some() || self.stopping || self.draining.len() >= MAX_DRAINING {
             return Vec::new();
@@ -132,8 +122,8 @@ impl Generations {
         Vec::new()
     }
 
-    /// The script of this generation has declared itself.
-    pub fn declared(&mut self, generation: GenerationId) -> Vec<Command> {
+    /// Notes that the script of this generation has declared itself.
+    pub(super) fn declared(&mut self, generation: GenerationId) -> Vec<Command> {
         match &mut self.attempt {
             Some(attempt)
                 if attempt.generation == generation
@@ -146,8 +136,8 @@ impl Generations {
         }
     }
 
-    /// The attempt can't succeed: its script, its listeners or its zygote failed.
-    pub fn failed(&mut self, generation: GenerationId, now: Instant) -> Vec<Command> {
+    /// Ends the attempt, because its script, its listeners or its zygote failed.
+    pub(super) fn failed(&mut self, generation: GenerationId, now: Instant) -> Vec<Command> {
         let Some(attempt) = self.attempt.take_if(|attempt| attempt.generation == generation) else {
             return Vec::new();
         };
@@ -161,8 +151,8 @@ impl Generations {
         commands
     }
 
-    /// A worker of this generation can take jobs.
-    pub fn worker_ready(&mut self, generation: GenerationId, now: Instant) -> Vec<Command> {
+    /// Notes that a worker of this generation can take jobs.
+    pub(super) fn worker_ready(&mut self, generation: GenerationId, now: Instant) -> Vec<Command> {
         if self.attempt.take_if(|attempt| attempt.generation == generation).is_none() {
             return Vec::new();
         }
@@ -175,8 +165,8 @@ impl Generations {
         commands
     }
 
-    /// A worker of this generation died before any was ready.
-    pub fn worker_died(&mut self, generation: GenerationId, now: Instant) -> Vec<Command> {
+    /// Counts a worker of this generation that died before it was ready.
+    pub(super) fn worker_died(&mut self, generation: GenerationId, now: Instant) -> Vec<Command> {
         let Some(Attempt { step: Step::Starting { deaths }, .. }) =
             self.attempt.as_mut().filter(|attempt| attempt.generation == generation)
         else {
@@ -186,21 +176,21 @@ impl Generations {
         if *deaths < MAX_EARLY_DEATHS { Vec::new() } else { self.failed(generation, now) }
     }
 
-    /// A draining generation has ended.
-    pub fn drained(&mut self, generation: GenerationId, now: Instant) -> Vec<Command> {
+    /// Notes that a draining generation has ended.
+    pub(super) fn drained(&mut self, generation: GenerationId, now: Instant) -> Vec<Command> {
         self.draining.remove(&generation);
         self.advance(now)
     }
 
-    /// The current generation can't fork workers any more.
-    pub fn zygotes_lost(&mut self, generation: GenerationId, now: Instant) {
+    /// Plans to load the configuration anew, because the current generation can fork no workers.
+    pub(super) fn zygotes_lost(&mut self, generation: GenerationId, now: Instant) {
         if self.current == Some(generation) && !self.stopping {
             self.recovery = Some(now + self.backoff.failed());
         }
     }
 
-    /// Does what is due.
-    pub fn tick(&mut self, now: Instant) -> (Vec<Command>, Option<GenerationId>) {
+    /// Does what is due. Also returns the generation whose script took too long, if one did.
+    pub(super) fn tick(&mut self, now: Instant) -> (Vec<Command>, Option<GenerationId>) {
         let late = self.attempt.as_ref().and_then(|attempt| match attempt.step {
             Step::Loading { deadline } if deadline <= now => Some(attempt.generation),
             _ => None,
@@ -211,30 +201,32 @@ impl Generations {
         }
     }
 
-    /// When [`Self::tick`] has something to do.
-    pub fn next_tick(&self) -> Option<Instant> {
+    /// Returns when [`Self::tick`] has something to do, if ever.
+    pub(super) fn next_tick(&self) -> Option<Instant> {
         let loading = self.attempt.as_ref().and_then(|attempt| match attempt.step {
             Step::Loading { deadline } => Some(deadline),
             Step::Starting { .. } => None,
         });
-        // As long as it can't be tried, the end of what it waits for is what wakes us.
+        // While a recovery can't begin, the end of what it waits for wakes the loop.
         let possible = self.attempt.is_none() && self.draining.len() < MAX_DRAINING;
         let recovery = self.recovery.filter(|_| possible);
         loading.into_iter().chain(recovery).min()
     }
 
-    /// The generation that gets new connections.
-    pub fn current(&self) -> Option<GenerationId> {
-        self.current
+    /// Returns whether this generation's script has declared itself and no worker is ready yet.
+    pub(super) fn is_starting(&self, generation: GenerationId) -> bool {
+        self.attempt.as_ref().is_some_and(|attempt| {
+            attempt.generation == generation && matches!(attempt.step, Step::Starting { .. })
+        })
     }
 
-    /// The generations that finish their mails.
-    pub fn draining(&self) -> &BTreeSet<GenerationId> {
-        &self.draining
+    /// Returns whether no attempt begins any more.
+    pub(super) fn is_stopping(&self) -> bool {
+        self.stopping
     }
 
-    /// The generation that is being tried, and why.
-    pub fn attempt(&self) -> Option<(GenerationId, Cause)> {
+    /// Returns the generation that is being tried, and why.
+    pub(super) fn attempt(&self) -> Option<(GenerationId, Cause)> {
         self.attempt.as_ref().map(|attempt| (attempt.generation, attempt.cause))
     }
 }

@@ -31,13 +31,13 @@ fn a_reload_switches_and_drains() {
         reload(&mut generations, GenerationId(2), now),
         [Command::Switch(GenerationId(2), Some(GenerationId(1)))]
     );
-    assert_eq!(generations.current(), Some(GenerationId(2)));
+    assert_eq!(generations.current, Some(GenerationId(2)));
     assert!(
         generations.worker_ready(GenerationId(2), now).is_empty(),
         "later workers change nothing"
     );
     assert!(generations.drained(GenerationId(1), now).is_empty());
-    assert!(generations.draining().is_empty());
+    assert!(generations.draining.is_empty());
 }
 
 #[test]
@@ -50,7 +50,7 @@ fn a_failure_leaves_the_old_generation() {
         [Command::Abandon(GenerationId(2), Cause::Reload)]
     );
     assert!(generations.failed(GenerationId(2), now).is_empty(), "once");
-    assert_eq!(generations.current(), Some(GenerationId(1)));
+    assert_eq!(generations.current, Some(GenerationId(1)));
     assert_eq!(
         reload(&mut generations, GenerationId(3), now),
         [Command::Switch(GenerationId(3), Some(GenerationId(1)))]
@@ -110,7 +110,7 @@ fn too_many_that_drain_make_a_reload_wait() {
     for generation in 2..=5 {
         reload(&mut generations, GenerationId(generation), now);
     }
-    assert_eq!(generations.draining().len(), MAX_DRAINING);
+    assert_eq!(generations.draining.len(), MAX_DRAINING);
     assert!(generations.reload(now).is_empty());
     assert_eq!(
         generations.drained(GenerationId(3), now),
@@ -147,7 +147,7 @@ fn a_lost_zygote_is_recovered_with_backoff_and_without_calling_reload() {
     );
     let second = generations.next_tick().expect("it is tried again");
     assert!(second - first > first - now);
-    assert_eq!(generations.current(), Some(GenerationId(1)));
+    assert_eq!(generations.current, Some(GenerationId(1)));
 }
 
 #[test]

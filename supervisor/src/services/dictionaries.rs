@@ -1,8 +1,8 @@
 //! The dictionaries that all workers and generations share. Pure.
 //!
-//! Every dictionary has a bound on its memory; beyond it the keys that were not
-//! used for longest go first. A key whose time is over is as good as not there,
-//! and is removed when it is met.
+//! Every dictionary has a bound on its memory. Beyond the bound the keys that were not used for
+//! longest are removed first. A key whose time is over counts as absent, and is removed when an
+//! operation names it.
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
@@ -13,17 +13,17 @@ use qrelay_shared::dictionary::{
     Answer, MAX_KEY, MAX_KEYS, MAX_VALUE, Operation, Request, Value, is_name,
 };
 
-/// Dictionaries in all; a script that makes names up must not fill the memory.
+/// Most dictionaries, because a script that makes names up must not fill the memory.
 const MAX_DICTIONARIES: usize = 256;
 
-/// What an entry costs beside its bytes: the two maps' nodes and the key's
-/// counts, rounded up.
+/// Bytes that an entry costs beside its key and value: the nodes of two maps and the key's counts,
+/// rounded up.
 const OVERHEAD: usize = 200;
 
-/// What `incr` says to a value that is no number, or when the sum is out of range.
+/// Error of `incr` when a value is no number or the sum is out of range.
 const NO_SUM: &str = "not a number";
 
-/// Bytes of keys in one answer.
+/// Most bytes of keys in one answer.
 const MAX_KEYS_BYTES: usize = 64 * 1024;
 
 #[derive(Debug)]
@@ -36,21 +36,26 @@ struct Entry {
 #[derive(Debug, Default)]
 struct Dictionary {
     entries: HashMap<Arc<[u8]>, Entry>,
-    /// By when they were used, as a count of uses.
+    /// The keys by their last use, which is a count of uses.
     oldest: BTreeMap<u64, Arc<[u8]>>,
     bytes: usize,
 }
 
 /// All dictionaries.
 #[derive(Debug, Default)]
-pub struct Dictionaries {
+pub(super) struct Dictionaries {
     table: HashMap<String, Dictionary>,
     uses: u64,
 }
 
 impl Dictionaries {
-    /// Does one operation; `limit` is the bound of a dictionary in bytes.
-    pub fn answer(&mut self, request: Request<'_>, limit: usize, now: Instant) -> Answer<'_> {
+    /// Does one operation. `limit` is the bound of a dictionary in bytes.
+    pub(super) fn answer(
+        &mut self,
+        request: Request<'_>,
+        limit: usize,
+        now: Instant,
+    ) -> Answer<'_> {
         if !is_name(request.dictionary.as_bytes()) || request.key.len() > MAX_KEY {
             return failed("not a valid name or key");
         }
@@ -88,7 +93,7 @@ fn failed(message: &'static str) -> Answer<'static> {
 }
 
 fn expiry(ttl: Option<Duration>, now: Instant) -> Option<Instant> {
-    // One that is too far away to be named is never reached.
+    // A time that is too far away to be represented is never reached.
     ttl.and_then(|ttl| now.checked_add(ttl))
 }
 
@@ -101,7 +106,7 @@ impl Dictionary {
         })
     }
 
-    /// Makes a key the one that was used last.
+    /// Marks a key as the one that was used last.
     fn touch(&mut self, key: &[u8], used: u64) {
         if let Some(entry) = self.entries.get_mut(key)
             && let Some(key) = self.oldest.remove(&entry.used)
@@ -193,8 +198,8 @@ impl Dictionary {
     }
 }
 
-/// The sum of two numbers: of integers an integer, of anything with a float a float. An integer
-/// that doesn't fit is none: a counter must not become negative.
+/// Adds two numbers: the sum of integers is an integer, any other sum a float. Returns `None` for an
+/// integer that doesn't fit, because a counter must not become negative.
 fn add(a: &Value<'_>, b: &Value<'_>) -> Option<Value<'static>> {
     match (a, b) {
         (Value::Integer(a), Value::Integer(b)) => a.checked_add(*b).map(Value::Integer),

@@ -1,9 +1,9 @@
-//! The shared dictionaries as a service: a question comes on a channel on which nobody
-//! else asks before it is answered.
+//! The shared dictionaries as a service: a question comes on a channel on which nobody else asks
+//! before it is answered.
 //!
 //! # Failure
-//! A channel on which something can't be understood, or whose owner doesn't read
-//! its answers, is closed.
+//! A channel on which something can't be understood, or whose owner doesn't read its answers, is
+//! closed.
 
 use std::os::fd::OwnedFd;
 use std::time::Instant;
@@ -13,70 +13,93 @@ use qrelay_shared::ipc::channel::{Channel, RecvBuffer, RecvError};
 use qrelay_shared::settings::Settings;
 use rustc_hash::FxHashMap;
 
-use crate::daemon::Daemon;
-use crate::event::{Source, Watcher};
 use crate::ids::ChannelId;
 use crate::services::dictionaries::Dictionaries;
+use crate::watch::{Source, Watcher};
 
-type Line = Channel<FromDictionary, ToDictionary>;
+type DictionaryChannel = Channel<FromDictionary, ToDictionary>;
 
 /// The dictionaries and the channels to them.
-#[derive(Debug, Default)]
-pub(crate) struct DictionaryServer {
+#[derive(Debug)]
+pub(super) struct DictionaryServer {
+    watcher: Watcher,
     dictionaries: Dictionaries,
-    lines: FxHashMap<ChannelId, Line>,
+    /// Bound of a dictionary in bytes.
+    limit: usize,
+    channels: FxHashMap<ChannelId, DictionaryChannel>,
     last: ChannelId,
+    buffer: RecvBuffer,
+}
+
+/// Whether a channel stays open.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Served {
+    Open,
+    Broken,
 }
 
 impl DictionaryServer {
-    /// A worker has opened a channel. One that can't be watched is closed, which its owner sees.
-    pub(crate) fn add_line(&mut self, fd: OwnedFd, watcher: &Watcher) {
-        let id = self.last.advance();
-        let line = Line::from_fd(fd);
-        if watcher.add(&line, Source::Dictionary(id)).is_ok() {
-            self.lines.insert(id, line);
+    /// Starts with no channel, and with the usual bound.
+    pub(super) fn new(watcher: Watcher) -> Self {
+        Self {
+            watcher,
+            dictionaries: Dictionaries::default(),
+            limit: Settings::default().shared_memory,
+            channels: FxHashMap::default(),
+            last: ChannelId::default(),
+            buffer: RecvBuffer::new(),
         }
     }
 
-    /// Answers what a channel asks; false when it is to be closed.
-    fn serve(&mut self, id: ChannelId, limit: usize, buffer: &mut RecvBuffer) -> bool {
-        let Some(line) = self.lines.get(&id) else { return false };
+    /// Sets the bound of a dictionary in bytes.
+    pub(super) fn set_limit(&mut self, limit: usize) {
+        self.limit = limit;
+    }
+
+    /// Takes over a channel that was opened. A channel that can't be watched is closed, which its
+    /// owner sees.
+    pub(super) fn open(&mut self, fd: OwnedFd) {
+        let id = self.last.advance();
+        let channel = DictionaryChannel::from_fd(fd);
+        if self.watcher.add(&channel, Source::Dictionary(id)).is_ok() {
+            self.channels.insert(id, channel);
+        }
+    }
+
+    /// Answers what a channel asks, or closes it.
+    pub(super) fn on_question(&mut self, id: ChannelId, now: Instant) {
+        if self.serve(id, now) == Served::Broken
+            && let Some(channel) = self.channels.remove(&id)
+        {
+            self.watcher.remove(&channel);
+        }
+    }
+
+    fn serve(&mut self, id: ChannelId, now: Instant) -> Served {
+        let Some(channel) = self.channels.get(&id) else { return Served::Broken };
         // There is no second question before the answer.
-        let request = match line.try_recv(buffer) {
+        let request = match channel.try_recv(&mut self.buffer) {
             Ok(received) => received.message,
-            Err(RecvError::Empty) => return true,
-            Err(_) => return false,
+            Err(RecvError::Empty) => return Served::Open,
+            Err(_) => return Served::Broken,
         };
-        let answer = self.dictionaries.answer(request, limit, Instant::now());
-        line.try_send(&answer, &[]).is_ok()
+        let answer = self.dictionaries.answer(request, self.limit, now);
+        match channel.try_send(&answer, &[]) {
+            Ok(()) => Served::Open,
+            Err(_) => Served::Broken,
+        }
     }
 }
 
 /// Answers what one channel asks, with dictionaries that nobody else sees, until it is closed.
 pub fn serve_alone(fd: OwnedFd) {
     let limit = Settings::default().shared_memory;
-    let (line, mut dictionaries, mut buffer) =
-        (Line::from_fd(fd), Dictionaries::default(), RecvBuffer::new());
-    while let Ok(received) = line.recv(&mut buffer) {
+    let (channel, mut dictionaries, mut buffer) =
+        (DictionaryChannel::from_fd(fd), Dictionaries::default(), RecvBuffer::new());
+    while let Ok(received) = channel.recv(&mut buffer) {
         let answer = dictionaries.answer(received.message, limit, Instant::now());
-        if line.send(&answer, &[]).is_err() {
+        if channel.send(&answer, &[]).is_err() {
             return;
         }
-    }
-}
-
-impl Daemon {
-    /// A question has come.
-    pub(crate) fn on_dictionary(&mut self, line: ChannelId) {
-        let limit = self
-            .current_settings()
-            .map_or_else(|| Settings::default().shared_memory, |settings| settings.shared_memory);
-        let Some(mut buffer) = self.buffer.take() else { return };
-        if !self.dictionaries.serve(line, limit, &mut buffer)
-            && let Some(line) = self.dictionaries.lines.remove(&line)
-        {
-            self.watcher.remove(&line);
-        }
-        self.buffer = Some(buffer);
     }
 }

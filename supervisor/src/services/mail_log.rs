@@ -1,27 +1,66 @@
-//! The one log line per mail.
+//! One log line per mail, and one record for the Pond log server.
 
 use std::time::Instant;
 
-use qrelay_shared::ipc::message::{MailId, MailRecord, Peer, mail_id};
+use qrelay_shared::endpoint::Endpoint;
+use qrelay_shared::ipc::message::{MailRecord, Peer, mail_id};
 use qrelay_shared::qmqp::Status;
 use qrelay_shared::texts;
-use slog::{info, warn};
+use slog::{Logger, info, warn};
 
-use crate::daemon::Daemon;
+use crate::event::{LostAnswer, LostMail};
 use crate::ids::{JobId, WorkerId};
+use crate::services::pond::PondSender;
 
 /// Bytes that a usual mail's sender and time fit in.
 const ROOM: usize = 128;
 
-impl Daemon {
-    /// The id under which a worker and its script know a mail.
-    pub(crate) fn mail_id(&self, job: JobId) -> MailId {
-        mail_id(&self.instance, job)
+/// Logs mails.
+#[derive(Debug)]
+pub(super) struct MailLog {
+    log: Logger,
+    /// Names this run of the supervisor in the ids of mails.
+    instance: String,
+    /// The log server of the current generation, if it has one.
+    pond: Option<PondSender>,
+}
+
+impl MailLog {
+    /// Starts without a log server.
+    pub(super) fn new(log: Logger, instance: String) -> Self {
+        Self { log, instance, pond: None }
     }
 
-    /// A mail is finished.
-    pub(crate) fn log_mail(&mut self, worker: WorkerId, job: JobId, mail: &MailRecord<'_>) {
-        let peer = self.connections.get(job).map(|connection| connection.peer);
+    /// Sends records to this server from now on.
+    pub(super) fn send_to(&mut self, server: Option<Endpoint>) {
+        if server.as_ref() == self.pond.as_ref().map(PondSender::server) {
+            return;
+        }
+        if let Some(mut old) = std::mem::replace(&mut self.pond, server.map(PondSender::new)) {
+            old.report_rest(&self.log);
+        }
+    }
+
+    /// Reports lost records, when that is due.
+    pub(super) fn tick(&mut self, now: Instant) {
+        if let Some(pond) = &mut self.pond {
+            pond.tick(now, &self.log);
+        }
+    }
+
+    /// Returns when [`Self::tick`] has something to do, if ever.
+    pub(super) fn next_tick(&self) -> Option<Instant> {
+        self.pond.as_ref().and_then(PondSender::next_tick)
+    }
+
+    /// Logs a finished mail.
+    pub(super) fn done(
+        &mut self,
+        worker: WorkerId,
+        job: JobId,
+        peer: Option<Peer>,
+        mail: &MailRecord<'_>,
+    ) {
         let (uid, pid, address) = match peer {
             Some(Peer::Local { pid, uid, .. }) => (Some(uid), pid, None),
             Some(Peer::Remote(address)) => (None, None, Some(address.to_string())),
@@ -39,7 +78,7 @@ impl Daemon {
         text.push('.');
         text.push_str(itoa::Buffer::new().format(mail.duration / 100 % 10));
         info!(self.log, "mail";
-            "id" => &*self.mail_id(job),
+            "id" => &*mail_id(&self.instance, job),
             "from" => &text[..from],
             "to" => mail.recipients.split(',').next(),
             "recipients" => mail.recipient_count,
@@ -59,23 +98,20 @@ impl Daemon {
         }
     }
 
-    /// A mail's worker died; of the mail itself nothing is known. Nor is the answer, if the client
-    /// can't be `told` to try again: it may have been `K`.
-    pub(crate) fn log_lost(
-        &mut self,
-        worker: WorkerId,
-        job: JobId,
-        peer: Peer,
-        accepted: Instant,
-        told: bool,
-    ) {
-        let ms = accepted.elapsed().as_secs_f64() * 1000.0;
-        let outcome = match told {
-            true => "the client is told to try again",
-            false => "the client had been answered or had gone",
+    /// Logs a mail whose worker died. Nothing is known of the mail itself. If the client can't be
+    /// told to try again, its answer isn't known either: it may have been `K`.
+    pub(super) fn lost(&mut self, mail: &LostMail, now: Instant) {
+        let &LostMail { worker, job, peer, accepted, answer } = mail;
+        let ms = now.saturating_duration_since(accepted).as_secs_f64() * 1000.0;
+        let (outcome, status, text) = match answer {
+            LostAnswer::TryAgain => {
+                let status = Some(Status::Temporary);
+                ("the client is told to try again", status, texts::TRY_AGAIN)
+            }
+            LostAnswer::Unknown => ("the client had been answered or had gone", None, "lost"),
         };
         warn!(self.log, "mail lost its worker, {outcome}";
-            "id" => &*self.mail_id(job), "peer" => ?peer,
+            "id" => &*mail_id(&self.instance, job), "peer" => ?peer,
             "ms" => format_args!("{ms:.1}"), "worker" => worker);
         let record = MailRecord {
             sender: "".into(),
@@ -85,8 +121,8 @@ impl Daemon {
             account: None,
             action: "-",
             next_hop: None,
-            status: told.then_some(Status::Temporary),
-            text: if told { texts::TRY_AGAIN } else { "lost" }.into(),
+            status,
+            text: text.into(),
             size: 0,
             received: 0,
             sent: 0,

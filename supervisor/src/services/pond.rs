@@ -1,13 +1,12 @@
 //! One Pond datagram per finished mail.
 //!
-//! Contract: sending never waits and never fails a mail. Records go to the log
-//! server of the current generation.
+//! Contract: sending never waits and never fails a mail. Records go to the log server of the current
+//! generation.
 //!
 //! # Failure
-//! What could not be sent is lost and counted. The first loss is reported at once,
-//! what follows once a minute while it lasts, and the rest at a stop or when another
-//! server takes its place ([`PondSender::report_rest`]). A server that comes back
-//! gets the records from then on.
+//! A record that could not be sent is lost and counted. The first loss is reported at once, later
+//! losses once a minute, and the rest at a stop or when another server takes the place of this one
+//! ([`PondSender::report_rest`]). A server that comes back gets the records from then on.
 
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
@@ -24,22 +23,22 @@ use slog::{Logger, warn};
 /// How often lost records are reported.
 const REPORT_EVERY: Duration = Duration::from_secs(60);
 
-/// Lost records, and when they are reported. Pure.
+/// How many records are lost, and when that is reported. Pure.
 #[derive(Debug, Default)]
 struct Losses {
-    /// Not yet reported.
+    /// Losses that have not been reported.
     untold: u64,
-    /// No report before that.
+    /// Nothing is reported before that.
     quiet_until: Option<Instant>,
 }
 
 impl Losses {
-    /// One more is lost.
+    /// Counts a loss.
     fn add(&mut self) {
         self.untold += 1;
     }
 
-    /// How many are to be reported now, and count as reported from then on.
+    /// Returns how many losses are to be reported now, and counts them as reported.
     fn due(&mut self, now: Instant) -> Option<u64> {
         if self.untold == 0 || self.quiet_until.is_some_and(|until| now < until) {
             return None;
@@ -48,19 +47,19 @@ impl Losses {
         self.rest()
     }
 
-    /// How many have not been reported, and count as reported from then on.
+    /// Returns how many losses have not been reported, and counts them as reported.
     fn rest(&mut self) -> Option<u64> {
         Some(std::mem::take(&mut self.untold)).filter(|&lost| lost > 0)
     }
 
-    /// When [`Self::due`] has something to report, if ever.
+    /// Returns when [`Self::due`] has something to report, if ever.
     fn next_report(&self) -> Option<Instant> {
         self.quiet_until.filter(|_| self.untold > 0)
     }
 }
 
-/// A socket that is ready to send; local servers are looked up each time, since
-/// they may be restarted.
+/// A socket that is ready to send. A local server is looked up for each record, because the server
+/// may have been restarted.
 #[derive(Debug)]
 enum Target {
     Udp(UdpSocket),
@@ -68,29 +67,29 @@ enum Target {
     Abstract(UnixDatagram, UnixAddress),
 }
 
-/// The way to the log server.
+/// Sends records to one log server.
 #[derive(Debug)]
-pub struct PondSender {
+pub(super) struct PondSender {
     server: Endpoint,
     target: Option<Target>,
     losses: Losses,
-    /// Why the last one was lost.
+    /// Why the last record was lost.
     cause: String,
 }
 
 impl PondSender {
-    /// Nothing is sent yet; the server need not be there.
-    pub fn new(server: Endpoint) -> Self {
+    /// Prepares to send; the server need not be there.
+    pub(super) fn new(server: Endpoint) -> Self {
         Self { server, target: None, losses: Losses::default(), cause: String::new() }
     }
 
-    /// The server that it was made for.
-    pub fn server(&self) -> &Endpoint {
+    /// Returns the server that this sender was made for.
+    pub(super) fn server(&self) -> &Endpoint {
         &self.server
     }
 
     /// Sends a mail's record, unless the request was refused before it was a mail.
-    pub fn send(&mut self, mail: &MailRecord<'_>, peer: Option<Peer>, log: &Logger) {
+    pub(super) fn send(&mut self, mail: &MailRecord<'_>, peer: Option<Peer>, log: &Logger) {
         if mail.refused {
             return;
         }
@@ -102,19 +101,19 @@ impl PondSender {
     }
 
     /// Reports what is due.
-    pub fn tick(&mut self, now: Instant, log: &Logger) {
+    pub(super) fn tick(&mut self, now: Instant, log: &Logger) {
         if let Some(lost) = self.losses.due(now) {
             self.report(lost, log);
         }
     }
 
-    /// When [`Self::tick`] has something to do, if ever.
-    pub fn next_tick(&self) -> Option<Instant> {
+    /// Returns when [`Self::tick`] has something to do, if ever.
+    pub(super) fn next_tick(&self) -> Option<Instant> {
         self.losses.next_report()
     }
 
-    /// Nothing more will be sent: reports what has not been reported.
-    pub fn report_rest(&mut self, log: &Logger) {
+    /// Reports what has not been reported, because nothing more will be sent.
+    pub(super) fn report_rest(&mut self, log: &Logger) {
         if let Some(Target::Udp(socket)) = &self.target
             && let Ok(Some(error)) = socket.take_error()
         {
@@ -151,11 +150,12 @@ impl PondSender {
     }
 }
 
-/// Sends a datagram; an error for each that is lost, this one or an earlier one.
+/// Sends a datagram. Returns an error for each datagram that is lost, this one or an earlier one.
 ///
-/// With UDP an error may be about an earlier datagram, and then this one has not been tried yet: so
-/// it is tried again. That the server refuses (an ICMP message) is always about an earlier one.
-/// Other errors may be about this one, and come again; then it is one loss.
+/// With UDP an error may be about an earlier datagram, and then this datagram has not been tried
+/// yet; so it is sent again. A refusal by the server (an ICMP message) is always about an earlier
+/// datagram. Any other error may be about this datagram and come a second time; then one datagram
+/// is lost.
 fn losses_of_send(udp: bool, mut send: impl FnMut() -> io::Result<()>) -> [Option<io::Error>; 2] {
     let Err(first) = send() else { return [None, None] };
     if !udp || first.kind() == io::ErrorKind::WouldBlock {

@@ -1,285 +1,209 @@
-//! The programs that a dead worker was running: they are the supervisor's
-//! children now, and must not deliver a mail whose client is told to try again.
+//! The programs that a dead worker was running: they are children of this process now, and must not
+//! deliver a mail whose client is told to try again.
 //!
-//! Each leads a process group of its own. The group gets SIGTERM, and what is left of it SIGKILL
-//! after a grace; only when nothing is left is the client answered. A leader that ends before the
-//! rest isn't reaped until then ([`Orphans::holds`]), so that its number still names the group. One
-//! that the worker had started and not yet reported is recognized by its standard input.
+//! Each program leads a process group of its own, which is told to end, and killed if it doesn't
+//! ([`OrphanTable`]). The client is answered only when nothing is left of the group. A program that
+//! the worker had started and not yet reported is recognized by its standard input.
 //!
 //! # Failure
-//! A program that became another user's can't be signalled; it isn't waited for. Nor is one any
-//! longer that SIGKILL doesn't end. Looking through /proc takes a small part of our time at most,
-//! however many processes there are.
+//! A program that became another user's can't be signalled, and isn't waited for. Neither is a
+//! program that SIGKILL doesn't end.
 
-use std::collections::{HashMap, HashSet};
-use std::time::{Duration, Instant};
+use std::collections::HashSet;
+use std::io;
+use std::rc::Rc;
+use std::time::Instant;
+
+use nix::sys::signal::Signal;
+use nix::unistd::Pid;
+use qrelay_shared::sys::proc_stat::Process;
+use qrelay_shared::sys::process_group::Step;
 
 use crate::ids::JobId;
-use nix::errno::Errno;
-use nix::sys::signal::{Signal, kill, killpg};
-use nix::unistd::{Pid, getpgrp};
-use qrelay_shared::sys::input;
-use qrelay_shared::sys::proc_stat::{Process, processes};
-use qrelay_shared::sys::process::ended_child;
+use crate::system::{Role, System};
+use crate::workers::orphan_table::OrphanTable;
 
-/// From SIGTERM to SIGKILL, as for a program that has timed out.
-const GRACE: Duration = Duration::from_secs(10);
-
-/// How long the rest of a group may take to vanish after SIGKILL. What takes
-/// longer hangs in the kernel, and doesn't come back to do anything.
-const VANISH: Duration = Duration::from_secs(1);
-
-/// When it is looked again whether a group has ended whose leader has: its other members needn't be
-/// our children. Each pause is twice the one before, up to [`MAX_GLANCE`].
-const GLANCE: Duration = Duration::from_millis(20);
-const MAX_GLANCE: Duration = Duration::from_millis(500);
-
-/// So many times what a look through /proc took (15 µs per process) passes before the next one.
-const REST: u32 = 20;
-
-/// What is left of a program.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum State {
-    /// Its leader, at least.
-    Running,
-    /// Its leader has ended, and isn't reaped since others may not have.
-    Held,
-    /// Its leader has been reaped, and the rest of its group killed.
-    Ended,
-}
-
+/// The programs of dead workers that still run.
 #[derive(Debug)]
-struct Orphan {
-    job: JobId,
-    group: Pid,
-    state: State,
-    /// When it is killed or, if that has happened or it has ended, no longer waited for.
-    due: Instant,
-    killed: bool,
-}
-
-impl Orphan {
-    fn new(job: JobId, group: Pid, now: Instant) -> Self {
-        Self { job, group, state: State::Running, due: now + GRACE, killed: false }
-    }
-
-    /// Nothing of it is left. (A signal of 0 does nothing: should the group's number be another
-    /// one's by now, that isn't disturbed.)
-    fn is_over(&self, now: Instant) -> bool {
-        self.state == State::Ended
-            && (self.due <= now || killpg(self.group, None) == Err(Errno::ESRCH))
-    }
-}
-
-/// Those that still run.
-#[derive(Debug, Default)]
-pub struct Orphans {
-    table: HashMap<Pid, Orphan>,
-    /// When it is looked what has become of the groups whose leaders are held.
-    look: Option<Instant>,
-    /// From that look to the next.
-    pause: Duration,
-    /// No look through /proc before that.
-    rested: Option<Instant>,
-    /// Children may have ended that those held hide.
-    hidden: bool,
+pub(super) struct Orphans {
+    system: Rc<dyn System>,
+    table: OrphanTable,
 }
 
 impl Orphans {
-    /// Tells a dead worker's programs to end; the result is the jobs they were for.
-    pub fn adopt(&mut self, children: &[(JobId, Pid)], now: Instant) -> Vec<JobId> {
+    /// Starts without programs.
+    pub(super) fn new(system: Rc<dyn System>) -> Self {
+        Self { system, table: OrphanTable::default() }
+    }
+
+    /// Tells a dead worker's programs to end; returns the jobs of those that can be told.
+    pub(super) fn adopt(&mut self, children: &[(JobId, Pid)], now: Instant) -> Vec<JobId> {
         let mut jobs = Vec::new();
         for &(job, pid) in children {
-            // The worker had not reaped it, so the group is still this program's. A
-            // group that can't be found has no member that could deliver anything.
-            if killpg(pid, Signal::SIGTERM).is_ok() {
-                self.table.insert(pid, Orphan::new(job, pid, now));
+            // The worker had not reaped the program, so the number still names its group. A group
+            // that can't be signalled has no member that could deliver anything.
+            if self.system.signal_group(pid, Signal::SIGTERM) {
+                self.table.add(job, pid, pid, now);
                 jobs.push(job);
             }
         }
         jobs
     }
 
-    /// The same for programs that a dead worker had started for these jobs without being able to
-    /// report them.
-    pub fn adopt_unreported(&mut self, jobs: &[JobId], now: Instant) -> Vec<JobId> {
+    /// Does the same for programs that a dead worker had started for these jobs and could not
+    /// report.
+    pub(super) fn adopt_unreported(&mut self, jobs: &[JobId], now: Instant) -> Vec<JobId> {
+        let jobs: HashSet<JobId> = jobs.iter().copied().collect();
         let mut found = Vec::new();
-        for Process { pid, group, .. } in children().unwrap_or_default() {
-            if self.table.contains_key(&pid) || self.table.contains_key(&group) {
+        for process in self.children().unwrap_or_default() {
+            let Process { pid, group, .. } = process;
+            if self.table.contains(pid) || self.table.contains(group) {
                 continue;
             }
-            let (job, group) = match input::mail_of(pid).filter(|job| jobs.contains(job)) {
-                Some(job) if group != getpgrp() => {
-                    let _ = killpg(group, Signal::SIGTERM);
-                    (job, group)
+            match self.system.role(process, &jobs) {
+                Role::Program(job) => {
+                    self.system.signal_group(group, Signal::SIGTERM);
+                    self.table.add(job, pid, group, now);
+                    found.push(job);
                 }
-                _ => match input::mails_of(pid).into_iter().find(|job| jobs.contains(job)) {
-                    // A copy of the worker that hasn't become the program yet, and won't.
-                    Some(job) => {
-                        let _ = kill(pid, Signal::SIGKILL);
-                        (job, pid)
-                    }
-                    None => continue,
-                },
-            };
-            self.table.insert(pid, Orphan::new(job, group, now));
-            found.push(job);
+                // It hasn't become the program yet, and won't.
+                Role::Copy(job) => {
+                    self.system.signal(pid, Signal::SIGKILL);
+                    self.table.add(job, pid, pid, now);
+                    found.push(job);
+                }
+                Role::Other => {}
+            }
         }
         found
     }
 
-    /// This child has ended. If it is one of these it isn't to be reaped now, but when
+    /// Notes that a child has ended. Returns whether it is a program that must not be reaped before
     /// [`Self::to_reap`] says so.
-    pub fn ended(&mut self, pid: Pid, now: Instant) -> bool {
-        let Some(orphan) = self.table.get_mut(&pid) else { return false };
-        if orphan.state == State::Running {
-            orphan.state = State::Held;
-            self.pause = GLANCE;
-            self.look = Some(self.rested.map_or(now, |rested| rested.max(now)));
-        }
-        orphan.state != State::Ended
+    pub(super) fn ended(&mut self, pid: Pid, now: Instant) -> bool {
+        self.table.leader_ended(pid, now)
     }
 
-    /// Whether a program for this job is among them.
-    pub fn concerns(&self, job: JobId) -> bool {
-        self.table.values().any(|orphan| orphan.job == job)
+    /// Returns whether one of the programs is for this job.
+    pub(super) fn concerns(&self, job: JobId) -> bool {
+        self.table.concerns(job)
     }
 
-    /// Whether this is a child that has ended and isn't to be reaped yet.
-    pub fn holds(&self, pid: Pid) -> bool {
-        self.table.get(&pid).is_some_and(|orphan| orphan.state == State::Held)
+    /// Returns whether this child has ended and must not be reaped yet.
+    pub(super) fn holds(&self, pid: Pid) -> bool {
+        self.table.holds(pid)
     }
 
-    /// The children that have ended and may be reaped although others that have are held. There may
-    /// be more later: [`Self::hides`].
-    pub fn ended_besides(&mut self, now: Instant) -> Vec<Pid> {
-        self.hidden = self.rested.is_some_and(|rested| rested > now);
-        if self.hidden {
+    /// Returns whether no program is left.
+    pub(super) fn is_empty(&self) -> bool {
+        self.table.is_empty()
+    }
+
+    /// Returns the children that have ended and may be reaped, although others that have ended are
+    /// held. There may be more later: [`Self::hides`].
+    pub(super) fn ended_besides(&mut self, now: Instant) -> Vec<Pid> {
+        if !self.table.may_look_behind(now) {
             return Vec::new();
         }
-        let Some(children) = self.look_through(now, children) else {
-            self.hidden = true;
+        let Some(children) = self.scan(now, Self::children) else {
+            self.table.look_again();
             return Vec::new();
         };
         let ended = children.iter().filter(|child| !child.alive && !self.holds(child.pid));
-        ended.map(|child| child.pid).filter(|&pid| ended_child(Some(pid)).is_some()).collect()
+        ended.map(|child| child.pid).filter(|&pid| self.system.ended(Some(pid)).is_some()).collect()
     }
 
-    /// Whether it is time to look for what [`Self::ended_besides`] was too early for, or could not
-    /// see. It is said once.
-    pub fn hides(&mut self, now: Instant) -> bool {
-        let due = self.hidden && self.rested.is_none_or(|rested| rested <= now);
-        self.hidden &= !due;
-        due
+    /// Returns whether it is time to look for what [`Self::ended_besides`] was too early for, or
+    /// could not see. It is said once.
+    pub(super) fn hides(&mut self, now: Instant) -> bool {
+        self.table.hides(now)
     }
 
     /// Lists processes, and sees to it that this isn't done too often.
-    fn look_through(
+    fn scan(
         &mut self,
         now: Instant,
-        list: impl FnOnce() -> std::io::Result<Vec<Process>>,
+        list: impl FnOnce(&Self) -> io::Result<Vec<Process>>,
     ) -> Option<Vec<Process>> {
         let started = Instant::now();
-        let found = list();
-        // A look that fails takes hardly any time.
-        self.rested = Some(now + GLANCE.max(started.elapsed() * REST));
+        let found = list(self);
+        self.table.scanned(now, started.elapsed());
         found.ok()
     }
 
-    /// Leaders that are to be reaped now, since their groups have ended or their time is over. The
-    /// rest of each group is killed.
-    pub fn to_reap(&mut self, now: Instant) -> Vec<Pid> {
-        let living = self.living_groups(now);
-        let mut reaped = Vec::new();
-        let mut held = false;
-        for (&pid, orphan) in self.table.iter_mut().filter(|(_, o)| o.state == State::Held) {
-            // What can't be known counts as alive.
-            let lives = living.as_ref().is_none_or(|living| living.contains(&orphan.group));
-            if lives && now < orphan.due {
-                held = true;
-                continue;
-            }
-            let _ = killpg(orphan.group, Signal::SIGKILL);
-            orphan.state = State::Ended;
-            orphan.due = now + VANISH;
-            reaped.push(pid);
-        }
-        if !held {
-            self.look = None;
-        }
-        reaped
+    /// Lists the children of this process. (The kernel's own list of them is a build option.)
+    fn children(&self) -> io::Result<Vec<Process>> {
+        let own = self.system.own_pid();
+        let mut all = self.system.processes()?;
+        all.retain(|process| process.parent == own);
+        Ok(all)
     }
 
-    /// The process groups that have living members, if it is time to look.
+    /// Returns the leaders that are to be reaped now, because their groups have ended or their time
+    /// is over. What is left of each group has been killed.
+    pub(super) fn to_reap(&mut self, now: Instant) -> Vec<Pid> {
+        let living = self.table.scan_is_due(now).then(|| self.living_groups(now)).flatten();
+        let ended = self.table.to_reap(now, living.as_ref());
+        for &(_, group) in &ended {
+            self.system.signal_group(group, Signal::SIGKILL);
+        }
+        ended.into_iter().map(|(leader, _)| leader).collect()
+    }
+
     fn living_groups(&mut self, now: Instant) -> Option<HashSet<Pid>> {
-        self.look.filter(|&look| look <= now)?;
-        let found = self.look_through(now, processes);
-        self.look = self.rested.max(Some(now + self.pause));
-        self.pause = MAX_GLANCE.min(self.pause * 2);
-        Some(found?.iter().filter(|process| process.alive).map(|process| process.group).collect())
+        let found = self.scan(now, |orphans| orphans.system.processes())?;
+        Some(found.iter().filter(|process| process.alive).map(|process| process.group).collect())
     }
 
-    /// The jobs whose programs are over, all of their groups included.
-    pub fn over(&mut self, now: Instant) -> Vec<JobId> {
-        self.table.extract_if(|_, orphan| orphan.is_over(now)).map(|(_, o)| o.job).collect()
+    /// Returns the jobs whose programs are over, all of their groups included, and forgets them.
+    pub(super) fn over(&mut self, now: Instant) -> Vec<JobId> {
+        let Self { system, table } = self;
+        table.over(now, |group| system.group_exists(group))
     }
 
-    /// SIGKILL for those that ignore SIGTERM; the result is those that ignored even that, and
-    /// aren't waited for any more.
-    pub fn kill_overdue(&mut self, now: Instant) -> Vec<Pid> {
+    /// Kills the programs that ignored SIGTERM for too long. Returns the groups that ignored even
+    /// SIGKILL and aren't waited for any more.
+    pub(super) fn kill_overdue(&mut self, now: Instant) -> Vec<Pid> {
         let mut given_up = Vec::new();
-        let overdue = |orphan: &&mut Orphan| orphan.state == State::Running && orphan.due <= now;
-        for orphan in self.table.values_mut().filter(overdue) {
-            if orphan.killed {
-                orphan.state = State::Ended;
-                given_up.push(orphan.group);
-                continue;
+        for (group, step) in self.table.overdue(now) {
+            match step {
+                Step::GiveUp => given_up.push(group),
+                _ => {
+                    self.system.signal_group(group, Signal::SIGKILL);
+                }
             }
-            let _ = killpg(orphan.group, Signal::SIGKILL);
-            orphan.killed = true;
-            orphan.due = now + GRACE;
         }
         given_up
     }
 
-    /// SIGKILL for all, and no further patience.
-    pub fn kill_all(&mut self, now: Instant) {
-        for orphan in self.table.values_mut().filter(|orphan| orphan.state != State::Ended) {
-            let _ = killpg(orphan.group, Signal::SIGKILL);
-            if !orphan.killed {
-                orphan.killed = true;
-                orphan.due = orphan.due.min(now + VANISH);
-            }
+    /// Kills all programs, and waits no longer than it takes a killed process to vanish.
+    pub(super) fn kill_all(&mut self, now: Instant) {
+        for group in self.table.kill_all(now) {
+            self.system.signal_group(group, Signal::SIGKILL);
         }
     }
 
-    /// When [`Self::to_reap`], [`Self::kill_overdue`], [`Self::over`] or [`Self::hides`] has
+    /// Returns when [`Self::to_reap`], [`Self::kill_overdue`], [`Self::over`] or [`Self::hides`] has
     /// something to do.
-    pub fn next_deadline(&self) -> Option<Instant> {
-        let hidden = self.rested.filter(|_| self.hidden);
-        self.table.values().map(|orphan| orphan.due).chain(self.look).chain(hidden).min()
+    pub(super) fn next_deadline(&self) -> Option<Instant> {
+        self.table.next_deadline()
     }
-
-    /// None is left.
-    pub fn is_empty(&self) -> bool {
-        self.table.is_empty()
-    }
-}
-
-/// All children of this process. (The kernel's own list of them is a build option.)
-fn children() -> std::io::Result<Vec<Process>> {
-    let own = Pid::this();
-    let mut all = processes()?;
-    all.retain(|process| process.parent == own);
-    Ok(all)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::system::Linux;
+    use qrelay_shared::sys::input;
+    use qrelay_shared::sys::process::ended_child;
+    use qrelay_shared::sys::process_group::{FIRST_PAUSE, GRACE};
     use std::io::Read as _;
     use std::os::unix::process::{CommandExt, ExitStatusExt};
     use std::process::{Child, Command, Stdio};
+
+    fn orphans() -> Orphans {
+        Orphans::new(Rc::new(Linux { level: slog::Level::Info }))
+    }
 
     /// A program that a worker might have started for this job.
     fn program(job: JobId) -> Child {
@@ -311,7 +235,7 @@ mod tests {
     #[test]
     fn reported_programs_are_told_to_end() {
         let now = Instant::now();
-        let mut orphans = Orphans::default();
+        let mut orphans = orphans();
         let mut child = program(JobId(71_001));
         let reported = [(JobId(71_001), pid(&child))];
         assert_eq!(orphans.adopt(&reported, now), [JobId(71_001)]);
@@ -325,7 +249,7 @@ mod tests {
     #[test]
     fn unreported_programs_are_found_by_their_input() {
         let now = Instant::now();
-        let mut orphans = Orphans::default();
+        let mut orphans = orphans();
         let (mut mine, mut other) = (program(JobId(71_002)), program(JobId(71_003)));
         assert_eq!(orphans.adopt_unreported(&[JobId(71_002), JobId(71_004)], now), [JobId(71_002)]);
         assert_eq!(end_of(&mut orphans, &mut mine, now), Some(Signal::SIGTERM as i32));
@@ -353,11 +277,11 @@ mod tests {
     #[test]
     fn it_is_over_when_its_group_is() {
         let now = Instant::now();
-        let mut orphans = Orphans::default();
+        let mut orphans = orphans();
         let (mut leader, mut other) = leader_and_other(&mut orphans, JobId(71_007), now);
         assert_eq!(orphans.to_reap(now), [], "the other has its time");
         let look = orphans.next_deadline().expect("there is something to do");
-        assert!(look >= now + GLANCE && look < now + GRACE, "{:?}", look - now);
+        assert!(look >= now + FIRST_PAUSE && look < now + GRACE, "{:?}", look - now);
         assert!(orphans.holds(pid(&leader)) && orphans.over(now).is_empty());
         other.kill().expect("kill");
         wait_for_end(&other);
@@ -372,10 +296,10 @@ mod tests {
     #[test]
     fn who_outlives_the_leader_is_killed_in_its_time() {
         let now = Instant::now();
-        let mut orphans = Orphans::default();
+        let mut orphans = orphans();
         let (mut leader, mut other) = leader_and_other(&mut orphans, JobId(71_008), now);
         let late = now + GRACE;
-        assert_eq!(orphans.to_reap(late - GLANCE), []);
+        assert_eq!(orphans.to_reap(late - FIRST_PAUSE), []);
         assert_eq!(orphans.kill_overdue(late), []);
         assert_eq!(orphans.to_reap(late), [pid(&leader)]);
         assert_eq!(other.wait().expect("wait").signal(), Some(Signal::SIGKILL as i32));
@@ -386,13 +310,13 @@ mod tests {
     #[test]
     fn what_those_held_hide_is_looked_for_once_and_not_too_often() {
         let now = Instant::now();
-        let mut orphans = Orphans::default();
+        let mut orphans = orphans();
         let (mut leader, mut other) = leader_and_other(&mut orphans, JobId(71_009), now);
         orphans.to_reap(now);
         assert_eq!(orphans.ended_besides(now), [], "too early after that look");
         assert!(!orphans.hides(now));
         let rested = orphans.next_deadline().expect("there is something to do");
-        assert!(rested >= now + GLANCE && rested < now + GRACE, "{:?}", rested - now);
+        assert!(rested >= now + FIRST_PAUSE && rested < now + GRACE, "{:?}", rested - now);
         assert!(orphans.hides(rested));
         assert!(!orphans.hides(rested), "nobody is asked twice");
         assert!(orphans.next_deadline() > Some(now));
@@ -404,16 +328,16 @@ mod tests {
     #[test]
     fn a_look_that_fails_is_repeated_later() {
         let now = Instant::now();
-        let mut orphans = Orphans::default();
-        assert!(orphans.look_through(now, || Err(std::io::Error::other("no"))).is_none());
+        let mut orphans = orphans();
+        assert!(orphans.scan(now, |_| Err(io::Error::other("no"))).is_none());
         assert_eq!(orphans.ended_besides(now), []);
-        assert!(!orphans.hides(now) && orphans.next_deadline() >= Some(now + GLANCE));
+        assert!(!orphans.hides(now) && orphans.next_deadline() >= Some(now + FIRST_PAUSE));
     }
 
     #[test]
     fn a_copy_of_the_worker_never_becomes_the_program() {
         let now = Instant::now();
-        let mut orphans = Orphans::default();
+        let mut orphans = orphans();
         let input = input::sealed(JobId(71_006), &[b"mail"]).expect("input");
         // The file is open, but isn't standard input yet.
         let mut command = Command::new("/bin/sleep");
@@ -426,7 +350,7 @@ mod tests {
     #[test]
     fn who_does_not_obey_is_killed() {
         let now = Instant::now();
-        let mut orphans = Orphans::default();
+        let mut orphans = orphans();
         let mut child = program(JobId(71_005));
         orphans.adopt(&[(JobId(71_005), pid(&child))], now);
         assert_eq!(orphans.kill_overdue(now + GRACE), []);

@@ -1,41 +1,42 @@
-//! The workers and which of them gets the next job. Pure: events and the time
-//! go in, [`Command`]s come out; `daemon` carries them out.
+//! The workers, and which of them gets the next job. Pure: events and the time go in, [`Command`]s
+//! come out.
 //!
-//! Invariants: a worker never holds more jobs than its credit (but for
-//! [`Pool::overflow`]), a job belongs to one worker until it is done or the
-//! worker is dead, and every group of a generation that isn't retiring has its
-//! full number of workers, or a time at which the next one is tried.
+//! Invariants: a worker never holds more jobs than its credit, but for [`Pool::overflow`]. A job
+//! belongs to one worker until the job is done or the worker is dead. Every generation that isn't
+//! retiring has its full number of workers, or a time at which the next one is tried.
 
-use qrelay_shared::settings::Settings;
-use rustc_hash::FxHashMap;
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use crate::accept::fairness::{Client, Fairness};
-use crate::ids::{GenerationId, JobId, WorkerId};
-use crate::workers::backoff::Backoff;
+use qrelay_shared::settings::Settings;
+use rustc_hash::FxHashMap;
 
-/// Time between two pings of a worker (architecture: "Too long").
-pub const PING_INTERVAL: Duration = Duration::from_millis(250);
+use crate::backoff::Backoff;
+use crate::client::Client;
+use crate::ids::{GenerationId, JobId, WorkerId};
+use crate::workers::fairness::Fairness;
+
+/// Time between two pings of a worker (docs/architecture.md, "Too long").
+pub(super) const PING_INTERVAL: Duration = Duration::from_millis(250);
 /// A worker whose Lua has been held for longer gets no new jobs.
 const HELD_TOO_LONG: Duration = Duration::from_millis(250);
-/// A forked worker that isn't ready by then never will be.
+/// Time in which a forked worker becomes ready, or never will.
 const START_TIMEOUT: Duration = Duration::from_secs(10);
 /// From SIGABRT to SIGKILL, time for a core dump.
 const ABORT_GRACE: Duration = Duration::from_secs(2);
 
 /// What is to be done to a worker.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Command {
+pub(super) enum Command {
     /// Have the generation's zygote fork this worker.
     Spawn(GenerationId, WorkerId),
-    /// Shut its job socket: it finishes what it has and ends.
+    /// Shut its job socket: the worker finishes what it has and ends.
     Shut(WorkerId),
-    /// Ask how it is.
+    /// Ask how long its Lua has been held.
     Ping(WorkerId, u64),
-    /// It hangs: SIGABRT.
+    /// Send SIGABRT, because the worker hangs.
     Abort(WorkerId),
-    /// SIGKILL.
+    /// Send SIGKILL.
     Kill(WorkerId),
 }
 
@@ -47,7 +48,7 @@ enum State {
     Ready,
     /// Finishes its jobs; killed at the deadline.
     Retiring { deadline: Instant },
-    /// Has been signalled; killed (again) then.
+    /// Has been signalled; killed (again) at that time.
     Dying { kill_at: Instant },
 }
 
@@ -55,7 +56,7 @@ enum State {
 struct Worker {
     generation: GenerationId,
     state: State,
-    /// It has been able to take jobs, whatever became of it since.
+    /// The worker has been able to take jobs, whatever happened since.
     ready: bool,
     jobs: usize,
     mails: u64,
@@ -91,40 +92,58 @@ struct Group {
     backoff: Backoff,
     /// When the missing workers are tried again.
     respawn: Vec<Instant>,
-    /// A worker that is replaced as soon as another one is ready.
+    /// The worker that ends as soon as its replacement is ready.
     recycling: Option<WorkerId>,
     retiring: bool,
 }
 
 /// Why a worker must be ended, for the log.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Hang {
+pub(super) enum Hang {
     /// Lua has been held for this long.
     Held(Duration),
-    /// So many pings went unanswered.
+    /// This many pings went unanswered.
     Silent(u32),
-    /// It never became ready.
+    /// The worker never became ready.
     NotReady,
     /// The drain time is over.
     DrainOver,
 }
 
+/// How a worker came to its end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum End {
+    /// The process ended.
+    Died,
+    /// There was no process, or none that is known.
+    NotForked,
+}
+
+/// What a worker says about itself.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Health {
+    /// How long Lua has been held by one call; zero when Lua is free.
+    pub(super) held: Duration,
+    /// The Lua state is at its memory limit, even after a collection.
+    pub(super) exhausted: bool,
+}
+
 /// What a death means for the pool.
 #[derive(Debug, PartialEq, Eq)]
-pub struct Death {
-    /// Its generation.
-    pub generation: GenerationId,
+pub(super) struct Death {
+    /// The generation of the worker.
+    pub(super) generation: GenerationId,
     /// The jobs that nobody will finish.
-    pub jobs: Vec<JobId>,
-    /// It had not been asked to end.
-    pub unexpected: bool,
-    /// It had been ready.
-    pub was_ready: bool,
+    pub(super) jobs: Vec<JobId>,
+    /// The worker had not been asked to end.
+    pub(super) unexpected: bool,
+    /// The worker had been able to take jobs.
+    pub(super) was_ready: bool,
 }
 
 /// All workers of all generations.
 #[derive(Debug, Default)]
-pub struct Pool {
+pub(super) struct Pool {
     workers: BTreeMap<WorkerId, Worker>,
     groups: BTreeMap<GenerationId, Group>,
     jobs: FxHashMap<JobId, (Client, WorkerId)>,
@@ -136,8 +155,8 @@ pub struct Pool {
 }
 
 impl Pool {
-    /// Starts the workers of a generation. It gets no jobs before [`Self::switch`].
-    pub fn start(
+    /// Starts the workers of a generation, which gets no jobs before [`Self::switch`].
+    pub(super) fn start(
         &mut self,
         generation: GenerationId,
         settings: &Settings,
@@ -179,8 +198,8 @@ impl Pool {
         Command::Spawn(generation, id)
     }
 
-    /// The worker takes jobs from now on.
-    pub fn ready(&mut self, worker: WorkerId, now: Instant) -> Vec<Command> {
+    /// Notes that a worker can take jobs from now on.
+    pub(super) fn ready(&mut self, worker: WorkerId, now: Instant) -> Vec<Command> {
         let Some(entry) = self.workers.get_mut(&worker) else { return Vec::new() };
         if !matches!(entry.state, State::Starting { .. }) {
             return Vec::new();
@@ -193,13 +212,13 @@ impl Pool {
         recycled.map_or_else(Vec::new, |old| self.retire_worker(old, now))
     }
 
-    /// New jobs go to this generation.
-    pub fn switch(&mut self, generation: GenerationId) {
+    /// Gives new jobs to this generation.
+    pub(super) fn switch(&mut self, generation: GenerationId) {
         self.current = Some(generation);
     }
 
-    /// The generation's workers finish what they have, and end.
-    pub fn retire(&mut self, generation: GenerationId, now: Instant) -> Vec<Command> {
+    /// Lets a generation's workers finish what they have, and end.
+    pub(super) fn retire(&mut self, generation: GenerationId, now: Instant) -> Vec<Command> {
         let Some(group) = self.groups.get_mut(&generation) else { return Vec::new() };
         group.retiring = true;
         group.respawn.clear();
@@ -225,43 +244,38 @@ impl Pool {
         vec![Command::Shut(id)]
     }
 
-    /// The generation's last worker is gone.
-    pub fn is_empty(&self, generation: GenerationId) -> bool {
+    /// Returns whether the generation has no worker left.
+    pub(super) fn is_empty(&self, generation: GenerationId) -> bool {
         !self.workers.values().any(|worker| worker.generation == generation)
     }
 
     /// Forgets a generation without workers.
-    pub fn remove(&mut self, generation: GenerationId) {
+    pub(super) fn remove(&mut self, generation: GenerationId) {
         self.groups.remove(&generation);
     }
 
-    /// A connection is ready to be served.
-    pub fn wait(&mut self, client: Client, job: JobId) {
+    /// Lets a connection wait for a credit.
+    pub(super) fn wait(&mut self, client: Client, job: JobId) {
         self.fairness.wait(client, job);
     }
 
-    /// A connection that waits has been given up.
-    pub fn forget(&mut self, client: Client, job: JobId) {
+    /// Forgets a waiting connection.
+    pub(super) fn forget(&mut self, client: Client, job: JobId) {
         self.fairness.forget(client, job);
     }
 
-    /// Connections that wait for a credit.
-    pub fn waiting(&self) -> usize {
-        self.fairness.waiting()
-    }
-
-    /// Jobs that some worker has.
-    pub fn in_flight(&self) -> usize {
+    /// Counts the jobs that workers have.
+    pub(super) fn in_flight(&self) -> usize {
         self.jobs.len()
     }
 
-    /// Jobs that a worker has.
-    pub fn jobs_of(&self, worker: WorkerId) -> usize {
+    /// Counts the jobs that a worker has.
+    pub(super) fn jobs_of(&self, worker: WorkerId) -> usize {
         self.workers.get(&worker).map_or(0, |worker| worker.jobs)
     }
 
-    /// The next job to dispatch and the worker to send it to.
-    pub fn next_dispatch(&mut self) -> Option<(JobId, WorkerId)> {
+    /// Takes the next job to dispatch, and chooses the worker that gets it.
+    pub(super) fn next_dispatch(&mut self) -> Option<(JobId, WorkerId)> {
         if self.fairness.waiting() == 0 {
             return None;
         }
@@ -284,8 +298,9 @@ impl Pool {
         Some((job, worker))
     }
 
-    /// The worker of a retired listener's generation that gets a last job, whatever its credit.
-    pub fn overflow(
+    /// Chooses a worker of this generation for a job that no other generation can serve, whatever
+    /// the worker's credit.
+    pub(super) fn overflow(
         &mut self,
         generation: GenerationId,
         client: Client,
@@ -310,19 +325,19 @@ impl Pool {
         }
     }
 
-    /// The job is given up without having been handed over.
-    pub fn abort(&mut self, job: JobId) {
+    /// Takes a job back that no worker got, and forgets it.
+    pub(super) fn abort(&mut self, job: JobId) {
         self.take_back(job);
     }
 
-    /// The job could not be handed over: it waits again, before its client's others.
-    pub fn bounced(&mut self, job: JobId) {
+    /// Takes a job back that no worker got: it waits again, before its client's others.
+    pub(super) fn bounced(&mut self, job: JobId) {
         if let Some(client) = self.take_back(job) {
             self.fairness.wait_first(client, job);
         }
     }
 
-    /// The worker never had it.
+    /// Undoes an assignment: the worker never had the job.
     fn take_back(&mut self, job: JobId) -> Option<Client> {
         if let Some(worker) = self.jobs.get(&job).and_then(|(_, id)| self.workers.get_mut(id)) {
             worker.mails = worker.mails.saturating_sub(1);
@@ -330,13 +345,13 @@ impl Pool {
         self.unassign(job)
     }
 
-    /// Whether this worker has this job.
-    pub fn has(&self, job: JobId, worker: WorkerId) -> bool {
+    /// Returns whether this worker has this job.
+    pub(super) fn has(&self, job: JobId, worker: WorkerId) -> bool {
         self.jobs.get(&job).is_some_and(|&(_, owner)| owner == worker)
     }
 
-    /// The job is over. False if this worker doesn't have it.
-    pub fn done(&mut self, job: JobId, worker: WorkerId) -> bool {
+    /// Ends a job; returns false if this worker doesn't have it.
+    pub(super) fn done(&mut self, job: JobId, worker: WorkerId) -> bool {
         if !self.has(job, worker) {
             return false;
         }
@@ -359,8 +374,8 @@ impl Pool {
         Some(client)
     }
 
-    /// An action of this worker runs on its own time limit, which a drain waits for.
-    pub fn explicit_timeout(&mut self, worker: WorkerId, until: Instant) {
+    /// Notes that an action of this worker has its own time limit, which a drain waits for.
+    pub(super) fn explicit_timeout(&mut self, worker: WorkerId, until: Instant) {
         let Some(worker) = self.workers.get_mut(&worker) else { return };
         worker.explicit_until = worker.explicit_until.max(Some(until));
         if let State::Retiring { deadline } = &mut worker.state {
@@ -368,17 +383,16 @@ impl Pool {
         }
     }
 
-    /// Until when the longest of the actions' own time limits runs.
-    pub fn latest_explicit(&self) -> Option<Instant> {
+    /// Returns when the last of the actions' own time limits is over.
+    pub(super) fn latest_explicit(&self) -> Option<Instant> {
         self.workers.values().filter_map(|worker| worker.explicit_until).max()
     }
 
-    /// A worker has answered a ping.
-    pub fn pong(
+    /// Notes a worker's answer to a ping; returns why the worker must be ended, if so.
+    pub(super) fn pong(
         &mut self,
         worker: WorkerId,
-        held: Duration,
-        exhausted: bool,
+        Health { held, exhausted }: Health,
         now: Instant,
     ) -> Option<Hang> {
         let entry = self.workers.get_mut(&worker)?;
@@ -393,15 +407,15 @@ impl Pool {
         None
     }
 
-    /// The worker has closed its channels or broken the protocol: it is about to be killed.
-    pub fn condemn(&mut self, worker: WorkerId, now: Instant) {
+    /// Has a worker killed at `at`, because it has closed its channels or broken the protocol.
+    pub(super) fn condemn(&mut self, worker: WorkerId, at: Instant) {
         if let Some(worker) = self.workers.get_mut(&worker) {
-            worker.state = State::Dying { kill_at: now };
+            worker.state = State::Dying { kill_at: at };
         }
     }
 
-    /// The worker is dead, or could not be forked. Its jobs are over.
-    pub fn died(&mut self, id: WorkerId, asked: bool, now: Instant) -> Option<Death> {
+    /// Removes a worker that is dead or could not be forked, and its jobs.
+    pub(super) fn died(&mut self, id: WorkerId, end: End, now: Instant) -> Option<Death> {
         let worker = self.workers.remove(&id)?;
         let jobs: Vec<JobId> =
             self.jobs.iter().filter(|(_, (_, owner))| *owner == id).map(|(&job, _)| job).collect();
@@ -409,7 +423,7 @@ impl Pool {
             self.unassign(job);
         }
         let was_ready = worker.ready;
-        let unexpected = !asked && !matches!(worker.state, State::Retiring { .. });
+        let unexpected = end == End::Died && !matches!(worker.state, State::Retiring { .. });
         if let Some(group) = self.groups.get_mut(&worker.generation) {
             if group.recycling == Some(id) {
                 group.recycling = None;
@@ -431,20 +445,20 @@ impl Pool {
         Some(Death { generation: worker.generation, jobs, unexpected, was_ready })
     }
 
-    /// Whether this worker had been told to finish.
-    pub fn is_retiring(&self, worker: WorkerId) -> bool {
+    /// Returns whether this worker has been told to finish, or is gone.
+    pub(super) fn is_retiring(&self, worker: WorkerId) -> bool {
         self.workers
             .get(&worker)
             .is_none_or(|worker| matches!(worker.state, State::Retiring { .. }))
     }
 
-    /// The generation of a worker.
-    pub fn generation_of(&self, worker: WorkerId) -> Option<GenerationId> {
+    /// Returns the generation of a worker.
+    pub(super) fn generation_of(&self, worker: WorkerId) -> Option<GenerationId> {
         self.workers.get(&worker).map(|worker| worker.generation)
     }
 
-    /// Workers of a generation that its zygote has not been able to deliver yet.
-    pub fn starting(&self, generation: GenerationId) -> Vec<WorkerId> {
+    /// Returns the workers of a generation that have never been ready.
+    pub(super) fn starting(&self, generation: GenerationId) -> Vec<WorkerId> {
         self.workers
             .iter()
             .filter(|(_, w)| w.generation == generation && !w.ready)
@@ -452,30 +466,22 @@ impl Pool {
             .collect()
     }
 
-    /// A worker that has never been ready is asked for anew.
-    pub fn restart(&mut self, worker: WorkerId, now: Instant) {
+    /// Gives a worker that has never been ready its whole time again.
+    pub(super) fn restart(&mut self, worker: WorkerId, now: Instant) {
         if let Some(worker) = self.workers.get_mut(&worker) {
             worker.state = State::Starting { until: now + START_TIMEOUT };
         }
     }
 
-    /// Workers of the current generation that take jobs.
-    pub fn serving(&self) -> usize {
-        self.workers
-            .values()
-            .filter(|worker| {
-                Some(worker.generation) == self.current && worker.state == State::Ready
-            })
-            .count()
+    /// Returns the workers of a generation, whatever their state.
+    pub(super) fn of(&self, generation: GenerationId) -> Vec<WorkerId> {
+        let own = self.workers.iter().filter(|(_, worker)| worker.generation == generation);
+        own.map(|(&id, _)| id).collect()
     }
 
-    /// All workers, whatever their state.
-    pub fn all(&self) -> impl Iterator<Item = WorkerId> + '_ {
-        self.workers.keys().copied()
-    }
-
-    /// Does what is due: respawns, pings, recycling, limits. Hangs come with their reason.
-    pub fn tick(&mut self, now: Instant) -> (Vec<Command>, Vec<(WorkerId, Hang)>) {
+    /// Does what is due: respawns, pings, replacements, time limits. Returns what is to be done, and
+    /// which workers hang.
+    pub(super) fn tick(&mut self, now: Instant) -> (Vec<Command>, Vec<(WorkerId, Hang)>) {
         let mut commands = self.respawn(now);
         commands.extend(self.recycle(now));
         let mut hangs = Vec::new();
@@ -555,14 +561,14 @@ impl Pool {
                 _ => continue,
             };
             hangs.extend(hang.map(|hang| (id, hang)));
-            // Again in a while, should the kernel still be busy with it.
+            // Again in a while, should the kernel still be busy with the process.
             worker.state = State::Dying { kill_at: now + ABORT_GRACE };
             commands.push(Command::Kill(id));
         }
     }
 
     /// When [`Self::tick`] has something to do, if ever.
-    pub fn next_tick(&self) -> Option<Instant> {
+    pub(super) fn next_tick(&self) -> Option<Instant> {
         let deaths = self.workers.values().filter_map(|worker| match worker.state {
             State::Starting { until } => Some(until),
             State::Retiring { deadline } => Some(deadline),

@@ -32,6 +32,10 @@ fn spawned(commands: &[Command]) -> Vec<WorkerId> {
         .collect()
 }
 
+fn held(held: Duration) -> Health {
+    Health { held, exhausted: false }
+}
+
 fn dispatch_all(pool: &mut Pool) -> Vec<(JobId, WorkerId)> {
     std::iter::from_fn(|| pool.next_dispatch()).collect()
 }
@@ -97,10 +101,10 @@ fn a_bounced_job_goes_first_again() {
 fn a_worker_whose_lua_is_held_gets_nothing_new() {
     let now = Instant::now();
     let (mut pool, workers) = serving(&settings(2, 8), now);
-    assert_eq!(pool.pong(workers[0], Duration::from_millis(251), false, now), None);
+    assert_eq!(pool.pong(workers[0], held(Duration::from_millis(251)), now), None);
     (1..=3).for_each(|job| pool.wait(A, JobId(job)));
     assert!(dispatch_all(&mut pool).iter().all(|&(_, worker)| worker == workers[1]));
-    pool.pong(workers[0], Duration::ZERO, false, now);
+    pool.pong(workers[0], held(Duration::ZERO), now);
     pool.wait(A, JobId(4));
     assert_eq!(dispatch_all(&mut pool), [(JobId(4), workers[0])]);
 }
@@ -111,14 +115,14 @@ fn replaced_at_once_if_it_had_served_else_with_backoff() {
     let (mut pool, workers) = serving(&settings(2, 8), now);
     pool.wait(A, JobId(1));
     let (_, served) = pool.next_dispatch().expect("a credit is free");
-    let death = pool.died(served, false, now).expect("known");
+    let death = pool.died(served, End::Died, now).expect("known");
     assert_eq!((death.jobs.as_slice(), death.unexpected), ([JobId(1)].as_slice(), true));
     assert_eq!(spawned(&pool.tick(now).0).len(), 1);
 
     let idle = *workers.iter().find(|&&worker| worker != served).expect("two workers");
-    pool.died(idle, false, now);
+    pool.died(idle, End::Died, now);
     assert!(spawned(&pool.tick(now).0).is_empty());
-    assert_eq!(spawned(&pool.tick(now + crate::workers::backoff::FIRST).0).len(), 1);
+    assert_eq!(spawned(&pool.tick(now + crate::backoff::FIRST).0).len(), 1);
 }
 
 #[test]
@@ -136,7 +140,7 @@ fn a_retired_generation_shuts_drains_and_is_killed_in_the_end() {
     let (commands, hangs) = pool.tick(now + drain);
     assert!(commands.contains(&Command::Kill(workers[0])));
     assert_eq!(hangs, [(workers[0], Hang::DrainOver)]);
-    let death = pool.died(workers[0], false, now).expect("known");
+    let death = pool.died(workers[0], End::Died, now).expect("known");
     assert!(!pool.is_empty(GenerationId(7)) || pool.is_empty(GENERATION));
     assert_eq!(death.jobs, [JobId(1)]);
     assert!(spawned(&pool.tick(now + drain * 2).0).is_empty(), "nobody replaces it");
@@ -173,8 +177,8 @@ fn hangs_are_counted_in_pings_and_in_held_time() {
     assert!(pool.tick(now + ABORT_GRACE).0.contains(&Command::Kill(workers[0])));
 
     let (mut pool, workers) = serving(&wanted, now);
-    let held = Duration::from_millis(1001);
-    assert_eq!(pool.pong(workers[0], held, false, now), Some(Hang::Held(held)));
+    let time = Duration::from_millis(1001);
+    assert_eq!(pool.pong(workers[0], held(time), now), Some(Hang::Held(time)));
 }
 
 #[test]
@@ -200,9 +204,10 @@ fn a_worn_worker_is_replaced_before_it_is_retired() {
     assert_eq!(replacement.len(), 1);
     assert!(spawned(&pool.tick(now).0).is_empty(), "one at a time");
     assert_eq!(pool.ready(replacement[0], now), [Command::Shut(workers[0])]);
-    pool.died(workers[0], false, now);
+    pool.died(workers[0], End::Died, now);
     assert!(spawned(&pool.tick(now).0).is_empty());
-    assert_eq!(pool.serving(), 1);
+    let serving = pool.workers.values().filter(|worker| worker.state == State::Ready);
+    assert_eq!(serving.count(), 1);
 }
 
 #[test]
@@ -224,8 +229,8 @@ fn a_death_before_ready_is_one_whatever_was_seen_first() {
     let workers = spawned(&pool.start(GENERATION, &settings(2, 8), now));
     pool.condemn(workers[0], now);
     assert_eq!(pool.starting(GENERATION), workers, "its zygote may be asked again");
-    assert!(!pool.died(workers[0], false, now).expect("known").was_ready);
+    assert!(!pool.died(workers[0], End::Died, now).expect("known").was_ready);
     pool.ready(workers[1], now);
     pool.condemn(workers[1], now);
-    assert!(pool.died(workers[1], false, now).expect("known").was_ready);
+    assert!(pool.died(workers[1], End::Died, now).expect("known").was_ready);
 }

@@ -1,38 +1,41 @@
-//! The workers' processes: forked by a zygote, watched, pinged, killed, reaped.
-//!
-//! # Failure
-//! A worker that ends, or that says anything which can't be understood, costs
-//! its clients a `Z` each, and is replaced.
+//! The workers' processes: asked for, watched, pinged, signalled, given up.
 
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::time::{Duration, Instant};
 
-use nix::sys::signal::{Signal, kill};
+use nix::sys::signal::Signal;
 use nix::sys::socket::{Shutdown, shutdown};
 use nix::sys::wait::WaitStatus;
 use nix::unistd::Pid;
 use qrelay_shared::ipc::channel::{Channel, RecvBuffer, RecvError};
-use qrelay_shared::ipc::message::{Control, FromControl, Report, ToControl, ToJobs, ToReports};
-use qrelay_shared::qmqp::Reply;
-use qrelay_shared::texts;
+use qrelay_shared::ipc::message::{
+    Control, FromControl, Report, ToControl, ToJobs, ToReports, mail_id,
+};
 use slog::{debug, error, warn};
 
-use crate::daemon::Daemon;
-use crate::event::Source;
-use crate::ids::{JobId, WorkerId};
-use crate::workers::pool::{Command, Hang};
+use crate::event::{Event, Events, NewWorker, Recorder};
+use crate::ids::{GenerationId, JobId, WorkerId};
+use crate::system::describe;
+use crate::watch::Source;
+use crate::workers::Workers;
+use crate::workers::pool::{Death, End, Hang, Health};
+
+/// How long a worker that closed a channel may take to end.
+const CLOSED_GRACE: Duration = Duration::from_millis(500);
+/// Longest time limit of an action that a drain waits for.
+const LONGEST_LIMIT: Duration = Duration::from_secs(3600);
 
 /// The supervisor's side of a worker.
 #[derive(Debug)]
-pub struct Worker {
-    /// As soon as its zygote has told it.
-    pub pid: Option<Pid>,
+pub(super) struct Process {
+    /// The process id, as soon as the zygote has told it.
+    pub(super) pid: Option<Pid>,
     /// Jobs go out, reports come in.
-    pub jobs: Channel<ToJobs, ToReports>,
+    pub(super) jobs: Channel<ToJobs, ToReports>,
     /// Orders go out, pongs come in.
-    pub control: Channel<ToControl, FromControl>,
-    /// The child programs it runs, each leader of its process group.
-    pub children: Vec<(JobId, Pid)>,
+    pub(super) control: Channel<ToControl, FromControl>,
+    /// The programs that the worker runs; each leads its process group.
+    pub(super) children: Vec<(JobId, Pid)>,
 }
 
 /// Why a worker is no longer listened to.
@@ -41,107 +44,183 @@ enum Fault {
     Malformed(String),
 }
 
-impl Daemon {
-    /// Carries out what the pool has decided.
-    pub(crate) fn command(&mut self, commands: Vec<Command>, now: Instant) {
-        for command in commands {
-            match command {
-                Command::Spawn(generation, worker) => self.fork_worker(generation, worker, now),
-                Command::Shut(worker) => self.shut_jobs(worker),
-                Command::Ping(worker, sequence) => self.ping(worker, sequence),
-                Command::Abort(worker) => self.signal_worker(worker, Signal::SIGABRT),
-                Command::Kill(worker) => self.signal_worker(worker, Signal::SIGKILL),
+impl Workers {
+    /// Makes the channels to a new worker, and has the generation's zygote fork it.
+    pub(super) fn spawn(
+        &mut self,
+        generation: GenerationId,
+        worker: WorkerId,
+        now: Instant,
+        events: &mut Events,
+    ) {
+        match self.connect(worker) {
+            Ok((jobs, control)) => {
+                let new = NewWorker { generation, worker, jobs, control };
+                events.push_back(Event::WorkerMissing(Box::new(new)));
+            }
+            Err(error) => {
+                debug!(self.log, "cannot ask for a worker: {error}"; "worker" => worker);
+                self.not_forked(worker, now, events);
             }
         }
     }
 
-    fn shut_jobs(&self, worker: WorkerId) {
-        if let Some(link) = self.workers.get(&worker) {
-            // A worker that is dead already needs no order to finish.
-            let _ = shutdown(link.jobs.as_fd().as_raw_fd(), Shutdown::Write);
+    fn connect(&mut self, worker: WorkerId) -> Result<(OwnedFd, OwnedFd), String> {
+        let (jobs, their_jobs) = Channel::pair().map_err(|error| format!("socketpair: {error}"))?;
+        let (control, their_control) =
+            Channel::pair().map_err(|error| format!("socketpair: {error}"))?;
+        self.watcher
+            .add(&jobs, Source::Jobs(worker))
+            .and_then(|()| self.watcher.add(&control, Source::Control(worker)))
+            .map_err(|error| format!("epoll_ctl: {error}"))?;
+        self.processes.insert(worker, Process { pid: None, jobs, control, children: Vec::new() });
+        Ok((their_jobs.into(), their_control.into()))
+    }
+
+    /// Learns the process id of a worker, which may have ended meanwhile.
+    pub(crate) fn forked(&mut self, worker: WorkerId, pid: Pid, now: Instant, events: &mut Events) {
+        let ended = self.strangers.remove(&pid);
+        if let Some(process) = self.processes.get_mut(&worker) {
+            debug!(self.log, "worker forked"; "worker" => worker, "pid" => pid.as_raw());
+            process.pid = Some(pid);
+        }
+        if let Some(status) = ended {
+            self.ended(worker, Some(status), now, events);
         }
     }
 
-    fn ping(&self, worker: WorkerId, sequence: u64) {
-        let Some(link) = self.workers.get(&worker) else { return };
-        if link.control.try_send(&Control::Ping { sequence }, &[]).is_err() {
-            // It has stopped reading: the unanswered pings will be counted.
+    /// Gives up a worker that has no process, or none that is known.
+    pub(crate) fn not_forked(&mut self, worker: WorkerId, now: Instant, events: &mut Events) {
+        self.ended(worker, None, now, events);
+    }
+
+    /// Has a worker finish its jobs and end.
+    pub(super) fn shut_jobs(&self, worker: WorkerId) {
+        if let Some(process) = self.processes.get(&worker) {
+            // A worker that is dead already needs no order to finish.
+            let _ = shutdown(process.jobs.as_fd().as_raw_fd(), Shutdown::Write);
+        }
+    }
+
+    /// Asks a worker how long its Lua has been held.
+    pub(super) fn ping(&self, worker: WorkerId, sequence: u64) {
+        let Some(process) = self.processes.get(&worker) else { return };
+        if process.control.try_send(&Control::Ping { sequence }, &[]).is_err() {
+            // The worker has stopped reading: the unanswered pings will be counted.
             debug!(self.log, "a ping could not be sent"; "worker" => worker);
         }
     }
 
-    /// Only a child that hasn't been reaped is signalled, so no other process can be hit.
-    pub(crate) fn signal_worker(&mut self, worker: WorkerId, signal: Signal) {
-        if let Some(pid) = self.workers.get(&worker).and_then(|link| link.pid) {
-            let _ = kill(pid, signal);
-        } else {
-            // Its pid isn't known: without its sockets it ends by itself.
-            self.worker_ended(worker, None, Instant::now());
+    pub(super) fn abort(&mut self, worker: WorkerId, now: Instant, events: &mut Events) {
+        self.signal(worker, Signal::SIGABRT, now, events);
+    }
+
+    pub(super) fn kill(&mut self, worker: WorkerId, now: Instant, events: &mut Events) {
+        self.signal(worker, Signal::SIGKILL, now, events);
+    }
+
+    /// Signals a worker. Only a child that hasn't been reaped is signalled, so no other process can
+    /// be hit.
+    fn signal(&mut self, worker: WorkerId, signal: Signal, now: Instant, events: &mut Events) {
+        match self.processes.get(&worker).and_then(|process| process.pid) {
+            Some(pid) => self.system.signal(pid, signal),
+            // Without its sockets the worker ends by itself.
+            None => self.not_forked(worker, now, events),
         }
     }
 
-    pub(crate) fn kill_all_workers(&mut self) {
-        let workers: Vec<_> = self.workers.keys().copied().collect();
-        for worker in workers {
-            self.signal_worker(worker, Signal::SIGKILL);
-        }
+    /// Returns the worker whose process this is.
+    pub(super) fn worker_of(&self, pid: Pid) -> Option<WorkerId> {
+        self.processes.iter().find(|(_, process)| process.pid == Some(pid)).map(|(&id, _)| id)
     }
 
-    /// The worker whose process this is.
-    pub(crate) fn worker_of(&self, pid: Pid) -> Option<WorkerId> {
-        self.workers.iter().find(|(_, link)| link.pid == Some(pid)).map(|(&id, _)| id)
+    /// Forgets a process and closes the channels to it.
+    pub(super) fn forget_process(&mut self, worker: WorkerId) -> Option<Process> {
+        let process = self.processes.remove(&worker)?;
+        self.watcher.remove(&process.jobs);
+        self.watcher.remove(&process.control);
+        Some(process)
     }
 
-    /// A zygote has told the pid of a worker that may have ended meanwhile.
-    pub(crate) fn worker_forked(&mut self, worker: WorkerId, pid: Pid, now: Instant) {
-        if let Some(link) = self.workers.get_mut(&worker) {
-            link.pid = Some(pid);
-            debug!(self.log, "worker forked"; "worker" => worker, "pid" => pid.as_raw());
-        }
-        if let Some(status) = self.strangers.remove(&pid) {
-            self.worker_ended(worker, Some(status), now);
-        }
-    }
-
-    /// Pongs have come.
-    pub(crate) fn on_pong(&mut self, worker: WorkerId) {
+    /// Reads a worker's pongs.
+    pub(crate) fn on_pong(&mut self, worker: WorkerId, now: Instant, events: &mut Events) {
         let Some(mut buffer) = self.buffer.take() else { return };
-        let fault = self.read_pongs(worker, &mut buffer);
+        let fault = self.read_pongs(worker, &mut buffer, now, events);
         self.buffer = Some(buffer);
         if let Some(fault) = fault {
-            self.distrust(worker, &fault);
+            self.distrust(worker, &fault, now);
         }
     }
 
-    fn read_pongs(&mut self, worker: WorkerId, buffer: &mut RecvBuffer) -> Option<Fault> {
-        let now = Instant::now();
+    fn read_pongs(
+        &mut self,
+        worker: WorkerId,
+        buffer: &mut RecvBuffer,
+        now: Instant,
+        events: &mut Events,
+    ) -> Option<Fault> {
         loop {
-            let pong = match self.workers.get(&worker)?.control.try_recv(buffer) {
+            let pong = match self.processes.get(&worker)?.control.try_recv(buffer) {
                 Ok(received) => received.message,
                 Err(error) => return fault(error),
             };
             let held = Duration::from_millis(pong.held);
-            if let Some(hang) = self.pool.pong(worker, held, pong.exhausted, now) {
+            let health = Health { held, exhausted: pong.exhausted };
+            if let Some(hang) = self.pool.pong(worker, health, now) {
                 self.log_hang(worker, hang, Some(pong.job));
-                self.signal_worker(worker, Signal::SIGABRT);
+                self.abort(worker, now, events);
             }
         }
     }
 
-    /// Reports have come.
-    pub(crate) fn on_reports(&mut self, worker: WorkerId) {
-        let Some(mut buffer) = self.buffer.take() else { return };
-        let fault = self.read_reports(worker, &mut buffer);
-        self.buffer = Some(buffer);
-        self.rearm();
-        if let Some(fault) = fault {
-            self.distrust(worker, &fault);
+    /// Reads a worker's reports. The records of finished mails go to `record`.
+    pub(crate) fn on_reports(
+        &mut self,
+        worker: WorkerId,
+        now: Instant,
+        record: &mut Recorder<'_>,
+        events: &mut Events,
+    ) {
+        if let Some(fault) = self.take_reports(worker, now, record, events) {
+            self.distrust(worker, &fault, now);
         }
     }
 
-    fn read_reports(&mut self, worker: WorkerId, buffer: &mut RecvBuffer) -> Option<Fault> {
+    /// Reads what a worker managed to report before it died.
+    pub(super) fn take_last_reports(
+        &mut self,
+        worker: WorkerId,
+        now: Instant,
+        record: &mut Recorder<'_>,
+        events: &mut Events,
+    ) {
+        // The worker has ended, so its last words can't be worse than that.
+        let _ = self.take_reports(worker, now, record, events);
+    }
+
+    fn take_reports(
+        &mut self,
+        worker: WorkerId,
+        now: Instant,
+        record: &mut Recorder<'_>,
+        events: &mut Events,
+    ) -> Option<Fault> {
+        let mut buffer = self.buffer.take()?;
+        let fault = self.read_reports(worker, &mut buffer, now, record, events);
+        self.buffer = Some(buffer);
+        fault
+    }
+
+    fn read_reports(
+        &mut self,
+        worker: WorkerId,
+        buffer: &mut RecvBuffer,
+        now: Instant,
+        record: &mut Recorder<'_>,
+        events: &mut Events,
+    ) -> Option<Fault> {
         loop {
-            let mut reports = match self.workers.get(&worker)?.jobs.try_recv_batch(buffer) {
+            let mut reports = match self.processes.get(&worker)?.jobs.try_recv_batch(buffer) {
                 Ok(reports) => reports,
                 Err(error) => return fault(error),
             };
@@ -152,132 +231,129 @@ impl Daemon {
                 };
                 if matches!(report, Report::Dictionary) {
                     match reports.fds.take() {
-                        Some(fd) => self.dictionaries.add_line(fd, &self.watcher),
-                        // We had no descriptor for it: its other end sees it closed, and the
-                        // script is told.
+                        Some(fd) => events.push_back(Event::DictionaryOpened(fd)),
+                        // This process had no descriptor for the channel: the worker sees the
+                        // channel closed, and tells the script.
                         None if reports.descriptor_lost => {}
                         None => return Some(Fault::Malformed("a channel is missing".into())),
                     }
-                } else if let Some(complaint) = self.on_report(worker, report) {
+                } else if let Err(complaint) = self.on_report(worker, report, now, record, events) {
                     return Some(Fault::Malformed(complaint));
                 }
             }
         }
     }
 
-    /// Acts on one report; a complaint means that the worker broke the protocol.
-    fn on_report(&mut self, worker: WorkerId, report: Report<'_>) -> Option<String> {
+    /// Acts on one report.
+    ///
+    /// # Errors
+    /// The worker broke the protocol; the text says how.
+    fn on_report(
+        &mut self,
+        worker: WorkerId,
+        report: Report<'_>,
+        now: Instant,
+        record: &mut Recorder<'_>,
+        events: &mut Events,
+    ) -> Result<(), String> {
         match report {
-            // Comes with a channel, and goes to the dictionaries.
+            // Comes with a channel, and was passed on with it.
             Report::Dictionary => {}
-            Report::Ready => self.worker_ready(worker, Instant::now()),
-            Report::Done { job, record } => {
+            Report::Ready => self.on_ready(worker, now, events),
+            Report::Done { job, record: mail } => {
                 if !self.pool.done(job, worker) {
-                    return Some(format!("it reported job {job}, which it doesn't have"));
+                    return Err(format!("it reported job {job}, which it doesn't have"));
                 }
-                if let Some(record) = record {
-                    self.log_mail(worker, job, &record);
+                if let Some(mail) = mail {
+                    record(worker, job, &mail);
                 }
-                self.connections.close(job, &self.watcher);
+                events.push_back(Event::Done(job));
             }
             Report::Lost { job } => {
                 if !self.pool.done(job, worker) {
-                    return Some(format!("it lost job {job}, which it doesn't have"));
+                    return Err(format!("it lost job {job}, which it doesn't have"));
                 }
                 warn!(self.log, "worker out of descriptors"; "worker" => worker);
-                self.connections.answer(job, &Reply::temporary(texts::TRY_AGAIN), &self.watcher);
+                events.push_back(Event::SocketLost(job));
             }
             Report::Child { job, pid } => {
                 if pid <= 1 || !self.pool.has(job, worker) {
-                    return Some(format!("it reported child {pid} of job {job}"));
+                    return Err(format!("it reported child {pid} of job {job}"));
                 }
-                if let Some(link) = self.workers.get_mut(&worker) {
-                    link.children.push((job, Pid::from_raw(pid)));
+                if let Some(process) = self.processes.get_mut(&worker) {
+                    process.children.push((job, Pid::from_raw(pid)));
                 }
             }
             Report::ChildGone { job } => {
-                if let Some(link) = self.workers.get_mut(&worker) {
-                    link.children.retain(|&(other, _)| other != job);
+                if let Some(process) = self.processes.get_mut(&worker) {
+                    process.children.retain(|&(other, _)| other != job);
                 }
             }
             Report::Timeout { job, milliseconds } => {
                 if !self.pool.has(job, worker) {
-                    return Some(format!("it reported a timeout of job {job}"));
+                    return Err(format!("it reported a timeout of job {job}"));
                 }
-                let limit = Duration::from_millis(milliseconds).min(Duration::from_secs(3600));
-                let until = Instant::now() + limit;
+                let until = now + Duration::from_millis(milliseconds).min(LONGEST_LIMIT);
                 self.pool.explicit_timeout(worker, until);
-                self.extend_stop(until);
+                events.push_back(Event::TimeLimitSet(until));
             }
         }
-        None
+        Ok(())
     }
 
-    fn worker_ready(&mut self, worker: WorkerId, now: Instant) {
+    fn on_ready(&mut self, worker: WorkerId, now: Instant, events: &mut Events) {
         let Some(generation) = self.pool.generation_of(worker) else { return };
         debug!(self.log, "worker ready"; "worker" => worker, "generation" => generation);
         let commands = self.pool.ready(worker, now);
-        self.command(commands, now);
-        let commands = self.generations.worker_ready(generation, now);
-        self.roll_out(commands, now);
+        self.carry_out(commands, now, events);
+        events.push_back(Event::WorkerReady(generation));
     }
 
-    /// The worker has closed a channel or sent nonsense: it is killed, if it isn't ending anyway.
-    fn distrust(&mut self, worker: WorkerId, fault: &Fault) {
-        let Some(link) = self.workers.get(&worker) else { return };
-        self.watcher.remove(&link.jobs);
-        self.watcher.remove(&link.control);
+    /// Has a worker killed that has closed a channel or sent nonsense, unless it is ending anyway.
+    fn distrust(&mut self, worker: WorkerId, fault: &Fault, now: Instant) {
+        let Some(process) = self.processes.get(&worker) else { return };
+        self.watcher.remove(&process.jobs);
+        self.watcher.remove(&process.control);
         match fault {
             Fault::Closed if self.pool.is_retiring(worker) => {}
-            Fault::Closed => self.pool.condemn(worker, Instant::now() + Duration::from_millis(500)),
+            Fault::Closed => self.pool.condemn(worker, now + CLOSED_GRACE),
             Fault::Malformed(complaint) => {
                 error!(self.log, "worker killed: {complaint}"; "worker" => worker);
-                self.pool.condemn(worker, Instant::now());
+                self.pool.condemn(worker, now);
             }
         }
     }
 
-    /// What the worker managed to report before it died counts.
-    pub(crate) fn take_last_reports(&mut self, worker: WorkerId) {
-        let Some(mut buffer) = self.buffer.take() else { return };
-        let _ = self.read_reports(worker, &mut buffer);
-        self.buffer = Some(buffer);
-    }
-
-    /// The process is gone: its programs are ended, its clients answered, and it is replaced.
-    pub(crate) fn worker_ended(
+    /// Settles what a worker leaves behind whose process is gone (`status`) or never came: its
+    /// programs are told to end, its clients are answered, and it is replaced.
+    pub(super) fn ended(
         &mut self,
         worker: WorkerId,
         status: Option<WaitStatus>,
         now: Instant,
+        events: &mut Events,
     ) {
-        let link = self.workers.remove(&worker);
-        let Some(death) = self.pool.died(worker, status.is_none(), now) else { return };
-        let mut busy = Vec::new();
-        if let Some(link) = link {
-            self.watcher.remove(&link.jobs);
-            self.watcher.remove(&link.control);
-            self.log_death(worker, link.pid, status, &death);
-            busy = self.orphans.adopt(&link.children, now);
+        let process = self.forget_process(worker);
+        let end = if status.is_some() { End::Died } else { End::NotForked };
+        let Some(death) = self.pool.died(worker, end, now) else { return };
+        if let Some(process) = process {
+            self.log_death(worker, process.pid, status, &death);
+            self.orphans.adopt(&process.children, now);
         }
         if !death.jobs.is_empty() {
-            busy.extend(self.orphans.adopt_unreported(&death.jobs, now));
+            self.orphans.adopt_unreported(&death.jobs, now);
         }
         for &job in &death.jobs {
-            let reply = Reply::temporary(texts::TRY_AGAIN);
-            // Whose program still runs is answered when it has ended.
-            let client = self.connections.get(job).map(|c| (c.peer, c.accepted));
-            let runs = busy.contains(&job) || self.orphans.concerns(job);
-            let told = runs || self.connections.answer(job, &reply, &self.watcher);
-            if let Some((peer, accepted)) = client {
-                self.log_lost(worker, job, peer, accepted, told);
-            }
+            // A client whose program still runs is answered when the program has ended.
+            events.push_back(match self.orphans.concerns(job) {
+                true => Event::ProgramRuns { job, worker },
+                false => Event::Orphaned { job, worker },
+            });
         }
         if !death.was_ready {
-            let commands = self.generations.worker_died(death.generation, now);
-            self.roll_out(commands, now);
+            events.push_back(Event::WorkerFailed(death.generation));
         }
-        self.retire_finished(now);
+        events.push_back(Event::WorkerEnded(death.generation));
     }
 
     fn log_death(
@@ -285,7 +361,7 @@ impl Daemon {
         worker: WorkerId,
         pid: Option<Pid>,
         status: Option<WaitStatus>,
-        death: &crate::workers::pool::Death,
+        death: &Death,
     ) {
         let pid = pid.map_or(0, Pid::as_raw);
         let cause = status.map_or_else(|| "not forked".to_owned(), describe);
@@ -298,19 +374,11 @@ impl Daemon {
         }
     }
 
-    /// Does what the pool finds due.
-    pub(crate) fn workers_due(&mut self, now: Instant) {
-        let (commands, hangs) = self.pool.tick(now);
-        for (worker, hang) in hangs {
-            self.log_hang(worker, hang, None);
-        }
-        self.command(commands, now);
-    }
-
-    fn log_hang(&self, worker: WorkerId, hang: Hang, job: Option<JobId>) {
+    /// Logs why a worker is ended; `job` is the mail that held Lua, if that is known.
+    pub(super) fn log_hang(&self, worker: WorkerId, hang: Hang, job: Option<JobId>) {
         let mail = job
             .filter(|&job| job != JobId::default())
-            .map(|job| self.mail_id(job))
+            .map(|job| mail_id(&self.instance, job))
             .unwrap_or_default();
         match hang {
             Hang::Held(held) => error!(self.log, "worker hangs in Lua: killing it";
@@ -323,13 +391,6 @@ impl Daemon {
                 "worker" => worker, "in_flight" => self.pool.jobs_of(worker)),
         }
     }
-
-    /// Starts to watch a worker's channels.
-    pub(crate) fn watch_worker(&mut self, worker: WorkerId) -> nix::Result<()> {
-        let Some(link) = self.workers.get(&worker) else { return Ok(()) };
-        self.watcher.add(&link.jobs, Source::Jobs(worker))?;
-        self.watcher.add(&link.control, Source::Control(worker))
-    }
 }
 
 fn fault(error: RecvError) -> Option<Fault> {
@@ -337,16 +398,5 @@ fn fault(error: RecvError) -> Option<Fault> {
         RecvError::Empty => None,
         RecvError::Closed => Some(Fault::Closed),
         other => Some(Fault::Malformed(other.to_string())),
-    }
-}
-
-/// A wait status in words.
-pub(crate) fn describe(status: WaitStatus) -> String {
-    match status {
-        WaitStatus::Exited(_, code) => format!("exit status {code}"),
-        WaitStatus::Signaled(_, signal, core) => {
-            format!("{signal}{}", if core { " (core dumped)" } else { "" })
-        }
-        other => format!("{other:?}"),
     }
 }

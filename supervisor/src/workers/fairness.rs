@@ -1,34 +1,14 @@
 //! Whose connection goes next. Pure.
 //!
-//! A client is a uid or an IP address. Connections that are ready to be served
-//! wait here, per client in the order of their arrival; when a credit is free,
-//! the waiting client with the fewest jobs goes first, and among equals the one
-//! that was served longest ago. A client never holds more jobs than its cap, so
-//! one site's flood leaves credits for the others.
+//! Connections that are ready to be served wait here, per client in the order of their arrival.
+//! When a credit is free, the waiting client with the fewest jobs goes first, and among equals the
+//! client that was served longest ago. A client never holds more jobs than its cap, so one site's
+//! flood leaves credits for the others.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::net::IpAddr;
 
+use crate::client::Client;
 use crate::ids::JobId;
-use qrelay_shared::ipc::message::Peer;
-
-/// Whom credits are counted for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum Client {
-    /// All processes of a user.
-    Uid(u32),
-    /// An address.
-    Ip(IpAddr),
-}
-
-impl From<Peer> for Client {
-    fn from(peer: Peer) -> Self {
-        match peer {
-            Peer::Local { uid, .. } => Self::Uid(uid),
-            Peer::Remote(address) => Self::Ip(address),
-        }
-    }
-}
 
 #[derive(Debug, Default)]
 struct Account {
@@ -38,19 +18,19 @@ struct Account {
     turn: u64,
 }
 
-/// A client's place in the order: its jobs, its turn, itself.
+/// What the order sorts by: the client's jobs, its turn, the client.
 type Place = (usize, u64, Client);
 
 impl Account {
-    /// Only who waits has one.
+    /// Returns the client's place in the order; `None` if the client has no waiting connection.
     fn place(&self, client: Client) -> Option<Place> {
         (!self.waiting.is_empty()).then_some((self.jobs, self.turn, client))
     }
 }
 
-/// The waiting connections and everybody's share of the credits.
+/// The waiting connections, and how many jobs each client holds.
 #[derive(Debug, Default)]
-pub struct Fairness {
+pub(crate) struct Fairness {
     accounts: BTreeMap<Client, Account>,
     /// The clients with waiting connections, next one first.
     order: BTreeSet<Place>,
@@ -59,21 +39,21 @@ pub struct Fairness {
 }
 
 impl Fairness {
-    /// A connection of `client` is ready and waits for a credit.
-    pub fn wait(&mut self, client: Client, job: JobId) {
+    /// Appends a connection to those of its client.
+    pub(crate) fn wait(&mut self, client: Client, job: JobId) {
         self.change(client, |account| account.waiting.push_back(job));
         self.waiting += 1;
     }
 
-    /// As [`Self::wait`], before all others of this client: it could not be dispatched.
-    pub fn wait_first(&mut self, client: Client, job: JobId) {
+    /// Puts a connection that could not be dispatched before its client's others.
+    pub(crate) fn wait_first(&mut self, client: Client, job: JobId) {
         self.change(client, |account| account.waiting.push_front(job));
         self.waiting += 1;
     }
 
-    /// Takes the connection that goes next, unless all who wait hold `cap` jobs.
-    /// It counts as a job until [`Self::finished`].
-    pub fn next(&mut self, cap: usize) -> Option<(Client, JobId)> {
+    /// Takes the connection that goes next; `None` if every waiting client holds `cap` jobs. The
+    /// connection counts as a job until [`Self::finished`].
+    pub(crate) fn next(&mut self, cap: usize) -> Option<(Client, JobId)> {
         let &(jobs, _, client) = self.order.first()?;
         if jobs >= cap.max(1) {
             return None;
@@ -91,17 +71,17 @@ impl Fairness {
     }
 
     /// Counts a job that was dispatched without having waited.
-    pub fn started(&mut self, client: Client) {
+    pub(crate) fn started(&mut self, client: Client) {
         self.change(client, |account| account.jobs += 1);
     }
 
-    /// A job of `client` is done.
-    pub fn finished(&mut self, client: Client) {
+    /// Counts a job of `client` as over.
+    pub(crate) fn finished(&mut self, client: Client) {
         self.change(client, |account| account.jobs = account.jobs.saturating_sub(1));
     }
 
-    /// Takes a waiting connection out, if it is there.
-    pub fn forget(&mut self, client: Client, job: JobId) {
+    /// Removes a waiting connection, if there is such a one.
+    pub(crate) fn forget(&mut self, client: Client, job: JobId) {
         let mut found = 0;
         self.change(client, |account| {
             let before = account.waiting.len();
@@ -111,12 +91,12 @@ impl Fairness {
         self.waiting -= found;
     }
 
-    /// How many connections wait.
-    pub fn waiting(&self) -> usize {
+    /// Returns how many connections wait.
+    pub(crate) fn waiting(&self) -> usize {
         self.waiting
     }
 
-    /// Changes an account and keeps its place in the order right.
+    /// Changes an account and moves it to its new place in the order.
     fn change(&mut self, client: Client, change: impl FnOnce(&mut Account)) {
         let account = self.accounts.entry(client).or_default();
         let before = account.place(client);

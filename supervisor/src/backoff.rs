@@ -3,26 +3,26 @@
 use std::time::Duration;
 
 /// First wait after a failure.
-pub const FIRST: Duration = Duration::from_millis(100);
+pub(crate) const FIRST: Duration = Duration::from_millis(100);
 /// Longest wait.
-pub const LONGEST: Duration = Duration::from_secs(30);
+const LONGEST: Duration = Duration::from_secs(30);
 
 /// Waits that double with every failure and start over after a success.
 #[derive(Debug, Clone, Default)]
-pub struct Backoff {
+pub(crate) struct Backoff {
     failures: u32,
 }
 
 impl Backoff {
-    /// How long to wait after one more failure.
-    pub fn failed(&mut self) -> Duration {
+    /// Counts a failure, and returns how long to wait after it.
+    pub(crate) fn failed(&mut self) -> Duration {
         let wait = FIRST.saturating_mul(1 << self.failures.min(16)).min(LONGEST);
         self.failures = self.failures.saturating_add(1);
         wait
     }
 
-    /// It worked.
-    pub fn succeeded(&mut self) {
+    /// Starts over with the first wait.
+    pub(crate) fn succeeded(&mut self) {
         self.failures = 0;
     }
 }

@@ -1,0 +1,284 @@
+//! The zygotes: what they report, what they are asked for, and their ends.
+//!
+//! A zygote is this same binary, executed anew. It runs the script of one generation and forks the
+//! workers, and a standby of itself, which takes its place should it die. Both are children of the
+//! supervisor.
+//!
+//! # Failure
+//! A zygote that breaks the protocol is killed. Its standby takes over; without one, the
+//! configuration is loaded anew, and the living workers serve on meanwhile.
+
+use std::os::fd::AsFd;
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::Signal;
+use nix::sys::wait::WaitStatus;
+use nix::unistd::Pid;
+use qrelay_shared::exit::Exit;
+use qrelay_shared::ipc::channel::RecvError;
+use qrelay_shared::ipc::message::{ZygoteOrder, ZygoteReport};
+use slog::{debug, error, warn};
+
+use crate::event::{Event, Events, NewWorker};
+use crate::generations::Rollout;
+use crate::ids::{GenerationId, ZygoteId};
+use crate::system::{ZygoteChannel, ZygotePids, describe};
+use crate::watch::Source;
+
+/// How long until a standby that died is forked again.
+const STANDBY_RETRY: Duration = Duration::from_secs(1);
+
+/// A process that can fork workers of one generation.
+#[derive(Debug)]
+pub(super) struct Zygote {
+    /// The generation whose configuration the process holds.
+    pub(super) generation: GenerationId,
+    /// The process id. A standby's isn't known at once, and one that was reaped has none.
+    pub(super) pid: Option<Pid>,
+    /// Orders go out, reports come in.
+    pub(super) channel: ZygoteChannel,
+}
+
+impl Rollout {
+    /// Returns the processes that are zygotes or standbys.
+    pub(crate) fn zygote_pids(&self) -> ZygotePids {
+        let known: Vec<Pid> = self.zygotes.values().filter_map(|zygote| zygote.pid).collect();
+        ZygotePids { unknown: self.zygotes.len() - known.len(), known }
+    }
+
+    /// Adds a zygote and watches its channel.
+    pub(super) fn add_zygote(&mut self, zygote: Zygote) -> ZygoteId {
+        let id = self.last_zygote.advance();
+        if let Err(error) = self.watcher.add(&zygote.channel, Source::Zygote(id)) {
+            error!(self.log, "epoll_ctl: {error}");
+        }
+        self.zygotes.insert(id, zygote);
+        id
+    }
+
+    /// Reads a zygote's reports.
+    pub(crate) fn on_zygote(&mut self, id: ZygoteId, now: Instant, events: &mut Events) {
+        let Some(mut buffer) = self.buffer.take() else { return };
+        let mut fault = None;
+        while let Some(zygote) = self.zygotes.get(&id) {
+            let generation = zygote.generation;
+            match zygote.channel.try_recv(&mut buffer) {
+                Ok(mut received) => match received.fds.take() {
+                    Some(fd) => events.push_back(Event::DictionaryOpened(fd)),
+                    None => self.on_report(generation, received.message, now, events),
+                },
+                Err(RecvError::Empty) => break,
+                // This process had no descriptor for a channel to the dictionaries: the zygote
+                // tells the script.
+                Err(RecvError::DescriptorLost) => {}
+                Err(error) => {
+                    fault = Some(error);
+                    break;
+                }
+            }
+        }
+        self.buffer = Some(buffer);
+        if let Some(error) = fault {
+            self.distrust(id, &error.to_string(), now, events);
+        }
+    }
+
+    /// Kills a zygote that doesn't speak any more: its exit status, when it is reaped, tells more
+    /// than the end of its channel.
+    fn distrust(&mut self, id: ZygoteId, cause: &str, now: Instant, events: &mut Events) {
+        match self.zygotes.get(&id).map(|zygote| (zygote.pid, &zygote.channel)) {
+            Some((Some(pid), channel)) => {
+                self.watcher.remove(channel);
+                // A child that isn't reaped, so the number can't be another process'.
+                self.system.signal(pid, Signal::SIGKILL);
+            }
+            _ => self.lose_zygote(id, cause, now, events),
+        }
+    }
+
+    fn on_report(
+        &mut self,
+        generation: GenerationId,
+        report: ZygoteReport,
+        now: Instant,
+        events: &mut Events,
+    ) {
+        match report {
+            ZygoteReport::Declared(declaration) => {
+                if let Some(entry) = self.loaded.get_mut(&generation) {
+                    entry.declaration = *declaration;
+                }
+                self.fork_standby(generation, now);
+                let commands = self.reload.declared(generation);
+                self.carry_out(commands, now, events);
+            }
+            ZygoteReport::Dictionary => {
+                warn!(self.log, "out of descriptors for a shared dictionary");
+            }
+            ZygoteReport::Failed { message } => {
+                self.fail(generation, (Exit::Config, message), now, events);
+            }
+            ZygoteReport::Forked { worker, pid } => {
+                events.push_back(Event::WorkerForked { worker, pid: Pid::from_raw(pid) });
+            }
+            ZygoteReport::ForkFailed { worker, message } => {
+                warn!(self.log, "cannot fork a worker: {message}"; "worker" => worker);
+                events.push_back(Event::WorkerNotForked(worker));
+            }
+            ZygoteReport::StandbyForked { pid } => {
+                if let Some(zygote) = self.loaded.get(&generation).and_then(|g| g.standby) {
+                    let pid = Pid::from_raw(pid);
+                    events.push_back(Event::StandbyForked { zygote, pid });
+                }
+            }
+            ZygoteReport::StandbyFailed { message } => {
+                warn!(self.log, "cannot fork a standby: {message}"; "generation" => generation);
+                if let Some(standby) = self.loaded.get(&generation).and_then(|g| g.standby) {
+                    self.lose_zygote(standby, "not forked", now, events);
+                }
+            }
+        }
+    }
+
+    /// Asks the generation's zygote for a process that can take its place.
+    pub(super) fn fork_standby(&mut self, generation: GenerationId, now: Instant) {
+        let Some(entry) = self.loaded.get_mut(&generation) else { return };
+        entry.standby_due = None;
+        let Some(zygote) = entry.zygote.and_then(|id| self.zygotes.get(&id)) else { return };
+        let sent =
+            ZygoteChannel::pair().map_err(|error| error.to_string()).and_then(|(ours, theirs)| {
+                zygote
+                    .channel
+                    .try_send(&ZygoteOrder::Standby, &[theirs.as_fd()])
+                    .map_err(|error| error.to_string())?;
+                Ok(ours)
+            });
+        match sent {
+            Ok(channel) => {
+                let id = self.add_zygote(Zygote { generation, pid: None, channel });
+                if let Some(entry) = self.loaded.get_mut(&generation) {
+                    entry.standby = Some(id);
+                }
+            }
+            Err(error) => {
+                warn!(self.log, "cannot ask for a standby: {error}"; "generation" => generation);
+                entry.standby_due = Some(now + STANDBY_RETRY);
+            }
+        }
+    }
+
+    /// Learns the process id of a standby that had not ended when its id became known.
+    pub(crate) fn standby_runs(&mut self, id: ZygoteId, pid: Pid) {
+        if let Some(standby) = self.zygotes.get_mut(&id) {
+            standby.pid = Some(pid);
+        }
+    }
+
+    /// Gives up a standby that had ended before its process id was known.
+    pub(crate) fn standby_ended(&mut self, id: ZygoteId, now: Instant, events: &mut Events) {
+        self.lose_zygote(id, "it ended at once", now, events);
+    }
+
+    /// Sends a new worker's sockets to the generation's zygote.
+    pub(crate) fn fork_worker(&mut self, new: &NewWorker, events: &mut Events) {
+        if let Err(error) = self.try_fork_worker(new) {
+            debug!(self.log, "cannot ask for a worker: {error}"; "worker" => new.worker);
+            events.push_back(Event::WorkerNotForked(new.worker));
+        }
+    }
+
+    fn try_fork_worker(&self, new: &NewWorker) -> Result<(), String> {
+        let entry = self.loaded.get(&new.generation);
+        let zygote = entry.and_then(|entry| entry.zygote).and_then(|id| self.zygotes.get(&id));
+        let order = ZygoteOrder::Fork { worker: new.worker };
+        zygote
+            .ok_or("no zygote")?
+            .channel
+            .try_send(&order, &[new.jobs.as_fd(), new.control.as_fd()])
+            .map_err(|error| error.to_string())
+    }
+
+    /// Reaps the zygotes that have ended.
+    pub(crate) fn reap(&mut self, now: Instant, events: &mut Events) {
+        for id in self.zygotes.keys().copied().collect::<Vec<_>>() {
+            // The end of another one may have changed this one.
+            let pid = self.zygotes.get(&id).and_then(|zygote| zygote.pid);
+            if let Some(pid) = pid.and_then(|pid| self.system.ended(Some(pid))) {
+                // The last words come first: they are the reason why a script can't be used.
+                self.on_zygote(id, now, events);
+                if let Some(status) = self.system.reap(pid) {
+                    self.zygote_ended(id, status, now, events);
+                }
+            }
+        }
+    }
+
+    fn zygote_ended(
+        &mut self,
+        id: ZygoteId,
+        status: WaitStatus,
+        now: Instant,
+        events: &mut Events,
+    ) {
+        let Some(zygote) = self.zygotes.get_mut(&id) else { return };
+        zygote.pid = None;
+        if let (WaitStatus::Exited(_, code), Some(entry)) =
+            (status, self.loaded.get_mut(&zygote.generation))
+        {
+            // Only the script can end its process in an orderly way.
+            entry.failure.get_or_insert_with(|| {
+                let hint = "does the script call os.exit()?";
+                (Exit::Config, format!("the zygote ended with exit status {code}; {hint}"))
+            });
+        }
+        self.lose_zygote(id, &describe(status), now, events);
+    }
+
+    /// Replaces a zygote that is of no use any more: its standby takes over, or a new generation
+    /// must.
+    fn lose_zygote(&mut self, id: ZygoteId, cause: &str, now: Instant, events: &mut Events) {
+        let Some(generation) = self.end_zygote(id) else { return };
+        let Some(entry) = self.loaded.get_mut(&generation) else { return };
+        if entry.standby == Some(id) {
+            entry.standby = None;
+            entry.standby_due = Some(now + STANDBY_RETRY);
+            warn!(self.log, "standby lost: {cause}"; "generation" => generation);
+            return;
+        }
+        if entry.zygote != Some(id) {
+            return;
+        }
+        entry.zygote = entry.standby.take();
+        if self.reload.attempt().is_some_and(|(attempt, _)| attempt == generation)
+            && entry.zygote.is_none()
+        {
+            let failure = (Exit::System, format!("the zygote ended: {cause}"));
+            return self.fail(generation, failure, now, events);
+        }
+        if entry.superseded {
+            return;
+        }
+        if entry.zygote.is_some() {
+            warn!(self.log, "zygote lost: {cause}; its standby takes over";
+                "generation" => generation);
+            self.fork_standby(generation, now);
+        } else {
+            error!(self.log, "zygote lost: {cause}; no standby: loading the configuration anew";
+                "generation" => generation);
+            events.push_back(Event::NoZygoteLeft);
+            self.reload.zygotes_lost(generation, now);
+        }
+        events.push_back(Event::ZygoteLost(generation));
+    }
+
+    /// Kills and forgets a zygote; returns its generation.
+    pub(super) fn end_zygote(&mut self, id: ZygoteId) -> Option<GenerationId> {
+        let zygote = self.zygotes.remove(&id)?;
+        self.watcher.remove(&zygote.channel);
+        if let Some(pid) = zygote.pid {
+            // A child that isn't reaped, so the number can't be another process'.
+            self.system.signal(pid, Signal::SIGKILL);
+        }
+        Some(zygote.generation)
+    }
+}

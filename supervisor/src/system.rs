@@ -1,0 +1,166 @@
+//! The operating system's processes, behind a seam: tests play the system themselves.
+//!
+//! # Failure
+//! A signal to a process that has ended does nothing, as long as nobody has reaped the process.
+
+use std::collections::HashSet;
+use std::fmt::Debug;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use nix::sys::signal::{Signal, kill};
+use nix::sys::wait::WaitStatus;
+use nix::unistd::{Pid, getpgrp};
+use qrelay_shared::ipc::channel::Channel;
+use qrelay_shared::ipc::message::{FromZygote, ToZygote};
+use qrelay_shared::sys::proc_stat::{Process, processes};
+use qrelay_shared::sys::process_group::Group;
+use qrelay_shared::sys::{input, process};
+use slog::Level;
+
+use crate::ids::JobId;
+
+/// The supervisor's end of the channel to a zygote.
+pub(crate) type ZygoteChannel = Channel<ToZygote, FromZygote>;
+
+/// What the supervisor asks of the system about processes.
+pub(crate) trait System: Debug {
+    /// Starts a zygote as a fresh process image.
+    ///
+    /// # Errors
+    /// Out of processes, descriptors or memory.
+    fn spawn_zygote(&self) -> io::Result<(Pid, ZygoteChannel)>;
+
+    /// Sends a signal to a child that has not been reaped.
+    fn signal(&self, pid: Pid, signal: Signal);
+
+    /// Sends a signal to a process group. Returns whether the group has a member that this process
+    /// may signal.
+    fn signal_group(&self, group: Pid, signal: Signal) -> bool;
+
+    /// Returns whether a process group has a member, a zombie included.
+    fn group_exists(&self, group: Pid) -> bool;
+
+    /// Returns a child that has ended and isn't reaped: `of` if that is given, else any.
+    fn ended(&self, of: Option<Pid>) -> Option<Pid>;
+
+    /// Reaps a child that has ended; `None` if there is no such child.
+    fn reap(&self, pid: Pid) -> Option<WaitStatus>;
+
+    /// Lists the processes of the system.
+    ///
+    /// # Errors
+    /// /proc can't be read.
+    fn processes(&self) -> io::Result<Vec<Process>>;
+
+    /// Returns what a process is for, by the mail on its standard input or among its other files.
+    fn role(&self, process: Process, jobs: &HashSet<JobId>) -> Role;
+
+    /// Returns this process' id.
+    fn own_pid(&self) -> Pid;
+}
+
+/// What a child of the supervisor is, seen from the jobs of a dead worker.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Role {
+    /// The program of this job.
+    Program(JobId),
+    /// A copy of the worker that has not become this job's program yet.
+    Copy(JobId),
+    /// Something else.
+    Other,
+}
+
+/// Which zygotes live: what reaping has to know about children that are not workers.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct ZygotePids {
+    /// Their process ids.
+    pub(crate) known: Vec<Pid>,
+    /// How many have not told their process ids yet.
+    pub(crate) unknown: usize,
+}
+
+/// The real system.
+#[derive(Debug)]
+pub(crate) struct Linux {
+    /// What a zygote logs.
+    pub(crate) level: Level,
+}
+
+/// Environment of the supervisor's that no child may take for its own.
+const SYSTEMD_VARIABLES: [&str; 6] = [
+    "NOTIFY_SOCKET",
+    "WATCHDOG_USEC",
+    "WATCHDOG_PID",
+    "LISTEN_FDS",
+    "LISTEN_PID",
+    "LISTEN_FDNAMES",
+];
+
+impl System for Linux {
+    /// Executes this same binary anew, with the zygote's end of the channel as standard input.
+    fn spawn_zygote(&self) -> io::Result<(Pid, ZygoteChannel)> {
+        let (ours, theirs) = ZygoteChannel::pair()?;
+        let mut command = Command::new(Path::new("/proc/self/exe"));
+        command
+            .args(["--log-level", self.level.as_str(), "zygote"])
+            .stdin(Stdio::from(OwnedFd::from(theirs)));
+        for name in SYSTEMD_VARIABLES {
+            command.env_remove(name);
+        }
+        let child = command.spawn()?;
+        let pid = i32::try_from(child.id()).map_err(io::Error::other)?;
+        Ok((Pid::from_raw(pid), ours))
+    }
+
+    fn signal(&self, pid: Pid, signal: Signal) {
+        // It may have ended, which is what most signals are for.
+        let _ = kill(pid, signal);
+    }
+
+    fn signal_group(&self, group: Pid, signal: Signal) -> bool {
+        Group::led_by(group).is_some_and(|group| group.signal(signal).is_ok())
+    }
+
+    fn group_exists(&self, group: Pid) -> bool {
+        Group::led_by(group).is_some_and(|group| !group.is_empty())
+    }
+
+    fn ended(&self, of: Option<Pid>) -> Option<Pid> {
+        process::ended_child(of)
+    }
+
+    fn reap(&self, pid: Pid) -> Option<WaitStatus> {
+        process::reap(pid).ok()
+    }
+
+    fn processes(&self) -> io::Result<Vec<Process>> {
+        processes()
+    }
+
+    fn role(&self, process: Process, jobs: &HashSet<JobId>) -> Role {
+        let read = input::mail_of(process.pid).filter(|job| jobs.contains(job));
+        if let Some(job) = read.filter(|_| process.group != getpgrp()) {
+            return Role::Program(job);
+        }
+        let open = input::mails_of(process.pid).into_iter().find(|job| jobs.contains(job));
+        open.map_or(Role::Other, Role::Copy)
+    }
+
+    fn own_pid(&self) -> Pid {
+        Pid::this()
+    }
+}
+
+/// Puts a wait status into words.
+pub(crate) fn describe(status: WaitStatus) -> String {
+    match status {
+        WaitStatus::Exited(_, code) => format!("exit status {code}"),
+        WaitStatus::Signaled(_, signal, core) => {
+            format!("{signal}{}", if core { " (core dumped)" } else { "" })
+        }
+        other => format!("{other:?}"),
+    }
+}
