@@ -588,3 +588,7 @@ impl Connected for Acceptor {
         self.connections.get(job).map(|connection| connection.fd.as_fd())
     }
 }
+
+#[cfg(test)]
+#[path = "accept/tests.rs"]
+mod tests;

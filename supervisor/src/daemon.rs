@@ -422,3 +422,7 @@ fn instance() -> String {
         .map_or(0, |since| since.as_secs());
     format!("{seconds:x}-{:x}", std::process::id())
 }
+
+#[cfg(test)]
+#[path = "daemon_tests.rs"]
+mod tests;

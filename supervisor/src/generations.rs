@@ -302,3 +302,7 @@ impl Rollout {
         }
     }
 }
+
+#[cfg(test)]
+#[path = "generations/tests.rs"]
+mod tests;

@@ -164,3 +164,7 @@ pub(crate) fn describe(status: WaitStatus) -> String {
         other => format!("{other:?}"),
     }
 }
+
+#[cfg(test)]
+#[path = "system/fake.rs"]
+pub(crate) mod fake;

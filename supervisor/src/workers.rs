@@ -246,3 +246,7 @@ impl Workers {
         }
     }
 }
+
+#[cfg(test)]
+#[path = "workers/tests.rs"]
+mod tests;

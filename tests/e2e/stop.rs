@@ -96,7 +96,9 @@ fn a_backlog_is_served_although_a_reload_is_given_up() {
     set_descriptor_limit(&daemon, 8);
     let mail = Mail::new("in the backlog").request();
     let mut clients: Vec<_> = (0..3).map(|_| Client::connect(daemon.path("in"))).collect();
-    clients.iter_mut().for_each(|client| client.send(&mail));
+    for client in &mut clients {
+        client.send(&mail);
+    }
     let started = Instant::now();
     daemon.signal(Signal::SIGTERM);
     eventually("the socket is unlinked", || (!is_socket(&daemon.path("in"))).then_some(()));
@@ -155,7 +157,7 @@ fn a_signal_to_the_whole_group_does_not_spoil_the_drain() {
         if end == Signal::SIGQUIT {
             // The supervisor doesn't handle SIGQUIT, so only its children get the signal.
             let others = daemon.workers().into_iter().chain(daemon.zygotes());
-            others.for_each(|pid| crate::harness::processes::signal(pid, end));
+            others.for_each(|pid| processes::signal(pid, end));
             daemon.signal(Signal::SIGTERM);
         } else {
             killpg(Pid::from_raw(daemon.pid()), end).expect("its process group");
@@ -218,7 +220,7 @@ fn connections_in_the_backlog_are_served() {
     // The clients connect before the stop, and are accepted after it.
     let mut daemon = relay("");
     let _sink = Sink::answering(daemon.path("out"), "Kok");
-    crate::harness::processes::stop(daemon.pid());
+    processes::stop(daemon.pid());
     let mut clients: Vec<_> = (0..50).map(|_| Client::connect(daemon.path("in"))).collect();
     for client in &mut clients {
         client.send(&Mail::new("early bird").request());
@@ -286,9 +288,9 @@ fn as_the_first_process_of_a_container() {
     let mut daemon = site.launch().through(&wrapper).ready();
     // This process has no pid in the daemon's pid namespace.
     assert_eq!(submit(daemon.path("in"), &Mail::new("x")), "Knil");
-    let inside = crate::harness::processes::children_named(daemon.pid(), "qrelay");
+    let inside = processes::children_named(daemon.pid(), "qrelay");
     assert_eq!(inside.len(), 1);
-    crate::harness::processes::signal(inside[0], Signal::SIGTERM);
+    processes::signal(inside[0], Signal::SIGTERM);
     assert_eq!(daemon.wait_exit().code(), Some(0), "{}", daemon.text());
     daemon.assert_nothing_left();
 }

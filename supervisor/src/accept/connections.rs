@@ -425,3 +425,30 @@ fn boottime() -> u64 {
     nix::time::clock_gettime(nix::time::ClockId::CLOCK_BOOTTIME)
         .map_or(0, |time| time.tv_sec() as u64 * 1_000_000_000 + time.tv_nsec() as u64)
 }
+
+#[cfg(test)]
+impl Connections {
+    /// Panics if what is counted twice doesn't agree.
+    pub(super) fn assert_consistent(&self) {
+        let with_workers = self.with_workers().count();
+        assert_eq!(self.dispatched, with_workers, "connections that workers have");
+        let open: u32 = self.clients.values().sum();
+        assert_eq!(open as usize, self.table.len(), "connections of clients");
+        let timers = self.table.iter().filter_map(|(&id, c)| Some((c.until?, id)));
+        assert_eq!(timers.collect::<Timers>(), self.timers, "time limits");
+        for (id, connection) in &self.table {
+            let waits = connection.state == State::Waiting && self.unlimited.contains(id);
+            let limited = connection.until.is_some() || waits;
+            let dispatched = matches!(connection.state, State::Dispatched(_));
+            assert!(limited != dispatched, "{id} is {:?} without an end", connection.state);
+        }
+    }
+
+    /// Returns the connections that workers have.
+    pub(super) fn with_workers(&self) -> impl Iterator<Item = (JobId, WorkerId)> {
+        self.table.iter().filter_map(|(&id, connection)| match connection.state {
+            State::Dispatched(worker) => Some((id, worker)),
+            _ => None,
+        })
+    }
+}

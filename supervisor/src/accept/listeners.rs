@@ -389,3 +389,11 @@ fn nonblocking(socket: &Socket) -> std::io::Result<()> {
 pub(super) fn canonical(address: SocketAddr) -> IpAddr {
     address.ip().to_canonical()
 }
+
+#[cfg(test)]
+impl Listener {
+    /// Returns whether connections to this address are accepted here.
+    pub(super) fn is_at(&self, address: &ListenAddress) -> bool {
+        self.address == *address && !self.ending
+    }
+}

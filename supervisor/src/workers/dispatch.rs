@@ -73,6 +73,15 @@ impl Dispatches {
     }
 }
 
+#[cfg(test)]
+impl Dispatches {
+    /// Returns the connections that only one generation can serve.
+    pub(super) fn bound_jobs(&self) -> impl Iterator<Item = JobId> {
+        assert!(self.batches.is_empty(), "nothing is half sent between two turns");
+        self.bound.iter().map(|bound| bound.job)
+    }
+}
+
 impl Workers {
     /// Lets a connection wait for a worker of the only generation that can serve it.
     pub(crate) fn bound(&mut self, job: JobId, client: Client, generation: GenerationId) {

@@ -113,6 +113,22 @@ impl Fairness {
 }
 
 #[cfg(test)]
+impl Fairness {
+    /// Returns the connections that wait.
+    pub(super) fn waiting_jobs(&self) -> impl Iterator<Item = JobId> {
+        self.accounts.values().flat_map(|account| account.waiting.iter().copied())
+    }
+
+    /// Panics if what is counted twice doesn't agree.
+    pub(super) fn assert_consistent(&self, jobs: usize) {
+        assert_eq!(self.waiting, self.waiting_jobs().count());
+        assert_eq!(jobs, self.accounts.values().map(|account| account.jobs).sum::<usize>());
+        let places = self.accounts.iter().filter_map(|(&client, account)| account.place(client));
+        assert_eq!(self.order, places.collect());
+    }
+}
+
+#[cfg(test)]
 mod tests {
     use super::*;
 

@@ -181,6 +181,14 @@ impl OrphanTable {
 }
 
 #[cfg(test)]
+impl OrphanTable {
+    /// Returns the jobs of all programs.
+    pub(super) fn jobs(&self) -> HashSet<JobId> {
+        self.programs.values().map(|orphan| orphan.job).collect()
+    }
+}
+
+#[cfg(test)]
 mod tests {
     use super::*;
     use qrelay_shared::sys::process_group::{GRACE, VANISH};

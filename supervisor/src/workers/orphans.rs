@@ -191,6 +191,14 @@ impl Orphans {
 }
 
 #[cfg(test)]
+impl Orphans {
+    /// Returns the jobs of all programs.
+    pub(super) fn jobs(&self) -> HashSet<JobId> {
+        self.table.jobs()
+    }
+}
+
+#[cfg(test)]
 mod tests {
     use super::*;
     use crate::system::Linux;

@@ -4,6 +4,37 @@ use std::net::{IpAddr, Ipv4Addr};
 
 use super::*;
 
+impl Pool {
+    /// Panics if what is counted twice doesn't agree, or a worker has more than its credit and was
+    /// given jobs that others could have had.
+    pub(in crate::workers) fn assert_consistent(&self) {
+        self.fairness.assert_consistent(self.jobs.len());
+        for (&id, worker) in &self.workers {
+            let jobs = self.jobs.values().filter(|(_, owner)| *owner == id).count();
+            assert_eq!(worker.jobs, jobs, "jobs of worker {id}");
+        }
+        let known = |owner: &WorkerId| self.workers.contains_key(owner);
+        assert!(self.jobs.values().all(|(_, owner)| known(owner)), "every job has a worker");
+    }
+
+    /// Returns the connections that wait for any worker.
+    pub(in crate::workers) fn waiting_jobs(&self) -> impl Iterator<Item = JobId> {
+        self.fairness.waiting_jobs()
+    }
+
+    /// Returns whether a worker has the job.
+    pub(in crate::workers) fn is_assigned(&self, job: JobId) -> bool {
+        self.jobs.contains_key(&job)
+    }
+
+    /// Counts the current generation's workers that take jobs.
+    pub(in crate::workers) fn serving(&self) -> usize {
+        let current = |worker: &&Worker| Some(worker.generation) == self.current;
+        let ready = |worker: &&Worker| worker.state == State::Ready;
+        self.workers.values().filter(current).filter(ready).count()
+    }
+}
+
 const A: Client = Client::Uid(1);
 const GENERATION: GenerationId = GenerationId(1);
 
@@ -206,8 +237,7 @@ fn a_worn_worker_is_replaced_before_it_is_retired() {
     assert_eq!(pool.ready(replacement[0], now), [Command::Shut(workers[0])]);
     pool.died(workers[0], End::Died, now);
     assert!(spawned(&pool.tick(now).0).is_empty());
-    let serving = pool.workers.values().filter(|worker| worker.state == State::Ready);
-    assert_eq!(serving.count(), 1);
+    assert_eq!(pool.serving(), 1);
 }
 
 #[test]

@@ -1,0 +1,311 @@
+//! The owner of generations without a process: the test plays the system and the zygotes.
+
+use qrelay_shared::ipc::message::ZygoteReport;
+use qrelay_shared::settings::Settings;
+
+use super::*;
+use crate::event::NewWorker;
+use crate::ids::WorkerId;
+use crate::system::ZygotePids;
+use crate::system::fake::{Fake, ZygoteEnd};
+use crate::watch::Poller;
+
+const FIRST: GenerationId = GenerationId(1);
+const SECOND: GenerationId = GenerationId(2);
+const THIRD: GenerationId = GenerationId(3);
+
+struct Site {
+    fake: Rc<Fake>,
+    rollout: Rollout,
+    events: Events,
+    now: Instant,
+}
+
+/// The other end of a zygote's channel.
+struct Other {
+    pid: nix::unistd::Pid,
+    channel: ZygoteEnd,
+    /// The number under which the supervisor knows the zygote.
+    id: ZygoteId,
+}
+
+impl Other {
+    fn report(&self, report: &ZygoteReport) {
+        self.channel.try_send(report, &[]).expect("the supervisor reads");
+    }
+
+    fn declare(&self) {
+        let settings = Settings { drain_timeout: Duration::from_secs(7), ..Settings::default() };
+        let declaration = Declaration { settings, ..Declaration::default() };
+        self.report(&ZygoteReport::Declared(Box::new(declaration)));
+    }
+
+    /// Takes the next order; descriptors that come with it are closed.
+    fn order(&self) -> Option<ZygoteOrder> {
+        self.channel.try_recv(&mut RecvBuffer::new()).ok().map(|received| received.message)
+    }
+
+    /// Takes the order to fork a standby.
+    fn standby(&self, id: ZygoteId, fake: &Fake) -> Self {
+        let mut buffer = RecvBuffer::new();
+        let mut received = self.channel.try_recv(&mut buffer).expect("an order");
+        assert!(matches!(received.message, ZygoteOrder::Standby));
+        let channel = ZygoteEnd::from_fd(received.fds.take().expect("a channel"));
+        Self { pid: fake.start(), channel, id }
+    }
+}
+
+impl Site {
+    fn new() -> Self {
+        let fake = Rc::new(Fake::default());
+        let log = Logger::root(slog::Discard, slog::o!());
+        let loading = Loading {
+            config: "/config.lua".into(),
+            boot_timeout: Duration::from_secs(30),
+            instance: "run".into(),
+            passed: vec!["web".into()],
+        };
+        let watcher = Poller::new().expect("epoll").watcher();
+        let rollout = Rollout::new(log, loading, watcher, Rc::clone(&fake) as Rc<dyn System>);
+        Self { fake, rollout, events: Events::new(), now: Instant::now() }
+    }
+
+    /// The zygote that was started last, which has got its order to load.
+    fn zygote(&mut self) -> Other {
+        let (pid, channel) = self.fake.spawned().pop().expect("a zygote");
+        let id = *self.rollout.zygotes.keys().next_back().expect("known");
+        Other { pid, channel, id }
+    }
+
+    /// A zygote that has declared its generation, and its standby.
+    fn declared(&mut self) -> (Other, Other) {
+        let zygote = self.zygote();
+        assert!(matches!(zygote.order(), Some(ZygoteOrder::Load { .. })));
+        zygote.declare();
+        self.read(&zygote);
+        let id = *self.rollout.zygotes.keys().next_back().expect("the standby");
+        let standby = zygote.standby(id, &self.fake);
+        zygote.report(&ZygoteReport::StandbyForked { pid: standby.pid.as_raw() });
+        self.read(&zygote);
+        self.rollout.standby_runs(id, standby.pid);
+        (zygote, standby)
+    }
+
+    /// The first generation serves.
+    fn serving() -> (Self, Other, Other) {
+        let mut site = Self::new();
+        site.rollout.boot(site.now, &mut site.events);
+        let (zygote, standby) = site.declared();
+        site.rollout.worker_ready(FIRST, site.now, &mut site.events);
+        let last = site.events().pop();
+        assert_eq!(last, Some("Switched { new: GenerationId(1), old: None }".into()));
+        (site, zygote, standby)
+    }
+
+    fn read(&mut self, zygote: &Other) {
+        self.rollout.on_zygote(zygote.id, self.now, &mut self.events);
+    }
+
+    fn end(&mut self, zygote: &Other, code: i32) {
+        self.fake.exit(zygote.pid, code);
+        self.rollout.reap(self.now, &mut self.events);
+    }
+
+    fn events(&mut self) -> Vec<String> {
+        self.events.drain(..).map(|event| format!("{event:?}")).collect()
+    }
+}
+
+fn said(events: &[Event]) -> Vec<String> {
+    events.iter().map(|event| format!("{event:?}")).collect()
+}
+
+#[test]
+fn a_boot_loads_declares_and_switches() {
+    let mut site = Site::new();
+    site.rollout.boot(site.now, &mut site.events);
+    let zygote = site.zygote();
+    match zygote.order() {
+        Some(ZygoteOrder::Load { config, reload, systemd, instance }) => {
+            assert_eq!((config, reload), (PathBuf::from("/config.lua"), false));
+            assert_eq!((systemd, instance), (vec!["web".to_owned()], "run".to_owned()));
+        }
+        other => panic!("{other:?}"),
+    }
+    assert!(site.rollout.starting(FIRST).is_none());
+    zygote.declare();
+    site.read(&zygote);
+    assert_eq!(site.events(), said(&[Event::Declared(FIRST)]));
+    assert!(site.rollout.starting(FIRST).is_some());
+    assert_eq!(site.rollout.drain_timeout(), Duration::from_secs(7));
+    site.rollout.worker_ready(FIRST, site.now, &mut site.events);
+    assert_eq!(site.events(), said(&[Event::Switched { new: FIRST, old: None }]));
+    assert!(site.rollout.starting(FIRST).is_none(), "it serves");
+}
+
+#[test]
+fn a_script_that_fails_at_the_start_ends_the_daemon() {
+    let mut site = Site::new();
+    site.rollout.boot(site.now, &mut site.events);
+    let zygote = site.zygote();
+    zygote.report(&ZygoteReport::Failed { message: "config.lua:1: no".into() });
+    site.read(&zygote);
+    let expected =
+        [Event::ZygotesEnded(FIRST), Event::Abandoned(FIRST), Event::StartFailed(Exit::Config)];
+    assert_eq!(site.events(), said(&expected));
+    assert_eq!(site.fake.signals(), [(zygote.pid, Signal::SIGKILL)]);
+}
+
+#[test]
+fn the_last_words_of_a_zygote_are_the_reason() {
+    let mut site = Site::new();
+    site.rollout.boot(site.now, &mut site.events);
+    let zygote = site.zygote();
+    zygote.report(&ZygoteReport::Failed { message: "config.lua:1: no".into() });
+    site.end(&zygote, 1);
+    assert_eq!(site.events().last(), said(&[Event::StartFailed(Exit::Config)]).last());
+}
+
+#[test]
+fn a_script_that_exits_fails_its_generation() {
+    let mut site = Site::new();
+    site.rollout.boot(site.now, &mut site.events);
+    let zygote = site.zygote();
+    site.end(&zygote, 0);
+    assert_eq!(site.events().last(), said(&[Event::StartFailed(Exit::Config)]).last());
+}
+
+#[test]
+fn a_zygote_that_cannot_be_started_fails_its_generation() {
+    let mut site = Site::new();
+    site.fake.fail_to_spawn();
+    site.rollout.boot(site.now, &mut site.events);
+    assert_eq!(site.events().last(), said(&[Event::StartFailed(Exit::System)]).last());
+}
+
+#[test]
+fn a_reload_that_fails_leaves_the_old_generation() {
+    let (mut site, ..) = Site::serving();
+    site.rollout.reload(site.now, &mut site.events);
+    assert_eq!(site.events(), said(&[Event::ReloadBegan]));
+    let zygote = site.zygote();
+    assert!(matches!(zygote.order(), Some(ZygoteOrder::Load { reload: true, .. })));
+    let failure = (Exit::System, "address in use".to_owned());
+    site.rollout.fail(SECOND, failure, site.now, &mut site.events);
+    let failed = Event::ReloadFailed(Cause::Reload, "address in use".into());
+    let expected = [Event::ZygotesEnded(SECOND), Event::Abandoned(SECOND), failed];
+    assert_eq!(site.events(), said(&expected));
+    site.rollout.drained(SECOND, site.now, &mut site.events);
+    assert_eq!(site.events(), said(&[Event::GenerationEnded(SECOND)]));
+    assert!(site.rollout.declaration(FIRST).is_some());
+}
+
+#[test]
+fn a_switch_ends_the_old_zygotes() {
+    let (mut site, zygote, standby) = Site::serving();
+    site.rollout.reload(site.now, &mut site.events);
+    site.declared();
+    site.events();
+    site.rollout.worker_ready(SECOND, site.now, &mut site.events);
+    let switched = Event::Switched { new: SECOND, old: Some(FIRST) };
+    assert_eq!(site.events(), said(&[switched, Event::ZygotesEnded(FIRST)]));
+    let killed = [(zygote.pid, Signal::SIGKILL), (standby.pid, Signal::SIGKILL)];
+    assert_eq!(site.fake.signals(), killed);
+    site.rollout.drained(FIRST, site.now, &mut site.events);
+    assert_eq!(site.events(), said(&[Event::GenerationEnded(FIRST)]));
+    site.rollout.drained(FIRST, site.now, &mut site.events);
+    assert!(site.events().is_empty(), "once");
+}
+
+#[test]
+fn a_stop_gives_up_the_attempt_and_says_nothing_about_it() {
+    let (mut site, ..) = Site::serving();
+    site.rollout.reload(site.now, &mut site.events);
+    site.declared();
+    site.events();
+    site.rollout.stop(site.now, &mut site.events);
+    let expected = [Event::ZygotesEnded(SECOND), Event::Abandoned(SECOND)];
+    assert_eq!(site.events(), said(&expected));
+    assert!(site.rollout.starting(SECOND).is_none());
+    site.rollout.reload(site.now, &mut site.events);
+    assert!(site.events().is_empty() && site.fake.spawned().is_empty());
+}
+
+#[test]
+fn a_standby_takes_over_and_gets_a_standby_of_its_own() {
+    let (mut site, zygote, standby) = Site::serving();
+    site.end(&zygote, 1);
+    assert_eq!(site.events(), said(&[Event::ZygoteLost(FIRST)]));
+    assert!(matches!(standby.order(), Some(ZygoteOrder::Standby)));
+    assert_eq!(site.rollout.zygote_pids(), ZygotePids { known: vec![standby.pid], unknown: 1 });
+}
+
+#[test]
+fn without_a_standby_the_configuration_is_loaded_anew_with_backoff() {
+    let (mut site, zygote, standby) = Site::serving();
+    site.end(&standby, 1);
+    assert!(site.events().is_empty());
+    site.end(&zygote, 1);
+    assert_eq!(site.events(), said(&[Event::NoZygoteLeft, Event::ZygoteLost(FIRST)]));
+    site.rollout.tick(site.now, &mut site.events);
+    assert!(site.fake.spawned().is_empty());
+    let due = site.rollout.next_deadline().expect("it is tried again");
+    site.rollout.tick(due, &mut site.events);
+    let anew = site.zygote();
+    assert!(matches!(anew.order(), Some(ZygoteOrder::Load { reload: false, .. })));
+    assert_eq!(site.events(), said(&[Event::ReloadBegan]));
+}
+
+#[test]
+fn a_lost_standby_is_forked_again_later() {
+    let (mut site, zygote, standby) = Site::serving();
+    site.end(&standby, 1);
+    assert_eq!(site.rollout.next_deadline(), Some(site.now + STANDBY_LATER));
+    site.rollout.tick(site.now + STANDBY_LATER, &mut site.events);
+    assert!(matches!(zygote.order(), Some(ZygoteOrder::Standby)));
+}
+
+const STANDBY_LATER: Duration = Duration::from_secs(1);
+
+#[test]
+fn a_standby_without_a_known_process_id_is_not_signalled() {
+    let mut site = Site::new();
+    site.rollout.boot(site.now, &mut site.events);
+    let zygote = site.zygote();
+    zygote.order();
+    zygote.declare();
+    site.read(&zygote);
+    let id = *site.rollout.zygotes.keys().next_back().expect("the standby");
+    assert_eq!(site.rollout.zygote_pids(), ZygotePids { known: vec![zygote.pid], unknown: 1 });
+    site.rollout.standby_ended(id, site.now, &mut site.events);
+    assert_eq!(site.rollout.zygote_pids().unknown, 0);
+    assert!(site.fake.signals().is_empty());
+}
+
+#[test]
+fn a_script_that_takes_too_long_fails() {
+    let (mut site, ..) = Site::serving();
+    site.rollout.reload(site.now, &mut site.events);
+    site.events();
+    site.rollout.tick(site.now + Duration::from_secs(30), &mut site.events);
+    let last = site.events().pop().expect("an event");
+    assert!(last.contains("the script was not done after 30 s"), "{last}");
+    assert!(site.rollout.declaration(THIRD).is_none());
+}
+
+#[test]
+fn workers_are_asked_for_and_refused_without_a_zygote() {
+    let (mut site, zygote, standby) = Site::serving();
+    let new = |generation| {
+        let (jobs, control) = std::os::unix::net::UnixStream::pair().expect("a pair");
+        NewWorker { generation, worker: WorkerId(5), jobs: jobs.into(), control: control.into() }
+    };
+    site.rollout.fork_worker(&new(FIRST), &mut site.events);
+    assert!(site.events().is_empty());
+    assert!(matches!(zygote.order(), Some(ZygoteOrder::Fork { worker: WorkerId(5) })));
+    site.end(&standby, 1);
+    site.end(&zygote, 1);
+    site.events();
+    site.rollout.fork_worker(&new(FIRST), &mut site.events);
+    assert_eq!(site.events(), said(&[Event::WorkerNotForked(WorkerId(5))]));
+}

@@ -1,0 +1,481 @@
+//! The owner of workers without a process: the test plays the system, the zygote and the workers.
+
+use std::collections::BTreeSet;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
+use nix::sys::socket::{setsockopt, sockopt};
+use qrelay_shared::ipc::channel::{Channel, RecvError};
+use qrelay_shared::ipc::message::{
+    FromControl, Job, MailRecord, Peer, Pong, Report, ToControl, ToJobs, ToReports,
+};
+
+use super::*;
+use crate::client::Connected;
+use crate::event::NewWorker;
+use crate::ids::{ListenerId, ZygoteId};
+use crate::system::ZygotePids;
+use crate::system::fake::Fake;
+use crate::watch::Poller;
+
+/// What the test of the daemon checks between two turns.
+impl Workers {
+    /// Panics if what is counted twice doesn't agree.
+    pub(crate) fn assert_consistent(&self) {
+        self.pool.assert_consistent();
+    }
+
+    /// Returns the connections that wait for a worker.
+    pub(crate) fn waiting_jobs(&self) -> BTreeSet<JobId> {
+        self.pool.waiting_jobs().chain(self.dispatches.bound_jobs()).collect()
+    }
+
+    /// Returns whether a worker, or a program of a dead one, answers for a job.
+    pub(crate) fn answers_for(&self, job: JobId, worker: WorkerId) -> bool {
+        let lives = self.processes.contains_key(&worker) && self.pool.has(job, worker);
+        lives || self.orphans.concerns(job)
+    }
+
+    /// Counts the jobs that only programs of dead workers have.
+    pub(crate) fn orphaned_jobs(&self) -> usize {
+        self.orphans.jobs().into_iter().filter(|&job| !self.pool.is_assigned(job)).count()
+    }
+
+    /// Counts the current generation's workers that take jobs.
+    pub(crate) fn serving(&self) -> usize {
+        self.pool.serving()
+    }
+}
+
+const FIRST: GenerationId = GenerationId(1);
+const CLIENT: Client = Client::Uid(7);
+
+/// Connections that a test holds.
+#[derive(Debug, Default)]
+struct Held(BTreeMap<JobId, UnixStream>);
+
+impl Connected for Held {
+    fn job(&self, job: JobId, _: GenerationId) -> Option<Job> {
+        let peer = Peer::Local { pid: None, uid: 7, gid: 7 };
+        let listening = ListenerId(1);
+        self.0.contains_key(&job).then_some(Job {
+            job,
+            listener: 0,
+            listening,
+            peer,
+            accepted: 0,
+            spoke: 0,
+        })
+    }
+
+    fn socket(&self, job: JobId) -> Option<BorrowedFd<'_>> {
+        self.0.get(&job).map(AsFd::as_fd)
+    }
+}
+
+/// The other side of a worker.
+struct Other {
+    id: WorkerId,
+    pid: Pid,
+    jobs: Channel<ToReports, ToJobs>,
+    control: Channel<FromControl, ToControl>,
+}
+
+impl Other {
+    fn report(&self, report: &Report<'_>) {
+        self.jobs.try_send(report, &[]).expect("the supervisor reads");
+    }
+
+    /// Takes one datagram of jobs; `None` at the end.
+    fn take(&self) -> Option<Vec<JobId>> {
+        let mut buffer = RecvBuffer::new();
+        match self.jobs.try_recv_batch(&mut buffer) {
+            Ok(jobs) => Some(jobs.map(|job| job.expect("a job").job).collect()),
+            Err(RecvError::Empty) => Some(Vec::new()),
+            Err(_) => None,
+        }
+    }
+}
+
+struct Site {
+    fake: Rc<Fake>,
+    workers: Workers,
+    held: Held,
+    events: Events,
+    now: Instant,
+}
+
+impl Site {
+    fn new() -> Self {
+        let fake = Rc::new(Fake::default());
+        let poller = Poller::new().expect("epoll");
+        let log = Logger::root(slog::Discard, slog::o!());
+        let workers =
+            Workers::new(log, "run".into(), poller.watcher(), Rc::clone(&fake) as Rc<dyn System>);
+        let (held, events) = (Held::default(), Events::new());
+        Self { fake, workers, held, events, now: Instant::now() }
+    }
+
+    /// Starts a generation, and forks its workers as a zygote would.
+    fn start(&mut self, generation: GenerationId, workers: u32, credit: u32) -> Vec<Other> {
+        let settings = Settings { workers, worker_connections: credit, ..Settings::default() };
+        self.workers.start(generation, &settings, self.now, &mut self.events);
+        self.fork()
+    }
+
+    /// Forks the workers that are missing.
+    fn fork(&mut self) -> Vec<Other> {
+        let missing = self.missing();
+        missing.into_iter().map(|new| self.fork_one(new)).collect()
+    }
+
+    fn missing(&mut self) -> Vec<NewWorker> {
+        let taken = self.events.drain(..).filter_map(|event| match event {
+            Event::WorkerMissing(new) => Some(*new),
+            _ => None,
+        });
+        taken.collect()
+    }
+
+    fn fork_one(&mut self, new: NewWorker) -> Other {
+        let NewWorker { worker: id, jobs, control, .. } = new;
+        let pid = self.fake.start();
+        self.workers.forked(id, pid, self.now, &mut self.events);
+        Other { id, pid, jobs: Channel::from_fd(jobs), control: Channel::from_fd(control) }
+    }
+
+    /// A generation that serves, with all its workers.
+    fn serving(&mut self, workers: u32, credit: u32) -> Vec<Other> {
+        let others = self.start(FIRST, workers, credit);
+        for other in &others {
+            other.report(&Report::Ready);
+            self.read(other);
+        }
+        self.workers.switch(FIRST);
+        self.events.clear();
+        others
+    }
+
+    fn read(&mut self, other: &Other) -> usize {
+        let mut records = 0;
+        let record = &mut |_, _, _: &MailRecord<'_>| records += 1;
+        self.workers.on_reports(other.id, self.now, record, &mut self.events);
+        records
+    }
+
+    fn reap(&mut self, zygotes: &ZygotePids) {
+        let record = &mut |_, _, _: &MailRecord<'_>| {};
+        self.workers.reap(zygotes, self.now, record, &mut self.events);
+    }
+
+    /// Lets connections wait, and dispatches them.
+    fn wait(&mut self, jobs: std::ops::RangeInclusive<u64>) {
+        for job in jobs.map(JobId) {
+            let (ours, theirs) = UnixStream::pair().expect("a pair");
+            // The client's end lives as long as the connection.
+            std::mem::forget(theirs);
+            self.held.0.insert(job, ours);
+            self.workers.ready(job, CLIENT);
+        }
+        self.dispatch();
+    }
+
+    fn dispatch(&mut self) {
+        self.workers.dispatch(&self.held, &mut self.events);
+        self.workers.assert_consistent();
+    }
+
+    /// The events so far, in a short form.
+    fn events(&mut self) -> Vec<String> {
+        self.events.drain(..).map(|event| format!("{event:?}")).collect()
+    }
+}
+
+fn said(events: &[Event]) -> Vec<String> {
+    events.iter().map(|event| format!("{event:?}")).collect()
+}
+
+fn dispatched(job: u64, worker: WorkerId) -> Event {
+    Event::Dispatched { job: JobId(job), worker }
+}
+
+#[test]
+fn jobs_go_out_together_and_end_with_a_report() {
+    let mut site = Site::new();
+    let others = site.serving(1, 16);
+    let id = others[0].id;
+    site.wait(1..=3);
+    assert_eq!(site.events(), said(&[1, 2, 3].map(|job| dispatched(job, id))));
+    assert_eq!(others[0].take(), Some(vec![JobId(1), JobId(2), JobId(3)]));
+    assert_eq!(site.workers.in_flight(), 3);
+    others[0].report(&Report::Done { job: JobId(2), record: None });
+    assert_eq!(site.read(&others[0]), 0);
+    others[0].report(&Report::Lost { job: JobId(1) });
+    site.read(&others[0]);
+    assert_eq!(site.events(), said(&[Event::Done(JobId(2)), Event::SocketLost(JobId(1))]));
+    assert_eq!(site.workers.in_flight(), 1);
+}
+
+#[test]
+fn a_worker_that_is_ready_is_reported() {
+    let mut site = Site::new();
+    let others = site.start(FIRST, 2, 4);
+    assert!(site.events().is_empty());
+    others[1].report(&Report::Ready);
+    site.read(&others[1]);
+    assert_eq!(site.events(), said(&[Event::WorkerReady(FIRST)]));
+}
+
+#[test]
+fn a_job_socket_that_takes_no_more_counts_as_no_credit() {
+    let mut site = Site::new();
+    let others = site.serving(1, 4000);
+    setsockopt(&site.workers.processes[&others[0].id].jobs, sockopt::SndBuf, &1).expect("socket");
+    site.wait(1..=900);
+    let sent = site.events().len() as u64;
+    assert!((1..675).contains(&sent), "{sent}");
+    assert_eq!(site.workers.in_flight() as u64, sent);
+    assert_eq!(site.workers.waiting_jobs().first(), Some(&JobId(sent + 1)));
+    let mut took = 0;
+    while let Some(jobs) = others[0].take().filter(|jobs| !jobs.is_empty()) {
+        took += jobs.len() as u64;
+    }
+    assert_eq!(took, sent);
+    site.dispatch();
+    let next = site.events().into_iter().next();
+    assert_eq!(next, said(&[dispatched(sent + 1, others[0].id)]).pop(), "in their order");
+}
+
+#[test]
+fn a_connection_that_is_gone_is_reported() {
+    let mut site = Site::new();
+    site.serving(1, 4);
+    site.workers.ready(JobId(5), CLIENT);
+    site.dispatch();
+    assert_eq!(site.events(), said(&[Event::Unservable(JobId(5))]));
+    assert_eq!(site.workers.in_flight(), 0);
+}
+
+#[test]
+fn a_bound_connection_goes_to_its_generation_whatever_the_credit() {
+    let mut site = Site::new();
+    let old = site.serving(1, 1);
+    site.wait(1..=3);
+    site.events();
+    site.workers.switch(GenerationId(2));
+    site.workers.bound(JobId(2), CLIENT, FIRST);
+    site.workers.bound(JobId(3), CLIENT, GenerationId(9));
+    site.dispatch();
+    let expected = [dispatched(2, old[0].id), Event::Unservable(JobId(3))];
+    assert_eq!(site.events(), said(&expected));
+    assert_eq!(site.workers.in_flight(), 2);
+}
+
+#[test]
+fn a_connection_that_was_given_up_is_not_dispatched() {
+    let mut site = Site::new();
+    let others = site.serving(1, 1);
+    site.wait(1..=2);
+    site.events();
+    site.workers.given_up(JobId(2), CLIENT);
+    others[0].report(&Report::Done { job: JobId(1), record: None });
+    site.read(&others[0]);
+    site.events();
+    site.dispatch();
+    assert!(site.events().is_empty() && site.workers.waiting_jobs().is_empty());
+}
+
+#[test]
+fn a_dead_worker_costs_its_clients_a_retry_and_is_replaced() {
+    let mut site = Site::new();
+    let others = site.serving(1, 4);
+    let worker = others[0].id;
+    site.wait(1..=2);
+    others[0].report(&Report::Done { job: JobId(1), record: None });
+    site.events();
+    site.fake.exit(others[0].pid, 1);
+    site.reap(&ZygotePids::default());
+    let expected = [
+        Event::Done(JobId(1)),
+        Event::Orphaned { job: JobId(2), worker },
+        Event::WorkerEnded(FIRST),
+    ];
+    assert_eq!(site.events(), said(&expected), "its last report counts");
+    site.workers.tick(site.now, &mut site.events);
+    assert_eq!(site.missing().len(), 1);
+}
+
+#[test]
+fn a_worker_that_dies_before_it_is_ready_fails_its_generation() {
+    let mut site = Site::new();
+    let others = site.start(FIRST, 1, 4);
+    site.fake.exit(others[0].pid, 1);
+    site.reap(&ZygotePids::default());
+    let expected = [Event::WorkerFailed(FIRST), Event::WorkerEnded(FIRST)];
+    assert_eq!(site.events(), said(&expected));
+}
+
+#[test]
+fn a_worker_that_lies_is_killed() {
+    let mut site = Site::new();
+    let others = site.serving(2, 4);
+    others[0].report(&Report::Done { job: JobId(77), record: None });
+    site.read(&others[0]);
+    site.workers.tick(site.now, &mut site.events);
+    assert_eq!(site.fake.signals(), [(others[0].pid, Signal::SIGKILL)]);
+}
+
+#[test]
+fn a_worker_that_hangs_in_lua_is_aborted() {
+    let mut site = Site::new();
+    let others = site.serving(1, 4);
+    let held = Settings::default().hang_timeout.as_millis() as u64 + 1;
+    let pong = Pong { sequence: 1, held, job: JobId(0), exhausted: false };
+    others[0].control.try_send(&pong, &[]).expect("the supervisor reads");
+    site.workers.on_pong(others[0].id, site.now, &mut site.events);
+    assert_eq!(site.fake.signals(), [(others[0].pid, Signal::SIGABRT)]);
+}
+
+#[test]
+fn a_retired_generation_ends_with_its_last_worker() {
+    let mut site = Site::new();
+    let others = site.serving(2, 4);
+    site.workers.retire(FIRST, site.now, &mut site.events);
+    assert!(others.iter().all(|other| other.take().is_none()), "their job sockets are shut");
+    for other in &others {
+        assert!(site.events().is_empty());
+        site.fake.exit(other.pid, 0);
+        site.reap(&ZygotePids::default());
+        assert_eq!(site.events(), said(&[Event::WorkerEnded(FIRST)]));
+        site.workers.finish(FIRST, site.now, &mut site.events);
+    }
+    assert_eq!(site.events(), said(&[Event::Drained(FIRST)]));
+    assert!(site.workers.is_idle());
+}
+
+#[test]
+fn workers_that_a_zygote_never_forked_end_with_it() {
+    let mut site = Site::new();
+    let settings = Settings { workers: 2, ..Settings::default() };
+    site.workers.start(FIRST, &settings, site.now, &mut site.events);
+    assert_eq!(site.missing().len(), 2);
+    site.workers.retire(FIRST, site.now, &mut site.events);
+    assert!(site.events().is_empty(), "the zygote may still fork them");
+    site.workers.zygotes_ended(FIRST, site.now, &mut site.events);
+    assert_eq!(site.events().len(), 4);
+    site.workers.finish(FIRST, site.now, &mut site.events);
+    assert_eq!(site.events(), said(&[Event::Drained(FIRST)]));
+}
+
+#[test]
+fn an_abandoned_generation_without_workers_ends_at_once() {
+    let mut site = Site::new();
+    site.workers.abandon(FIRST, site.now, &mut site.events);
+    assert_eq!(site.events(), said(&[Event::Drained(FIRST)]));
+}
+
+#[test]
+fn a_standby_is_asked_again_for_workers_that_are_not_there() {
+    let mut site = Site::new();
+    site.start(FIRST, 2, 4);
+    site.workers.zygote_lost(FIRST, site.now, &mut site.events);
+    assert_eq!(site.missing().len(), 2);
+}
+
+#[test]
+fn a_worker_may_end_before_its_process_id_is_known() {
+    let mut site = Site::new();
+    let settings = Settings { workers: 1, ..Settings::default() };
+    site.workers.start(FIRST, &settings, site.now, &mut site.events);
+    let new = site.missing().pop().expect("one");
+    let pid = site.fake.start();
+    site.fake.exit(pid, 1);
+    site.reap(&ZygotePids::default());
+    assert!(site.events().is_empty());
+    site.workers.forked(new.worker, pid, site.now, &mut site.events);
+    let expected = [Event::WorkerFailed(FIRST), Event::WorkerEnded(FIRST)];
+    assert_eq!(site.events(), said(&expected));
+}
+
+#[test]
+fn a_standby_that_ended_before_its_process_id_was_known_is_reported() {
+    let mut site = Site::new();
+    let (zygote, pid) = (ZygoteId(4), site.fake.start());
+    site.fake.exit(pid, 1);
+    site.reap(&ZygotePids { known: Vec::new(), unknown: 1 });
+    site.workers.standby_forked(zygote, pid, &mut site.events);
+    let other = site.fake.start();
+    site.workers.standby_forked(zygote, other, &mut site.events);
+    let expected = [Event::StandbyEnded(zygote), Event::StandbyRuns { zygote, pid: other }];
+    assert_eq!(site.events(), said(&expected));
+}
+
+#[test]
+fn zygotes_are_left_to_their_owner() {
+    let mut site = Site::new();
+    let zygote = site.fake.start();
+    site.fake.exit(zygote, 0);
+    site.reap(&ZygotePids { known: vec![zygote], unknown: 0 });
+    assert!(site.fake.any_ended());
+    site.reap(&ZygotePids::default());
+    assert!(!site.fake.any_ended(), "a stranger is reaped without a word");
+}
+
+#[test]
+fn a_clients_answer_waits_for_the_program_of_a_dead_worker() {
+    let mut site = Site::new();
+    let others = site.serving(1, 4);
+    let worker = others[0].id;
+    site.wait(1..=1);
+    let program = site.fake.start();
+    others[0].report(&Report::Child { job: JobId(1), pid: program.as_raw() });
+    site.read(&others[0]);
+    site.events();
+    site.fake.exit(others[0].pid, 1);
+    site.reap(&ZygotePids::default());
+    assert_eq!(site.fake.signals(), [(program, Signal::SIGTERM)]);
+    let expected = [Event::ProgramRuns { job: JobId(1), worker }, Event::WorkerEnded(FIRST)];
+    assert_eq!(site.events(), said(&expected));
+    assert!(!site.workers.is_idle());
+    site.reap(&ZygotePids::default());
+    site.now += Duration::from_millis(1);
+    site.workers.tick(site.now, &mut site.events);
+    let ended = site.events();
+    assert!(ended.contains(&format!("{:?}", Event::ProgramEnded(JobId(1)))), "{ended:?}");
+}
+
+#[test]
+fn a_program_is_held_although_its_workers_end_is_not_seen_yet() {
+    let mut site = Site::new();
+    let others = site.serving(1, 4);
+    site.wait(1..=1);
+    let program = site.fake.start();
+    others[0].report(&Report::Child { job: JobId(1), pid: program.as_raw() });
+    site.fake.exit(program, 1);
+    site.reap(&ZygotePids::default());
+    assert!(site.fake.any_ended(), "its number still names the group");
+    assert!(site.workers.orphans.concerns(JobId(1)));
+}
+
+#[test]
+fn what_is_left_is_killed_when_the_drain_is_over() {
+    let mut site = Site::new();
+    let others = site.serving(2, 4);
+    site.workers.kill_all(Programs::Spared, site.now, &mut site.events);
+    let killed = others.iter().map(|other| (other.pid, Signal::SIGKILL)).collect::<Vec<_>>();
+    assert_eq!(site.fake.signals(), killed);
+}
+
+#[test]
+fn an_actions_own_time_limit_is_reported() {
+    let mut site = Site::new();
+    let others = site.serving(1, 4);
+    site.wait(1..=1);
+    site.events();
+    others[0].report(&Report::Timeout { job: JobId(1), milliseconds: 5000 });
+    site.read(&others[0]);
+    let until = site.now + Duration::from_secs(5);
+    assert_eq!(site.events(), said(&[Event::TimeLimitSet(until)]));
+    assert_eq!(site.workers.latest_time_limit(), Some(until));
+}
