@@ -7,7 +7,7 @@
 //! Four owners share the work, and each alone changes its state: `accept` (listeners and clients),
 //! `workers` (processes, jobs, programs), `generations` (configurations and zygotes) and `services`
 //! (logs, dictionaries, systemd). An owner tells the others what has happened by an
-//! [`event`], and [`daemon`] passes each event on.
+//! `event`, and [`daemon`] passes each event on.
 
 #![forbid(unsafe_code)]
 

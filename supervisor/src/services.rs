@@ -1,6 +1,6 @@
 //! What the supervisor does beside relaying: logs, shared dictionaries, systemd.
 //!
-//! [`Services`] owns all of it.
+//! `Services` owns all of it.
 //!
 //! # Failure
 //! Nothing here delays or fails a mail: what can't be sent is lost, and counted where it matters.

@@ -1,8 +1,8 @@
 //! Making a listening socket: stale files, locks, modes.
 //!
-//! A path is bound under a flock on `PATH.lock`, which is held only while the path is bound, so that
-//! two daemons that start at once can't take the path from each other. Whatever is at the path is
-//! left alone, unless it is a socket that refuses connections.
+//! A path is bound under a flock on `PATH.lock`, which is held only while the path is bound, so
+//! that two daemons that start at once can't take the path from each other. Whatever is at the path
+//! is left alone, unless it is a socket that refuses connections.
 //!
 //! # Failure
 //! Every error names the address and the cause; nothing is left behind.
@@ -219,7 +219,7 @@ impl PathLock {
         let mut name = socket.as_os_str().to_owned();
         name.push(".lock");
         let path = PathBuf::from(name);
-        // A process that has just released its lock may have removed the file that is now locked here.
+        // A process that has just released its lock may have removed the file that is locked here.
         for _ in 0..100 {
             let file = OpenOptions::new()
                 .write(true)

@@ -1,10 +1,10 @@
 //! The clients' connections, from accept to close.
 //!
-//! A connection is *pending* until its first byte, then *waiting* for a credit, then *dispatched*: a
-//! worker has the socket, and the supervisor keeps a duplicate to answer with should the worker die.
-//! A connection that the supervisor itself has answered is *lingering*: the rest of the request is
-//! read and dropped, because closing with unread data would reset the connection and destroy the
-//! answer.
+//! A connection is *pending* until its first byte, then *waiting* for a credit, then *dispatched*:
+//! a worker has the socket, and the supervisor keeps a duplicate to answer with should the worker
+//! die. A connection that the supervisor itself has answered is *lingering*: the rest of the
+//! request is read and dropped, because closing with unread data would reset the connection and
+//! destroy the answer.
 //!
 //! # Failure
 //! Nothing here waits for a client, and every connection ends: each state but *dispatched* has a

@@ -198,8 +198,8 @@ impl Dictionary {
     }
 }
 
-/// Adds two numbers: the sum of integers is an integer, any other sum a float. Returns `None` for an
-/// integer that doesn't fit, because a counter must not become negative.
+/// Adds two numbers: the sum of integers is an integer, any other sum a float. Returns `None` for
+/// an integer that doesn't fit, because a counter must not become negative.
 fn add(a: &Value<'_>, b: &Value<'_>) -> Option<Value<'static>> {
     match (a, b) {
         (Value::Integer(a), Value::Integer(b)) => a.checked_add(*b).map(Value::Integer),

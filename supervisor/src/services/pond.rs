@@ -1,7 +1,7 @@
 //! One Pond datagram per finished mail.
 //!
-//! Contract: sending never waits and never fails a mail. Records go to the log server of the current
-//! generation.
+//! Contract: sending never waits and never fails a mail. Records go to the log server of the
+//! current generation.
 //!
 //! # Failure
 //! A record that could not be sent is lost and counted. The first loss is reported at once, later

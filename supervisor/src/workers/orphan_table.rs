@@ -73,7 +73,7 @@ impl OrphanTable {
     }
 
     /// Notes that a child has ended. Returns whether the child is a leader that must not be reaped
-    /// before [`Self::to_reap`] says so.
+    /// before [`Self::reapable`] says so.
     pub(super) fn leader_ended(&mut self, pid: Pid, now: Instant) -> bool {
         let Some(orphan) = self.programs.get_mut(&pid) else { return false };
         if orphan.ending.leader_runs() {
@@ -97,7 +97,7 @@ impl OrphanTable {
     /// Returns the leaders that are to be reaped now, and their groups, which are to be killed
     /// before. `living` is what a scan that was due has found: the groups with living members. A
     /// group that isn't known to have ended counts as alive.
-    pub(super) fn to_reap(
+    pub(super) fn reapable(
         &mut self,
         now: Instant,
         living: Option<&HashSet<Pid>>,
@@ -211,13 +211,13 @@ mod tests {
         let now = Instant::now();
         let mut table = table(now);
         assert!(table.concerns(JOB) && !table.concerns(JobId(8)) && table.contains(LEADER));
-        assert!(!table.scan_is_due(now) && table.to_reap(now, None).is_empty());
+        assert!(!table.scan_is_due(now) && table.reapable(now, None).is_empty());
         assert!(table.leader_ended(LEADER, now) && table.holds(LEADER));
         assert!(table.scan_is_due(now), "at once");
         table.scanned(now, Duration::ZERO);
-        assert_eq!(table.to_reap(now, Some(&groups(&[LEADER]))), []);
+        assert_eq!(table.reapable(now, Some(&groups(&[LEADER]))), []);
         assert!(!table.scan_is_due(now) && table.scan_is_due(now + FIRST_PAUSE));
-        assert_eq!(table.to_reap(now + FIRST_PAUSE, Some(&groups(&[]))), [(LEADER, LEADER)]);
+        assert_eq!(table.reapable(now + FIRST_PAUSE, Some(&groups(&[]))), [(LEADER, LEADER)]);
         assert!(!table.holds(LEADER));
         assert_eq!(table.over(now, |_| true), [], "a member isn't reaped");
         assert_eq!(table.over(now, |_| false), [JOB]);
@@ -230,9 +230,9 @@ mod tests {
         let now = Instant::now();
         let mut table = table(now);
         table.leader_ended(LEADER, now);
-        assert_eq!(table.to_reap(now, None), [], "the scan failed");
+        assert_eq!(table.reapable(now, None), [], "the scan failed");
         let late = now + GRACE;
-        assert_eq!(table.to_reap(late, None), [(LEADER, LEADER)], "but not for ever");
+        assert_eq!(table.reapable(late, None), [(LEADER, LEADER)], "but not for ever");
         assert_eq!(table.over(late + VANISH, |_| true), [JOB]);
     }
 

@@ -79,7 +79,7 @@ impl Orphans {
     }
 
     /// Notes that a child has ended. Returns whether it is a program that must not be reaped before
-    /// [`Self::to_reap`] says so.
+    /// [`Self::reapable`] says so.
     pub(super) fn ended(&mut self, pid: Pid, now: Instant) -> bool {
         self.table.leader_ended(pid, now)
     }
@@ -141,9 +141,9 @@ impl Orphans {
 
     /// Returns the leaders that are to be reaped now, because their groups have ended or their time
     /// is over. What is left of each group has been killed.
-    pub(super) fn to_reap(&mut self, now: Instant) -> Vec<Pid> {
+    pub(super) fn reapable(&mut self, now: Instant) -> Vec<Pid> {
         let living = self.table.scan_is_due(now).then(|| self.living_groups(now)).flatten();
-        let ended = self.table.to_reap(now, living.as_ref());
+        let ended = self.table.reapable(now, living.as_ref());
         for &(_, group) in &ended {
             self.system.signal_group(group, Signal::SIGKILL);
         }
@@ -183,8 +183,8 @@ impl Orphans {
         }
     }
 
-    /// Returns when [`Self::to_reap`], [`Self::kill_overdue`], [`Self::over`] or [`Self::hides`] has
-    /// something to do.
+    /// Returns when [`Self::reapable`], [`Self::kill_overdue`], [`Self::over`] or [`Self::hides`]
+    /// has something to do.
     pub(super) fn next_deadline(&self) -> Option<Instant> {
         self.table.next_deadline()
     }
@@ -235,7 +235,7 @@ mod tests {
     fn end_of(orphans: &mut Orphans, child: &mut Child, now: Instant) -> Option<i32> {
         wait_for_end(child);
         assert!(orphans.ended(pid(child), now) && orphans.holds(pid(child)));
-        assert_eq!(orphans.to_reap(now), [pid(child)]);
+        assert_eq!(orphans.reapable(now), [pid(child)]);
         assert!(!orphans.holds(pid(child)));
         child.wait().expect("wait").signal()
     }
@@ -287,14 +287,14 @@ mod tests {
         let now = Instant::now();
         let mut orphans = orphans();
         let (mut leader, mut other) = leader_and_other(&mut orphans, JobId(71_007), now);
-        assert_eq!(orphans.to_reap(now), [], "the other has its time");
+        assert_eq!(orphans.reapable(now), [], "the other has its time");
         let look = orphans.next_deadline().expect("there is something to do");
         assert!(look >= now + FIRST_PAUSE && look < now + GRACE, "{:?}", look - now);
         assert!(orphans.holds(pid(&leader)) && orphans.over(now).is_empty());
         other.kill().expect("kill");
         wait_for_end(&other);
-        assert_eq!(orphans.to_reap(now), [], "it isn't time to look again");
-        assert_eq!(orphans.to_reap(look), [pid(&leader)]);
+        assert_eq!(orphans.reapable(now), [], "it isn't time to look again");
+        assert_eq!(orphans.reapable(look), [pid(&leader)]);
         leader.wait().expect("wait");
         assert_eq!(orphans.over(now), [], "the other isn't reaped");
         other.wait().expect("wait");
@@ -307,9 +307,9 @@ mod tests {
         let mut orphans = orphans();
         let (mut leader, mut other) = leader_and_other(&mut orphans, JobId(71_008), now);
         let late = now + GRACE;
-        assert_eq!(orphans.to_reap(late - FIRST_PAUSE), []);
+        assert_eq!(orphans.reapable(late - FIRST_PAUSE), []);
         assert_eq!(orphans.kill_overdue(late), []);
-        assert_eq!(orphans.to_reap(late), [pid(&leader)]);
+        assert_eq!(orphans.reapable(late), [pid(&leader)]);
         assert_eq!(other.wait().expect("wait").signal(), Some(Signal::SIGKILL as i32));
         leader.wait().expect("wait");
         assert_eq!(orphans.over(late), [JobId(71_008)]);
@@ -320,7 +320,7 @@ mod tests {
         let now = Instant::now();
         let mut orphans = orphans();
         let (mut leader, mut other) = leader_and_other(&mut orphans, JobId(71_009), now);
-        orphans.to_reap(now);
+        orphans.reapable(now);
         assert_eq!(orphans.ended_besides(now), [], "too early after that look");
         assert!(!orphans.hides(now));
         let rested = orphans.next_deadline().expect("there is something to do");

@@ -479,8 +479,8 @@ impl Pool {
         own.map(|(&id, _)| id).collect()
     }
 
-    /// Does what is due: respawns, pings, replacements, time limits. Returns what is to be done, and
-    /// which workers hang.
+    /// Does what is due: respawns, pings, replacements, time limits. Returns what is to be done,
+    /// and which workers hang.
     pub(super) fn tick(&mut self, now: Instant) -> (Vec<Command>, Vec<(WorkerId, Hang)>) {
         let mut commands = self.respawn(now);
         commands.extend(self.recycle(now));

@@ -164,7 +164,7 @@ impl Workers {
         for pid in self.orphans.kill_overdue(now) {
             error!(self.log, "a dead worker's program can't be killed"; "pid" => pid.as_raw());
         }
-        let reaped = self.orphans.to_reap(now);
+        let reaped = self.orphans.reapable(now);
         for &pid in &reaped {
             // The leader has ended and is a child, so this neither waits nor fails.
             let _ = self.system.reap(pid);
