@@ -9,6 +9,7 @@
 //! listener would keep the loop busy. When too many silent connections are held, the client with
 //! the most connections loses its oldest silent ones.
 
+mod backlog;
 mod bind;
 mod connections;
 mod listeners;
@@ -24,8 +25,9 @@ use qrelay_shared::settings::{Declaration, ListenAddress};
 use qrelay_shared::texts;
 use slog::{Logger, error, info, warn};
 
+use crate::accept::backlog::{Ending, Serves};
 use crate::accept::connections::{ACCEPT_BATCH, Accepted, Connections, MAX_HELD, Seen, State};
-use crate::accept::listeners::{Listeners, NotListening, Socket};
+use crate::accept::listeners::{Listeners, NotListening};
 use crate::accept::throttle::Throttle;
 use crate::client::{Client, Connected};
 use crate::event::{Event, Events, LostAnswer, LostMail};
@@ -44,23 +46,6 @@ struct Limits {
     first_byte: Duration,
     /// How long a client waits for a worker.
     waiting: Duration,
-}
-
-/// A listener that nobody can connect to any more, and whose backlog could not be emptied because
-/// descriptors ran out.
-#[derive(Debug, Clone, Copy)]
-struct Ending {
-    listener: ListenerId,
-    serves: Serves,
-}
-
-/// Who serves the connections in the backlog of an ending listener.
-#[derive(Debug, Clone, Copy)]
-enum Serves {
-    /// This generation, in which the listener has this number; a later one lacks the listener.
-    Old(GenerationId, u32),
-    /// The current generation: the daemon stops.
-    Current,
 }
 
 /// Whether connections are let in.
@@ -342,71 +327,6 @@ impl Acceptor {
         }
     }
 
-    /// Refuses new connections on a listener, and accepts what is in its backlog: at once if there
-    /// are descriptors enough.
-    fn end_listener(&mut self, id: ListenerId, serves: Serves, now: Instant, events: &mut Events) {
-        self.listeners.refuse_new(id, &self.watcher);
-        self.empty_backlog(Ending { listener: id, serves }, now, events);
-    }
-
-    fn empty_backlog(&mut self, ending: Ending, now: Instant, events: &mut Events) {
-        let Ending { listener: id, serves } = ending;
-        let left = self.accept_all(id, now, events);
-        if let Serves::Old(generation, number) = serves {
-            self.bind(id, generation, number, events);
-        }
-        let local = self.listeners.get(id).is_some_and(|l| matches!(l.socket(), Socket::Unix(_)));
-        // More clients could connect to a TCP port, unless what it has is lost.
-        if left == Backlog::MayHoldMore && local {
-            self.next_try = Some(now + DISARM);
-            return self.endings.push(ending);
-        }
-        self.listeners.stop_listening(id);
-        if matches!(serves, Serves::Old(..)) {
-            self.listeners.close(id);
-        }
-    }
-
-    /// Accepts all that is in a backlog, before the listener is closed.
-    fn accept_all(&mut self, id: ListenerId, now: Instant, events: &mut Events) -> Backlog {
-        let mut new = Vec::new();
-        let mut left = Backlog::Empty;
-        while let Some(listener) = self.listeners.get(id) {
-            match self.connections.accept(id, listener, now, &mut new) {
-                Accepted::More => {}
-                Accepted::Empty => break,
-                Accepted::Exhausted(error) => {
-                    self.pause(&format!("accept: {error}"), now);
-                    left = Backlog::MayHoldMore;
-                    break;
-                }
-            }
-        }
-        self.admit_all(&new, now, events);
-        left
-    }
-
-    /// Binds the listener's unserved connections to the generation that knows the listener.
-    fn bind(
-        &mut self,
-        listener: ListenerId,
-        generation: GenerationId,
-        number: u32,
-        events: &mut Events,
-    ) {
-        let unbound = self
-            .connections
-            .unserved()
-            .filter(|(_, c)| c.listener == listener && c.bound.is_none())
-            .map(|(job, c)| (job, c.state, Client::from(c.peer)));
-        for (job, state, client) in unbound.collect::<Vec<_>>() {
-            self.connections.bind(job, generation, number);
-            if state == State::Waiting {
-                events.push_back(Event::Bound { job, client, generation });
-            }
-        }
-    }
-
     /// Notes that a worker has a connection.
     pub(crate) fn dispatched(&mut self, job: JobId, worker: WorkerId) {
         self.connections.set_dispatched(job, worker);
@@ -473,9 +393,7 @@ impl Acceptor {
         if matches!(self.intake, Intake::Paused(until) if until <= now) {
             self.resume(now);
         }
-        for ending in std::mem::take(&mut self.endings) {
-            self.empty_backlog(ending, now, events);
-        }
+        self.retry_endings(now, events);
     }
 
     /// Ends a turn of the loop, after everything that a worker could take was dispatched: gives the
@@ -499,16 +417,16 @@ impl Acceptor {
 
     /// Returns whether a connection, here or in a backlog, waits for this generation's workers.
     fn is_needed(&self, generation: GenerationId) -> bool {
-        let current = self.current.is_some_and(|(current, _)| current == generation);
-        let in_backlog = self.endings.iter().any(|ending| match ending.serves {
-            Serves::Old(old, _) => old == generation,
-            Serves::Current => current,
-        });
-        in_backlog
+        let current = self.is_current(generation);
+        self.is_in_backlog(generation)
             || self.connections.any_unserved(|connection| match connection.bound {
                 Some((wanted, _)) => wanted == generation,
                 None => current,
             })
+    }
+
+    fn is_current(&self, generation: GenerationId) -> bool {
+        self.current.is_some_and(|(current, _)| current == generation)
     }
 
     /// Stops accepting for a moment.
@@ -551,13 +469,6 @@ impl Acceptor {
         let next_try = self.next_try.filter(|_| !self.endings.is_empty());
         self.connections.next_deadline().into_iter().chain(paused).chain(next_try).min()
     }
-}
-
-/// Whether a backlog was emptied.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Backlog {
-    Empty,
-    MayHoldMore,
 }
 
 /// Whether a job whose worker died still has a program.

@@ -494,7 +494,7 @@ impl World {
             }
         }
         self.signal(Event::StopRequested);
-        for _ in 0..100 {
+        for _ in 0..40 {
             self.cooperate();
         }
         self.now += Duration::from_millis(100);
@@ -507,7 +507,7 @@ impl World {
         }
         let helps = self.random.one_in(2);
         self.signal(Event::StopRequested);
-        for _ in 0..1000 {
+        for _ in 0..400 {
             if self.has_ended() {
                 return;
             }
@@ -516,7 +516,7 @@ impl World {
             } else {
                 self.turn();
             }
-            self.now += Duration::from_millis(100);
+            self.now += Duration::from_millis(250);
         }
         panic!("the daemon doesn't end");
     }

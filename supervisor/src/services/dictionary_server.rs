@@ -103,3 +103,55 @@ pub fn serve_alone(fd: OwnedFd) {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use qrelay_shared::dictionary::{Answer, Operation, Request, Value};
+
+    use super::*;
+    use crate::watch::Poller;
+
+    /// A server, what it is watched by, and the other end of a channel to it.
+    fn server() -> (DictionaryServer, Poller, Channel<ToDictionary, FromDictionary>) {
+        let poller = Poller::new().expect("epoll");
+        let mut server = DictionaryServer::new(poller.watcher());
+        let (ours, theirs) = DictionaryChannel::pair().expect("a pair");
+        server.open(ours.into());
+        (server, poller, theirs)
+    }
+
+    fn serve(server: &mut DictionaryServer, poller: &mut Poller) -> usize {
+        let mut sources = Vec::new();
+        poller.wait(Duration::ZERO, &mut sources).expect("epoll_wait");
+        for source in &sources {
+            let Source::Dictionary(channel) = *source else { panic!("{source:?}") };
+            server.on_question(channel, Instant::now());
+        }
+        sources.len()
+    }
+
+    #[test]
+    fn a_question_is_answered() {
+        let (mut server, mut poller, channel) = server();
+        let by = Value::Integer(2);
+        let operation = Operation::Increment { by, ttl: None };
+        let request = Request { dictionary: "d", key: b"k", operation };
+        channel.send(&request, &[]).expect("room");
+        assert_eq!(serve(&mut server, &mut poller), 1);
+        let mut buffer = RecvBuffer::new();
+        let answer = channel.try_recv(&mut buffer).expect("an answer").message;
+        assert_eq!(answer, Answer::Value(Some(Value::Integer(2))));
+    }
+
+    #[test]
+    fn a_channel_ends_with_its_owner() {
+        let (mut server, mut poller, channel) = server();
+        assert_eq!(serve(&mut server, &mut poller), 0);
+        drop(channel);
+        assert_eq!(serve(&mut server, &mut poller), 1);
+        assert_eq!(serve(&mut server, &mut poller), 0, "it isn't watched any more");
+        assert!(server.channels.is_empty());
+    }
+}

@@ -5,6 +5,8 @@
 //! belongs to one worker until the job is done or the worker is dead. Every generation that isn't
 //! retiring has its full number of workers, or a time at which the next one is tried.
 
+mod upkeep;
+
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
@@ -15,15 +17,12 @@ use crate::backoff::Backoff;
 use crate::client::Client;
 use crate::ids::{GenerationId, JobId, WorkerId};
 use crate::workers::fairness::Fairness;
+use crate::workers::pool::upkeep::PING_INTERVAL;
 
-/// Time between two pings of a worker (docs/architecture.md, "Too long").
-pub(super) const PING_INTERVAL: Duration = Duration::from_millis(250);
 /// A worker whose Lua has been held for longer gets no new jobs.
 const HELD_TOO_LONG: Duration = Duration::from_millis(250);
 /// Time in which a forked worker becomes ready, or never will.
 const START_TIMEOUT: Duration = Duration::from_secs(10);
-/// From SIGABRT to SIGKILL, time for a core dump.
-const ABORT_GRACE: Duration = Duration::from_secs(2);
 
 /// What is to be done to a worker.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -388,25 +387,6 @@ impl Pool {
         self.workers.values().filter_map(|worker| worker.explicit_until).max()
     }
 
-    /// Notes a worker's answer to a ping; returns why the worker must be ended, if so.
-    pub(super) fn pong(
-        &mut self,
-        worker: WorkerId,
-        Health { held, exhausted }: Health,
-        now: Instant,
-    ) -> Option<Hang> {
-        let entry = self.workers.get_mut(&worker)?;
-        entry.unanswered = 0;
-        entry.held = held;
-        entry.exhausted |= exhausted;
-        let limit = self.groups.get(&entry.generation)?.hang_timeout;
-        if held > limit && !matches!(entry.state, State::Dying { .. }) {
-            entry.state = State::Dying { kill_at: now + ABORT_GRACE };
-            return Some(Hang::Held(held));
-        }
-        None
-    }
-
     /// Has a worker killed at `at`, because it has closed its channels or broken the protocol.
     pub(super) fn condemn(&mut self, worker: WorkerId, at: Instant) {
         if let Some(worker) = self.workers.get_mut(&worker) {
@@ -478,109 +458,8 @@ impl Pool {
         let own = self.workers.iter().filter(|(_, worker)| worker.generation == generation);
         own.map(|(&id, _)| id).collect()
     }
-
-    /// Does what is due: respawns, pings, replacements, time limits. Returns what is to be done,
-    /// and which workers hang.
-    pub(super) fn tick(&mut self, now: Instant) -> (Vec<Command>, Vec<(WorkerId, Hang)>) {
-        let mut commands = self.respawn(now);
-        commands.extend(self.recycle(now));
-        let mut hangs = Vec::new();
-        if self.next_ping.is_some_and(|at| at <= now) {
-            self.next_ping = Some(now + PING_INTERVAL);
-            self.ping(now, &mut commands, &mut hangs);
-        }
-        self.overdue(now, &mut commands, &mut hangs);
-        (commands, hangs)
-    }
-
-    fn respawn(&mut self, now: Instant) -> Vec<Command> {
-        let mut due = Vec::new();
-        for (&generation, group) in &mut self.groups {
-            let before = group.respawn.len();
-            group.respawn.retain(|&at| at > now);
-            due.extend(std::iter::repeat_n(generation, before - group.respawn.len()));
-        }
-        due.into_iter().map(|generation| self.spawn(generation, now)).collect()
-    }
-
-    fn recycle(&mut self, now: Instant) -> Vec<Command> {
-        let mut replaced = Vec::new();
-        for (&generation, group) in &mut self.groups {
-            if group.retiring || group.recycling.is_some() {
-                continue;
-            }
-            let worn = self.workers.iter().find(|(_, worker)| {
-                worker.generation == generation
-                    && worker.state == State::Ready
-                    && (worker.exhausted
-                        || (group.max_mails > 0 && worker.mails >= group.max_mails))
-            });
-            if let Some((&id, _)) = worn {
-                group.recycling = Some(id);
-                replaced.push(generation);
-            }
-        }
-        replaced.into_iter().map(|generation| self.spawn(generation, now)).collect()
-    }
-
-    fn ping(
-        &mut self,
-        now: Instant,
-        commands: &mut Vec<Command>,
-        hangs: &mut Vec<(WorkerId, Hang)>,
-    ) {
-        self.sequence += 1;
-        for (&id, worker) in &mut self.workers {
-            if !matches!(worker.state, State::Ready | State::Retiring { .. }) {
-                continue;
-            }
-            let limit =
-                self.groups.get(&worker.generation).map_or(Duration::MAX, |g| g.hang_timeout);
-            if PING_INTERVAL.saturating_mul(worker.unanswered) > limit {
-                worker.state = State::Dying { kill_at: now + ABORT_GRACE };
-                hangs.push((id, Hang::Silent(worker.unanswered)));
-                commands.push(Command::Abort(id));
-            } else {
-                worker.unanswered += 1;
-                commands.push(Command::Ping(id, self.sequence));
-            }
-        }
-    }
-
-    fn overdue(
-        &mut self,
-        now: Instant,
-        commands: &mut Vec<Command>,
-        hangs: &mut Vec<(WorkerId, Hang)>,
-    ) {
-        for (&id, worker) in &mut self.workers {
-            let hang = match worker.state {
-                State::Starting { until } if until <= now => Some(Hang::NotReady),
-                State::Retiring { deadline } if deadline <= now => Some(Hang::DrainOver),
-                State::Dying { kill_at } if kill_at <= now => None,
-                _ => continue,
-            };
-            hangs.extend(hang.map(|hang| (id, hang)));
-            // Again in a while, should the kernel still be busy with the process.
-            worker.state = State::Dying { kill_at: now + ABORT_GRACE };
-            commands.push(Command::Kill(id));
-        }
-    }
-
-    /// When [`Self::tick`] has something to do, if ever.
-    pub(super) fn next_tick(&self) -> Option<Instant> {
-        let deaths = self.workers.values().filter_map(|worker| match worker.state {
-            State::Starting { until } => Some(until),
-            State::Retiring { deadline } => Some(deadline),
-            State::Dying { kill_at } => Some(kill_at),
-            State::Ready => None,
-        });
-        let respawns = self.groups.values().flat_map(|group| group.respawn.iter().copied());
-        let ping = self.next_ping.filter(|_| !self.workers.is_empty());
-        deaths.chain(respawns).chain(ping).min()
-    }
 }
 
 #[cfg(test)]
-#[path = "pool_tests.rs"]
+#[path = "pool/tests.rs"]
 mod tests;

@@ -2,16 +2,20 @@
 
 use std::net::{IpAddr, Ipv4Addr};
 
+use super::upkeep::ABORT_GRACE;
 use super::*;
 
 impl Pool {
-    /// Panics if what is counted twice doesn't agree, or a worker has more than its credit and was
-    /// given jobs that others could have had.
+    /// Panics if what is counted twice doesn't agree, or a worker of the current generation has
+    /// more jobs than its credit.
     pub(in crate::workers) fn assert_consistent(&self) {
         self.fairness.assert_consistent(self.jobs.len());
         for (&id, worker) in &self.workers {
             let jobs = self.jobs.values().filter(|(_, owner)| *owner == id).count();
             assert_eq!(worker.jobs, jobs, "jobs of worker {id}");
+            let group = self.groups.get(&worker.generation);
+            let credit = group.filter(|_| Some(worker.generation) == self.current);
+            assert!(credit.is_none_or(|group| jobs <= group.credit), "credit of worker {id}");
         }
         let known = |owner: &WorkerId| self.workers.contains_key(owner);
         assert!(self.jobs.values().all(|(_, owner)| known(owner)), "every job has a worker");
