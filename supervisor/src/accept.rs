@@ -177,12 +177,19 @@ impl Acceptor {
             }
             self.leaving.insert(old);
         }
-        self.watch_listeners(now);
+        match self.intake {
+            Intake::Over => self.end_current(now, events),
+            Intake::Open | Intake::Paused(_) => self.watch_listeners(now),
+        }
     }
 
     /// Lets nobody in any more: unlinks the sockets and accepts what is in their backlogs.
     pub(crate) fn stop(&mut self, now: Instant, events: &mut Events) {
         self.intake = Intake::Over;
+        self.end_current(now, events);
+    }
+
+    fn end_current(&mut self, now: Instant, events: &mut Events) {
         let Some((current, _)) = self.current else { return };
         for id in self.listeners.with(current) {
             self.end_listener(id, Serves::Current, now, events);

@@ -227,11 +227,6 @@ impl Daemon {
             Event::ChildEnded => self.reap(now),
             Event::ReloadRequested => rollout.reload(now, events),
             Event::StopRequested => self.stop(now),
-            Event::StopBegan => {
-                services.stop(workers.in_flight(), now);
-                rollout.stop(now, events);
-                acceptor.stop(now, events);
-            }
             Event::DrainEnded(programs) => {
                 acceptor.give_up(now, events);
                 workers.kill_all(programs, now, events);
@@ -319,24 +314,28 @@ impl Daemon {
 
     /// Begins the drain, or ends it when the daemon is told to stop a second time.
     fn stop(&mut self, now: Instant) {
-        let in_flight = self.workers.in_flight();
         match self.phase {
             Phase::Draining { .. } | Phase::Killing { .. } => {
                 warn!(self.log, "told to stop a second time: killing what is left";
-                    "in_flight" => in_flight);
+                    "in_flight" => self.workers.in_flight());
                 self.end_drain(Programs::Killed, now);
             }
-            Phase::Starting | Phase::Serving => {
-                let drain = self.rollout.drain_timeout();
-                info!(self.log, "stopping"; "in_flight" => in_flight,
-                    "drain_timeout" => drain.as_secs_f64());
-                let limit = self.workers.latest_time_limit();
-                let deadline = limit.max(Some(now + drain)).unwrap_or(now);
-                self.phase = Phase::Draining { deadline };
-                self.events.push_back(Event::StopBegan);
-            }
+            Phase::Starting | Phase::Serving => self.begin_drain(now),
             Phase::Ended(_) => {}
         }
+    }
+
+    fn begin_drain(&mut self, now: Instant) {
+        let drain = self.rollout.drain_timeout();
+        let in_flight = self.workers.in_flight();
+        info!(self.log, "stopping"; "in_flight" => in_flight,
+            "drain_timeout" => drain.as_secs_f64());
+        let limit = self.workers.latest_time_limit();
+        let deadline = limit.max(Some(now + drain)).unwrap_or(now);
+        self.phase = Phase::Draining { deadline };
+        self.services.stop(in_flight, now);
+        self.rollout.stop(now, &mut self.events);
+        self.acceptor.stop(now, &mut self.events);
     }
 
     /// Lengthens a drain to the time limit that an action has set for itself. The end of a drain is

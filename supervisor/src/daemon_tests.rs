@@ -27,7 +27,7 @@ use crate::ids::WorkerId;
 use crate::system::fake::{Fake, ZygoteEnd};
 
 /// Random orders that are played in every run.
-const ORDERS: u64 = 2000;
+const ORDERS: u64 = 3000;
 /// Random steps of one order, before the end.
 const STEPS: usize = 60;
 /// What a worker answers.
@@ -180,6 +180,10 @@ impl World {
 
     fn signal(&mut self, event: Event) {
         self.note(|| format!("{event:?}"));
+        if self.fake.any_ended() {
+            // Both signals are read at once.
+            self.daemon.events.push_back(Event::ChildEnded);
+        }
         self.daemon.events.push_back(event);
         self.daemon.settle(self.now);
     }
@@ -272,19 +276,10 @@ impl World {
 
     fn zygote_acts(&mut self, at: usize) {
         let fails = self.random.one_in(16);
-        let declaration = self.declaration();
-        let zygote = &mut self.zygotes[at];
-        if zygote.loaded && !zygote.declared {
-            zygote.declared = true;
-            let report = match fails {
-                true => ZygoteReport::Failed { message: "a script's error".into() },
-                false => ZygoteReport::Declared(Box::new(declaration)),
-            };
-            // The supervisor may have given the zygote up.
-            let _ = zygote.channel.try_send(&report, &[]);
-            let pid = zygote.pid;
-            return self.note(|| format!("zygote {pid} declares"));
+        if self.zygotes[at].loaded && !self.zygotes[at].declared {
+            return self.zygote_declares(at, fails);
         }
+        let zygote = &mut self.zygotes[at];
         let Ok(mut received) = zygote.channel.try_recv(&mut self.buffer) else { return };
         let pid = zygote.pid;
         match received.message {
@@ -317,6 +312,19 @@ impl World {
             }
         }
         self.note(|| format!("zygote {pid} obeys; it fails: {fails}"));
+    }
+
+    fn zygote_declares(&mut self, at: usize, fails: bool) {
+        let report = match fails {
+            true => ZygoteReport::Failed { message: "a script's error".into() },
+            false => ZygoteReport::Declared(Box::new(self.declaration())),
+        };
+        let zygote = &mut self.zygotes[at];
+        zygote.declared = true;
+        // The supervisor may have given the zygote up.
+        let _ = zygote.channel.try_send(&report, &[]);
+        let pid = zygote.pid;
+        self.note(|| format!("zygote {pid} declares; it fails: {fails}"));
     }
 
     fn declaration(&mut self) -> Declaration {

@@ -26,8 +26,6 @@ pub(crate) enum Event {
     ReloadRequested,
     /// SIGTERM or SIGINT.
     StopRequested,
-    /// The first request to stop: what is under way is finished.
-    StopBegan,
     /// The time for the drain is over, or a second request to stop came.
     DrainEnded(Programs),
 

@@ -210,12 +210,13 @@ impl Workers {
 
     /// Kills every worker, and waits for their ends: the daemon ends.
     pub(crate) fn close(&mut self) {
-        for (_, process) in std::mem::take(&mut self.processes) {
-            if let Some(pid) = process.pid {
-                // It may have ended by itself.
-                self.system.signal(pid, Signal::SIGKILL);
-                self.system.reap(pid);
-            }
+        let processes = std::mem::take(&mut self.processes);
+        let pids: Vec<Pid> = processes.values().filter_map(|process| process.pid).collect();
+        for &pid in &pids {
+            self.system.signal(pid, Signal::SIGKILL);
+        }
+        for &pid in &pids {
+            self.system.reap(pid);
         }
     }
 

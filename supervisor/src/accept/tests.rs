@@ -313,6 +313,22 @@ fn the_backlog_of_a_listener_that_is_gone_is_for_the_old_generation() {
 }
 
 #[test]
+fn a_generation_that_serves_after_the_stop_ends_as_well() {
+    let mut site = Site::serving("late", Settings::default());
+    let declaration = site.declaration(&[0, 1], Settings::default());
+    site.acceptor.listen(SECOND, &declaration, &mut site.events);
+    site.acceptor.stop(site.now, &mut site.events);
+    let new = (SECOND, &declaration);
+    site.acceptor.switch(new, Some(FIRST), site.now, &mut site.events);
+    site.events();
+    site.acceptor.settle(site.now, &mut site.events);
+    let expected = [FIRST, SECOND].map(Event::BacklogTaken);
+    assert_eq!(site.events(), expected.map(|event| format!("{event:?}")));
+    let address = SocketAddr::from_abstract_name(site.address(1)).expect("a name");
+    assert!(UnixStream::connect_addr(&address).is_err());
+}
+
+#[test]
 fn after_a_failed_dispatch_nothing_is_accepted_until_a_job_is_done() {
     let mut site = Site::serving("pause", Settings::default());
     let _first = site.connect(0, b"x");
