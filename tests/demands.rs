@@ -1,9 +1,9 @@
 //! What the end-to-end tests demand of the machine, checked before any of them runs: root, control
 //! groups, namespaces, and the packages of tests/packages.
 //!
-//! Contract: `cargo test` runs the test programs of the package `qrelay` in the order of their names,
-//! `demands` before `e2e`, and stops after the first program that fails. If something is missing,
-//! one message names all of it and says what to run.
+//! Contract: `cargo test` runs the test programs of the package `qrelay` in the order of their
+//! names, `demands` before `e2e`, and stops after the first program that fails. If something is
+//! missing, one message names all of it and says what to run.
 //!
 //! # Failure
 //! The exit status is 1 if something is missing. If tests were chosen by name, the message is only

@@ -29,10 +29,9 @@ CRATES = ["cli", "supervisor", "worker", "shared"]
 ORDER = {
     "supervisor": [
         "daemon",
-        "generations",
-        "workers services",
-        "accept",
-        "event signals",
+        "accept generations services workers",
+        "event",
+        "backoff client signals system watch",
         "ids",
     ],
     "worker": [
@@ -44,6 +43,7 @@ ORDER = {
         "client job_channel",
     ],
     "worker::lua": [
+        "script",
         "state",
         "config",
         "library",

@@ -250,7 +250,8 @@ mod tests {
     fn equals_the_captured_datagram_but_for_the_next_hop() {
         let bytes = datagram(&relayed(), None);
         let captured = b"\x0dfrom=<acc@example.com> to=<r1@example.org>,<r2@example.org> ok\0\
-            \x09\0\0\0\0\0\0\0\x1a\x0a\0\0\0\0\0\0\0\x4d\0\0\0\0\0\0\0\x55\x0b\0\0\0\0\0\0\x01\xd5\x0f\x03";
+            \x09\0\0\0\0\0\0\0\x1a\x0a\0\0\0\0\0\0\0\x4d\0\0\0\0\0\0\0\x55\
+            \x0b\0\0\0\0\0\0\x01\xd5\x0f\x03";
         let text = [b"\x03acct42\0\x0e/run/next.sock\0".as_slice(), captured].concat();
         assert_eq!(bytes[13..bytes.len() - 4], text);
     }
