@@ -11,7 +11,7 @@ It fails on
   parent defines, because a folder is one thing: such a use is left out when circles are searched.
 - a use that goes up, or sideways, by the table ORDER.
 - a room that ORDER doesn't name.
-- a module that reaches another one that UNREACHABLE forbids to it, directly or through others.
+- a module that reaches what UNREACHABLE forbids to its room, directly or through others.
 
     tests/checks/rooms.py           checks the workspace
     tests/checks/rooms.py --list    prints every use, one per line
@@ -29,7 +29,7 @@ CRATES = ["cli", "supervisor", "worker", "shared"]
 ORDER = {
     "supervisor": [
         "daemon",
-        "accept generations services workers",
+        "accept generations services workers",  # The owners, which only send each other events.
         "event",
         "backoff client signals system watch",
         "ids",
@@ -52,9 +52,13 @@ ORDER = {
     ],
 }
 
-# The supervisor looks at no byte of a mail: it reaches no module that takes mails apart.
+# Rooms, and what none of their modules reaches, directly or through others.
+PROTOCOLS = "address beng_control endpoint header netstring network pond qmqp"
 UNREACHABLE = {
+    # The supervisor looks at no byte of a mail: it has no use for what takes mails apart.
     "supervisor": ["shared::header", "shared::qmqp::request", "shared::qmqp::outgoing"],
+    # Protocols are bytes in and values out.
+    **{f"shared::{name}": ["shared::ipc", "shared::sys"] for name in PROTOCOLS.split()},
 }
 
 # --- Reading one file ----------------------------------------------------------------------------
@@ -335,16 +339,15 @@ def forbidden(workspace, unreachable):
     """Yields the way to each forbidden module. A re-export of a child alone is no use of it."""
     uses = [use for use in workspace.uses if use not in workspace.own_exports]
     graph = graph_of(uses)
-    for crate, targets in unreachable.items():
+    for room, targets in unreachable.items():
+        for name in {room, *targets} - set(workspace.modules):
+            yield f"the table UNREACHABLE names {name}, which does not exist"
+        modules = [name for name in workspace.modules if f"{name}::".startswith(f"{room}::")]
         for target in targets:
-            if target not in workspace.modules:
-                yield f"the table UNREACHABLE names {target}, which does not exist"
-                continue
-            ways = [route(graph, module, target) for module in workspace.modules
-                    if module.partition("::")[0] == crate]
+            ways = [route(graph, module, target) for module in modules]
             way = min((way for way in ways if way), key=len, default=None)
             if way:
-                yield f"{crate} must not reach {target}:\n{steps(workspace, way)}"
+                yield f"{room} must not reach {target}:\n{steps(workspace, way)}"
 
 
 def problems(workspace, order, unreachable):

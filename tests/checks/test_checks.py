@@ -178,6 +178,9 @@ class Rooms(unittest.TestCase):
         for text in ("use qrelay_shared::a::One;", "use qrelay_shared::c::C;", ""):
             tree = self.two_crates(text)
             self.assert_found(rooms.forbidden(tree, unreachable))
+        tree = self.two_crates("")
+        found = rooms.forbidden(tree, {"shared::a": ["shared::b"]})
+        self.assert_found(found, "shared::a::two uses shared::b")
         unreachable = {"top": ["shared::gone"]}
         self.assert_found(rooms.forbidden(tree, unreachable), "does not exist")
 
