@@ -508,6 +508,23 @@ impl World {
         self.now += Duration::from_millis(100);
     }
 
+    /// A reload while clients connect, each before a turn: none of them notices.
+    fn reload_under_load(&mut self) {
+        (0..2).for_each(|_| self.turn());
+        if !matches!(self.daemon.phase, Phase::Serving) || self.daemon.workers.serving() == 0 {
+            return;
+        }
+        self.signal(Event::ReloadRequested);
+        for _ in 0..20 {
+            let number = self.random.below(3);
+            if self.connect_to(number, true) {
+                self.clients.last_mut().expect("a client").owed = true;
+            }
+            self.cooperate();
+        }
+        (0..40).for_each(|_| self.cooperate());
+    }
+
     /// The daemon is told to stop, and ends, whether the others help or not.
     fn stop(&mut self) {
         if self.random.one_in(2) {
@@ -558,6 +575,9 @@ impl World {
                 break;
             }
             self.step();
+        }
+        if !self.has_ended() && self.random.one_in(3) {
+            self.reload_under_load();
         }
         if !self.has_ended() {
             self.stop();

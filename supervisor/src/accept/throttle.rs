@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-/// Lets one through per interval and counts the rest.
+/// Lets one line per interval through and counts the others.
 #[derive(Debug)]
 pub(crate) struct Throttle {
     interval: Duration,

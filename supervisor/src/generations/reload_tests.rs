@@ -16,7 +16,7 @@ fn serving(now: Instant) -> Generations {
     generations
 }
 
-/// A reload that works.
+/// Plays a reload that works.
 fn reload(generations: &mut Generations, generation: GenerationId, now: Instant) -> Vec<Command> {
     assert_eq!(generations.reload(now), [Command::Load(generation, Cause::Reload)]);
     generations.declared(generation);

@@ -213,7 +213,7 @@ mod tests {
         Orphans::new(Rc::new(Linux { level: slog::Level::Info }))
     }
 
-    /// A program that a worker might have started for this job.
+    /// Starts a program as a worker would for this job.
     fn program(job: JobId) -> Child {
         let input = input::sealed(job, &[b"mail"]).expect("input");
         let mut command = Command::new("/bin/sleep");
@@ -231,7 +231,7 @@ mod tests {
         }
     }
 
-    /// Waits for the end of a program that is alone in its group; the signal that brought it about.
+    /// Waits for the end of a program that is alone in its group; returns the signal that ended it.
     fn end_of(orphans: &mut Orphans, child: &mut Child, now: Instant) -> Option<i32> {
         wait_for_end(child);
         assert!(orphans.ended(pid(child), now) && orphans.holds(pid(child)));
@@ -268,7 +268,7 @@ mod tests {
         other.wait().expect("wait");
     }
 
-    /// A program that has ended, and a member of its group that ignores SIGTERM.
+    /// Returns a program that has ended, and a member of its group that ignores SIGTERM.
     fn leader_and_other(orphans: &mut Orphans, job: JobId, now: Instant) -> (Child, Child) {
         let leader = program(job);
         let mut other = Command::new("/bin/sh");
@@ -364,7 +364,7 @@ mod tests {
         assert_eq!(orphans.kill_overdue(now + GRACE), []);
         child.wait().expect("wait");
         assert_eq!(orphans.next_deadline(), Some(now + 2 * GRACE));
-        // Had it not ended even so.
+        // What if SIGKILL had not ended it.
         assert_eq!(orphans.kill_overdue(now + 2 * GRACE), [pid(&child)]);
         assert_eq!(orphans.over(now + 2 * GRACE), [JobId(71_005)]);
     }

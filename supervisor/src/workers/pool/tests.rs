@@ -46,7 +46,7 @@ fn settings(workers: u32, credit: u32) -> Settings {
     Settings { workers, worker_connections: credit, ..Settings::default() }
 }
 
-/// A pool whose workers are ready and serve.
+/// Returns a pool whose workers are ready and serve.
 fn serving(settings: &Settings, now: Instant) -> (Pool, Vec<WorkerId>) {
     let mut pool = Pool::default();
     let workers = spawned(&pool.start(GENERATION, settings, now));
