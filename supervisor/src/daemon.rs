@@ -33,12 +33,12 @@ const IDLE: Duration = Duration::from_secs(60);
 /// How long after the end of a drain what is left is killed again.
 const KILL_AGAIN: Duration = Duration::from_millis(100);
 
-/// What the command line says.
+/// Options of the command line.
 #[derive(Debug, Clone)]
 pub struct Options {
     /// Absolute path of config.lua.
     pub config: PathBuf,
-    /// What is logged.
+    /// Least severe level that is logged.
     pub level: Level,
     /// How long a script may take to declare itself.
     pub boot_timeout: Duration,
@@ -51,7 +51,7 @@ enum Phase {
     Starting,
     /// A generation serves, and systemd has been told READY.
     Serving,
-    /// What is under way is finished; what is left at the deadline is killed.
+    /// Mails under way are finished; workers that are left at the deadline are killed.
     Draining { deadline: Instant },
     /// The time for the drain is over: what is left is killed, and killed again at `again`.
     Killing { again: Instant, programs: Programs },

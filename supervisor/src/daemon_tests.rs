@@ -30,7 +30,7 @@ use crate::system::fake::{Fake, ZygoteEnd};
 const ORDERS: u64 = 3000;
 /// Random steps of one order, before the end.
 const STEPS: usize = 60;
-/// What a worker answers.
+/// The answer of every worker.
 const DONE: &str = "3:Kok,";
 
 /// Marsaglia's xorshift64.
@@ -607,7 +607,7 @@ fn play(seed: u64, verbose: bool) {
     let mut world = World::new(seed, verbose);
     if let Err(panic) = catch_unwind(AssertUnwindSafe(|| world.play())) {
         eprintln!("random order {seed} failed; QRELAY_SEED={seed} shows its steps");
-        // What is half done must not hide the cause.
+        // Dropping a half-changed state could panic too, and hide the cause.
         std::mem::forget(world);
         resume_unwind(panic);
     }

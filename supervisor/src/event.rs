@@ -119,12 +119,12 @@ pub(crate) enum Cause {
     Recovery,
 }
 
-/// What happens to the programs of dead workers when a drain's time is over.
+/// Treatment of the programs of dead workers when a drain's time is over.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Programs {
-    /// They have the time that they were given.
+    /// The programs have the time that they were given.
     Spared,
-    /// They are killed at once.
+    /// The programs are killed at once.
     Killed,
 }
 
@@ -139,11 +139,11 @@ pub(crate) struct LostMail {
     pub(crate) peer: Peer,
     /// When the connection was accepted.
     pub(crate) accepted: Instant,
-    /// What the client learns.
+    /// The answer that the client gets.
     pub(crate) answer: LostAnswer,
 }
 
-/// What the client of a lost mail learns.
+/// The answer that the client of a lost mail gets.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum LostAnswer {
     /// To try again: now, or when the job's program has ended.

@@ -29,7 +29,7 @@ use crate::ids::{GenerationId, ZygoteId};
 use crate::system::System;
 use crate::watch::Watcher;
 
-/// What every generation is loaded with.
+/// Facts that are the same for every generation.
 #[derive(Debug)]
 pub(crate) struct Loading {
     /// Absolute path of config.lua.
@@ -205,7 +205,7 @@ impl Rollout {
     pub(crate) fn close(&mut self) {
         for (_, zygote) in std::mem::take(&mut self.zygotes) {
             if let Some(pid) = zygote.pid {
-                // It may have ended by itself.
+                // The process may have ended by itself.
                 self.system.signal(pid, Signal::SIGKILL);
                 self.system.reap(pid);
             }

@@ -25,7 +25,7 @@ use crate::ids::JobId;
 /// The supervisor's end of the channel to a zygote.
 pub(crate) type ZygoteChannel = Channel<ToZygote, FromZygote>;
 
-/// What the supervisor asks of the system about processes.
+/// Questions and orders to the system about processes.
 pub(crate) trait System: Debug {
     /// Starts a zygote as a fresh process image.
     ///
@@ -62,7 +62,7 @@ pub(crate) trait System: Debug {
     fn own_pid(&self) -> Pid;
 }
 
-/// What a child of the supervisor is, seen from the jobs of a dead worker.
+/// The role of a child of the supervisor, seen from the jobs of a dead worker.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Role {
     /// The program of this job.
@@ -85,7 +85,7 @@ pub(crate) struct ZygotePids {
 /// The real system.
 #[derive(Debug)]
 pub(crate) struct Linux {
-    /// What a zygote logs.
+    /// Least severe level that a zygote logs.
     pub(crate) level: Level,
 }
 
@@ -116,7 +116,7 @@ impl System for Linux {
     }
 
     fn signal(&self, pid: Pid, signal: Signal) {
-        // It may have ended, which is what most signals are for.
+        // The process may have ended already.
         let _ = kill(pid, signal);
     }
 

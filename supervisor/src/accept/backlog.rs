@@ -24,10 +24,10 @@ pub(super) struct Ending {
     serves: Serves,
 }
 
-/// Who serves the connections in the backlog of an ending listener.
+/// Names the generation that serves the connections in the backlog of an ending listener.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Serves {
-    /// This generation, in which the listener has this number; a later one lacks the listener.
+    /// The generation and the listener's number there; a later generation lacks the listener.
     Old(GenerationId, u32),
     /// The current generation: the daemon stops.
     Current,

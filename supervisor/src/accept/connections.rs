@@ -42,7 +42,7 @@ pub(super) enum State {
     Pending,
     /// The client waits for a credit.
     Waiting,
-    /// This worker has the connection.
+    /// The worker has the connection.
     Dispatched(WorkerId),
     /// The supervisor has answered.
     Lingering,
@@ -62,7 +62,7 @@ pub(super) struct Connection {
     pub(super) listener: ListenerId,
     /// When the connection was accepted.
     pub(super) accepted: Instant,
-    /// The same moment in nanoseconds of CLOCK_BOOTTIME.
+    /// The moment of the accept in nanoseconds of CLOCK_BOOTTIME.
     pub(super) accepted_boottime: u64,
     /// When the first byte was seen, on the same clock.
     pub(super) spoke_boottime: u64,
@@ -96,7 +96,7 @@ impl Connection {
     }
 }
 
-/// What became of an attempt to accept.
+/// The outcome of an attempt to accept.
 #[derive(Debug)]
 pub(super) enum Accepted {
     /// The backlog may hold more connections.
@@ -107,7 +107,7 @@ pub(super) enum Accepted {
     Exhausted(io::Error),
 }
 
-/// What a client has done before the supervisor looked.
+/// The state of a client's side, as the supervisor sees it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Seen {
     /// Bytes can be read.

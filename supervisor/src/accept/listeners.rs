@@ -323,7 +323,7 @@ impl Listeners {
         listener.ending = !listener.adopted;
         listener.close_path();
         if let (Socket::Unix(socket), false) = (&listener.socket, listener.adopted) {
-            // It can only fail if the socket doesn't listen any more.
+            // The call can only fail if the socket doesn't listen any more.
             let _ = shutdown(socket.as_raw_fd(), Shutdown::Read);
         }
     }
@@ -334,7 +334,7 @@ impl Listeners {
             return;
         };
         if let Socket::Tcp(socket) = &listener.socket {
-            // It can only fail if the socket doesn't listen any more.
+            // The call can only fail if the socket doesn't listen any more.
             let _ = shutdown(socket.as_raw_fd(), Shutdown::Read);
         }
     }

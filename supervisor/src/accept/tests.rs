@@ -14,7 +14,7 @@ const FIRST: GenerationId = GenerationId(1);
 const SECOND: GenerationId = GenerationId(2);
 const WORKER: WorkerId = WorkerId(1);
 
-/// What the test of the daemon checks between two turns.
+/// Checks that the test of the daemon makes between two turns.
 impl Acceptor {
     /// Panics if what is counted twice doesn't agree.
     pub(crate) fn assert_consistent(&self) {

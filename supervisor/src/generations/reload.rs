@@ -17,7 +17,7 @@ pub(super) const MAX_DRAINING: usize = 4;
 /// An attempt fails when this many workers died before one was ready.
 pub(super) const MAX_EARLY_DEATHS: u32 = 5;
 
-/// What is to be done.
+/// A step to carry out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Command {
     /// Start a zygote for this generation.

@@ -13,7 +13,7 @@ const EXTEND_EVERY: Duration = Duration::from_secs(2);
 /// How much time systemd is asked for.
 const EXTEND_BY: Duration = Duration::from_secs(10);
 
-/// What systemd wants to hear, and when.
+/// Sends notifications to systemd, some of them at regular times.
 #[derive(Debug)]
 pub(super) struct Systemd {
     watchdog: Option<Duration>,

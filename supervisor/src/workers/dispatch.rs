@@ -17,7 +17,7 @@ use crate::event::{Event, Events};
 use crate::ids::{GenerationId, JobId, WorkerId};
 use crate::workers::Workers;
 
-/// What is about to be passed to workers.
+/// Jobs that are about to be passed to workers.
 #[derive(Debug, Default)]
 pub(super) struct Dispatches {
     /// What goes into one datagram, per worker.

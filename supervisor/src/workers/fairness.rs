@@ -18,7 +18,7 @@ struct Account {
     turn: u64,
 }
 
-/// What the order sorts by: the client's jobs, its turn, the client.
+/// The sort key of a client: number of jobs, turn, client.
 type Place = (usize, u64, Client);
 
 impl Account {

@@ -66,7 +66,7 @@ impl Orphans {
                     self.table.add(job, pid, group, now);
                     found.push(job);
                 }
-                // It hasn't become the program yet, and won't.
+                // The copy hasn't become the program yet, and won't.
                 Role::Copy(job) => {
                     self.system.signal(pid, Signal::SIGKILL);
                     self.table.add(job, pid, pid, now);
@@ -364,7 +364,7 @@ mod tests {
         assert_eq!(orphans.kill_overdue(now + GRACE), []);
         child.wait().expect("wait");
         assert_eq!(orphans.next_deadline(), Some(now + 2 * GRACE));
-        // What if SIGKILL had not ended it.
+        // As if SIGKILL had not ended the program.
         assert_eq!(orphans.kill_overdue(now + 2 * GRACE), [pid(&child)]);
         assert_eq!(orphans.over(now + 2 * GRACE), [JobId(71_005)]);
     }

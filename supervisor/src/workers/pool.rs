@@ -24,7 +24,7 @@ const HELD_TOO_LONG: Duration = Duration::from_millis(250);
 /// Time in which a forked worker becomes ready, or never will.
 const START_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// What is to be done to a worker.
+/// An order about a worker.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Command {
     /// Have the generation's zygote fork this worker.
@@ -101,7 +101,7 @@ struct Group {
 pub(super) enum Hang {
     /// Lua has been held for this long.
     Held(Duration),
-    /// This many pings went unanswered.
+    /// The number of pings that went unanswered.
     Silent(u32),
     /// The worker never became ready.
     NotReady,
@@ -118,7 +118,7 @@ pub(super) enum End {
     NotForked,
 }
 
-/// What a worker says about itself.
+/// A worker's report about itself.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Health {
     /// How long Lua has been held by one call; zero when Lua is free.
@@ -127,7 +127,7 @@ pub(super) struct Health {
     pub(super) exhausted: bool,
 }
 
-/// What a death means for the pool.
+/// The consequences of a death for the pool.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Death {
     /// The generation of the worker.

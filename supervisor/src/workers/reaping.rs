@@ -24,7 +24,7 @@ enum Reaped {
     No,
 }
 
-/// What reaping takes along: the time, and where facts and records go.
+/// Parameters of reaping: the zygotes, the time, and where facts and records go.
 struct Context<'a, 'r> {
     zygotes: &'a ZygotePids,
     now: Instant,
@@ -42,7 +42,7 @@ impl Workers {
         events: &mut Events,
     ) {
         self.reap_ended(&mut Context { zygotes, now, record, events });
-        // What was reaped may have been the last member of a program's group.
+        // A reaped child may have been the last member of a program's group.
         self.report_over(now, events);
     }
 

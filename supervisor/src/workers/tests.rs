@@ -19,7 +19,7 @@ use crate::system::ZygotePids;
 use crate::system::fake::Fake;
 use crate::watch::Poller;
 
-/// What the test of the daemon checks between two turns.
+/// Checks that the test of the daemon makes between two turns.
 impl Workers {
     /// Panics if what is counted twice doesn't agree.
     pub(crate) fn assert_consistent(&self) {
