@@ -2,11 +2,11 @@
 
 use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
-use std::process::{Child, ChildStderr, Command, Output, Stdio};
+use std::process::{Child, ChildStderr, Output, Stdio};
 
 use nix::sys::signal::Signal;
 
-use crate::harness::daemon::{QRELAY, is_socket};
+use crate::harness::daemon::{QRELAY, command, is_socket};
 use crate::harness::processes::signal;
 use crate::harness::sink::Behaviour;
 use crate::harness::{Client, Daemon, Mail, Sink, Site, Target, run, submit};
@@ -69,7 +69,7 @@ fn check_prints_listeners_and_settings_and_binds_nothing() {
 #[test]
 fn check_shows_file_and_line_of_an_error() {
     let site = Site::with("local x = 1\nqmqp_listen(x)\n");
-    let output = Command::new(QRELAY)
+    let output = command(QRELAY)
         .args(["check", "--config", "config.lua"])
         .current_dir(site.dir())
         .output()
@@ -83,7 +83,7 @@ fn relative_config_path() {
     let site = Site::with("qmqp_listen('$DIR/in', function(m) return m:discard('here') end)");
     let mut launch = site.launch();
     let dir = launch.site().dir().to_owned();
-    let mut command = Command::new(QRELAY);
+    let mut command = command(QRELAY);
     command.args(["--config", "config.lua"]).current_dir(dir);
     *launch.command() = command;
     let daemon = launch.ready();
@@ -92,7 +92,7 @@ fn relative_config_path() {
 
 /// Runs `qrelay send` with `message` on stdin.
 fn send(args: &[&str], message: &[u8]) -> Output {
-    let mut child = Command::new(QRELAY)
+    let mut child = command(QRELAY)
         .arg("send")
         .args(args)
         .stdin(Stdio::piped())
@@ -190,7 +190,7 @@ struct SinkCommand {
 impl SinkCommand {
     /// Starts the command and waits until it reports that it listens.
     fn start(args: &[&str]) -> Self {
-        let mut child = Command::new(QRELAY)
+        let mut child = command(QRELAY)
             .arg("sink")
             .args(args)
             .stdout(Stdio::piped())

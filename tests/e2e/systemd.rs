@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use nix::sys::signal::Signal;
 
-use crate::harness::daemon::{Launch, is_socket};
+use crate::harness::daemon::{Launch, command, is_socket};
 use crate::harness::processes::TAG;
 use crate::harness::{Client, Daemon, Mail, PATIENCE, Sink, Site, Target, eventually, submit};
 
@@ -230,7 +230,7 @@ fn without_a_service_manager() {
     // The daemon has no NOTIFY_SOCKET, and stdin and stderr are closed.
     let site = plain();
     let config = site.path("config.lua");
-    let mut child = std::process::Command::new("sh")
+    let mut child = command("sh")
         .args(["-c", "exec \"$@\" 0<&- 2>&-", "sh", crate::harness::daemon::QRELAY, "--config"])
         .arg(config)
         .stdout(File::create("/dev/null").expect("null"))

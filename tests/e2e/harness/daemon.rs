@@ -5,6 +5,7 @@
 //! [`Daemon`] is dropped, all its processes are killed, also those that are no children of the
 //! supervisor. A failing test prints the daemon's log.
 
+use std::ffi::OsStr;
 use std::io::{BufRead, BufReader};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
@@ -15,7 +16,9 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::Signal;
+use nix::sys::stat::{Mode, umask};
 use tempfile::TempDir;
 
 use super::notify::Notify;
@@ -24,6 +27,30 @@ use super::record::{PATIENCE, Record, eventually, within};
 
 /// The binary under test.
 pub const QRELAY: &str = env!("CARGO_BIN_EXE_qrelay");
+
+/// A command whose environment is the same whoever runs the tests: it says where programs and
+/// temporary files are, and nothing about databases, time zones, languages or a service manager.
+pub fn command(program: impl AsRef<OsStr>) -> Command {
+    let mut command = Command::new(program);
+    command.env_clear();
+    for name in ["PATH", "TMPDIR", "LLVM_PROFILE_FILE"] {
+        if let Some(value) = std::env::var_os(name) {
+            command.env(name, value);
+        }
+    }
+    command
+}
+
+/// Gives the process of the tests the same umask and enough descriptors, whoever runs the tests:
+/// other users read files of the tests, and some tests are a crowd of clients.
+fn usual_limits() {
+    const DESCRIPTORS: u64 = 20_000;
+    umask(Mode::from_bits_truncate(0o022));
+    let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).expect("limit");
+    if soft < DESCRIPTORS.min(hard) {
+        setrlimit(Resource::RLIMIT_NOFILE, DESCRIPTORS.min(hard), hard).expect("limit");
+    }
+}
 
 /// A temporary directory with a configuration.
 #[derive(Debug)]
@@ -34,6 +61,7 @@ pub struct Site {
 impl Site {
     /// Creates an empty directory that every user may enter.
     pub fn new() -> Self {
+        usual_limits();
         let dir = TempDir::with_prefix("qrelay-e2e-").expect("temporary directory");
         let mode = std::fs::Permissions::from_mode(0o755);
         std::fs::set_permissions(dir.path(), mode).expect("mode");
@@ -67,7 +95,7 @@ impl Site {
     /// Returns the command that runs the daemon in this directory, for options that [`Launch`]
     /// adds.
     pub fn launch(self) -> Launch {
-        let mut command = Command::new(QRELAY);
+        let mut command = command(QRELAY);
         command.arg("--config").arg(self.path("config.lua"));
         Launch { site: self, command, unread: false }
     }
@@ -101,7 +129,7 @@ pub struct Launch {
 
 impl Launch {
     /// Adds a command-line argument.
-    pub fn arg(mut self, arg: impl AsRef<std::ffi::OsStr>) -> Self {
+    pub fn arg(mut self, arg: impl AsRef<OsStr>) -> Self {
         self.command.arg(arg);
         self
     }
@@ -115,7 +143,7 @@ impl Launch {
     /// Runs the daemon by way of another program. The program gets the daemon's command line as its
     /// last arguments and executes it.
     pub fn through(mut self, wrapper: &[&str]) -> Self {
-        let mut command = Command::new(wrapper[0]);
+        let mut command = command(wrapper[0]);
         command.args(&wrapper[1..]).arg(self.command.get_program()).args(self.command.get_args());
         for (name, value) in self.command.get_envs() {
             if let Some(value) = value {
@@ -124,6 +152,19 @@ impl Launch {
         }
         self.command = command;
         self
+    }
+
+    /// Gives the daemon an /etc that has only these files, with name and content, so that nothing
+    /// depends on the machine's users and hosts. Needs root.
+    pub fn with_etc(self, files: &[(&str, &str)]) -> Self {
+        let directory = self.site.path("etc");
+        std::fs::create_dir(&directory).expect("directory");
+        for (name, content) in files {
+            std::fs::write(directory.join(name), content).expect("file");
+        }
+        let directory = directory.to_str().expect("UTF-8");
+        let script = "mount -t tmpfs none /etc && cp \"$1\"/* /etc/ && shift && exec \"$@\"";
+        self.through(&["unshare", "--mount", "sh", "-c", script, "sh", directory])
     }
 
     /// Leaves the daemon's stderr unread, to test that a full pipe doesn't hold up the daemon.
@@ -398,13 +439,13 @@ impl Drop for Daemon {
 /// Runs the binary with these arguments and an empty stdin, and returns its output when it has
 /// ended.
 pub fn run(args: &[&str]) -> Output {
-    Command::new(QRELAY).args(args).stdin(Stdio::null()).output().expect("the binary runs")
+    command(QRELAY).args(args).stdin(Stdio::null()).output().expect("the binary runs")
 }
 
 /// Submits a mail by `qrelay send` as the user nobody, and returns the output when the command has
 /// ended.
 pub fn send_as_nobody(to: &Path, sender: &str) -> Output {
-    Command::new(QRELAY)
+    command(QRELAY)
         .args(["send", "--sender", sender, "recipient@example.org", "--to"])
         .arg(to)
         .uid(NOBODY)

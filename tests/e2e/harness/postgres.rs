@@ -8,6 +8,7 @@
 //! # Failure
 //! A server that can't be started fails the test.
 
+use std::ffi::OsStr;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -17,6 +18,7 @@ use nix::sys::signal::Signal;
 use nix::unistd::{User, chown, geteuid};
 use tempfile::TempDir;
 
+use super::daemon::command;
 use super::processes;
 use super::record::eventually;
 use super::target::Target;
@@ -40,15 +42,19 @@ fn server_user() -> Option<User> {
 fn program(name: &str) -> PathBuf {
     let versions = std::fs::read_dir("/usr/lib/postgresql").expect("the package postgresql");
     let paths = versions.filter_map(|entry| Some(entry.ok()?.path().join("bin").join(name)));
-    let mut paths: Vec<_> = paths.filter(|path| path.exists()).collect();
-    paths.sort();
-    paths.pop().unwrap_or_else(|| panic!("no {name} in /usr/lib/postgresql"))
+    let paths = paths.filter(|path| path.exists());
+    // The directories are named after versions: 9.6 is older than 15.
+    let version = |path: &PathBuf| {
+        let name = path.iter().nth(4).and_then(OsStr::to_str).unwrap_or_default();
+        name.split('.').map(|part| part.parse::<u32>().unwrap_or(0)).collect::<Vec<_>>()
+    };
+    paths.max_by_key(version).unwrap_or_else(|| panic!("no {name} in /usr/lib/postgresql"))
 }
 
 /// Returns a command that runs as the server's user.
 fn as_server(program: &Path) -> Command {
-    let Some(user) = server_user() else { return Command::new(program) };
-    let mut command = Command::new("setpriv");
+    let Some(user) = server_user() else { return command(program) };
+    let mut command = command("setpriv");
     let (uid, gid) = (user.uid.to_string(), user.gid.to_string());
     command.args(["--reuid", &uid, "--regid", &gid, "--clear-groups"]).arg(program);
     command
@@ -148,7 +154,7 @@ impl Cluster {
     }
 
     fn is_ready(&self) -> bool {
-        let mut command = Command::new(program("pg_isready"));
+        let mut command = command(program("pg_isready"));
         command.arg("-q").arg("-h").arg(self.dir()).args(["-p", &self.port.to_string()]);
         command.status().expect("pg_isready runs").success()
     }
@@ -179,7 +185,7 @@ impl Cluster {
     /// Runs SQL in `database`, and returns what `psql -At` prints.
     #[track_caller]
     pub fn psql_in(&self, database: &str, sql: &str) -> String {
-        let mut command = Command::new("psql");
+        let mut command = command(program("psql"));
         command.arg("-h").arg(self.dir()).args(["-p", &self.port.to_string()]);
         command.args(["-U", "postgres", "-d", database, "-qAtX", "-v", "ON_ERROR_STOP=1"]);
         succeed(command.args(["-c", sql]))
