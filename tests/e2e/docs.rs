@@ -4,25 +4,30 @@
 //! A block is a script, or a part of one that runs while it is loaded. A block that listens is
 //! served: one mail goes through each of its sockets and must be accepted, unless `reply=D` or
 //! `reply=Z` after `lua` says otherwise. A block that doesn't listen is run by `qrelay check`. `lua
-//! handler` marks the body of a handler, with the mail as `m`. A failed assertion in a block makes
-//! the reply `Z`, or the check fail.
+//! handler` marks the body of a handler, with the mail as `m`. `lua sendmail` marks a script that
+//! hands the mail to sendmail. A failed assertion in a block makes the reply `Z`, or the check
+//! fail.
 //!
-//! Blocks that are served get other addresses, so that they can run on any machine.
-//! /run/cm4all/qrelay becomes a temporary directory. Strings that begin with 192.0.2. or [2001:db8:
-//! (the networks for documentation, RFC 5737 and RFC 3849) become a next hop that accepts
-//! everything. A port on 127.0.0.1 becomes a free port.
+//! The tests replace what a block names outside of itself, so that it can run on any machine.
+//! /run/cm4all/qrelay and /etc/cm4all/qrelay become a temporary directory. Strings that begin with
+//! 192.0.2. or [2001:db8: (the networks for documentation, RFC 5737 and RFC 3849) become a next hop
+//! that accepts everything. A port on 127.0.0.1 becomes a free port. /usr/sbin/sendmail becomes a
+//! program of the tests that keeps what it gets.
 //!
 //! Blocks that use `pg:` run with a database server of the tests. The `sql` blocks of all pages
 //! have been run in its database.
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use crate::harness::daemon::{QRELAY, is_socket};
+use tempfile::TempDir;
+
+use crate::harness::daemon::{QRELAY, command, is_socket};
 use crate::harness::postgres::Cluster;
 use crate::harness::{Mail, Sink, Site, Target, submit};
 
@@ -37,6 +42,8 @@ struct Block {
     source: String,
     /// Expected first letter of the reply.
     reply: char,
+    /// The mail is handed to sendmail.
+    sendmail: bool,
 }
 
 #[test]
@@ -66,7 +73,8 @@ fn every_example_relays_a_mail() {
     assert!(!scripts.is_empty());
     for script in scripts {
         let source = fs::read_to_string(&script).expect("example");
-        let block = Block { place: script.display().to_string(), source, reply: 'K' };
+        let block =
+            Block { place: script.display().to_string(), source, reply: 'K', sendmail: false };
         let database = database(std::slice::from_ref(&block));
         serve(&block, &database);
     }
@@ -139,7 +147,7 @@ fn blocks(page: &Path) -> Vec<Block> {
 }
 
 fn block<'a>(place: String, mut source: String, words: impl Iterator<Item = &'a str>) -> Block {
-    let mut reply = 'K';
+    let (mut reply, mut sendmail) = ('K', false);
     for word in words {
         match (word, word.strip_prefix("reply=").and_then(|letter| letter.chars().next())) {
             ("handler", _) => {
@@ -147,11 +155,12 @@ fn block<'a>(place: String, mut source: String, words: impl Iterator<Item = &'a 
                     "qmqp_listen('/run/cm4all/qrelay/qrelay.sock', function(m)\n{source}\nend)"
                 );
             }
+            ("sendmail", _) => sendmail = true,
             (_, Some(letter)) => reply = letter,
             _ => panic!("{place}: unknown word '{word}' after lua"),
         }
     }
-    Block { place, source, reply }
+    Block { place, source, reply, sendmail }
 }
 
 fn check(block: &Block, database: &Database) {
@@ -165,9 +174,9 @@ fn check(block: &Block, database: &Database) {
 /// Runs a part of a script that declares no listener.
 fn load(block: &Block, database: &Database) {
     let listener = "qmqp_listen('$DIR/qrelay.sock', function(m) return m:discard() end)";
-    let site = Site::with(&format!("{}\n{listener}\n", block.source));
+    let site = Site::with(&format!("{}\n{listener}\n", in_directory(&block.source)));
     let config = site.path("config.lua");
-    let mut command = Command::new(QRELAY);
+    let mut command = command(QRELAY);
     command.args(["check", "--config"]).arg(config).envs(database.environment.clone());
     let output = command.stdin(Stdio::null()).output().expect("the binary runs");
     let errors = String::from_utf8_lossy(&output.stderr);
@@ -177,9 +186,10 @@ fn load(block: &Block, database: &Database) {
 /// Runs a script and sends a mail through each of its sockets.
 fn serve(block: &Block, database: &Database) {
     let site = Site::new();
+    let sendmail = Sendmail::new();
     let next_hop = site.path("next.sock");
     let sink = Sink::answering(next_hop.clone(), "Kok");
-    site.configure(&relocated(&block.source, &next_hop));
+    site.configure(&relocated(&block.source, &next_hop, &sendmail.program));
     let directory = site.dir().to_str().expect("UTF-8").to_owned();
     let mut launch = site.launch().env("QRELAY_DIR", &directory);
     for (name, value) in &database.environment {
@@ -197,12 +207,54 @@ fn serve(block: &Block, database: &Database) {
         let reply = submit(socket, &mail).to_string();
         assert!(reply.starts_with(block.reply), "{}: {reply}\n{}", block.place, daemon.text());
     }
+    if block.sendmail {
+        sendmail.assert_got(&["-i", "-f", "alice@example.com", "--", "bob@example.org"], &mail);
+    }
     drop(sink);
 }
 
-/// Returns the script with addresses that exist on this machine.
-fn relocated(source: &str, next_hop: &Path) -> String {
-    let source = source.replace("/run/cm4all/qrelay", "$DIR");
+/// A program in sendmail's place, which writes its arguments and its input into files.
+struct Sendmail {
+    directory: TempDir,
+    program: PathBuf,
+}
+
+impl Sendmail {
+    /// Creates the program below target/, because programs may be forbidden in the machine's
+    /// directory for temporary files.
+    fn new() -> Self {
+        let directory = TempDir::new_in(env!("CARGO_TARGET_TMPDIR")).expect("directory");
+        let program = directory.path().join("sendmail");
+        let script = "#!/bin/sh\nprintf '%s\\n' \"$@\" >\"$0.arguments\"\ncat >\"$0.message\"\n";
+        fs::write(&program, script).expect("program");
+        fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).expect("mode");
+        Self { directory, program }
+    }
+
+    fn kept(&self, what: &str) -> Vec<u8> {
+        let path = self.directory.path().join(format!("sendmail.{what}"));
+        fs::read(path).expect("the program has run")
+    }
+
+    /// Checks that the program has been run with these arguments and this mail.
+    #[track_caller]
+    fn assert_got(&self, arguments: &[&str], mail: &Mail) {
+        let got = String::from_utf8(self.kept("arguments")).expect("UTF-8");
+        assert_eq!(got.lines().collect::<Vec<_>>(), arguments);
+        let got = self.kept("message");
+        assert!(got.starts_with(b"Received: ") && got.ends_with(&mail.message), "{got:?}");
+    }
+}
+
+/// Returns the script with directories that exist on this machine.
+fn in_directory(source: &str) -> String {
+    source.replace("/run/cm4all/qrelay", "$DIR").replace("/etc/cm4all/qrelay", "$DIR")
+}
+
+/// Returns the script with addresses and programs that exist on this machine.
+fn relocated(source: &str, next_hop: &Path, sendmail: &Path) -> String {
+    let sendmail = sendmail.to_str().expect("UTF-8");
+    let source = in_directory(source).replace("/usr/sbin/sendmail", sendmail);
     let mut parts = source.split('\'');
     let mut result = parts.next().unwrap_or_default().to_owned();
     for part in parts {
