@@ -9,6 +9,7 @@
 pub mod client;
 pub mod daemon;
 pub mod mail;
+pub mod network;
 pub mod notify;
 pub mod postgres;
 pub mod processes;

@@ -1,9 +1,9 @@
 //! Connections to PostgreSQL: when they are made, where a connection string leads, their number,
 //! and TLS.
 
-use std::process::Command;
 use std::time::Duration;
 
+use crate::harness::daemon::command;
 use crate::harness::postgres::Cluster;
 use crate::harness::{Daemon, Mail, Site, burst, submit};
 use crate::pg::Evaluator;
@@ -119,7 +119,7 @@ fn tls_as_sslmode_says() {
     let cluster =
         Cluster::prepare(&["ssl=on", "ssl_cert_file=server.crt", "ssl_key_file=server.key"]);
     let (key, certificate) = (cluster.data().join("server.key"), cluster.data().join("server.crt"));
-    let mut openssl = Command::new("openssl");
+    let mut openssl = command("openssl");
     openssl.args(["req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]);
     openssl.args(["-subj", "/CN=test", "-addext", "subjectAltName=DNS:localhost"]);
     openssl.arg("-keyout").arg(&key).arg("-out").arg(&certificate);
@@ -132,7 +132,7 @@ fn tls_as_sslmode_says() {
     cluster.restart();
     let site = Site::new();
     std::fs::copy(&certificate, site.path("root.crt")).expect("copy");
-    let mut other = Command::new("openssl");
+    let mut other = command("openssl");
     other.args(["req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=x"]);
     other.arg("-keyout").arg(site.path("other.key")).arg("-out").arg(site.path("other.crt"));
     assert!(other.output().expect("openssl runs").status.success());
@@ -143,8 +143,10 @@ fn tls_as_sslmode_says() {
            return m:discard(r and r:fetch(nil, 'n')[1] or e)
          end)",
     );
-    let daemon = site.start();
-    let directory = daemon.site().dir().display().to_string();
+    // The machine's user may have a ~/.postgresql/root.crt.
+    let directory = site.dir().display().to_string();
+    let passwd = format!("tester:x:{}:0::{directory}:/bin/sh\n", nix::unistd::geteuid());
+    let daemon = site.launch().with_etc(&[("passwd", &passwd)]).ready();
     let try_it = |conninfo: &str| {
         let mut mail = Mail::new("x");
         let text = format!("X-Conninfo: port={} {conninfo}\n", cluster.port());

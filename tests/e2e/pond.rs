@@ -12,9 +12,9 @@ use std::os::unix::net::{SocketAddr as LocalAddr, UnixDatagram};
 use std::path::Path;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use nix::sched::{CloneFlags, setns};
 use nix::sys::signal::Signal;
 
+use crate::harness::network::{in_own_network, ip};
 use crate::harness::processes::signal;
 use crate::harness::{Client, Daemon, Mail, PATIENCE, Sink, Site, Target, eventually, submit};
 
@@ -286,6 +286,10 @@ fn attributes_are_in_order() {
 
 #[test]
 fn every_kind_of_address() {
+    in_own_network(log_to_every_kind_of_address);
+}
+
+fn log_to_every_kind_of_address() {
     let (v4, v4_port) = LogServer::udp("127.0.0.1:0");
     let (v6, v6_port) = LogServer::udp("[::1]:0");
     let name = format!("qrelay-pond-{}", std::process::id());
@@ -328,29 +332,27 @@ fn every_kind_of_address() {
     }
 }
 
-/// The daemon runs in a network namespace of its own that has only loopback, because tests can't
-/// rely on the machine's routes for multicast.
+/// Runs in a network of its own, because tests can't rely on the machine's routes for multicast.
 #[test]
 fn multicast() {
-    let site = Site::with(&logging_to("'224.0.0.99:5479'"));
-    let alone = "ip link set lo up && ip route add 224.0.0.0/4 dev lo && exec \"$@\"";
-    let daemon = site.launch().through(&["unshare", "-n", "sh", "-c", alone, "sh"]).ready();
-    let network = std::fs::File::open(format!("/proc/{}/ns/net", daemon.pid())).expect("network");
-    let server = std::thread::spawn(move || {
-        setns(network, CloneFlags::CLONE_NEWNET).expect("the daemon's network");
+    in_own_network(|| {
+        ip(&["route", "add", "224.0.0.0/4", "dev", "lo"]);
         let (server, _) = LogServer::udp("224.0.0.99:5479");
         let LogServer::Udp(socket) = &server else { panic!("UDP") };
         let loopback = Ipv4Addr::LOCALHOST;
         socket.join_multicast_v4(&Ipv4Addr::new(224, 0, 0, 99), &loopback).expect("joins");
-        server
+        let daemon = Daemon::start(&logging_to("'224.0.0.99:5479'"));
+        assert_eq!(submit(daemon.path("in"), &mail("s@x", &["r@x"])), "Kdiscarded");
+        assert_eq!(server.record().message(), "from=<s@x> to=<r@x> discarded");
     });
-    let server = server.join().expect("a server");
-    assert_eq!(submit(daemon.path("in"), &mail("s@x", &["r@x"])), "Kdiscarded");
-    assert_eq!(server.record().message(), "from=<s@x> to=<r@x> discarded");
 }
 
 #[test]
 fn remote_hosts_are_named_and_local_clients_are_not() {
+    in_own_network(name_remote_hosts);
+}
+
+fn name_remote_hosts() {
     let (server, port) = LogServer::udp("127.0.0.1:0");
     let v4 = Target::free_port();
     let daemon = Daemon::start(&format!(

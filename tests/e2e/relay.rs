@@ -1,12 +1,14 @@
 //! The behaviours of a next hop, and what the client is told in each case. The client is told `K`
 //! only if the next hop sent `K` after it had received the whole request.
 
+use std::net::SocketAddr;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use crate::harness::mail::netstring;
+use crate::harness::network::in_own_network;
 use crate::harness::sink::{Behaviour, answer};
-use crate::harness::{Client, Daemon, Mail, Reply, Sink, Target, submit};
+use crate::harness::{Client, Daemon, Mail, Reply, Sink, Site, Target, submit};
 
 /// Starts a relay whose handler returns `m:connect(ARGUMENTS)`.
 fn relay(settings: &str, arguments: &str) -> Daemon {
@@ -218,6 +220,10 @@ fn a_next_hop_that_does_not_accept() {
 
 #[test]
 fn every_kind_of_address() {
+    in_own_network(relay_to_every_kind_of_address);
+}
+
+fn relay_to_every_kind_of_address() {
     let reply = |_: &Mail| Reply::text("Kok");
     let daemon = Daemon::start(
         "settings{workers=1}
@@ -245,6 +251,31 @@ fn a_host_name_needs_qmqp_resolve() {
     let daemon = relay("", "'mail.example.com'");
     assert_eq!(submit(daemon.path("in"), &Mail::new("x")), "Zscript failed");
     daemon.wait_for_log("qmqp_resolve");
+}
+
+#[test]
+fn host_names_are_resolved_at_loading_and_in_handlers() {
+    let port = Target::free_port().port();
+    let sink =
+        Sink::start(SocketAddr::from(([127, 0, 0, 9], port)), answer(|_| Reply::text("Kok")));
+    let site = Site::with(&format!(
+        "settings{{workers=1}}
+         local function resolve()
+           local ok, message = pcall(qmqp_resolve, 'other.test')
+           assert(not ok and message:find(\"cannot resolve 'other.test': \", 1, true), message)
+           return qmqp_resolve('next.test:{port}')
+         end
+         local next_hop = resolve()
+         assert(tostring(next_hop) == '127.0.0.9:{port}', tostring(next_hop))
+         qmqp_listen('$DIR/in', function(m)
+           assert(resolve() == next_hop)
+           return m:connect(next_hop)
+         end)"
+    ));
+    let names = [("hosts", "127.0.0.9 next.test\n"), ("nsswitch.conf", "hosts: files\n")];
+    let daemon = site.launch().with_etc(&names).ready();
+    assert_eq!(submit(daemon.path("in"), &Mail::new("x")), "Kok", "{}", daemon.text());
+    assert_eq!(sink.mails().len(), 1);
 }
 
 #[test]

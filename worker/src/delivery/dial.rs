@@ -91,21 +91,38 @@ mod tests {
     #[test]
     fn every_kind_of_address() {
         let tcp4 = TcpListener::bind("127.0.0.1:0").expect("bind");
-        let tcp6 = TcpListener::bind("[::1]:0").expect("bind");
         let name = format!("qrelay-dial-{}", std::process::id());
         let address = SocketAddr::from_abstract_name(&name).expect("name");
         let local = UnixListener::bind_addr(&address).expect("bind");
-        for listener in [tcp4.local_addr(), tcp6.local_addr()] {
-            dial(&Endpoint::Inet(listener.expect("address")), soon()).expect("connects");
-        }
+        let address = tcp4.local_addr().expect("address");
+        dial(&Endpoint::Inet(address), soon()).expect("connects");
         dial(&Endpoint::Abstract(name.into()), soon()).expect("connects");
-        drop((tcp4, tcp6, local));
+        drop((tcp4, local));
+    }
+
+    /// The end-to-end tests have a network with IPv6 in any case.
+    #[test]
+    fn ipv6_where_the_machine_has_it() {
+        match TcpListener::bind("[::1]:0") {
+            Ok(tcp6) => {
+                let address = tcp6.local_addr().expect("address");
+                dial(&Endpoint::Inet(address), soon()).expect("connects");
+            }
+            Err(_) => {
+                let address = "[::1]:1".parse().expect("address");
+                let error = dial(&Endpoint::Inet(address), soon()).err();
+                assert!(error.is_some_and(|error| error != Errno::ETIMEDOUT), "{error:?}");
+            }
+        }
     }
 
     #[test]
     fn failures() {
-        let path = std::env::temp_dir().join(format!("qrelay-dial-{}", std::process::id()));
-        assert_eq!(dial(&Endpoint::Path(path), soon()).err(), Some(Errno::ENOENT));
+        let directory = tempfile::tempdir().expect("directory");
+        assert_eq!(
+            dial(&Endpoint::Path(directory.path().join("none")), soon()).err(),
+            Some(Errno::ENOENT)
+        );
         let free = TcpListener::bind("127.0.0.1:0").expect("bind").local_addr().expect("address");
         assert_eq!(dial(&Endpoint::Inet(free), soon()).err(), Some(Errno::ECONNREFUSED));
         let passed = Deadline::after(Duration::ZERO);
@@ -114,11 +131,12 @@ mod tests {
 
     #[test]
     fn a_full_backlog_times_out() {
-        let path = std::env::temp_dir().join(format!("qrelay-backlog-{}", std::process::id()));
+        let directory = tempfile::tempdir().expect("directory");
+        let path = directory.path().join("socket");
         let listener = UnixListener::bind(&path).expect("bind");
         nix::sys::socket::listen(&listener, nix::sys::socket::Backlog::new(0).expect("backlog"))
             .expect("listen");
-        let endpoint = Endpoint::Path(path.clone());
+        let endpoint = Endpoint::Path(path);
         let mut held = Vec::new();
         let error = loop {
             match dial(&endpoint, soon()) {
@@ -126,7 +144,6 @@ mod tests {
                 Err(error) => break error,
             }
         };
-        std::fs::remove_file(path).expect("remove");
         assert_eq!(error, Errno::ETIMEDOUT);
         drop(listener);
     }

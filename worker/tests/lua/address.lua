@@ -24,18 +24,16 @@ assert(tostring(control_resolve('127.0.0.1')) == '127.0.0.1:5478')
 assert(qmqp_resolve('127.0.0.1') ~= qmqp_resolve('127.0.0.1:1'))
 assert(qmqp_resolve('127.0.0.1') ~= 1)
 
-local function by_name()
-  local address = qmqp_resolve('localhost:1234')
-  assert(tostring(address):find(':1234'), tostring(address))
-  raises("cannot resolve 'host.invalid': ", qmqp_resolve, 'host.invalid')
+-- An end-to-end test resolves names, because what they mean depends on the machine.
+local function mistakes()
   raises("bad argument #1 to 'qmqp_resolve' (address: expected a string, got nil)", qmqp_resolve)
   raises("bad argument #1 to 'qmqp_resolve' (address: ''", qmqp_resolve, '')
   raises("bad argument #1 to 'log_resolve'", log_resolve, 'a b')
 end
 
-by_name()
+mistakes()
 
 qmqp_listen('/a', function(m)
-  by_name()
-  return m:connect(qmqp_resolve('localhost'))
+  mistakes()
+  return m:connect(qmqp_resolve('127.0.0.1'))
 end)
