@@ -233,11 +233,11 @@ mod tests {
 
     #[test]
     fn files_hold_whole_mails() {
-        let directory = std::env::temp_dir().join(format!("qrelay-store-{}", std::process::id()));
-        fs::create_dir_all(&directory).expect("temp dir");
-        let store = Store::open(Some(&directory)).expect("directory");
+        let directory = tempfile::tempdir().expect("directory");
+        let directory = directory.path();
+        let store = Store::open(Some(directory)).expect("directory");
         store.put(&MAIL).and_then(|()| store.put(&MAIL)).expect("stored");
-        let names: Vec<_> = fs::read_dir(&directory)
+        let names: Vec<_> = fs::read_dir(directory)
             .expect("directory")
             .map(|entry| entry.expect("entry").path())
             .collect();
@@ -250,6 +250,5 @@ mod tests {
         }
         let text = fs::read_to_string(&file).expect("ASCII");
         assert_eq!(text.matches("\n\nFrom ").count(), 1, "{text}");
-        fs::remove_dir_all(&directory).expect("cleaned up");
     }
 }

@@ -1,5 +1,5 @@
 -- Tests that every function of qrelay raises an error when it gets more arguments than it takes.
-local db = pg:new('host=/nowhere')
+local db = pg:new('host=/nowhere client_encoding=UTF8')
 local client = control_client:new('@nobody')
 local channel = socket:connect('@nobody', {type = 'dgram'})
 local dictionary = shared:new('arguments')

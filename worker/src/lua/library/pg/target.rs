@@ -107,10 +107,19 @@ impl Target {
         logger: &Logger,
     ) -> Result<Self, ConnInfoError> {
         parameters.complete(|variable| std::env::var(variable).ok());
+        Self::of_complete(&parameters, schema, logger)
+    }
+
+    /// Returns the database that complete parameters name; the environment has no part in it.
+    fn of_complete(
+        parameters: &Parameters,
+        schema: Option<&str>,
+        logger: &Logger,
+    ) -> Result<Self, ConnInfoError> {
         let who = User::from_uid(geteuid()).ok().flatten();
         let home = who.as_ref().map(|who| who.dir.clone()).unwrap_or_default();
         let own_name = who.map(|who| who.name).unwrap_or_default();
-        let reader = Reader { parameters: &parameters, home };
+        let reader = Reader { parameters, home };
         let base = reader.base(&own_name)?;
         let passwords = match parameters.get("password") {
             Some(_) => String::new(),
@@ -449,7 +458,7 @@ mod tests {
 
     fn target(text: &str) -> Result<Target, ConnInfoError> {
         let logger = Logger::root(slog::Discard, slog::o!());
-        Target::new(conninfo::parse(text)?, None, &logger)
+        Target::of_complete(&conninfo::parse(text)?, None, &logger)
     }
 
     #[test]
