@@ -2,7 +2,7 @@
 //! scripts are passed on and are not listed here.
 //!
 //! Administrators search their logs for these texts, so a changed text belongs in the CHANGELOG,
-//! and docs/protocol/qmqp.md says what each of them means.
+//! and docs/lua/actions.md says what each of them means.
 
 /// `D`: the bytes are no QMQP request.
 pub(crate) const MALFORMED_INPUT: &str = "malformed input";

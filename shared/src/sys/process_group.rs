@@ -37,16 +37,18 @@ pub const LAST_PAUSE: Duration = Duration::from_millis(50);
 /// Minimum pause between two scans of /proc, as a multiple of the last scan's duration: about 15 µs
 /// per process of the system.
 const SCAN_REST: u32 = 20;
+/// Shortest of these pauses. A scan that fails takes hardly any time, and must not keep the
+/// supervisor busy.
+const SCAN_PAUSE_MIN: Duration = Duration::from_millis(20);
 
 /// Returns the pause after `pause`.
 pub fn next_pause(pause: Duration) -> Duration {
     LAST_PAUSE.min(pause * 2)
 }
 
-/// Returns the pause after a scan of /proc that took `lasted`. A scan that fails takes hardly any
-/// time, so the pause has a minimum.
+/// Returns the pause after a scan of /proc that took `lasted`.
 pub fn pause_after_scan(lasted: Duration) -> Duration {
-    FIRST_PAUSE.max(lasted * SCAN_REST)
+    SCAN_PAUSE_MIN.max(lasted * SCAN_REST)
 }
 
 /// The process group that a program leads.
@@ -295,7 +297,7 @@ mod tests {
     fn pauses_grow_up_to_a_limit() {
         assert_eq!(next_pause(FIRST_PAUSE), 2 * FIRST_PAUSE);
         assert_eq!(next_pause(LAST_PAUSE), LAST_PAUSE);
-        assert_eq!(pause_after_scan(Duration::ZERO), FIRST_PAUSE);
+        assert_eq!(pause_after_scan(Duration::ZERO), SCAN_PAUSE_MIN);
         assert_eq!(pause_after_scan(SECOND), SCAN_REST * SECOND);
     }
 }

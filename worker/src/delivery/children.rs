@@ -116,8 +116,8 @@ impl Children {
         Ok(Child { children: Arc::clone(self), job, group, reaped: false })
     }
 
-    /// Kills all programs with their process groups, for a process that ends right afterwards: from
-    /// now on no program can be reaped or started.
+    /// Kills all listed programs with their process groups, for a process that ends right
+    /// afterwards: from now on no program can be reaped, and no other one is listed.
     pub(crate) fn kill_all(&self) {
         let running = self.running.lock();
         for group in &*running {
