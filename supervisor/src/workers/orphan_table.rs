@@ -216,8 +216,9 @@ mod tests {
         assert!(table.scan_is_due(now), "at once");
         table.scanned(now, Duration::ZERO);
         assert_eq!(table.reapable(now, Some(&groups(&[LEADER]))), []);
-        assert!(!table.scan_is_due(now) && table.scan_is_due(now + FIRST_PAUSE));
-        assert_eq!(table.reapable(now + FIRST_PAUSE, Some(&groups(&[]))), [(LEADER, LEADER)]);
+        let rested = now + pause_after_scan(Duration::ZERO);
+        assert!(!table.scan_is_due(now) && table.scan_is_due(rested));
+        assert_eq!(table.reapable(rested, Some(&groups(&[]))), [(LEADER, LEADER)]);
         assert!(!table.holds(LEADER));
         assert_eq!(table.over(now, |_| true), [], "a member isn't reaped");
         assert_eq!(table.over(now, |_| false), [JOB]);
