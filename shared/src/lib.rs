@@ -7,6 +7,8 @@
 //! statuses. [`sys`] is the operating system, and the only place with unsafe code in the whole
 //! project.
 
+#![warn(unreachable_pub)]
+
 // The macro in `ids` names this crate as the others do.
 extern crate self as qrelay_shared;
 

@@ -7,6 +7,7 @@
 //! and [`client`] who sent it. [`job_channel`] brings jobs in and takes reports out.
 
 #![deny(unsafe_code)]
+#![warn(unreachable_pub)]
 
 pub mod client;
 pub mod delivery;

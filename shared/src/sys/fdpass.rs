@@ -33,16 +33,16 @@ impl Fds {
 
 /// The result of one recvmsg(2).
 #[derive(Debug)]
-pub struct Received {
+pub(crate) struct Received {
     /// Length of the message in bytes.
-    pub length: usize,
+    pub(crate) length: usize,
     /// The descriptors that came with the message.
-    pub fds: Fds,
+    pub(crate) fds: Fds,
     /// Whether the message was longer than the buffer.
-    pub truncated: bool,
+    pub(crate) truncated: bool,
     /// Whether the last descriptors of the message are missing, because this process had no free
     /// ones.
-    pub descriptor_lost: bool,
+    pub(crate) descriptor_lost: bool,
 }
 
 /// Returns a buffer for the control messages that [`recv`] receives.
