@@ -28,8 +28,9 @@ use super::record::{PATIENCE, Record, eventually, within};
 /// The binary under test.
 pub const QRELAY: &str = env!("CARGO_BIN_EXE_qrelay");
 
-/// A command whose environment is the same whoever runs the tests: it says where programs and
-/// temporary files are, and nothing about databases, time zones, languages or a service manager.
+/// Returns a command whose environment is the same whoever runs the tests. The environment says
+/// where programs and temporary files are, and nothing about databases, time zones, languages or a
+/// service manager.
 pub fn command(program: impl AsRef<OsStr>) -> Command {
     let mut command = Command::new(program);
     command.env_clear();
@@ -41,8 +42,8 @@ pub fn command(program: impl AsRef<OsStr>) -> Command {
     command
 }
 
-/// Gives the process of the tests the same umask and enough descriptors, whoever runs the tests:
-/// other users read files of the tests, and some tests are a crowd of clients.
+/// Gives the process of the tests the same umask and enough descriptors, whoever runs the tests.
+/// Other users read files of the tests, and some tests are a crowd of clients.
 fn usual_limits() {
     const DESCRIPTORS: u64 = 20_000;
     umask(Mode::from_bits_truncate(0o022));

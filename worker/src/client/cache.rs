@@ -116,9 +116,19 @@ impl Clients {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::net::UnixStream;
+    use std::process::Command;
+
+    /// Returns a socket of this process.
     fn socket(job: JobId, listening: ListenerId) -> ClientSocket {
-        let (socket, _) = std::os::unix::net::UnixStream::pair().expect("pair");
-        ClientSocket { descriptor: Arc::new(socket.into()), job, listening, accepted: 0 }
+        accepted(job, listening, u64::MAX)
+    }
+
+    /// Returns a socket of this process, with the time when the connection was accepted. Before
+    /// Linux 6.5 a process that has started later isn't the client.
+    fn accepted(job: JobId, listening: ListenerId, accepted: u64) -> ClientSocket {
+        let (socket, _) = UnixStream::pair().expect("pair");
+        ClientSocket { descriptor: Arc::new(socket.into()), job, listening, accepted }
     }
 
     #[test]
@@ -136,7 +146,7 @@ mod tests {
         let earlier = of(JobId(9), ListenerId(1));
         assert!(!Arc::ptr_eq(&first, &earlier), "connected earlier");
         assert!(Arc::ptr_eq(&earlier, &of(JobId(11), ListenerId(1))), "of most use");
-        let other = clients.of(&socket(JobId(13), ListenerId(1)), Pid::parent());
+        let other = clients.of(&accepted(JobId(13), ListenerId(1), 0), Pid::parent());
         assert_eq!(other.err(), Some(IdentityError::Exited), "not the process that connected");
     }
 
@@ -144,10 +154,12 @@ mod tests {
     fn one_that_is_gone_makes_room() {
         let clients = Clients::default();
         let of = |job| clients.of(&socket(job, ListenerId(1)), Pid::this()).expect("it is us").0;
-        // As if it had the number no more.
         let ours = socket(JobId(1), ListenerId(1)).descriptor;
-        let gone = Client::of(ours.as_fd(), Pid::parent(), u64::MAX).expect("a process");
-        let gone = Arc::new(gone);
+        let mut process = Command::new("/bin/sleep").arg("60").spawn().expect("a process");
+        let pid = Pid::from_raw(process.id().cast_signed());
+        let gone = Arc::new(Client::of(ours.as_fd(), pid, u64::MAX).expect("it lives"));
+        process.kill().expect("kill");
+        process.wait().expect("wait");
         clients.remember((ListenerId(1), Pid::this()), JobId(1), &gone);
         let next = of(JobId(2));
         assert!(!Arc::ptr_eq(&gone, &next));
