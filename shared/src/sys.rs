@@ -3,6 +3,7 @@
 //! is sound.
 
 pub mod activation;
+pub mod capability;
 pub(crate) mod fdpass;
 pub mod input;
 pub mod net;
@@ -10,6 +11,7 @@ pub mod pidfd;
 pub mod proc_stat;
 pub mod process;
 pub mod process_group;
+pub mod seccomp;
 pub mod spawn;
 pub mod thread;
 pub mod wait;
