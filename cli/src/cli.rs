@@ -11,6 +11,7 @@ use clap::{Parser, Subcommand, ValueEnum};
 use qrelay_shared::endpoint::{self, Endpoint, Parsed, QMQP_PORT};
 use qrelay_shared::exit::Exit;
 use qrelay_shared::qmqp::Status;
+use qrelay_shared::settings::Account;
 use qrelay_supervisor::daemon::Options;
 use slog::Level;
 
@@ -40,6 +41,12 @@ struct Cli {
     /// How long the script may take to load, in seconds.
     #[arg(long, value_name = "SECONDS", default_value = "30", value_parser = seconds)]
     boot_timeout: Duration,
+    /// Started as root: run the script, workers and programs as this user (name or number).
+    #[arg(long, value_name = "USER")]
+    user: Option<String>,
+    /// The primary group instead of that user's own (name or number).
+    #[arg(long, value_name = "GROUP", requires = "user")]
+    group: Option<String>,
     #[command(subcommand)]
     command: Option<Verb>,
 }
@@ -154,7 +161,10 @@ pub fn parse() -> Result<Command, Exit> {
     let level = Level::from(cli.common.log_level);
     let config = absolute(cli.common.config)?;
     Ok(match cli.command {
-        None => Command::Run(Options { config, level, boot_timeout: cli.boot_timeout }),
+        None => {
+            let account = cli.user.map(|user| Account { user, group: cli.group });
+            Command::Run(Options { config, level, boot_timeout: cli.boot_timeout, account })
+        }
         Some(Verb::Check) => Command::Check(config, level),
         Some(Verb::Zygote) => Command::Zygote(level),
         Some(Verb::Send { to, sender, timeout, recipients }) => {

@@ -59,6 +59,13 @@ pub struct Settings {
     pub client_share: f64,
     /// Highest number of `Received` fields; a mail with more is refused as looping.
     pub max_hops: u32,
+    /// Whether zygote and workers separate themselves from other processes by Landlock.
+    pub sandbox: bool,
+    /// The user that zygote and workers become, as a name or a number.
+    pub user: Option<String>,
+    /// The primary group that zygote and workers get, as a name or a number; `None` means the
+    /// user's own.
+    pub group: Option<String>,
 }
 
 impl Default for Settings {
@@ -81,6 +88,9 @@ impl Default for Settings {
             max_connections_per_uid: 0,
             client_share: 0.75,
             max_hops: 50,
+            sandbox: true,
+            user: None,
+            group: None,
         }
     }
 }
@@ -131,6 +141,74 @@ pub struct ListenerDecl {
     pub allow: Option<Vec<Network>>,
 }
 
+/// The user and the primary group that a zygote becomes, each as a name or a number.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Account {
+    /// The user.
+    pub user: String,
+    /// The primary group; `None` means the one of the user's entry in the user database.
+    pub group: Option<String>,
+}
+
+/// How far the kernel separates a generation's zygote and workers from all other processes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub enum Sandbox {
+    /// The script has set `sandbox` to false.
+    #[default]
+    Off,
+    /// No process outside is traced or signalled.
+    Full,
+    /// No process outside is traced. The kernel is older than Linux 6.12 (Landlock ABI 6).
+    PtraceOnly,
+    /// The kernel is older than Linux 5.19 (Landlock ABI 2), where Landlock can't be used without
+    /// forbidding a rename from one directory to another.
+    TooOld,
+    /// The kernel was built or started without Landlock, or a filter of system calls hides it.
+    Missing,
+}
+
+impl Sandbox {
+    /// Returns the level in a word, for the log.
+    pub fn level(self) -> &'static str {
+        match self {
+            Self::Full => "full",
+            Self::PtraceOnly => "ptrace only",
+            Self::Off | Self::TooOld | Self::Missing => "none",
+        }
+    }
+
+    /// Returns what the kernel lacks of Landlock, if it lacks something.
+    fn lack(self) -> Option<&'static str> {
+        match self {
+            Self::Off | Self::Full => None,
+            Self::PtraceOnly => Some("this kernel lacks scoped signals (Linux 6.12)"),
+            Self::TooOld => Some("this kernel lacks Landlock with renames (Linux 5.19)"),
+            Self::Missing => Some("this kernel lacks Landlock (CONFIG_SECURITY_LANDLOCK, lsm=)"),
+        }
+    }
+}
+
+/// The separation of a generation's zygote, which its workers inherit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Separation {
+    /// What Landlock forbids.
+    pub sandbox: Sandbox,
+    /// Whether system calls that change other processes' limits and priorities are forbidden.
+    pub filtered: bool,
+    /// User id and group id that the zygote has changed to; `None` if it runs as the supervisor
+    /// does.
+    pub user: Option<(u32, u32)>,
+}
+
+impl Separation {
+    /// Returns what the kernel lacks for the whole sandbox, if it lacks something.
+    pub fn lack(&self) -> Option<&'static str> {
+        let filter = (self.sandbox != Sandbox::Off && !self.filtered)
+            .then_some("this kernel lacks filters of system calls (CONFIG_SECCOMP_FILTER)");
+        self.sandbox.lack().or(filter)
+    }
+}
+
 /// Everything that the script of a generation wants from the supervisor.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 pub struct Declaration {
@@ -140,4 +218,6 @@ pub struct Declaration {
     pub settings: Settings,
     /// Address of the Pond log server, if log datagrams are wanted.
     pub log_server: Option<Endpoint>,
+    /// What holds for the generation's processes. The zygote fills this in after the script.
+    pub separation: Separation,
 }

@@ -16,6 +16,7 @@ use nix::sys::prctl;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use qrelay_shared::exit::Exit;
 use qrelay_shared::ipc::message::MailRecord;
+use qrelay_shared::settings::Account;
 use slog::{Level, Logger, error, info, warn};
 
 use crate::accept::{Acceptor, ProgramState};
@@ -42,6 +43,8 @@ pub struct Options {
     pub level: Level,
     /// How long a script may take to declare itself.
     pub boot_timeout: Duration,
+    /// The account that zygotes become before they run the script.
+    pub account: Option<Account>,
 }
 
 /// Where the daemon is in its life.
@@ -86,6 +89,9 @@ pub fn run(options: Options) -> Exit {
 /// Takes over signals and passed sockets, and begins with the first generation.
 fn start(options: Options, log: Logger) -> Result<(Daemon, Poller, Signals), String> {
     let passed = qrelay_shared::sys::activation::take()?;
+    // Neither a worker nor another process of the same user can trace the supervisor, read its
+    // memory or take its descriptors.
+    prctl::set_dumpable(false).map_err(|error| format!("PR_SET_DUMPABLE: {error}"))?;
     prctl::set_child_subreaper(true).map_err(|error| format!("PR_SET_CHILD_SUBREAPER: {error}"))?;
     // Only the name in ps depends on it.
     let _ = prctl::set_name(c"qrelay");
@@ -120,6 +126,7 @@ impl Daemon {
             config: options.config.clone(),
             boot_timeout: options.boot_timeout,
             instance: instance.clone(),
+            account: options.account.clone(),
             passed: acceptor.passed_names(),
         };
         Self {

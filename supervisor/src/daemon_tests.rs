@@ -107,6 +107,7 @@ impl World {
             config: "/nowhere".into(),
             level: Level::Info,
             boot_timeout: Duration::from_secs(30),
+            account: None,
         };
         let acceptor = Acceptor::new(quiet(), poller.watcher(), Vec::new()).expect("no sockets");
         let mut daemon =
@@ -348,7 +349,7 @@ impl World {
             hang_timeout: Duration::from_secs(3),
             ..Settings::default()
         };
-        Declaration { listeners, settings, log_server: None }
+        Declaration { listeners, settings, ..Declaration::default() }
     }
 
     fn zygote_trouble(&mut self) {

@@ -19,7 +19,7 @@ use nix::sys::signal::Signal;
 use qrelay_shared::exit::Exit;
 use qrelay_shared::ipc::channel::RecvBuffer;
 use qrelay_shared::ipc::message::ZygoteOrder;
-use qrelay_shared::settings::Declaration;
+use qrelay_shared::settings::{Account, Declaration};
 use slog::{Logger, error, info};
 
 use crate::event::{Cause, Event, Events};
@@ -38,6 +38,8 @@ pub(crate) struct Loading {
     pub(crate) boot_timeout: Duration,
     /// Names this run of the supervisor in the ids of mails.
     pub(crate) instance: String,
+    /// The account that zygotes become before they run the script.
+    pub(crate) account: Option<Account>,
     /// FileDescriptorNames of the sockets that systemd passed.
     pub(crate) passed: Vec<String>,
 }
@@ -242,6 +244,7 @@ impl Rollout {
             reload: cause == Cause::Reload,
             systemd: self.loading.passed.clone(),
             instance: self.loading.instance.clone(),
+            account: self.loading.account.clone(),
         };
         let sent = channel.try_send(&order, &[]);
         let id = self.add_zygote(Zygote { generation, pid: Some(pid), channel });

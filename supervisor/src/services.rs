@@ -9,6 +9,7 @@ mod dictionaries;
 pub mod dictionary_server;
 mod mail_log;
 mod pond;
+mod separation;
 mod systemd;
 
 use std::os::fd::OwnedFd;
@@ -22,6 +23,7 @@ use crate::event::{Cause, LostMail};
 use crate::ids::{ChannelId, GenerationId, JobId, WorkerId};
 use crate::services::dictionary_server::DictionaryServer;
 use crate::services::mail_log::MailLog;
+use crate::services::separation::Announcements;
 use crate::services::systemd::Systemd;
 use crate::watch::Watcher;
 
@@ -32,6 +34,7 @@ pub(crate) struct Services {
     systemd: Systemd,
     mails: MailLog,
     dictionaries: DictionaryServer,
+    announcements: Announcements,
     /// The generation that gets new connections, and how many workers it has.
     serving: Option<(GenerationId, u32)>,
 }
@@ -44,6 +47,7 @@ impl Services {
             mails: MailLog::new(log.clone(), instance),
             log,
             dictionaries: DictionaryServer::new(watcher),
+            announcements: Announcements::default(),
             serving: None,
         }
     }
@@ -85,7 +89,11 @@ impl Services {
         self.serving = Some((generation, workers));
         self.dictionaries.set_limit(declaration.settings.shared_memory);
         self.mails.send_to(declaration.log_server.clone());
-        info!(self.log, "ready"; "generation" => generation, "workers" => workers);
+        let separation = declaration.separation;
+        self.announcements.switch(&self.log, separation);
+        info!(self.log, "ready"; "generation" => generation, "workers" => workers,
+            "sandbox" => separation.sandbox.level(),
+            "user" => separation.user.map(|(user, _)| user));
         self.systemd.ready(self.status_line());
     }
 

@@ -2,8 +2,10 @@
 //!
 //! [`zygote::main`] is where both begin; [`check::check`] runs config.lua in any other process.
 
+mod account;
 pub mod check;
 mod control;
 mod logging;
+mod sandbox;
 mod worker;
 pub mod zygote;

@@ -86,7 +86,13 @@ impl Zygote {
         let config = directory.path().join("config.lua");
         std::fs::write(&config, script).expect("write");
         self.order(
-            &ZygoteOrder::Load { config, reload: false, systemd: vec![], instance: "t".into() },
+            &ZygoteOrder::Load {
+                config,
+                reload: false,
+                systemd: vec![],
+                instance: "t".into(),
+                account: None,
+            },
             &[],
         )
     }

@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::ids::{JobId, ListenerId, WorkerId};
 use crate::qmqp::Status;
-use crate::settings::Declaration;
+use crate::settings::{Account, Declaration};
 
 /// A direction of a channel. Its messages borrow from the buffer that they were decoded from.
 pub trait Direction {
@@ -239,6 +239,9 @@ pub enum ZygoteOrder {
         systemd: Vec<String>,
         /// Name of this run of the supervisor, the first part of every mail's id.
         instance: String,
+        /// The account that the zygote becomes before the script runs, if the command line names
+        /// one.
+        account: Option<Account>,
     },
     /// Forks a worker. The message carries the worker's job socket and its control socket, in this
     /// order.

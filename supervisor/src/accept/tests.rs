@@ -84,7 +84,11 @@ impl Site {
             max_size: 1 << 20,
             allow: None,
         };
-        Declaration { listeners: places.iter().map(listener).collect(), settings, log_server: None }
+        Declaration {
+            listeners: places.iter().map(listener).collect(),
+            settings,
+            ..Declaration::default()
+        }
     }
 
     fn switch(

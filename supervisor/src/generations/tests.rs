@@ -63,6 +63,7 @@ impl Site {
             config: "/config.lua".into(),
             boot_timeout: Duration::from_secs(30),
             instance: "run".into(),
+            account: None,
             passed: vec!["web".into()],
         };
         let watcher = Poller::new().expect("epoll").watcher();
@@ -126,7 +127,8 @@ fn a_boot_loads_declares_and_switches() {
     site.rollout.boot(site.now, &mut site.events);
     let zygote = site.zygote();
     match zygote.order() {
-        Some(ZygoteOrder::Load { config, reload, systemd, instance }) => {
+        Some(ZygoteOrder::Load { config, reload, systemd, instance, account }) => {
+            assert_eq!(account, None);
             assert_eq!((config, reload), (PathBuf::from("/config.lua"), false));
             assert_eq!((systemd, instance), (vec!["web".to_owned()], "run".to_owned()));
         }

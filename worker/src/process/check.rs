@@ -15,6 +15,7 @@ use slog::Logger;
 use crate::lua::config::ConfigError;
 use crate::lua::library::dictionary_client::Opener;
 use crate::lua::state::{LoadOptions, State};
+use crate::process::account;
 
 /// Loads the script at an absolute path, and describes what the script declares, one line per item.
 /// The variable `LISTEN_FDNAMES` says which names `systemd['…']` may have, as for the daemon.
@@ -31,6 +32,10 @@ pub fn check(config: &Path, logger: Logger, dictionaries: Opener) -> Result<Stri
         logger,
         dictionaries,
     })?;
+    if let Some(account) = account::declared(&declaration.settings) {
+        account::check(&account)
+            .map_err(|message| ConfigError::Declaration { path: config.to_owned(), message })?;
+    }
     Ok(describe(&declaration))
 }
 
@@ -88,9 +93,15 @@ fn push_settings(text: &mut String, settings: &Settings) {
         ("max_connections_per_uid", settings.max_connections_per_uid.to_string()),
         ("client_share", settings.client_share.to_string()),
         ("max_hops", settings.max_hops.to_string()),
+        ("sandbox", settings.sandbox.to_string()),
     ];
     for (name, value) in values {
         push(text, name, &value);
+    }
+    for (name, value) in [("user", &settings.user), ("group", &settings.group)] {
+        if let Some(value) = value {
+            push(text, name, value);
+        }
     }
 }
 
@@ -117,7 +128,8 @@ mod tests {
         };
         let settings =
             Settings { client_timeout: Duration::from_millis(2500), ..Settings::default() };
-        let declaration = Declaration { listeners: vec![path, inet], settings, log_server: None };
+        let declaration =
+            Declaration { listeners: vec![path, inet], settings, ..Declaration::default() };
         let text = describe(&declaration);
         assert!(
             text.starts_with(
@@ -128,6 +140,6 @@ mod tests {
             "{text}"
         );
         assert!(text.contains("\nclient_timeout = 2.5\n"), "{text}");
-        assert!(text.ends_with("max_hops = 50\n"), "{text}");
+        assert!(text.ends_with("max_hops = 50\nsandbox = true\n"), "{text}");
     }
 }

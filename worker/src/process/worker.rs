@@ -5,8 +5,9 @@
 //! at the latest.
 //!
 //! # Failure
-//! A worker that can't start a single thread ends with a status other than 0. A failure to set the
-//! process's name, its OOM score or its limit of core dumps is logged, and the worker goes on.
+//! A worker that can't enter its sandbox or start a single thread ends with a status other than 0.
+//! A failure to set the process's name, its OOM score or its limit of core dumps is logged, and the
+//! worker goes on.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -26,7 +27,7 @@ use slog::{Logger, debug, error, warn};
 use crate::job_channel::Reports;
 use crate::lua::library::dictionary_client::Opener;
 use crate::lua::state::State;
-use crate::process::control;
+use crate::process::{control, sandbox};
 use crate::session::Context;
 use crate::session::script::Script;
 use crate::threads::pool::{IDLE, Pool};
@@ -58,6 +59,10 @@ pub(crate) fn run(
     logger: Logger,
 ) -> Exit {
     let Birth { worker: id, jobs, control } = birth;
+    if let Err(error) = sandbox::enter_own(declaration.separation.sandbox) {
+        error!(logger, "worker can't start"; "error" => error);
+        return Exit::System;
+    }
     settle(&logger);
     state.after_fork(id, opener(&jobs));
     let script: Arc<dyn Script> = Arc::new(state);

@@ -26,8 +26,9 @@ use qrelay_shared::exit::Exit;
 use qrelay_shared::ids::WorkerId;
 use qrelay_shared::ipc::channel::{Channel, Received, RecvBuffer, RecvError, SendError};
 use qrelay_shared::ipc::message::{FromZygote, ToZygote, ZygoteOrder, ZygoteReport};
-use qrelay_shared::settings::Declaration;
+use qrelay_shared::settings::{Account, Declaration, Sandbox, Separation, Settings};
 use qrelay_shared::sys::process::{Forked, fork_orphan, take_stdin, tame_malloc};
+use qrelay_shared::sys::seccomp::spare_other_processes;
 use qrelay_shared::sys::wait::wait;
 use slog::{Level, Logger, error};
 
@@ -35,6 +36,7 @@ use crate::lua::library::dictionary_client::Opener;
 use crate::lua::state::{LoadOptions, State};
 use crate::process::logging::Current;
 use crate::process::worker::{self, Birth};
+use crate::process::{account, sandbox};
 
 /// How long a standby waits for the supervisor to become its parent.
 const ADOPTION_TIME: Duration = Duration::from_secs(1);
@@ -183,11 +185,11 @@ fn execute(
 ) -> ControlFlow<Life, ZygoteReport> {
     let Received { message, mut fds } = received;
     match message {
-        ZygoteOrder::Load { config, reload, systemd, instance } => {
+        ZygoteOrder::Load { config, reload, systemd, instance, account } => {
             let logger = logger.logger();
             let dictionaries = opener(channel);
             let options = LoadOptions { config, reload, systemd, logger, dictionaries };
-            ControlFlow::Continue(load(options, instance, loaded))
+            ControlFlow::Continue(load(options, instance, account.as_ref(), loaded))
         }
         ZygoteOrder::Fork { worker } => {
             let birth = match (fds.take(), fds.take()) {
@@ -238,16 +240,62 @@ fn no_standby(message: String) -> ControlFlow<Life, ZygoteReport> {
 }
 
 /// Runs the script. A process runs one script in its life.
-fn load(options: LoadOptions, instance: String, loaded: &mut Option<Loaded>) -> ZygoteReport {
+fn load(
+    options: LoadOptions,
+    instance: String,
+    account: Option<&Account>,
+    loaded: &mut Option<Loaded>,
+) -> ZygoteReport {
     if loaded.is_some() {
         return ZygoteReport::Failed { message: "a script has been loaded already".into() };
     }
+    let supervisor = getppid();
+    let before = match account.map_or(Ok(None), |account| become_account(account, supervisor)) {
+        Ok(user) => user,
+        Err(message) => return ZygoteReport::Failed { message },
+    };
     match catch_unwind(AssertUnwindSafe(|| State::load(options))) {
-        Ok(Ok((state, declaration))) => {
+        Ok(Ok((state, mut declaration))) => {
+            match separate(&declaration.settings, supervisor) {
+                Ok(separation) => {
+                    let user = separation.user.or(before);
+                    declaration.separation = Separation { user, ..separation };
+                }
+                Err(message) => return ZygoteReport::Failed { message },
+            }
             *loaded = Some(Loaded { state, declaration: declaration.clone(), instance });
             ZygoteReport::Declared(Box::new(declaration))
         }
         Ok(Err(error)) => ZygoteReport::Failed { message: error.to_string() },
         Err(_) => ZygoteReport::Failed { message: "internal error while loading".into() },
+    }
+}
+
+/// Becomes the user that the script has declared, and enters the sandbox unless the script has
+/// declared otherwise. The workers inherit both.
+///
+/// # Errors
+/// A text for the administrator; this process must not fork then.
+fn separate(settings: &Settings, supervisor: Pid) -> Result<Separation, String> {
+    let user = match account::declared(settings) {
+        Some(account) => become_account(&account, supervisor)?,
+        None => None,
+    };
+    if !settings.sandbox {
+        return Ok(Separation { sandbox: Sandbox::Off, filtered: false, user });
+    }
+    let sandbox = sandbox::enter()?;
+    Ok(Separation { sandbox, filtered: spare_other_processes().is_ok(), user })
+}
+
+/// Becomes an account, and goes on to end with the supervisor. Returns the new ids, if they
+/// changed.
+fn become_account(account: &Account, supervisor: Pid) -> Result<Option<(u32, u32)>, String> {
+    let user = account::become_account(account)?;
+    // The change has taken the signal at the supervisor's end away.
+    match end_with(supervisor) {
+        Ok(true) => Ok(user),
+        Ok(false) => Err("the supervisor is gone".into()),
+        Err(error) => Err(format!("PR_SET_PDEATHSIG: {}", error.desc())),
     }
 }

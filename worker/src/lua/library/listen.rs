@@ -19,7 +19,7 @@ use qrelay_shared::endpoint::{self, Endpoint, POND_PORT, Parsed};
 use qrelay_shared::network::Network;
 use qrelay_shared::settings::{
     DEFAULT_BACKLOG, DEFAULT_MAX_SIZE, DEFAULT_MODE, Declaration, ListenAddress, ListenerDecl,
-    Settings,
+    Separation, Settings,
 };
 
 use crate::lua::binding::convert::{self, Argument, Options};
@@ -101,6 +101,7 @@ impl Draft {
             listeners: self.listeners.clone(),
             settings: self.settings.clone(),
             log_server: log_server(lua)?,
+            separation: Separation::default(),
         };
         Ok((declaration, std::mem::take(&mut self.handlers)))
     }

@@ -22,6 +22,8 @@ const MAX_INTEGER: u64 = 1 << 53;
 const MIN_LUA_MEMORY: u64 = 1 << 20;
 /// Largest memory limits: 1 TiB, beyond any machine's use for mail.
 const MAX_MEMORY: u64 = 1 << 40;
+/// Largest id of a user or group. The next one, (uid_t)-1, means "no change" to setresuid(2).
+const MAX_ID: u64 = u32::MAX as u64 - 1;
 /// Bytes of a request beside its message (see the limits of QMQP in the documentation).
 const ENVELOPE: usize = 300_000;
 
@@ -32,6 +34,8 @@ enum Kind {
     Count(u64, fn(&mut Settings) -> &mut u64),
     Bytes(u64, fn(&mut Settings) -> &mut usize),
     Share(fn(&mut Settings) -> &mut f64),
+    Switch(fn(&mut Settings) -> &mut bool),
+    Name(fn(&mut Settings) -> &mut Option<String>),
 }
 
 /// The settings, in the order of the documentation.
@@ -52,6 +56,9 @@ const KEYS: &[(&str, Kind)] = &[
     ("max_connections_per_uid", Kind::Small(0, 1 << 20, |s| &mut s.max_connections_per_uid)),
     ("client_share", Kind::Share(|s| &mut s.client_share)),
     ("max_hops", Kind::Small(1, 1000, |s| &mut s.max_hops)),
+    ("sandbox", Kind::Switch(|s| &mut s.sandbox)),
+    ("user", Kind::Name(|s| &mut s.user)),
+    ("group", Kind::Name(|s| &mut s.group)),
 ];
 
 /// Copies the keys of the table that a script passes to `settings`. After an error `settings` must
@@ -94,8 +101,25 @@ fn set(
             }
             *field(settings) = share;
         }
+        Kind::Switch(field) => match value {
+            Value::Boolean(on) => *field(settings) = *on,
+            _ => return Err(argument.wrong("true or false", value)),
+        },
+        Kind::Name(field) => *field(settings) = Some(name(argument, value)?),
     }
     Ok(())
+}
+
+/// Reads the name of a user or group, or its number.
+fn name(argument: &Argument<'_>, value: &Value) -> Result<String, Raise> {
+    if matches!(value, Value::Integer(_) | Value::Number(_)) {
+        return Ok(argument.integer(value, 0, MAX_ID)?.to_string());
+    }
+    let text = argument.text(value)?;
+    match std::str::from_utf8(&text) {
+        Ok(name) if !name.is_empty() && !name.contains('\0') => Ok(name.to_owned()),
+        _ => Err(argument.wrong("a name or a number", value)),
+    }
 }
 
 /// Whether the table that a script passes to `settings` has the key `mail_memory`.
@@ -118,6 +142,9 @@ pub(crate) fn fit_mail_memory(settings: &mut Settings, listeners: &[ListenerDecl
 /// A text that names the settings.
 pub(crate) fn consistent(settings: &Settings, listeners: &[ListenerDecl]) -> Result<(), String> {
     let Settings { handler_timeout, hang_timeout, mail_memory, .. } = settings;
+    if settings.group.is_some() && settings.user.is_none() {
+        return Err("settings: group needs user, because only together they say who runs".into());
+    }
     if hang_timeout <= handler_timeout {
         return Err(format!(
             "settings: hang_timeout ({} s) must be longer than handler_timeout ({} s), or every \
