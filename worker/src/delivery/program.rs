@@ -12,16 +12,21 @@
 //! A program that doesn't start is an errno. One that not even SIGKILL ends (it waits for a dead
 //! file server, or is another user's) is left to itself.
 
+use std::ffi::OsStr;
 use std::fs::File;
 use std::io::Read;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt as _;
+use std::os::unix::fs::MetadataExt as _;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use nix::poll::{PollFd, PollFlags, ppoll};
+use nix::sys::prctl;
 use nix::sys::signal::Signal;
+use nix::sys::stat::Mode;
 use nix::sys::time::TimeSpec;
 use nix::unistd::pipe2;
 use qrelay_shared::address::printable;
@@ -42,6 +47,12 @@ use crate::mail::Mail;
 const LINGER: Duration = Duration::from_millis(100);
 /// Pause after a failure of poll(2), which means a shortage of memory.
 const PAUSE: Duration = Duration::from_millis(10);
+
+/// Exit status `EX_NOPERM` of sysexits.h.
+const NO_PERMISSION: i32 = 77;
+/// What the log says about a program that may lack the rights of a set-id bit.
+const HINT: &str = "set-id programs get no rights here: sandbox=false in settings{} allows them, \
+                    if the unit has no NoNewPrivileges=";
 
 /// The context in which programs run.
 #[derive(Debug, Clone, Copy)]
@@ -98,8 +109,10 @@ pub(crate) fn deliver(
     let mut run = match Run::start(host, mail, action, kind, deadline) {
         Ok(run) => run,
         Err(error) => {
+            let denied = matches!(error, Errno::EACCES | Errno::EPERM);
             error!(host.logger, "program can't be started"; "id" => &*mail.id(),
-                "program" => program.as_deref(), "error" => error.desc());
+                "program" => program.as_deref(), "error" => error.desc(),
+                "hint" => hint(action, denied));
             return delivery(Reply::temporary(texts::INTERNAL_ERROR), false, false);
         }
     };
@@ -110,11 +123,35 @@ pub(crate) fn deliver(
         End::Canceled => (Reply::temporary(late), "the client has gone".to_owned()),
     };
     if reply.status != Status::Accepted || !run.errors.kept.is_empty() {
+        let said = [one_line(&run.output.kept), one_line(&run.errors.kept)];
+        let denied = said.iter().any(|text| denial(text))
+            || matches!(end, End::Exit(ProgramExit::Status(NO_PERMISSION)));
+        let [output, errors] = said;
         warn!(host.logger, "program complained"; "id" => &*mail.id(),
-            "program" => program.as_deref(), "end" => cause,
-            "output" => one_line(&run.output.kept), "errors" => one_line(&run.errors.kept));
+            "program" => program.as_deref(), "end" => cause, "output" => output,
+            "errors" => errors, "hint" => hint(action, denied));
     }
     delivery(reply, true, matches!(end, End::Canceled))
+}
+
+/// Returns what to try if the program, or one that it runs, may lack the rights of its set-user-id
+/// or set-group-id bit: under `no_new_privs` such a bit has no effect.
+fn hint(action: &Exec, denied: bool) -> Option<&'static str> {
+    let in_force = matches!(prctl::get_no_new_privs(), Ok(true));
+    (in_force && (denied || is_set_id(action))).then_some(HINT)
+}
+
+/// Whether the program has a set-user-id or set-group-id bit.
+fn is_set_id(action: &Exec) -> bool {
+    let path = action.arguments.first().map(|path| OsStr::from_bytes(path.as_bytes()));
+    let bits = (Mode::S_ISUID | Mode::S_ISGID).bits();
+    path.and_then(|path| std::fs::metadata(path).ok()).is_some_and(|m| m.mode() & bits != 0)
+}
+
+/// Whether a program's output has the C library's words for EACCES or EPERM.
+fn denial(text: &str) -> bool {
+    let text = text.to_ascii_lowercase();
+    text.contains("permission denied") || text.contains("operation not permitted")
 }
 
 /// A program's output as one printable line: lines are joined by a space, empty ones left out.
@@ -397,6 +434,13 @@ fn as_errno(error: std::io::Error) -> Errno {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn denials_are_recognized_in_what_a_program_says() {
+        assert!(denial("postdrop: warning: create file maildrop/1.2: Permission denied"));
+        assert!(denial("kill: Operation not permitted"));
+        assert!(!denial("no such user") && !denial(""));
+    }
 
     #[test]
     fn output_becomes_one_line() {
