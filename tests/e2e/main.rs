@@ -35,6 +35,7 @@ mod pond;
 mod postfix;
 mod relay;
 mod reload;
+mod separation;
 mod shared;
 mod start;
 mod stop;

@@ -1,6 +1,7 @@
 //! The notification socket of a service manager, to which a daemon with NOTIFY_SOCKET reports
 //! (sd_notify(3)).
 
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixDatagram;
 use std::path::Path;
 use std::sync::Arc;
@@ -24,9 +25,11 @@ pub struct Notify {
 }
 
 impl Notify {
-    /// Binds the socket. A thread receives until the test process ends.
+    /// Binds the socket, for daemons of every user. A thread receives until the test process ends.
     pub fn bind(path: &Path) -> Self {
         let socket = UnixDatagram::bind(path).expect("notify socket");
+        let mode = std::fs::Permissions::from_mode(0o666);
+        std::fs::set_permissions(path, mode).expect("mode");
         let notices = Arc::new(Record::default());
         let record = notices.clone();
         std::thread::spawn(move || {
