@@ -259,7 +259,12 @@ impl Daemon {
             Event::DictionaryOpened(channel) => services.open_dictionary(channel),
 
             Event::WorkerMissing(new) => rollout.fork_worker(&new, events),
-            Event::WorkerForked { worker, pid } => workers.forked(worker, pid, now, events),
+            Event::WorkerForked { teller, worker, pid } => {
+                workers.forked(teller, worker, pid, now, events);
+            }
+            Event::WorkerRefused { teller, worker } => {
+                workers.refused(teller, worker, now, events);
+            }
             Event::WorkerNotForked(worker) => workers.not_forked(worker, now, events),
             Event::WorkerReady(generation) => rollout.worker_ready(generation, now, events),
             Event::WorkerFailed(generation) => rollout.worker_failed(generation, now, events),
@@ -294,7 +299,12 @@ impl Daemon {
             Event::GenerationEnded(generation) => acceptor.generation_ended(generation),
             Event::ZygoteLost(generation) => workers.zygote_lost(generation, now, events),
             Event::ZygotesEnded(generation) => workers.zygotes_ended(generation, now, events),
-            Event::StandbyForked { zygote, pid } => workers.standby_forked(zygote, pid, events),
+            Event::StandbyForked { teller, zygote, pid } => {
+                workers.standby_forked(teller, zygote, pid, events);
+            }
+            Event::ZygoteLied { zygote, complaint } => {
+                rollout.zygote_lied(zygote, &complaint, now, events);
+            }
             Event::StandbyRuns { zygote, pid } => rollout.standby_runs(zygote, pid),
             Event::StandbyEnded(zygote) => rollout.standby_ended(zygote, now, events),
             Event::ReloadBegan => services.reload_began(),

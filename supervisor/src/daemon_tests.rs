@@ -461,7 +461,7 @@ impl World {
                 if let Some(&(job, _)) = worker.has.last()
                     && !worker.programs.iter().any(|&(other, _)| other == job)
                 {
-                    let program = self.fake.start();
+                    let program = self.fake.start_under(worker.pid);
                     worker.programs.push((job, program));
                     let pid = program.as_raw();
                     let _ = worker.jobs.try_send(&Report::Child { job, pid }, &[]);

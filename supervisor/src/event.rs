@@ -62,8 +62,10 @@ pub(crate) enum Event {
 
     /// The pool lacks a worker: the zygote has to fork it.
     WorkerMissing(Box<NewWorker>),
-    /// A zygote has forked a worker.
-    WorkerForked { worker: WorkerId, pid: Pid },
+    /// A zygote tells that it has forked a worker.
+    WorkerForked { teller: Teller, worker: WorkerId, pid: Pid },
+    /// A zygote tells that it could not fork a worker.
+    WorkerRefused { teller: Teller, worker: WorkerId },
     /// There will be no such worker process.
     WorkerNotForked(WorkerId),
     /// A worker can take jobs.
@@ -93,7 +95,9 @@ pub(crate) enum Event {
     /// No process can fork workers of this generation, and none will.
     ZygotesEnded(GenerationId),
     /// A zygote has told its standby's process id.
-    StandbyForked { zygote: ZygoteId, pid: Pid },
+    StandbyForked { teller: Teller, zygote: ZygoteId, pid: Pid },
+    /// A zygote has told something that can't be true: the text says what.
+    ZygoteLied { zygote: ZygoteId, complaint: String },
     /// The standby had not ended when its process id became known.
     StandbyRuns { zygote: ZygoteId, pid: Pid },
     /// The standby had ended before its process id was known.
@@ -106,6 +110,15 @@ pub(crate) enum Event {
     ReloadFailed(Cause, String),
     /// The first configuration can't be used.
     StartFailed(Exit),
+}
+
+/// A zygote that tells something.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Teller {
+    /// The zygote.
+    pub(crate) zygote: ZygoteId,
+    /// The generation whose workers the zygote forks.
+    pub(crate) generation: GenerationId,
 }
 
 /// Why a generation is loaded.

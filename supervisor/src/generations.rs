@@ -247,7 +247,7 @@ impl Rollout {
             account: self.loading.account.clone(),
         };
         let sent = channel.try_send(&order, &[]);
-        let id = self.add_zygote(Zygote { generation, pid: Some(pid), channel });
+        let id = self.add_zygote(Zygote::new(generation, Some(pid), channel));
         if let Some(entry) = self.loaded.get_mut(&generation) {
             entry.zygote = Some(id);
         }

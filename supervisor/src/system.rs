@@ -10,12 +10,13 @@ use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
+use nix::errno::Errno;
 use nix::sys::signal::{Signal, kill};
-use nix::sys::wait::WaitStatus;
+use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use nix::unistd::{Pid, getpgrp};
 use qrelay_shared::ipc::channel::Channel;
 use qrelay_shared::ipc::message::{FromZygote, ToZygote};
-use qrelay_shared::sys::proc_stat::{Process, processes};
+use qrelay_shared::sys::proc_stat::{self, Identity, Process};
 use qrelay_shared::sys::process_group::Group;
 use qrelay_shared::sys::{input, process};
 use slog::Level;
@@ -49,6 +50,16 @@ pub(crate) trait System: Debug {
     /// Reaps a child that has ended; `None` if there is no such child.
     fn reap(&self, pid: Pid) -> Option<WaitStatus>;
 
+    /// Returns whether a process is a child of this one that has not been reaped. Such a number
+    /// can't become another process' before this process reaps it.
+    fn is_child(&self, pid: Pid) -> bool;
+
+    /// Returns the facts about one process; `None` if there is none, or if it is hidden.
+    ///
+    /// # Errors
+    /// /proc can't be read.
+    fn identify(&self, pid: Pid) -> io::Result<Option<Identity>>;
+
     /// Lists the processes of the system.
     ///
     /// # Errors
@@ -60,6 +71,9 @@ pub(crate) trait System: Debug {
 
     /// Returns this process' id.
     fn own_pid(&self) -> Pid;
+
+    /// Returns the id of this process' group, to which zygotes and workers belong too.
+    fn own_group(&self) -> Pid;
 }
 
 /// The role of a child of the supervisor, seen from the jobs of a dead worker.
@@ -67,7 +81,8 @@ pub(crate) trait System: Debug {
 pub(crate) enum Role {
     /// The program of this job.
     Program(JobId),
-    /// A copy of the worker that has not become this job's program yet.
+    /// A copy of the worker that has not become this job's program yet, or a process with the
+    /// job's mail that leads no group.
     Copy(JobId),
     /// Something else.
     Other,
@@ -136,13 +151,26 @@ impl System for Linux {
         process::reap(pid).ok()
     }
 
+    fn is_child(&self, pid: Pid) -> bool {
+        let look = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT;
+        // EINVAL stands for a child that was ended by a signal which nix has no name for.
+        pid.as_raw() > 1 && waitid(Id::Pid(pid), look) != Err(Errno::ECHILD)
+    }
+
+    fn identify(&self, pid: Pid) -> io::Result<Option<Identity>> {
+        proc_stat::identify(pid)
+    }
+
     fn processes(&self) -> io::Result<Vec<Process>> {
-        processes()
+        proc_stat::processes()
     }
 
     fn role(&self, process: Process, jobs: &HashSet<JobId>) -> Role {
         let read = input::mail_of(process.pid).filter(|job| jobs.contains(job));
-        if let Some(job) = read.filter(|_| process.group != getpgrp()) {
+        // A program leads its group from its first instruction on. A process in a group that
+        // another process leads may have joined strangers, who must not be signalled with it.
+        let leads = process.group == process.pid && process.group != getpgrp();
+        if let Some(job) = read.filter(|_| leads) {
             return Role::Program(job);
         }
         let open = input::mails_of(process.pid).into_iter().find(|job| jobs.contains(job));
@@ -151,6 +179,10 @@ impl System for Linux {
 
     fn own_pid(&self) -> Pid {
         Pid::this()
+    }
+
+    fn own_group(&self) -> Pid {
+        getpgrp()
     }
 }
 

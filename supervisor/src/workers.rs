@@ -5,8 +5,8 @@
 //! becomes of a dead worker's programs in `orphan_table`.
 //!
 //! # Failure
-//! A worker that ends, or that says anything which can't be understood, costs each of its clients a
-//! `Z`, and is replaced.
+//! A worker that ends, or that says anything which can't be understood or can't be true, costs each
+//! of its clients a `Z`, and is replaced.
 
 mod dispatch;
 mod fairness;
@@ -15,6 +15,7 @@ mod orphans;
 mod pool;
 mod processes;
 mod reaping;
+mod told;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::rc::Rc;

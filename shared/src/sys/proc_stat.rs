@@ -9,6 +9,7 @@
 //! while it is read, or that is hidden from the caller (hidepid), is left out.
 
 use std::io;
+use std::str::SplitAsciiWhitespace;
 
 use nix::errno::Errno;
 use nix::unistd::Pid;
@@ -26,6 +27,32 @@ pub struct Process {
     pub alive: bool,
 }
 
+/// Facts that tell a process from another one that had, or will have, the same id.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Identity {
+    /// The process as in a list.
+    pub process: Process,
+    /// Id of the session.
+    pub session: Pid,
+    /// Whether the main thread has ended or is ending. The kernel gives the children of a process
+    /// to another parent only when all of its threads are ending.
+    pub ending: bool,
+    /// Start time in clock ticks since the boot. A number is not reused within a tick.
+    pub started: u64,
+}
+
+/// `PF_EXITING` of include/linux/sched.h: the thread is ending.
+const ENDING: u32 = 0x4;
+
+/// Returns the facts about one process; `None` if there is no such process, or if the process is
+/// hidden from the caller.
+///
+/// # Errors
+/// Returns an error if a descriptor or memory is lacking.
+pub fn identify(pid: Pid) -> io::Result<Option<Identity>> {
+    Ok(read(pid.as_raw())?.and_then(|stat| parse_identity(pid, &stat)))
+}
+
 /// Returns all processes of the system.
 ///
 /// # Errors
@@ -41,8 +68,12 @@ pub fn processes() -> io::Result<Vec<Process>> {
 }
 
 fn look(pid: i32) -> io::Result<Option<Process>> {
+    Ok(read(pid)?.and_then(|stat| parse(Pid::from_raw(pid), &stat)))
+}
+
+fn read(pid: i32) -> io::Result<Option<Vec<u8>>> {
     match std::fs::read(format!("/proc/{pid}/stat")) {
-        Ok(stat) => Ok(parse(Pid::from_raw(pid), &stat)),
+        Ok(stat) => Ok(Some(stat)),
         Err(error) => match error.raw_os_error().map(Errno::from_raw) {
             Some(Errno::EMFILE | Errno::ENFILE | Errno::ENOMEM) => Err(error),
             _ => Ok(None),
@@ -50,11 +81,30 @@ fn look(pid: i32) -> io::Result<Option<Process>> {
     }
 }
 
-/// Parses the content of /proc/PID/stat. The second field is in parentheses and may contain any
-/// bytes; after it come state, parent and group.
+/// Parses the content of /proc/PID/stat.
 fn parse(pid: Pid, stat: &[u8]) -> Option<Process> {
+    parse_process(pid, &mut fields(stat)?)
+}
+
+/// Returns the fields after the second one, which is in parentheses and may contain any bytes.
+fn fields(stat: &[u8]) -> Option<SplitAsciiWhitespace<'_>> {
     let after = stat.iter().rposition(|&byte| byte == b')')?;
-    let mut fields = str::from_utf8(&stat[after + 1..]).ok()?.split_ascii_whitespace();
+    Some(str::from_utf8(&stat[after + 1..]).ok()?.split_ascii_whitespace())
+}
+
+/// Parses the fields 6, 9 and 22 (session, flags, start time) too.
+fn parse_identity(pid: Pid, stat: &[u8]) -> Option<Identity> {
+    let mut fields = fields(stat)?;
+    let process = parse_process(pid, &mut fields)?;
+    let session = Pid::from_raw(fields.next()?.parse().ok()?);
+    let flags: u32 = fields.nth(2)?.parse().ok()?;
+    let started = fields.nth(12)?.parse().ok()?;
+    let ending = !process.alive || flags & ENDING != 0;
+    Some(Identity { process, session, ending, started })
+}
+
+/// Parses state, parent and group.
+fn parse_process(pid: Pid, fields: &mut SplitAsciiWhitespace<'_>) -> Option<Process> {
     let alive = !matches!(fields.next()?, "Z" | "X" | "x");
     let mut id = || fields.next()?.parse().ok().map(Pid::from_raw);
     Some(Process { pid, parent: id()?, group: id()?, alive })
@@ -84,6 +134,44 @@ mod tests {
         for (stat, expected) in table {
             assert_eq!(parse(pid, stat), expected, "{stat:?}");
         }
+    }
+
+    #[test]
+    fn an_identity_is_parsed_from_the_whole_line() {
+        let (pid, number) = (Pid::from_raw(7), Pid::from_raw);
+        let tail = "0 -1 FLAGS 1 2 3 4 5 6 7 8 20 0 1 0 8899 4096 1";
+        let table = [("S", "4194304", true, false), ("R", "4194308", true, true)];
+        let table = table.into_iter().chain([("Z", "4194304", false, true)]);
+        for (state, flags, alive, ending) in table {
+            let line = format!("7 (a) b) {state} 3 7 5 {}", tail.replace("FLAGS", flags));
+            let process = Process { pid, parent: number(3), group: pid, alive };
+            let expected = Identity { process, session: number(5), ending, started: 8899 };
+            assert_eq!(parse_identity(pid, line.as_bytes()), Some(expected), "{line}");
+        }
+        assert_eq!(parse_identity(pid, b"7 (sh) S 3 7 5 0 -1 0 1"), None);
+    }
+
+    #[test]
+    fn a_process_that_ends_is_identified_until_it_is_reaped() {
+        let mut child = Command::new("/bin/sleep").arg("60").process_group(0).spawn().expect("a");
+        let pid = Pid::from_raw(child.id().cast_signed());
+        let running = identify(pid).expect("/proc").expect("runs");
+        assert_eq!((running.process.parent, running.process.group), (Pid::this(), pid));
+        assert_eq!(Some(running.session), nix::unistd::getsid(None).ok());
+        assert!(running.process.alive && !running.ending);
+        child.kill().expect("kill");
+        let ended = loop {
+            let now = identify(pid).expect("/proc").expect("isn't reaped");
+            if !now.process.alive {
+                break now;
+            }
+            std::thread::yield_now();
+        };
+        assert!(ended.ending);
+        assert_eq!((ended.started, ended.session), (running.started, running.session));
+        assert_eq!((ended.process.parent, ended.process.group), (Pid::this(), pid));
+        child.wait().expect("wait");
+        assert_eq!(identify(pid).expect("/proc"), None);
     }
 
     #[test]

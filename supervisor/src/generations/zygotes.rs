@@ -5,7 +5,7 @@
 //! supervisor.
 //!
 //! # Failure
-//! A zygote that breaks the protocol is killed. Its standby takes over; without one, the
+//! A zygote that breaks the protocol, or tells a process id that can't be true, is killed. Its standby takes over; without one, the
 //! configuration is loaded anew, and the living workers serve on meanwhile.
 
 use std::os::fd::AsFd;
@@ -19,7 +19,7 @@ use qrelay_shared::ipc::channel::RecvError;
 use qrelay_shared::ipc::message::{ZygoteOrder, ZygoteReport};
 use slog::{debug, error, warn};
 
-use crate::event::{Event, Events, NewWorker};
+use crate::event::{Event, Events, NewWorker, Teller};
 use crate::generations::Rollout;
 use crate::ids::{GenerationId, ZygoteId};
 use crate::system::{ZygoteChannel, ZygotePids, describe};
@@ -37,6 +37,17 @@ pub(super) struct Zygote {
     pub(super) pid: Option<Pid>,
     /// Orders go out, reports come in.
     pub(super) channel: ZygoteChannel,
+    /// The process id that was told for this standby, before anybody has checked it.
+    pub(super) told: Option<Pid>,
+    /// The process has lied: it is killed, and not listened to.
+    pub(super) lied: bool,
+}
+
+impl Zygote {
+    /// A zygote whose process id is known, or not yet.
+    pub(super) fn new(generation: GenerationId, pid: Option<Pid>, channel: ZygoteChannel) -> Self {
+        Self { generation, pid, channel, told: None, lied: false }
+    }
 }
 
 impl Rollout {
@@ -60,12 +71,15 @@ impl Rollout {
     pub(crate) fn on_zygote(&mut self, id: ZygoteId, now: Instant, events: &mut Events) {
         let Some(mut buffer) = self.buffer.take() else { return };
         let mut fault = None;
-        while let Some(zygote) = self.zygotes.get(&id) {
+        while let Some(zygote) = self.zygotes.get(&id).filter(|zygote| !zygote.lied) {
             let generation = zygote.generation;
             match zygote.channel.try_recv(&mut buffer) {
                 Ok(mut received) => match received.fds.take() {
                     Some(fd) => events.push_back(Event::DictionaryOpened(fd)),
-                    None => self.on_report(generation, received.message, now, events),
+                    None => {
+                        let teller = Teller { zygote: id, generation };
+                        self.on_report(teller, received.message, now, events);
+                    }
                 },
                 Err(RecvError::Empty) => break,
                 // This process had no descriptor for a channel to the dictionaries: the zygote
@@ -96,13 +110,60 @@ impl Rollout {
         }
     }
 
+    /// Kills a zygote that has told something which can't be true, and says so.
+    pub(crate) fn zygote_lied(
+        &mut self,
+        id: ZygoteId,
+        complaint: &str,
+        now: Instant,
+        events: &mut Events,
+    ) {
+        let Some(zygote) = self.zygotes.get_mut(&id) else {
+            error!(self.log, "zygote killed: {complaint}"; "zygote" => id);
+            return;
+        };
+        if zygote.lied {
+            return;
+        }
+        zygote.lied = true;
+        error!(self.log, "zygote killed: {complaint}"; "zygote" => id,
+            "pid" => zygote.pid.map_or(0, Pid::as_raw), "generation" => zygote.generation);
+        self.distrust(id, complaint, now, events);
+    }
+
+    /// Returns what makes a report about a fork impossible, before the process itself is looked at:
+    /// nobody has asked this process, or the process id is taken.
+    fn complaint(&self, teller: Teller, pid: Option<i32>) -> Option<String> {
+        let entry = self.loaded.get(&teller.generation);
+        if entry.and_then(|entry| entry.zygote) != Some(teller.zygote) {
+            return Some("it reported a fork that nobody asked it for".into());
+        }
+        let pid = pid.map(Pid::from_raw)?;
+        let mut zygotes = self.zygotes.values();
+        let taken = zygotes.any(|zygote| zygote.pid == Some(pid) || zygote.told == Some(pid));
+        taken.then(|| format!("it told process id {pid}, which is a zygote's"))
+    }
+
     fn on_report(
         &mut self,
-        generation: GenerationId,
+        teller: Teller,
         report: ZygoteReport,
         now: Instant,
         events: &mut Events,
     ) {
+        let Teller { zygote: id, generation } = teller;
+        let complaint = match report {
+            ZygoteReport::Forked { pid, .. } | ZygoteReport::StandbyForked { pid } => {
+                self.complaint(teller, Some(pid))
+            }
+            ZygoteReport::ForkFailed { .. } | ZygoteReport::StandbyFailed { .. } => {
+                self.complaint(teller, None)
+            }
+            _ => None,
+        };
+        if let Some(complaint) = complaint {
+            return self.zygote_lied(id, &complaint, now, events);
+        }
         match report {
             ZygoteReport::Declared(declaration) => {
                 if let Some(entry) = self.loaded.get_mut(&generation) {
@@ -119,17 +180,25 @@ impl Rollout {
                 self.fail(generation, (Exit::Config, message), now, events);
             }
             ZygoteReport::Forked { worker, pid } => {
-                events.push_back(Event::WorkerForked { worker, pid: Pid::from_raw(pid) });
+                events.push_back(Event::WorkerForked { teller, worker, pid: Pid::from_raw(pid) });
             }
             ZygoteReport::ForkFailed { worker, message } => {
                 warn!(self.log, "cannot fork a worker: {message}"; "worker" => worker);
-                events.push_back(Event::WorkerNotForked(worker));
+                events.push_back(Event::WorkerRefused { teller, worker });
             }
             ZygoteReport::StandbyForked { pid } => {
-                if let Some(zygote) = self.loaded.get(&generation).and_then(|g| g.standby) {
-                    let pid = Pid::from_raw(pid);
-                    events.push_back(Event::StandbyForked { zygote, pid });
+                let zygote = self.loaded.get(&generation).and_then(|g| g.standby);
+                let Some((zygote, standby)) =
+                    zygote.and_then(|id| Some((id, self.zygotes.get_mut(&id)?)))
+                else {
+                    return;
+                };
+                let pid = Pid::from_raw(pid);
+                if standby.told.replace(pid).is_some() {
+                    let complaint = format!("it told a second process id {pid} of its standby");
+                    return self.zygote_lied(id, &complaint, now, events);
                 }
+                events.push_back(Event::StandbyForked { teller, zygote, pid });
             }
             ZygoteReport::StandbyFailed { message } => {
                 warn!(self.log, "cannot fork a standby: {message}"; "generation" => generation);
@@ -155,7 +224,7 @@ impl Rollout {
             });
         match sent {
             Ok(channel) => {
-                let id = self.add_zygote(Zygote { generation, pid: None, channel });
+                let id = self.add_zygote(Zygote::new(generation, None, channel));
                 if let Some(entry) = self.loaded.get_mut(&generation) {
                     entry.standby = Some(id);
                 }

@@ -1,7 +1,7 @@
 //! A system that tests play: processes that live, end and are signalled as the test says.
 
 use std::cell::RefCell;
-use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::collections::{BTreeMap, HashSet};
 use std::io;
 
 use nix::sys::signal::Signal;
@@ -9,7 +9,7 @@ use nix::sys::wait::WaitStatus;
 use nix::unistd::Pid;
 use qrelay_shared::ipc::channel::Channel;
 use qrelay_shared::ipc::message::{FromZygote, ToZygote};
-use qrelay_shared::sys::proc_stat::Process;
+use qrelay_shared::sys::proc_stat::{Identity, Process};
 
 use crate::ids::JobId;
 use crate::system::{Role, System, ZygoteChannel};
@@ -17,42 +17,114 @@ use crate::system::{Role, System, ZygoteChannel};
 /// A zygote's end of its channel.
 pub(crate) type ZygoteEnd = Channel<FromZygote, ToZygote>;
 
+/// This process, which leads its group and its session.
+const OWN: Pid = Pid::from_raw(1 << 28);
+
+/// A process that isn't reaped.
+#[derive(Debug)]
+struct Entry {
+    parent: Pid,
+    group: Pid,
+    ending: bool,
+    started: u64,
+    status: Option<WaitStatus>,
+}
+
 #[derive(Debug, Default)]
 struct State {
     last: i32,
-    alive: BTreeSet<Pid>,
-    ended: BTreeMap<Pid, WaitStatus>,
+    clock: u64,
+    processes: BTreeMap<Pid, Entry>,
     spawned: Vec<(Pid, ZygoteEnd)>,
     signals: Vec<(Pid, Signal)>,
     spawning_fails: bool,
 }
 
 impl State {
-    fn start(&mut self) -> Pid {
+    /// Returns a number that was never used.
+    fn number(&mut self) -> Pid {
         self.last += 1;
         // Above every real process id.
-        let pid = Pid::from_raw((1 << 28) + self.last);
-        self.alive.insert(pid);
+        Pid::from_raw(OWN.as_raw() + self.last)
+    }
+
+    fn insert(&mut self, pid: Pid, parent: Pid, group: Pid) {
+        self.clock += 1;
+        let entry = Entry { parent, group, ending: false, started: self.clock, status: None };
+        assert!(self.processes.insert(pid, entry).is_none(), "{pid} isn't reaped");
+    }
+
+    fn start(&mut self) -> Pid {
+        let pid = self.number();
+        self.insert(pid, OWN, OWN);
         pid
     }
 
-    fn end(&mut self, pid: Pid, status: WaitStatus) {
-        if self.alive.remove(&pid) {
-            self.ended.insert(pid, status);
+    /// Marks a process as ending, and makes its children this process'.
+    fn leave(&mut self, pid: Pid) {
+        self.processes.entry(pid).and_modify(|entry| entry.ending = true);
+        for child in self.processes.values_mut().filter(|entry| entry.parent == pid) {
+            child.parent = OWN;
         }
+    }
+
+    fn end(&mut self, pid: Pid, status: WaitStatus) {
+        self.leave(pid);
+        self.processes.entry(pid).and_modify(|entry| {
+            entry.status.get_or_insert(status);
+        });
+    }
+
+    fn is_child(&self, pid: Pid) -> bool {
+        self.processes.get(&pid).is_some_and(|entry| entry.parent == OWN)
+    }
+
+    fn has_ended(&self, pid: Pid) -> bool {
+        self.is_child(pid) && self.processes[&pid].status.is_some()
     }
 }
 
+/// The parent of this process and of its neighbours.
+pub(crate) const OUTSIDE: Pid = Pid::from_raw(1);
+
 /// The fake system.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Fake {
     state: RefCell<State>,
 }
 
+impl Default for Fake {
+    fn default() -> Self {
+        let mut state = State::default();
+        state.insert(OWN, OUTSIDE, OWN);
+        Self { state: RefCell::new(state) }
+    }
+}
+
 impl Fake {
-    /// Starts a process, which leads its group.
+    /// Starts a child of this process, in its group: a zygote or a worker.
     pub(crate) fn start(&self) -> Pid {
         self.state.borrow_mut().start()
+    }
+
+    /// Starts a child of another process, as leader of a group: a program, or a neighbour.
+    pub(crate) fn start_under(&self, parent: Pid) -> Pid {
+        let mut state = self.state.borrow_mut();
+        let pid = state.number();
+        state.insert(pid, parent, pid);
+        pid
+    }
+
+    /// Reaps a process as its parent does, and gives its number to another parent's new process.
+    pub(crate) fn reuse(&self, pid: Pid, parent: Pid, group: Pid) {
+        let mut state = self.state.borrow_mut();
+        state.processes.remove(&pid);
+        state.insert(pid, parent, group);
+    }
+
+    /// Lets all threads of a process begin to end: its children become this process'.
+    pub(crate) fn leave(&self, pid: Pid) {
+        self.state.borrow_mut().leave(pid);
     }
 
     /// Ends a process by itself.
@@ -77,12 +149,12 @@ impl Fake {
 
     /// Returns whether a process has not ended.
     pub(crate) fn is_alive(&self, pid: Pid) -> bool {
-        self.state.borrow().alive.contains(&pid)
+        self.state.borrow().processes.get(&pid).is_some_and(|entry| entry.status.is_none())
     }
 
     /// Returns whether a process has ended and isn't reaped.
     pub(crate) fn any_ended(&self) -> bool {
-        !self.state.borrow().ended.is_empty()
+        self.ended(None).is_some()
     }
 }
 
@@ -102,10 +174,7 @@ impl System for Fake {
     fn signal(&self, pid: Pid, signal: Signal) {
         let mut state = self.state.borrow_mut();
         state.signals.push((pid, signal));
-        assert!(
-            state.alive.contains(&pid) || state.ended.contains_key(&pid),
-            "{pid} was reaped and might be another process"
-        );
+        assert!(state.is_child(pid), "{pid} is no child, or was reaped");
         state.end(pid, WaitStatus::Signaled(pid, signal, false));
     }
 
@@ -113,34 +182,47 @@ impl System for Fake {
         let exists = self.group_exists(group);
         let mut state = self.state.borrow_mut();
         state.signals.push((group, signal));
+        assert!(state.is_child(group), "{group} is no child, or was reaped");
         state.end(group, WaitStatus::Signaled(group, signal, false));
         exists
     }
 
     fn group_exists(&self, group: Pid) -> bool {
-        let state = self.state.borrow();
-        state.alive.contains(&group) || state.ended.contains_key(&group)
+        self.state.borrow().processes.values().any(|entry| entry.group == group)
     }
 
     fn ended(&self, of: Option<Pid>) -> Option<Pid> {
         let state = self.state.borrow();
         match of {
-            Some(pid) => state.ended.contains_key(&pid).then_some(pid),
-            None => state.ended.keys().next().copied(),
+            Some(pid) => state.has_ended(pid).then_some(pid),
+            None => state.processes.keys().copied().find(|&pid| state.has_ended(pid)),
         }
     }
 
     fn reap(&self, pid: Pid) -> Option<WaitStatus> {
-        self.state.borrow_mut().ended.remove(&pid)
+        let mut state = self.state.borrow_mut();
+        let status = state.processes.get(&pid)?.status?;
+        state.processes.remove(&pid);
+        Some(status)
+    }
+
+    fn is_child(&self, pid: Pid) -> bool {
+        self.state.borrow().is_child(pid)
+    }
+
+    fn identify(&self, pid: Pid) -> io::Result<Option<Identity>> {
+        let state = self.state.borrow();
+        Ok(state.processes.get(&pid).map(|entry| {
+            let Entry { parent, group, ending, started, status } = *entry;
+            let process = Process { pid, parent, group, alive: status.is_none() };
+            Identity { process, session: OWN, ending, started }
+        }))
     }
 
     fn processes(&self) -> io::Result<Vec<Process>> {
-        let state = self.state.borrow();
-        let parent = self.own_pid();
-        let alive = state.alive.iter().map(|&pid| Process { pid, parent, group: pid, alive: true });
-        let ended = state.ended.keys();
-        let ended = ended.map(|&pid| Process { pid, parent, group: pid, alive: false });
-        Ok(alive.chain(ended).collect())
+        let pids: Vec<Pid> = self.state.borrow().processes.keys().copied().collect();
+        let found = pids.into_iter().filter_map(|pid| self.identify(pid).transpose());
+        found.map(|found| found.map(|identity| identity.process)).collect()
     }
 
     fn role(&self, _: Process, _: &HashSet<JobId>) -> Role {
@@ -148,6 +230,10 @@ impl System for Fake {
     }
 
     fn own_pid(&self) -> Pid {
-        Pid::from_raw(1 << 28)
+        OWN
+    }
+
+    fn own_group(&self) -> Pid {
+        OWN
     }
 }

@@ -57,6 +57,11 @@ impl OrphanTable {
         self.programs.contains_key(&pid)
     }
 
+    /// Returns whether this process is one of the programs, and neither reaped nor given up.
+    pub(super) fn has(&self, pid: Pid) -> bool {
+        self.programs.get(&pid).is_some_and(|orphan| !orphan.is_settled())
+    }
+
     /// Returns whether one of the programs is for this job.
     pub(super) fn concerns(&self, job: JobId) -> bool {
         self.programs.values().any(|orphan| orphan.job == job)
@@ -212,14 +217,14 @@ mod tests {
         let mut table = table(now);
         assert!(table.concerns(JOB) && !table.concerns(JobId(8)) && table.contains(LEADER));
         assert!(!table.scan_is_due(now) && table.reapable(now, None).is_empty());
-        assert!(table.leader_ended(LEADER, now) && table.holds(LEADER));
+        assert!(table.leader_ended(LEADER, now) && table.holds(LEADER) && table.has(LEADER));
         assert!(table.scan_is_due(now), "at once");
         table.scanned(now, Duration::ZERO);
         assert_eq!(table.reapable(now, Some(&groups(&[LEADER]))), []);
         let rested = now + pause_after_scan(Duration::ZERO);
         assert!(!table.scan_is_due(now) && table.scan_is_due(rested));
         assert_eq!(table.reapable(rested, Some(&groups(&[]))), [(LEADER, LEADER)]);
-        assert!(!table.holds(LEADER));
+        assert!(!table.holds(LEADER) && !table.has(LEADER));
         assert_eq!(table.over(now, |_| true), [], "a member isn't reaped");
         assert_eq!(table.over(now, |_| false), [JOB]);
         assert!(table.is_empty());

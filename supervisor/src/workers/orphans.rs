@@ -36,12 +36,13 @@ impl Orphans {
         Self { system, table: OrphanTable::default() }
     }
 
-    /// Tells a dead worker's programs to end; returns the jobs of those that can be told.
+    /// Tells a dead worker's programs to end; returns the jobs of those that can be told. Each
+    /// program is a child of this process that isn't reaped.
     pub(super) fn adopt(&mut self, children: &[(JobId, Pid)], now: Instant) -> Vec<JobId> {
         let mut jobs = Vec::new();
         for &(job, pid) in children {
-            // The worker had not reaped the program, so the number still names its group. A group
-            // that can't be signalled has no member that could deliver anything.
+            // The program isn't reaped, so the number still names its group. A group that can't be
+            // signalled has no member that could deliver anything.
             if self.system.signal_group(pid, Signal::SIGTERM) {
                 self.table.add(job, pid, pid, now);
                 jobs.push(job);
@@ -66,7 +67,8 @@ impl Orphans {
                     self.table.add(job, pid, group, now);
                     found.push(job);
                 }
-                // The copy hasn't become the program yet, and won't.
+                // The copy hasn't become the program yet, and won't. Its group isn't signalled,
+                // because others lead it.
                 Role::Copy(job) => {
                     self.system.signal(pid, Signal::SIGKILL);
                     self.table.add(job, pid, pid, now);
@@ -82,6 +84,11 @@ impl Orphans {
     /// [`Self::reapable`] says so.
     pub(super) fn ended(&mut self, pid: Pid, now: Instant) -> bool {
         self.table.leader_ended(pid, now)
+    }
+
+    /// Returns whether this process is one of the programs, and neither reaped nor given up.
+    pub(super) fn has(&self, pid: Pid) -> bool {
+        self.table.has(pid)
     }
 
     /// Returns whether one of the programs is for this job.

@@ -13,12 +13,13 @@ use qrelay_shared::ipc::message::{
 };
 use slog::{debug, error, warn};
 
-use crate::event::{Event, Events, NewWorker, Recorder};
+use crate::event::{Event, Events, NewWorker, Recorder, Teller};
 use crate::ids::{GenerationId, JobId, WorkerId};
 use crate::system::describe;
 use crate::watch::Source;
 use crate::workers::Workers;
-use crate::workers::pool::{Death, End, Hang, Health};
+use crate::workers::pool::{Death, End, Hang, Health, Pool};
+use crate::workers::told::{self, Belief, Fork, Program};
 
 /// How long a worker that closed a channel may take to end.
 const CLOSED_GRACE: Duration = Duration::from_millis(500);
@@ -34,8 +35,8 @@ pub(super) struct Process {
     pub(super) jobs: Channel<ToJobs, ToReports>,
     /// Orders go out, pongs come in.
     pub(super) control: Channel<ToControl, FromControl>,
-    /// The programs that the worker runs; each leads its process group.
-    pub(super) children: Vec<(JobId, Pid)>,
+    /// The programs that the worker has told, one for a job at most.
+    pub(super) children: Vec<Program>,
 }
 
 /// Why a worker is no longer listened to.
@@ -78,14 +79,69 @@ impl Workers {
     }
 
     /// Learns the process id of a worker, which may have ended meanwhile.
-    pub(crate) fn forked(&mut self, worker: WorkerId, pid: Pid, now: Instant, events: &mut Events) {
-        let ended = self.strangers.remove(&pid);
-        if let Some(process) = self.processes.get_mut(&worker) {
-            debug!(self.log, "worker forked"; "worker" => worker, "pid" => pid.as_raw());
-            process.pid = Some(pid);
+    pub(crate) fn forked(
+        &mut self,
+        teller: Teller,
+        worker: WorkerId,
+        pid: Pid,
+        now: Instant,
+        events: &mut Events,
+    ) {
+        let fork = self.judge_fork(pid);
+        // A worker that was given up meanwhile ends by itself.
+        let Some(process) = self.processes.get_mut(&worker) else { return };
+        if let Some(complaint) = not_asked(&self.pool, process, teller, worker) {
+            return lied(teller, complaint, events);
         }
-        if let Some(status) = ended {
-            self.ended(worker, Some(status), now, events);
+        let status = match fork {
+            Fork::Lie(complaint) => return lied(teller, complaint, events),
+            Fork::Ended(status) => Some(status),
+            Fork::Runs => None,
+        };
+        debug!(self.log, "worker forked"; "worker" => worker, "pid" => pid.as_raw());
+        process.pid = Some(pid);
+        if status.is_some() {
+            self.ended(worker, status, now, events);
+        } else {
+            self.look_again(worker);
+        }
+    }
+
+    /// Judges the process id that a zygote has told, and forgets the status of that number.
+    pub(super) fn judge_fork(&mut self, pid: Pid) -> Fork {
+        let remembered = self.strangers.remove(&pid);
+        told::judge_fork(&*self.system, pid, self.is_taken(pid), remembered)
+    }
+
+    /// Returns whether this is the number of a worker, or of a dead worker's program that isn't
+    /// reaped. A number that a worker has only told doesn't count: a lie would take it from others.
+    fn is_taken(&self, pid: Pid) -> bool {
+        self.worker_of(pid).is_some() || self.orphans.has(pid)
+    }
+
+    /// Looks at the programs that a worker told before its own process id was known.
+    fn look_again(&mut self, worker: WorkerId) {
+        let system = &*self.system;
+        let Some(process) = self.processes.get_mut(&worker) else { return };
+        for program in &mut process.children {
+            if program.belief == Belief::Unchecked {
+                program.belief = told::look_at_program(system, process.pid, program.pid, false);
+            }
+        }
+    }
+
+    /// Gives up a worker that a zygote could not fork.
+    pub(crate) fn refused(
+        &mut self,
+        teller: Teller,
+        worker: WorkerId,
+        now: Instant,
+        events: &mut Events,
+    ) {
+        let Some(process) = self.processes.get(&worker) else { return };
+        match not_asked(&self.pool, process, teller, worker) {
+            Some(complaint) => lied(teller, complaint, events),
+            None => self.not_forked(worker, now, events),
         }
     }
 
@@ -194,8 +250,10 @@ impl Workers {
         record: &mut Recorder<'_>,
         events: &mut Events,
     ) {
-        // The worker has ended, so its last words can't be worse than that.
-        let _ = self.take_reports(worker, now, record, events);
+        if let Some(Fault::Malformed(complaint)) = self.take_reports(worker, now, record, events) {
+            // The worker has ended, so its last words can't be worse than that.
+            error!(self.log, "worker died with a false report: {complaint}"; "worker" => worker);
+        }
     }
 
     fn take_reports(
@@ -222,7 +280,12 @@ impl Workers {
         loop {
             let mut reports = match self.processes.get(&worker)?.jobs.try_recv_batch(buffer) {
                 Ok(reports) => reports,
-                Err(error) => return fault(error),
+                Err(error) => {
+                    return match fault(error) {
+                        Some(Fault::Malformed(complaint)) => Some(Fault::Malformed(complaint)),
+                        other => self.lie_of(worker).map(Fault::Malformed).or(other),
+                    };
+                }
             };
             while let Some(report) = reports.next() {
                 let report = match report {
@@ -280,14 +343,14 @@ impl Workers {
                 if pid <= 1 || !self.pool.has(job, worker) {
                     return Err(format!("it reported child {pid} of job {job}"));
                 }
-                if let Some(process) = self.processes.get_mut(&worker) {
-                    process.children.push((job, Pid::from_raw(pid)));
-                }
+                self.on_child(worker, job, Pid::from_raw(pid))?;
             }
             Report::ChildGone { job } => {
-                if let Some(process) = self.processes.get_mut(&worker) {
-                    process.children.retain(|&(other, _)| other != job);
-                }
+                let Some(process) = self.processes.get_mut(&worker) else { return Ok(()) };
+                let at = process.children.iter().position(|program| program.job == job);
+                let at =
+                    at.ok_or_else(|| format!("it has no child of job {job} that could end"))?;
+                process.children.swap_remove(at);
             }
             Report::Timeout { job, milliseconds } => {
                 if !self.pool.has(job, worker) {
@@ -299,6 +362,32 @@ impl Workers {
             }
         }
         Ok(())
+    }
+
+    /// Learns of a program.
+    ///
+    /// # Errors
+    /// The worker has told a program for this job, or this process id, already.
+    fn on_child(&mut self, worker: WorkerId, job: JobId, pid: Pid) -> Result<(), String> {
+        let taken = self.is_taken(pid);
+        let Some(process) = self.processes.get_mut(&worker) else { return Ok(()) };
+        if process.children.iter().any(|program| program.job == job || program.pid == pid) {
+            return Err(format!("it reported child {pid} of job {job}, beside another one"));
+        }
+        let belief = told::look_at_program(&*self.system, process.pid, pid, taken);
+        process.children.push(Program { job, pid, belief });
+        Ok(())
+    }
+
+    /// Returns the lie of a worker that has told a process id which is none of its programs', when
+    /// everything is read that the worker had sent by the time of the look. An honest worker reports
+    /// that a program is gone before it frees the number, so such a report has been read by now.
+    fn lie_of(&self, worker: WorkerId) -> Option<String> {
+        let process = self.processes.get(&worker)?;
+        process.children.iter().find_map(|program| match &program.belief {
+            Belief::Doubted(complaint) => Some(complaint.clone()),
+            _ => None,
+        })
     }
 
     fn on_ready(&mut self, worker: WorkerId, now: Instant, events: &mut Events) {
@@ -338,7 +427,12 @@ impl Workers {
         let Some(death) = self.pool.died(worker, end, now) else { return };
         if let Some(process) = process {
             self.log_death(worker, process.pid, status, &death);
-            self.orphans.adopt(&process.children, now);
+            let inherited = |program: &&Program| {
+                told::is_inherited(&*self.system, program) && !self.is_taken(program.pid)
+            };
+            let programs = process.children.iter().filter(inherited);
+            let programs: Vec<_> = programs.map(|program| (program.job, program.pid)).collect();
+            self.orphans.adopt(&programs, now);
         }
         if !death.jobs.is_empty() {
             self.orphans.adopt_unreported(&death.jobs, now);
@@ -391,6 +485,18 @@ impl Workers {
                 "worker" => worker, "in_flight" => self.pool.jobs_of(worker)),
         }
     }
+}
+
+/// Returns what makes a zygote's report about this worker impossible, if anything does.
+fn not_asked(pool: &Pool, process: &Process, teller: Teller, worker: WorkerId) -> Option<String> {
+    if pool.generation_of(worker) != Some(teller.generation) {
+        return Some(format!("it reported about worker {worker} of another generation"));
+    }
+    process.pid.map(|pid| format!("it reported again about worker {worker}, which is {pid}"))
+}
+
+fn lied(teller: Teller, complaint: String, events: &mut Events) {
+    events.push_back(Event::ZygoteLied { zygote: teller.zygote, complaint });
 }
 
 fn fault(error: RecvError) -> Option<Fault> {

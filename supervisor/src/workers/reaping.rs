@@ -8,14 +8,18 @@
 
 use std::time::Instant;
 
-use nix::sys::wait::WaitStatus;
 use nix::unistd::Pid;
 use slog::{debug, error};
 
-use crate::event::{Event, Events, Recorder};
+use crate::event::{Event, Events, Recorder, Teller};
 use crate::ids::{WorkerId, ZygoteId};
 use crate::system::ZygotePids;
 use crate::workers::Workers;
+use crate::workers::told::{self, Fork};
+
+/// Most statuses that are remembered of children that nobody has told yet. More of them are no
+/// honest zygote's.
+const MOST_STRANGERS: usize = 1024;
 
 /// Whether a child was there to be reaped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -105,14 +109,12 @@ impl Workers {
         if self.orphans.ended(pid, now) || self.adopt_early(pid, context) {
             return Reaped::Yes;
         }
+        let Some(worker) = self.worker_of(pid) else { return self.reap_stranger(pid, context) };
+        // The reports come first: the process ids in them are compared with the worker's, which is
+        // another process' perhaps as soon as the worker is reaped.
+        self.take_last_reports(worker, now, context.record, context.events);
         let Some(status) = self.system.reap(pid) else { return Reaped::No };
-        match self.worker_of(pid) {
-            Some(worker) => {
-                self.take_last_reports(worker, now, context.record, context.events);
-                self.ended(worker, Some(status), now, context.events);
-            }
-            None => self.remember_stranger(pid, status, context.zygotes),
-        }
+        self.ended(worker, Some(status), now, context.events);
         Reaped::Yes
     }
 
@@ -129,32 +131,45 @@ impl Workers {
             // The report that the program runs, or that the worker has reaped it, may be unread.
             self.on_reports(worker, now, context.record, context.events);
             if let Some(process) = self.processes.get_mut(&worker)
-                && let Some(at) = process.children.iter().position(|&(_, child)| child == pid)
+                && let Some(at) = process.children.iter().position(|program| program.pid == pid)
+                && told::is_inherited(&*self.system, &process.children[at])
             {
-                let child = process.children.swap_remove(at);
-                self.orphans.adopt(&[child], now);
+                let program = process.children.swap_remove(at);
+                self.orphans.adopt(&[(program.job, pid)], now);
                 return self.orphans.ended(pid, now);
             }
         }
         false
     }
 
-    /// Remembers a child that isn't known, because it may be a worker or a standby whose process id
-    /// its zygote has yet to tell.
-    fn remember_stranger(&mut self, pid: Pid, status: WaitStatus, zygotes: &ZygotePids) {
-        let expected = zygotes.unknown > 0 || self.processes.values().any(|p| p.pid.is_none());
-        if expected {
-            self.strangers.insert(pid, status);
-        } else {
+    /// Reaps a child that isn't known, and remembers its status if it may be a worker or a standby
+    /// whose process id its zygote has yet to tell.
+    fn reap_stranger(&mut self, pid: Pid, context: &Context<'_, '_>) -> Reaped {
+        let unknown = self.processes.values().any(|process| process.pid.is_none());
+        let expected = unknown || context.zygotes.unknown > 0;
+        let fits = expected && told::may_be_in_own_group(&*self.system, pid);
+        let Some(status) = self.system.reap(pid) else { return Reaped::No };
+        if !expected || self.strangers.len() >= MOST_STRANGERS {
             self.strangers.clear();
         }
+        if fits {
+            self.strangers.insert(pid, status);
+        }
+        Reaped::Yes
     }
 
     /// Tells whether a standby has ended before its process id was known.
-    pub(crate) fn standby_forked(&mut self, zygote: ZygoteId, pid: Pid, events: &mut Events) {
-        events.push_back(match self.strangers.remove(&pid) {
-            Some(_) => Event::StandbyEnded(zygote),
-            None => Event::StandbyRuns { zygote, pid },
+    pub(crate) fn standby_forked(
+        &mut self,
+        teller: Teller,
+        zygote: ZygoteId,
+        pid: Pid,
+        events: &mut Events,
+    ) {
+        events.push_back(match self.judge_fork(pid) {
+            Fork::Runs => Event::StandbyRuns { zygote, pid },
+            Fork::Ended(_) => Event::StandbyEnded(zygote),
+            Fork::Lie(complaint) => Event::ZygoteLied { zygote: teller.zygote, complaint },
         });
     }
 

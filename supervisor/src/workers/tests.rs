@@ -13,10 +13,10 @@ use qrelay_shared::ipc::message::{
 
 use super::*;
 use crate::client::Connected;
-use crate::event::NewWorker;
+use crate::event::{NewWorker, Teller};
 use crate::ids::{ListenerId, ZygoteId};
 use crate::system::ZygotePids;
-use crate::system::fake::Fake;
+use crate::system::fake::{Fake, OUTSIDE};
 use crate::watch::Poller;
 
 /// Checks that the test of the daemon makes between two turns.
@@ -50,6 +50,8 @@ impl Workers {
 
 const FIRST: GenerationId = GenerationId(1);
 const CLIENT: Client = Client::Uid(7);
+/// The zygote that forks the workers.
+const TELLER: Teller = Teller { zygote: ZygoteId(1), generation: FIRST };
 
 /// Connections that a test holds.
 #[derive(Debug, Default)]
@@ -108,9 +110,12 @@ struct Site {
 
 impl Site {
     fn new() -> Self {
+        Self::with_log(Logger::root(slog::Discard, slog::o!()))
+    }
+
+    fn with_log(log: Logger) -> Self {
         let fake = Rc::new(Fake::default());
         let poller = Poller::new().expect("epoll");
-        let log = Logger::root(slog::Discard, slog::o!());
         let workers =
             Workers::new(log, "run".into(), poller.watcher(), Rc::clone(&fake) as Rc<dyn System>);
         let (held, events) = (Held::default(), Events::new());
@@ -141,7 +146,7 @@ impl Site {
     fn fork_one(&mut self, new: NewWorker) -> Other {
         let NewWorker { worker: id, jobs, control, .. } = new;
         let pid = self.fake.start();
-        self.workers.forked(id, pid, self.now, &mut self.events);
+        self.workers.forked(TELLER, id, pid, self.now, &mut self.events);
         Other { id, pid, jobs: Channel::from_fd(jobs), control: Channel::from_fd(control) }
     }
 
@@ -394,7 +399,7 @@ fn a_worker_may_end_before_its_process_id_is_known() {
     site.fake.exit(pid, 1);
     site.reap(&ZygotePids::default());
     assert!(site.events().is_empty());
-    site.workers.forked(new.worker, pid, site.now, &mut site.events);
+    site.workers.forked(TELLER, new.worker, pid, site.now, &mut site.events);
     let expected = [Event::WorkerFailed(FIRST), Event::WorkerEnded(FIRST)];
     assert_eq!(site.events(), said(&expected));
 }
@@ -405,9 +410,9 @@ fn a_standby_that_ended_before_its_process_id_was_known_is_reported() {
     let (zygote, pid) = (ZygoteId(4), site.fake.start());
     site.fake.exit(pid, 1);
     site.reap(&ZygotePids { known: Vec::new(), unknown: 1 });
-    site.workers.standby_forked(zygote, pid, &mut site.events);
+    site.workers.standby_forked(TELLER, zygote, pid, &mut site.events);
     let other = site.fake.start();
-    site.workers.standby_forked(zygote, other, &mut site.events);
+    site.workers.standby_forked(TELLER, zygote, other, &mut site.events);
     let expected = [Event::StandbyEnded(zygote), Event::StandbyRuns { zygote, pid: other }];
     assert_eq!(site.events(), said(&expected));
 }
@@ -429,7 +434,7 @@ fn a_clients_answer_waits_for_the_program_of_a_dead_worker() {
     let others = site.serving(1, 4);
     let worker = others[0].id;
     site.wait(1..=1);
-    let program = site.fake.start();
+    let program = site.fake.start_under(others[0].pid);
     others[0].report(&Report::Child { job: JobId(1), pid: program.as_raw() });
     site.read(&others[0]);
     site.events();
@@ -451,8 +456,9 @@ fn a_program_is_held_although_its_workers_end_is_not_seen_yet() {
     let mut site = Site::new();
     let others = site.serving(1, 4);
     site.wait(1..=1);
-    let program = site.fake.start();
+    let program = site.fake.start_under(others[0].pid);
     others[0].report(&Report::Child { job: JobId(1), pid: program.as_raw() });
+    site.fake.leave(others[0].pid);
     site.fake.exit(program, 1);
     site.reap(&ZygotePids::default());
     assert!(site.fake.any_ended(), "its number still names the group");
@@ -479,4 +485,264 @@ fn an_actions_own_time_limit_is_reported() {
     let until = site.now + Duration::from_secs(5);
     assert_eq!(site.events(), said(&[Event::TimeLimitSet(until)]));
     assert_eq!(site.workers.latest_time_limit(), Some(until));
+}
+
+/// The log lines of a test.
+#[derive(Debug, Clone, Default)]
+struct Lines(std::sync::Arc<std::sync::Mutex<Vec<String>>>);
+
+impl slog::Drain for Lines {
+    type Ok = ();
+    type Err = slog::Never;
+
+    fn log(&self, record: &slog::Record<'_>, _: &slog::OwnedKVList) -> Result<(), slog::Never> {
+        self.0.lock().expect("no panic").push(record.msg().to_string());
+        Ok(())
+    }
+}
+
+impl Site {
+    /// A worker that serves and has one job, and its log.
+    fn with_a_job() -> (Self, Other, Lines) {
+        let lines = Lines::default();
+        let mut site = Self::with_log(Logger::root(lines.clone(), slog::o!()));
+        let other = site.serving(1, 4).pop().expect("one");
+        site.wait(1..=1);
+        site.events();
+        (site, other, lines)
+    }
+
+    fn child(&mut self, other: &Other, pid: Pid) {
+        other.report(&Report::Child { job: JobId(1), pid: pid.as_raw() });
+    }
+
+    /// The worker is ended, because of what it has told, and nobody else is signalled then or when
+    /// it has ended.
+    fn assert_ends_only(&mut self, other: &Other, lines: &Lines) {
+        self.workers.tick(self.now, &mut self.events);
+        assert_eq!(self.fake.signals(), [(other.pid, Signal::SIGKILL)]);
+        let named = |line: &String| line.starts_with("worker killed: it ");
+        assert!(lines.0.lock().expect("no panic").iter().any(named), "{lines:?}");
+        self.reap(&ZygotePids::default());
+        self.workers.kill_all(Programs::Killed, self.now, &mut self.events);
+        self.now += Duration::from_secs(60);
+        self.workers.tick(self.now, &mut self.events);
+        self.reap(&ZygotePids::default());
+        assert_eq!(self.fake.signals(), []);
+        let events = self.events();
+        let orphaned = Event::Orphaned { job: JobId(1), worker: other.id };
+        assert!(events.contains(&format!("{orphaned:?}")), "{events:?}");
+    }
+}
+
+#[test]
+fn a_worker_that_tells_a_process_which_is_none_of_its_programs_is_ended() {
+    type Choice = fn(&Site, &Other) -> Pid;
+    let choices: [(&str, Choice); 9] = [
+        ("all processes", |_, _| Pid::from_raw(-1)),
+        ("our group, as kill(2) says it", |_, _| Pid::from_raw(0)),
+        ("init", |_, _| OUTSIDE),
+        ("this process and its group", |site, _| site.fake.own_pid()),
+        ("a neighbour of the same user", |site, _| site.fake.start_under(OUTSIDE)),
+        ("itself", |_, other| other.pid),
+        ("a sibling", |site, _| site.fake.start()),
+        ("a program of its program", |site, other| {
+            site.fake.start_under(site.fake.start_under(other.pid))
+        }),
+        ("what another program has left behind", |site, _| {
+            site.fake.start_under(site.fake.own_pid())
+        }),
+    ];
+    for (name, choice) in choices {
+        let (mut site, other, lines) = Site::with_a_job();
+        let pid = choice(&site, &other);
+        site.child(&other, pid);
+        site.read(&other);
+        site.assert_ends_only(&other, &lines);
+        if pid.as_raw() > 1 && pid != other.pid {
+            assert!(site.fake.is_alive(pid), "{name}");
+        }
+    }
+}
+
+#[test]
+fn a_worker_that_dies_right_after_its_lie_hurts_nobody() {
+    let (mut site, other, lines) = Site::with_a_job();
+    let neighbour = site.fake.start_under(OUTSIDE);
+    site.child(&other, neighbour);
+    site.fake.exit(other.pid, 1);
+    site.reap(&ZygotePids::default());
+    assert_eq!(site.fake.signals(), []);
+    let named = |line: &String| line.starts_with("worker died with a false report: it ");
+    assert!(lines.0.lock().expect("no panic").iter().any(named), "{lines:?}");
+    assert!(site.workers.is_idle() && site.fake.is_alive(neighbour));
+}
+
+#[test]
+fn the_number_of_a_program_that_was_reaped_in_silence_hurts_nobody() {
+    for parent in [OUTSIDE, Fake::default().own_pid()] {
+        let (mut site, other, _) = Site::with_a_job();
+        let program = site.fake.start_under(other.pid);
+        site.child(&other, program);
+        site.read(&other);
+        site.fake.reuse(program, parent, program);
+        site.fake.exit(other.pid, 1);
+        site.reap(&ZygotePids::default());
+        assert_eq!(site.fake.signals(), [], "{parent}");
+        assert!(site.fake.is_alive(program) && site.workers.is_idle());
+    }
+}
+
+#[test]
+fn a_program_that_is_gone_before_its_report_is_read_is_no_lie() {
+    let (mut site, other, lines) = Site::with_a_job();
+    let program = site.fake.start_under(other.pid);
+    site.child(&other, program);
+    other.report(&Report::ChildGone { job: JobId(1) });
+    site.fake.reuse(program, OUTSIDE, program);
+    site.read(&other);
+    site.workers.tick(site.now, &mut site.events);
+    assert_eq!(site.fake.signals(), []);
+    assert!(!lines.0.lock().expect("no panic").iter().any(|line| line.contains("killed")));
+}
+
+#[test]
+fn a_program_that_has_ended_and_is_not_reaped_is_its_workers() {
+    let (mut site, other, _) = Site::with_a_job();
+    let program = site.fake.start_under(other.pid);
+    site.fake.exit(program, 0);
+    site.child(&other, program);
+    site.read(&other);
+    site.workers.tick(site.now, &mut site.events);
+    assert_eq!(site.fake.signals(), []);
+    site.fake.exit(other.pid, 1);
+    site.reap(&ZygotePids::default());
+    assert_eq!(site.fake.signals(), [(program, Signal::SIGTERM)], "its group may live");
+}
+
+#[test]
+fn a_second_program_and_a_program_that_never_was_are_lies() {
+    let (mut site, other, lines) = Site::with_a_job();
+    other.report(&Report::ChildGone { job: JobId(1) });
+    site.read(&other);
+    site.assert_ends_only(&other, &lines);
+
+    let (mut site, other, lines) = Site::with_a_job();
+    for _ in 0..2 {
+        let program = site.fake.start_under(other.pid);
+        site.child(&other, program);
+    }
+    site.read(&other);
+    site.workers.tick(site.now, &mut site.events);
+    assert_eq!(site.fake.signals(), [(other.pid, Signal::SIGKILL)]);
+    assert!(lines.0.lock().expect("no panic").iter().any(|line| line.contains("beside another")));
+}
+
+#[test]
+fn a_worker_may_tell_a_program_before_its_own_process_id_is_known() {
+    let mut site = Site::new();
+    let settings = Settings { workers: 1, worker_connections: 4, ..Settings::default() };
+    site.workers.start(FIRST, &settings, site.now, &mut site.events);
+    let NewWorker { worker: id, jobs, control, .. } = site.missing().pop().expect("one");
+    let pid = site.fake.start();
+    let other = Other { id, pid, jobs: Channel::from_fd(jobs), control: Channel::from_fd(control) };
+    other.report(&Report::Ready);
+    site.read(&other);
+    site.workers.switch(FIRST);
+    site.wait(1..=1);
+    let program = site.fake.start_under(pid);
+    site.child(&other, program);
+    site.read(&other);
+    site.workers.forked(TELLER, id, pid, site.now, &mut site.events);
+    site.fake.exit(pid, 1);
+    site.reap(&ZygotePids::default());
+    assert_eq!(site.fake.signals(), [(program, Signal::SIGTERM)]);
+}
+
+/// Starts a generation, and returns a worker whose process id nobody has told.
+fn untold(site: &mut Site) -> NewWorker {
+    let settings = Settings { workers: 1, ..Settings::default() };
+    site.workers.start(FIRST, &settings, site.now, &mut site.events);
+    site.missing().pop().expect("one")
+}
+
+#[test]
+fn a_zygote_that_tells_a_process_which_it_did_not_fork_is_not_believed() {
+    type Choice = fn(&mut Site) -> Pid;
+    let choices: [(&str, Choice); 7] = [
+        ("all processes", |_| Pid::from_raw(-1)),
+        ("our group, as kill(2) says it", |_| Pid::from_raw(0)),
+        ("init", |_| OUTSIDE),
+        ("this process", |site| site.fake.own_pid()),
+        ("a neighbour", |site| site.fake.start_under(OUTSIDE)),
+        ("what a program has left behind", |site| site.fake.start_under(site.fake.own_pid())),
+        ("nobody", |site| {
+            let pid = site.fake.start();
+            site.fake.exit(pid, 0);
+            site.fake.reap(pid);
+            pid
+        }),
+    ];
+    for (name, choice) in choices {
+        let mut site = Site::new();
+        let new = untold(&mut site);
+        let pid = choice(&mut site);
+        site.workers.forked(TELLER, new.worker, pid, site.now, &mut site.events);
+        site.workers.standby_forked(TELLER, ZygoteId(2), pid, &mut site.events);
+        let events = site.events();
+        let lie = |event: &String| {
+            event.starts_with("ZygoteLied { zygote: ZygoteId(1), complaint: \"it told")
+        };
+        assert!(events.len() == 2 && events.iter().all(lie), "{name}: {events:?}");
+        site.workers.kill_all(Programs::Killed, site.now, &mut site.events);
+        site.workers.close();
+        assert_eq!(site.fake.signals(), [], "{name}");
+    }
+}
+
+#[test]
+fn a_zygote_that_tells_a_worker_twice_or_anothers_worker_is_not_believed() {
+    let mut site = Site::new();
+    let others = site.serving(2, 4);
+    let pid = site.fake.start();
+    let other = Teller { zygote: ZygoteId(9), generation: GenerationId(9) };
+    let new = untold(&mut site);
+    site.events();
+    site.workers.forked(TELLER, others[0].id, pid, site.now, &mut site.events);
+    site.workers.forked(other, new.worker, pid, site.now, &mut site.events);
+    site.workers.forked(TELLER, new.worker, others[1].pid, site.now, &mut site.events);
+    site.workers.refused(TELLER, others[0].id, site.now, &mut site.events);
+    site.workers.refused(other, new.worker, site.now, &mut site.events);
+    site.workers.standby_forked(TELLER, ZygoteId(2), others[0].pid, &mut site.events);
+    let events = site.events();
+    let lie = |event: &String| event.starts_with("ZygoteLied");
+    assert!(events.len() == 6 && events.iter().all(lie), "{events:?}");
+    assert_eq!(site.workers.worker_of(others[0].pid), Some(others[0].id));
+    assert_eq!(site.workers.worker_of(pid), None);
+}
+
+#[test]
+fn a_status_is_not_the_one_of_a_later_process_with_that_number() {
+    let mut site = Site::new();
+    let new = untold(&mut site);
+    let pid = site.fake.start();
+    site.fake.exit(pid, 1);
+    site.reap(&ZygotePids::default());
+    site.fake.reuse(pid, site.fake.own_pid(), site.fake.own_pid());
+    site.workers.forked(TELLER, new.worker, pid, site.now, &mut site.events);
+    assert_eq!(site.events(), Vec::<String>::new(), "the worker runs");
+    site.workers.kill_all(Programs::Spared, site.now, &mut site.events);
+    assert_eq!(site.fake.signals(), [(pid, Signal::SIGKILL)]);
+}
+
+#[test]
+fn the_status_of_what_a_program_left_behind_is_not_a_workers() {
+    let mut site = Site::new();
+    let new = untold(&mut site);
+    let left = site.fake.start_under(site.fake.own_pid());
+    site.fake.exit(left, 1);
+    site.reap(&ZygotePids::default());
+    site.workers.forked(TELLER, new.worker, left, site.now, &mut site.events);
+    let events = site.events();
+    assert!(events.len() == 1 && events[0].starts_with("ZygoteLied"), "{events:?}");
 }
