@@ -311,3 +311,49 @@ fn workers_are_asked_for_and_refused_without_a_zygote() {
     site.rollout.fork_worker(&new(FIRST), &mut site.events);
     assert_eq!(site.events(), said(&[Event::WorkerNotForked(WorkerId(5))]));
 }
+
+#[test]
+fn a_zygote_that_tells_what_cannot_be_is_killed_and_not_listened_to() {
+    type Lie = fn(&Site, &Other, &Other) -> ZygoteReport;
+    let lies: [Lie; 4] = [
+        |_, zygote, _| ZygoteReport::Forked { worker: WorkerId(5), pid: zygote.pid.as_raw() },
+        |_, _, standby| ZygoteReport::Forked { worker: WorkerId(5), pid: standby.pid.as_raw() },
+        |_, zygote, _| ZygoteReport::StandbyForked { pid: zygote.pid.as_raw() },
+        |site, _, _| ZygoteReport::StandbyForked { pid: site.fake.start().as_raw() },
+    ];
+    for lie in lies {
+        let (mut site, zygote, standby) = Site::serving();
+        zygote.report(&lie(&site, &zygote, &standby));
+        zygote.report(&ZygoteReport::ForkFailed { worker: WorkerId(6), message: "no".into() });
+        site.read(&zygote);
+        assert_eq!(site.fake.signals(), [(zygote.pid, Signal::SIGKILL)]);
+        assert_eq!(site.events(), Vec::<String>::new());
+        site.rollout.reap(site.now, &mut site.events);
+        assert_eq!(site.events(), said(&[Event::ZygoteLost(FIRST)]), "its standby takes over");
+        assert!(site.fake.signals().is_empty() && site.fake.is_alive(standby.pid));
+    }
+}
+
+#[test]
+fn a_standby_that_reports_forks_is_killed() {
+    for told in [false, true] {
+        let (mut site, zygote, standby) = Site::serving();
+        let pid = site.fake.start();
+        standby.report(&match told {
+            true => ZygoteReport::Forked { worker: WorkerId(5), pid: pid.as_raw() },
+            false => ZygoteReport::StandbyFailed { message: "no".into() },
+        });
+        site.read(&standby);
+        assert_eq!(site.fake.signals(), [(standby.pid, Signal::SIGKILL)]);
+        assert!(site.events().is_empty() && site.fake.is_alive(zygote.pid));
+    }
+}
+
+#[test]
+fn a_zygote_that_was_found_lying_is_killed_once() {
+    let (mut site, zygote, _) = Site::serving();
+    for _ in 0..2 {
+        site.rollout.zygote_lied(zygote.id, "it lied", site.now, &mut site.events);
+    }
+    assert_eq!(site.fake.signals(), [(zygote.pid, Signal::SIGKILL)]);
+}

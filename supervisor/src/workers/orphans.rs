@@ -363,6 +363,24 @@ mod tests {
     }
 
     #[test]
+    fn a_program_that_joined_a_strangers_group_is_killed_alone() {
+        let now = Instant::now();
+        let mut orphans = orphans();
+        let mut stranger =
+            Command::new("/bin/sleep").arg("60").process_group(0).spawn().expect("a");
+        let input = input::sealed(JobId(71_010), &[b"mail"]).expect("input");
+        let mut command = Command::new("/bin/sleep");
+        command.arg("60").stdin(Stdio::from(input)).process_group(pid(&stranger).as_raw());
+        let mut child = command.spawn().expect("spawn");
+        assert_eq!(orphans.adopt_unreported(&[JobId(71_010)], now), [JobId(71_010)]);
+        assert_eq!(child.wait().expect("wait").signal(), Some(Signal::SIGKILL as i32));
+        orphans.kill_all(now);
+        // SIGTERM would have come before this signal.
+        stranger.kill().expect("kill");
+        assert_eq!(stranger.wait().expect("wait").signal(), Some(Signal::SIGKILL as i32));
+    }
+
+    #[test]
     fn who_does_not_obey_is_killed() {
         let now = Instant::now();
         let mut orphans = orphans();

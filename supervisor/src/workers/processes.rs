@@ -1,5 +1,6 @@
 //! The workers' processes: asked for, watched, pinged, signalled, given up.
 
+use std::collections::BTreeSet;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::time::{Duration, Instant};
 
@@ -37,6 +38,8 @@ pub(super) struct Process {
     pub(super) control: Channel<ToControl, FromControl>,
     /// The programs that the worker has told, one for a job at most.
     pub(super) children: Vec<Program>,
+    /// The jobs with a time limit of their own.
+    pub(super) limited: BTreeSet<JobId>,
 }
 
 /// Why a worker is no longer listened to.
@@ -74,7 +77,8 @@ impl Workers {
             .add(&jobs, Source::Jobs(worker))
             .and_then(|()| self.watcher.add(&control, Source::Control(worker)))
             .map_err(|error| format!("epoll_ctl: {error}"))?;
-        self.processes.insert(worker, Process { pid: None, jobs, control, children: Vec::new() });
+        let (children, limited) = (Vec::new(), BTreeSet::new());
+        self.processes.insert(worker, Process { pid: None, jobs, control, children, limited });
         Ok((their_jobs.into(), their_control.into()))
     }
 
@@ -327,6 +331,9 @@ impl Workers {
                 if !self.pool.done(job, worker) {
                     return Err(format!("it reported job {job}, which it doesn't have"));
                 }
+                if let Some(process) = self.processes.get_mut(&worker) {
+                    process.limited.remove(&job);
+                }
                 if let Some(mail) = mail {
                     record(worker, job, &mail);
                 }
@@ -335,6 +342,9 @@ impl Workers {
             Report::Lost { job } => {
                 if !self.pool.done(job, worker) {
                     return Err(format!("it lost job {job}, which it doesn't have"));
+                }
+                if let Some(process) = self.processes.get_mut(&worker) {
+                    process.limited.remove(&job);
                 }
                 warn!(self.log, "worker out of descriptors"; "worker" => worker);
                 events.push_back(Event::SocketLost(job));
@@ -353,7 +363,9 @@ impl Workers {
                 process.children.swap_remove(at);
             }
             Report::Timeout { job, milliseconds } => {
-                if !self.pool.has(job, worker) {
+                let process = self.processes.get_mut(&worker);
+                let has = process.filter(|_| self.pool.has(job, worker));
+                if !has.is_some_and(|process| process.limited.insert(job)) {
                     return Err(format!("it reported a timeout of job {job}"));
                 }
                 let until = now + Duration::from_millis(milliseconds).min(LONGEST_LIMIT);

@@ -115,9 +115,12 @@ impl Site {
 
     fn with_log(log: Logger) -> Self {
         let fake = Rc::new(Fake::default());
+        Self::over(Rc::clone(&fake) as Rc<dyn System>, fake, log)
+    }
+
+    fn over(system: Rc<dyn System>, fake: Rc<Fake>, log: Logger) -> Self {
         let poller = Poller::new().expect("epoll");
-        let workers =
-            Workers::new(log, "run".into(), poller.watcher(), Rc::clone(&fake) as Rc<dyn System>);
+        let workers = Workers::new(log, "run".into(), poller.watcher(), system);
         let (held, events) = (Held::default(), Events::new());
         Self { fake, workers, held, events, now: Instant::now() }
     }
@@ -745,4 +748,87 @@ fn the_status_of_what_a_program_left_behind_is_not_a_workers() {
     site.workers.forked(TELLER, new.worker, left, site.now, &mut site.events);
     let events = site.events();
     assert!(events.len() == 1 && events[0].starts_with("ZygoteLied"), "{events:?}");
+}
+
+/// Starts a process that waits: in the group of the test, as a worker, or as leader of its own.
+fn waiting(group: Option<i32>) -> std::process::Child {
+    use std::os::unix::process::CommandExt as _;
+    let mut command = std::process::Command::new("/bin/sleep");
+    command.arg("60");
+    if let Some(group) = group {
+        command.process_group(group);
+    }
+    command.spawn().expect("spawn")
+}
+
+#[test]
+fn real_neighbours_of_a_lying_worker_live_on() {
+    use std::os::unix::process::ExitStatusExt as _;
+    let pid = |child: &std::process::Child| Pid::from_raw(child.id().cast_signed());
+    let mut innocent = waiting(Some(0));
+    let told = [nix::unistd::getpgrp(), nix::unistd::getppid(), Pid::this(), pid(&innocent)];
+    for lie in told {
+        let lines = Lines::default();
+        let system = Rc::new(crate::system::Linux { level: slog::Level::Info });
+        let log = Logger::root(lines.clone(), slog::o!());
+        let mut site = Site::over(system, Rc::default(), log);
+        let NewWorker { worker: id, jobs, control, .. } = untold(&mut site);
+        let mut worker = waiting(None);
+        site.workers.forked(TELLER, id, pid(&worker), site.now, &mut site.events);
+        assert_eq!(site.workers.worker_of(pid(&worker)), Some(id), "a child in our group");
+        let (jobs, control) = (Channel::from_fd(jobs), Channel::from_fd(control));
+        let other = Other { id, pid: pid(&worker), jobs, control };
+        other.report(&Report::Ready);
+        site.read(&other);
+        site.workers.switch(FIRST);
+        site.wait(1..=1);
+        site.child(&other, lie);
+        site.read(&other);
+        site.workers.tick(site.now, &mut site.events);
+        let status = worker.wait().expect("wait");
+        assert_eq!(status.signal(), Some(Signal::SIGKILL as i32), "{lie}");
+        let status = WaitStatus::Signaled(other.pid, Signal::SIGKILL, false);
+        site.workers.ended(id, Some(status), site.now, &mut site.events);
+        site.workers.kill_all(Programs::Killed, site.now, &mut site.events);
+        assert!(site.workers.is_idle(), "no program was adopted");
+        let named = |line: &String| line.contains(&format!("it told process id {lie}"));
+        assert!(lines.0.lock().expect("no panic").iter().any(named), "{lines:?}");
+        assert!(innocent.try_wait().expect("wait").is_none(), "{lie}");
+    }
+    innocent.kill().expect("kill");
+    innocent.wait().expect("wait");
+}
+
+#[test]
+fn a_real_process_in_another_group_is_no_worker() {
+    let mut innocent = waiting(Some(0));
+    let told = [nix::unistd::getppid().as_raw(), std::process::id().cast_signed(), 1, 0, -1];
+    for pid in told.into_iter().chain([innocent.id().cast_signed()]) {
+        let system = Rc::new(crate::system::Linux { level: slog::Level::Info });
+        let log = Logger::root(slog::Discard, slog::o!());
+        let mut site = Site::over(system, Rc::default(), log);
+        let new = untold(&mut site);
+        site.workers.forked(TELLER, new.worker, Pid::from_raw(pid), site.now, &mut site.events);
+        let events = site.events();
+        assert!(events.len() == 1 && events[0].starts_with("ZygoteLied"), "{pid}: {events:?}");
+        site.workers.close();
+    }
+    assert!(innocent.try_wait().expect("wait").is_none());
+    innocent.kill().expect("kill");
+    innocent.wait().expect("wait");
+}
+
+#[test]
+fn a_job_has_one_time_limit_of_at_most_an_hour() {
+    let (mut site, other, lines) = Site::with_a_job();
+    other.report(&Report::Timeout { job: JobId(1), milliseconds: u64::MAX });
+    site.read(&other);
+    let until = site.now + Duration::from_secs(3600);
+    assert_eq!(site.workers.latest_time_limit(), Some(until));
+    assert_eq!(site.events(), said(&[Event::TimeLimitSet(until)]));
+    site.now += Duration::from_secs(1);
+    other.report(&Report::Timeout { job: JobId(1), milliseconds: u64::MAX });
+    site.read(&other);
+    assert_eq!(site.workers.latest_time_limit(), Some(until));
+    site.assert_ends_only(&other, &lines);
 }
