@@ -28,6 +28,11 @@ use crate::watch::Source;
 /// How long until a standby that died is forked again.
 const STANDBY_RETRY: Duration = Duration::from_secs(1);
 
+/// Reports that are read from one zygote before everybody else has a turn.
+const PER_TURN: usize = 64;
+/// Reports that are read of a zygote that has ended, more than a socket can hold at once.
+const LAST_WORDS: usize = 4096;
+
 /// A process that can fork workers of one generation.
 #[derive(Debug)]
 pub(super) struct Zygote {
@@ -67,11 +72,17 @@ impl Rollout {
         id
     }
 
-    /// Reads a zygote's reports.
+    /// Reads a zygote's reports, but no more than its share of a turn.
     pub(crate) fn on_zygote(&mut self, id: ZygoteId, now: Instant, events: &mut Events) {
+        self.read_zygote(id, PER_TURN, now, events);
+    }
+
+    /// Reads at most `most` reports.
+    fn read_zygote(&mut self, id: ZygoteId, most: usize, now: Instant, events: &mut Events) {
         let Some(mut buffer) = self.buffer.take() else { return };
         let mut fault = None;
-        while let Some(zygote) = self.zygotes.get(&id).filter(|zygote| !zygote.lied) {
+        for _ in 0..most {
+            let Some(zygote) = self.zygotes.get(&id).filter(|zygote| !zygote.lied) else { break };
             let generation = zygote.generation;
             match zygote.channel.try_recv(&mut buffer) {
                 Ok(mut received) => match received.fds.take() {
@@ -274,7 +285,7 @@ impl Rollout {
             let pid = self.zygotes.get(&id).and_then(|zygote| zygote.pid);
             if let Some(pid) = pid.and_then(|pid| self.system.ended(Some(pid))) {
                 // The last words come first: they are the reason why a script can't be used.
-                self.on_zygote(id, now, events);
+                self.read_zygote(id, LAST_WORDS, now, events);
                 if let Some(status) = self.system.reap(pid) {
                     self.zygote_ended(id, status, now, events);
                 }

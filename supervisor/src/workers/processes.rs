@@ -24,6 +24,12 @@ use crate::workers::told::{self, Belief, Fork, Program};
 
 /// How long a worker that closed a channel may take to end.
 const CLOSED_GRACE: Duration = Duration::from_millis(500);
+/// Datagrams that are read from one worker before everybody else has a turn. What is left wakes the
+/// loop again.
+const PER_TURN: usize = 64;
+/// Datagrams that are read of a worker whose end is being settled. More than a socket can hold at
+/// once, so only a process that still writes has more, and that is no honest worker.
+const LAST_WORDS: usize = 4096;
 /// Longest time limit of an action that a drain waits for.
 const LONGEST_LIMIT: Duration = Duration::from_secs(3600);
 
@@ -219,7 +225,7 @@ impl Workers {
         now: Instant,
         events: &mut Events,
     ) -> Option<Fault> {
-        loop {
+        for _ in 0..PER_TURN {
             let pong = match self.processes.get(&worker)?.control.try_recv(buffer) {
                 Ok(received) => received.message,
                 Err(error) => return fault(error),
@@ -231,9 +237,11 @@ impl Workers {
                 self.abort(worker, now, events);
             }
         }
+        None
     }
 
-    /// Reads a worker's reports. The records of finished mails go to `record`.
+    /// Reads a worker's reports, but no more than its share of a turn. The records of finished mails
+    /// go to `record`.
     pub(crate) fn on_reports(
         &mut self,
         worker: WorkerId,
@@ -241,7 +249,20 @@ impl Workers {
         record: &mut Recorder<'_>,
         events: &mut Events,
     ) {
-        if let Some(fault) = self.take_reports(worker, now, record, events) {
+        if let Some(fault) = self.take_reports(worker, PER_TURN, now, record, events) {
+            self.distrust(worker, &fault, now);
+        }
+    }
+
+    /// Reads every report that a worker has sent by now.
+    pub(super) fn on_all_reports(
+        &mut self,
+        worker: WorkerId,
+        now: Instant,
+        record: &mut Recorder<'_>,
+        events: &mut Events,
+    ) {
+        if let Some(fault) = self.take_reports(worker, LAST_WORDS, now, record, events) {
             self.distrust(worker, &fault, now);
         }
     }
@@ -254,7 +275,9 @@ impl Workers {
         record: &mut Recorder<'_>,
         events: &mut Events,
     ) {
-        if let Some(Fault::Malformed(complaint)) = self.take_reports(worker, now, record, events) {
+        if let Some(Fault::Malformed(complaint)) =
+            self.take_reports(worker, LAST_WORDS, now, record, events)
+        {
             // The worker has ended, so its last words can't be worse than that.
             error!(self.log, "worker died with a false report: {complaint}"; "worker" => worker);
         }
@@ -263,25 +286,27 @@ impl Workers {
     fn take_reports(
         &mut self,
         worker: WorkerId,
+        most: usize,
         now: Instant,
         record: &mut Recorder<'_>,
         events: &mut Events,
     ) -> Option<Fault> {
         let mut buffer = self.buffer.take()?;
-        let fault = self.read_reports(worker, &mut buffer, now, record, events);
+        let fault = self.read_reports((worker, most), &mut buffer, now, record, events);
         self.buffer = Some(buffer);
         fault
     }
 
+    /// Reads at most `most` datagrams.
     fn read_reports(
         &mut self,
-        worker: WorkerId,
+        (worker, most): (WorkerId, usize),
         buffer: &mut RecvBuffer,
         now: Instant,
         record: &mut Recorder<'_>,
         events: &mut Events,
     ) -> Option<Fault> {
-        loop {
+        for _ in 0..most {
             let mut reports = match self.processes.get(&worker)?.jobs.try_recv_batch(buffer) {
                 Ok(reports) => reports,
                 Err(error) => {
@@ -309,6 +334,7 @@ impl Workers {
                 }
             }
         }
+        None
     }
 
     /// Acts on one report.

@@ -129,7 +129,7 @@ impl Workers {
         let workers: Vec<WorkerId> = self.processes.keys().copied().collect();
         for worker in workers {
             // The report that the program runs, or that the worker has reaped it, may be unread.
-            self.on_reports(worker, now, context.record, context.events);
+            self.on_all_reports(worker, now, context.record, context.events);
             if let Some(process) = self.processes.get_mut(&worker)
                 && let Some(at) = process.children.iter().position(|program| program.pid == pid)
                 && told::is_inherited(&*self.system, &process.children[at])

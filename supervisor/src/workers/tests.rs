@@ -832,3 +832,38 @@ fn a_job_has_one_time_limit_of_at_most_an_hour() {
     assert_eq!(site.workers.latest_time_limit(), Some(until));
     site.assert_ends_only(&other, &lines);
 }
+
+#[test]
+fn a_worker_that_floods_has_its_share_of_a_turn() {
+    let mut site = Site::new();
+    let other = site.serving(1, 200).pop().expect("one");
+    site.wait(1..=150);
+    site.events();
+    for job in (1..=150).map(JobId) {
+        other.report(&Report::Done { job, record: None });
+    }
+    let mut done = Vec::new();
+    for _ in 0..3 {
+        site.read(&other);
+        done.push(site.events().len());
+    }
+    assert_eq!(done, [64, 64, 22]);
+    site.read(&other);
+    assert!(site.events().is_empty());
+}
+
+#[test]
+fn the_last_words_of_a_worker_are_all_read() {
+    let mut site = Site::new();
+    let other = site.serving(1, 200).pop().expect("one");
+    site.wait(1..=150);
+    site.events();
+    for job in (1..=150).map(JobId) {
+        other.report(&Report::Done { job, record: None });
+    }
+    site.fake.exit(other.pid, 1);
+    site.reap(&ZygotePids::default());
+    let events = site.events();
+    assert_eq!(events.iter().filter(|event| event.starts_with("Done(")).count(), 150);
+    assert!(!events.iter().any(|event| event.starts_with("Orphaned")), "{events:?}");
+}
