@@ -5,8 +5,9 @@
 //! supervisor.
 //!
 //! # Failure
-//! A zygote that breaks the protocol, or tells a process id that can't be true, is killed. Its standby takes over; without one, the
-//! configuration is loaded anew, and the living workers serve on meanwhile.
+//! A zygote that breaks the protocol, or tells a process id that can't be true, is killed. Its
+//! standby takes over; without one, the configuration is loaded anew, and the living workers serve
+//! on meanwhile.
 
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};

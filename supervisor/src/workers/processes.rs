@@ -240,8 +240,8 @@ impl Workers {
         None
     }
 
-    /// Reads a worker's reports, but no more than its share of a turn. The records of finished mails
-    /// go to `record`.
+    /// Reads a worker's reports, but no more than its share of a turn. The records of finished
+    /// mails go to `record`.
     pub(crate) fn on_reports(
         &mut self,
         worker: WorkerId,
@@ -418,8 +418,9 @@ impl Workers {
     }
 
     /// Returns the lie of a worker that has told a process id which is none of its programs', when
-    /// everything is read that the worker had sent by the time of the look. An honest worker reports
-    /// that a program is gone before it frees the number, so such a report has been read by now.
+    /// everything is read that the worker had sent by the time of the look. An honest worker
+    /// reports that a program is gone before it frees the number, so such a report has been read by
+    /// now.
     fn lie_of(&self, worker: WorkerId) -> Option<String> {
         let process = self.processes.get(&worker)?;
         process.children.iter().find_map(|program| match &program.belief {
