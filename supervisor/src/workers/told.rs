@@ -7,8 +7,8 @@
 //! (the start time tells), and its group is signalled while the child isn't reaped.
 //!
 //! # Failure
-//! What can't be looked at (no descriptor is free, or /proc hides the process) is no lie. It counts
-//! for a program only if it is this process' own child in the end.
+//! A number that can't be looked at (no descriptor is free, or /proc hides the process) isn't taken
+//! for a lie. Such a program is signalled only if it turns out to be this process' own child.
 
 use nix::sys::wait::WaitStatus;
 use nix::unistd::Pid;
@@ -86,6 +86,13 @@ pub(super) fn look_at_program(
     pid: Pid,
     taken: bool,
 ) -> Belief {
+    let stranger =
+        || Belief::Doubted(format!("it told process id {pid}, which is none of its programs"));
+    // No process can have the number of a group that has members, but for the group's leader, which
+    // may have ended.
+    if pid == system.own_group() {
+        return stranger();
+    }
     let Some(worker) = worker else { return Belief::Unchecked };
     let Ok(Some(found)) = system.identify(pid) else { return Belief::Unchecked };
     let parent = found.process.parent;
@@ -94,7 +101,7 @@ pub(super) fn look_at_program(
     if leads_like_a_program(&found) && (parent == worker || inherited()) {
         return Belief::Runs(found.started);
     }
-    Belief::Doubted(format!("it told process id {pid}, which is none of its programs"))
+    stranger()
 }
 
 fn is_ending(system: &dyn System, worker: Pid) -> bool {
