@@ -1,12 +1,12 @@
 //! The supervisor's life: start, serve, reload, stop.
 //!
 //! `Daemon` owns the four owners, the queue of events, and the phase of life. A turn of the loop
-//! reads what is ready, hands every event to the owners concerned until none is left, passes
-//! waiting connections to workers, and does what is due.
+//! reads what is ready and does what is due, hands every event to the owners concerned until none
+//! is left, passes waiting connections to workers, and then ends what no connection waits for.
 //!
 //! # Failure
-//! Before READY, a failure ends the start with one message and an exit status. Afterwards nothing
-//! ends the daemon but SIGTERM and SIGINT.
+//! Before READY, a failure ends the start with one message and an exit status. Afterwards only
+//! SIGTERM and SIGINT end the daemon, or an epoll instance that fails.
 
 use std::path::PathBuf;
 use std::rc::Rc;

@@ -2,7 +2,7 @@
 //!
 //! The supervisor holds the listening sockets, accepts connections and passes them to workers. The
 //! workers are forked by a zygote; the supervisor watches and replaces them. No module here knows
-//! Lua or reads a byte of a mail.
+//! Lua or takes a mail apart.
 //!
 //! Four owners share the work, and each alone changes its state: `accept` (listeners and clients),
 //! `workers` (processes, jobs, programs), `generations` (configurations and zygotes) and `services`

@@ -1,7 +1,8 @@
 //! Lua: config.lua's world.
 //!
-//! [`state`] is what the rest of the worker sees: it loads a script ([`config`]) and runs its
-//! handlers. The rooms below it, each using only those after it: `library` has what a script
+//! [`state`] is what the room of the processes sees: it loads a script ([`config`]) and runs its
+//! handlers. A session sees it through its own trait only, which `script` implements. The rooms
+//! below it, each using only those after it: `library` has what a script
 //! sees, one file or folder per library, each with one `register()`; `engine` decides who may use
 //! Lua, and for how long; `binding` is how Rust functions and values meet Lua's.
 //!

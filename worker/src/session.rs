@@ -3,7 +3,8 @@
 //! Contract: a [`Session`] is built when its job arrives and moves from thread to thread with what
 //! has been done so far. [`Session::begin`] waits for nothing but Lua. [`Session::finish`] waits
 //! for everything else; another thread may call it. A complete request gets exactly one answer;
-//! the answer is `K` only if the next hop has said `K` or the handler wants a delivery pretended.
+//! the answer is `K` only if the next hop or the program has accepted the mail, or the handler
+//! discards it.
 //! Every wait ends at the mail's deadline, which starts with the last byte of the request, or at a
 //! limit of its own. `Done` is reported last, and exactly once.
 //!

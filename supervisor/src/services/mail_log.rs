@@ -1,4 +1,4 @@
-//! One log line per mail, and one record for the Pond log server.
+//! One log line per mail and per refused request, and one record for the Pond log server.
 
 use std::time::Instant;
 
