@@ -4,6 +4,7 @@
 
 pub mod activation;
 pub mod capability;
+pub mod closer;
 pub(crate) mod fdpass;
 pub mod input;
 pub mod net;
@@ -11,6 +12,7 @@ pub mod pidfd;
 pub mod proc_stat;
 pub mod process;
 pub mod process_group;
+pub mod rights;
 pub mod seccomp;
 pub mod spawn;
 pub mod thread;

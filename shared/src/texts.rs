@@ -4,8 +4,8 @@
 //! Administrators search their logs for these texts, so a changed text belongs in the CHANGELOG,
 //! and docs/lua/actions.md says what each of them means.
 
-/// `D`: the bytes are no QMQP request.
-pub(crate) const MALFORMED_INPUT: &str = "malformed input";
+/// `D`: the bytes are no QMQP request, or descriptors came with them.
+pub const MALFORMED_INPUT: &str = "malformed input";
 /// `D`: the message exceeds `max_size`.
 pub(crate) const MESSAGE_TOO_LARGE: &str = "message too large";
 /// `D`: the request names too many recipients.

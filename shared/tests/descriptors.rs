@@ -9,6 +9,7 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use qrelay_shared::ids::{JobId, ListenerId};
 use qrelay_shared::ipc::channel::{Batch, Channel, MAX_FDS, RecvBuffer};
 use qrelay_shared::ipc::message::{Job, Peer, ToJobs, ToReports};
+use qrelay_shared::sys::rights::Rights;
 
 /// Returns the number of descriptors that this process can still open.
 fn free() -> usize {
@@ -30,6 +31,7 @@ fn job(job: u64) -> Job {
         listener: 0,
         listening: ListenerId(0),
         peer: Peer::Local { pid: Some(1), uid: 2, gid: 3 },
+        rights: Rights::Refused,
         accepted: 0,
         spoke: 0,
     }

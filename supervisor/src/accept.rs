@@ -75,6 +75,8 @@ pub(crate) struct Acceptor {
     /// When the backlogs of `endings` are tried again at the latest.
     next_try: Option<Instant>,
     warnings: Throttle,
+    /// Limits the lines about clients that pass descriptors.
+    refusals: Throttle,
     /// Scratch list of new connections, kept for its memory.
     accepted: Vec<JobId>,
 }
@@ -102,6 +104,7 @@ impl Acceptor {
             endings: Vec::new(),
             next_try: None,
             warnings: Throttle::new(Duration::from_secs(1)),
+            refusals: Throttle::new(Duration::from_secs(1)),
             accepted: Vec::new(),
         })
     }
@@ -237,10 +240,12 @@ impl Acceptor {
             return self.pause("too many connections wait", now);
         }
         let mut new = std::mem::take(&mut self.accepted);
-        if let Some(listener) = self.listeners.get(id)
-            && let Accepted::Exhausted(error) = self.connections.accept(id, listener, now, &mut new)
-        {
-            self.pause(&format!("accept: {error}"), now);
+        if let Some(listener) = self.listeners.get(id) {
+            match self.connections.accept(id, listener, now, &mut new) {
+                Accepted::More => {}
+                Accepted::Empty => self.listeners.emptied(id),
+                Accepted::Exhausted(error) => self.pause(&format!("accept: {error}"), now),
+            }
         }
         self.admit_all(&new, now, events);
         new.clear();
@@ -292,6 +297,7 @@ impl Acceptor {
         }
         match seen {
             Seen::Gone => self.connections.close(job),
+            Seen::Rights => self.refuse_descriptors(job, now),
             Seen::Spoken => self.make_ready(job, events),
             Seen::Silent => {
                 if let Err(error) = self.connections.pend(job, now + limits.first_byte) {
@@ -321,12 +327,26 @@ impl Acceptor {
         self.connections.answer(job, &Reply::temporary(text), now);
     }
 
+    /// Refuses a client that has passed descriptors. Its input can't be read, so the connection is
+    /// closed at once.
+    fn refuse_descriptors(&mut self, job: JobId, now: Instant) {
+        if let Some(connection) = self.connections.get(job)
+            && let Some(suppressed) = self.refusals.pass(now)
+        {
+            warn!(self.log, "connection refused: the client has passed descriptors";
+                "client" => ?Client::from(connection.peer), "suppressed" => suppressed);
+        }
+        self.connections.answer(job, &Reply::permanent(texts::MALFORMED_INPUT), now);
+        self.connections.close(job);
+    }
+
     /// Acts on a pending client that has sent something, or reads on what an answered one sends.
-    pub(crate) fn on_connection(&mut self, job: JobId, events: &mut Events) {
+    pub(crate) fn on_connection(&mut self, job: JobId, now: Instant, events: &mut Events) {
         match self.connections.get(job).map(|connection| connection.state) {
             Some(State::Lingering) => self.connections.drop_input(job),
             Some(State::Pending) => match self.connections.look(job) {
                 Seen::Gone => self.connections.close(job),
+                Seen::Rights => self.refuse_descriptors(job, now),
                 Seen::Spoken => self.make_ready(job, events),
                 Seen::Silent => self.connections.drop_urgent(job),
             },
@@ -497,6 +517,7 @@ impl Connected for Acceptor {
             listener,
             listening: connection.listener,
             peer: connection.peer,
+            rights: connection.fd.rights(),
             accepted: connection.accepted_boottime,
             spoke: connection.spoke_boottime,
         })

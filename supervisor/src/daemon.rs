@@ -157,6 +157,9 @@ impl Daemon {
         loop {
             if let Phase::Ended(exit) = self.phase {
                 self.clean_up(exit);
+                // The end of the process closes what is left. Only then no close waits, whatever
+                // clients and workers have passed.
+                std::mem::forget(self);
                 return exit;
             }
             let now = Instant::now();
@@ -194,7 +197,7 @@ impl Daemon {
         match source {
             Source::Signals => {}
             Source::Listener(id) => acceptor.on_listener(id, now, events),
-            Source::Connection(job) => acceptor.on_connection(job, events),
+            Source::Connection(job) => acceptor.on_connection(job, now, events),
             Source::Jobs(worker) => {
                 workers.on_reports(worker, now, &mut recorder(services, acceptor), events);
             }

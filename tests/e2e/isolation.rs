@@ -12,6 +12,10 @@ use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use nix::sys::ptrace;
+use nix::sys::signal::Signal;
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+
 use crate::harness::{Client, Daemon, Mail, Outcome, PATIENCE, eventually, processes, submit};
 
 /// Time limits of the daemons under test, in seconds.
@@ -404,6 +408,32 @@ fn coroutines_that_are_never_resumed() {
     }
     eventually("no more descriptors", || (descriptors(&daemon) <= before).then_some(()));
     assert_eq!(daemon.workers(), workers);
+}
+
+#[test]
+fn a_leader_that_makes_no_progress_costs_its_worker() {
+    let daemon = Daemon::start(&config(1, Cost::Worker, "", "return m:discard()"));
+    let worker = daemon.wait_for_workers(1, &[])[0];
+    // The thread that receives the jobs, the only one before the first mail, is stopped. The others
+    // run, and answer pings.
+    let leader = processes::thread_named(worker, "mail");
+    ptrace::attach(leader).expect("attach");
+    waitpid(leader, Some(WaitPidFlag::__WALL)).expect("stopped");
+    let started = Instant::now();
+    let mut client = Client::connect(daemon.path("in"));
+    client.send(&bad().request());
+    daemon.wait_for_log("worker begins no mail");
+    // A thread that is traced is gone only when its tracer knows.
+    while !matches!(
+        waitpid(leader, Some(WaitPidFlag::__WALL)),
+        Ok(WaitStatus::Signaled(..) | WaitStatus::Exited(..)) | Err(_)
+    ) {
+        let _ = ptrace::cont(leader, Signal::SIGABRT);
+    }
+    assert_eq!(client.outcome(), "Ztry again later");
+    assert!(started.elapsed() > Duration::from_secs_f64(HANG_TIMEOUT));
+    daemon.wait_for_workers(1, &[worker]);
+    assert_eq!(probe(&daemon).status(), 'K');
 }
 
 #[test]

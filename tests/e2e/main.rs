@@ -28,6 +28,7 @@ mod journal;
 mod libraries;
 mod limits;
 mod lua;
+mod passed_descriptors;
 mod pg;
 mod pg_connection;
 mod pg_trouble;

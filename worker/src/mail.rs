@@ -225,6 +225,7 @@ pub(crate) mod test {
     use qrelay_shared::ids::ListenerId;
     use qrelay_shared::ipc::message::mail_id;
     use qrelay_shared::qmqp::{Limits, encode_request, parse};
+    use qrelay_shared::sys::rights::{PeerSocket, Rights};
 
     /// A mail from pid 1, uid 2 whose socket leads nowhere.
     pub(crate) fn mail(message: &[u8], sender: &[u8], recipients: &[&[u8]]) -> Mail {
@@ -236,7 +237,7 @@ pub(crate) mod test {
             listener: "/test".into(),
             peer: Peer::Local { pid: Some(1), uid: 2, gid: 3 },
             socket: ClientSocket {
-                descriptor: Arc::new(socket.into()),
+                descriptor: Arc::new(PeerSocket::new(socket.into(), Rights::Refused)),
                 job: JobId(1),
                 listening: ListenerId(0),
                 accepted: 0,

@@ -14,6 +14,7 @@
 
 mod clock;
 mod context;
+pub(crate) mod progress;
 mod record;
 mod reply;
 mod request;
@@ -31,8 +32,9 @@ use qrelay_shared::deadline::Deadline;
 use qrelay_shared::header::received_count;
 use qrelay_shared::ipc::message::{Job, MailRecord, mail_id};
 use qrelay_shared::qmqp::{Limits, Reply, Request, RequestError, parse};
+use qrelay_shared::sys::rights::{MoreInput, PeerSocket};
 use qrelay_shared::texts;
-use slog::error;
+use slog::{error, info};
 
 pub(crate) use self::clock::now;
 pub use self::context::Context;
@@ -46,6 +48,7 @@ use crate::delivery::program::ProgramContext;
 use crate::mail::{Mail, Origin};
 use crate::session::clock::age;
 use crate::session::context::Listener;
+use crate::session::progress::Step;
 use crate::session::record::{Outcome, record, refusal};
 use crate::session::reply::{answer, drop_surplus, linger};
 use crate::session::request::{Incoming, Terms};
@@ -69,14 +72,14 @@ pub(crate) struct Session {
     stage: Stage,
     due: Due,
     /// The connection to the next hop, closed when the client has its answer.
-    spent: Option<OwnedFd>,
-    client: Arc<OwnedFd>,
+    spent: Option<PeerSocket>,
+    client: Arc<PeerSocket>,
 }
 
 impl Session {
     /// Returns the session of a job that has been received, with the client's socket.
     pub(crate) fn new(job: Job, client: OwnedFd) -> Self {
-        let client = Arc::new(client);
+        let client = Arc::new(PeerSocket::prepared(client, job.rights));
         Self { job, stage: Stage::untouched(), due: Due::Answer, spent: None, client }
     }
 
@@ -107,7 +110,10 @@ impl Session {
         };
         let mut buffer = context.buffers.take();
         match terms.try_read(&self.client, &mut buffer) {
-            Some(incoming) => self.received(context, listener, &terms.limits, incoming, buffer),
+            Some(incoming) => {
+                context.leader.note(Step::InLua);
+                self.received(context, listener, &terms.limits, incoming, buffer)
+            }
             None => Stage::Request(buffer),
         }
     }
@@ -177,6 +183,11 @@ impl Session {
         let (total, at_once) = match incoming {
             Incoming::Complete { total, at_once } => (total, at_once),
             Incoming::Refused(reply) => return no_mail(buffer, reply, Unread::Some),
+            Incoming::Rights => {
+                info!(context.logger, "connection refused: the client has passed descriptors";
+                    "job" => self.job.job, "peer" => ?self.job.peer);
+                return no_mail(buffer, Reply::permanent(texts::MALFORMED_INPUT), Unread::Some);
+            }
             Incoming::Gone => {
                 context.buffers.give(buffer);
                 return Stage::Gone;
@@ -311,7 +322,11 @@ impl Session {
             return;
         }
         self.due = Due::Done;
-        answer(&self.client, reply);
+        let input = match unread {
+            Unread::Unknown => MoreInput::Unlikely,
+            Unread::Some => MoreInput::Likely,
+        };
+        answer(&self.client, reply, input);
         match unread {
             Unread::Unknown => drop_surplus(&self.client),
             Unread::Some => {
@@ -342,6 +357,7 @@ mod tests {
     use qrelay_shared::ipc::channel::{Channel, RecvBuffer, RecvError};
     use qrelay_shared::ipc::message::{Peer, Report, ToJobs, ToReports};
     use qrelay_shared::settings::Declaration;
+    use qrelay_shared::sys::rights::Rights;
     use slog::{Discard, Logger};
 
     use crate::job_channel::Reports;
@@ -393,7 +409,8 @@ mod tests {
             client.shutdown(std::net::Shutdown::Write).expect("shutdown");
             let peer = Peer::Local { pid: None, uid: 1, gid: 1 };
             let (job, listening) = (JobId(1), ListenerId(1));
-            let job = Job { job, listener: 0, listening, peer, accepted: 0, spoke: 0 };
+            let rights = Rights::Refused;
+            let job = Job { job, listener: 0, listening, peer, rights, accepted: 0, spoke: 0 };
             let mut session = Session::new(job, server.into());
             before(&mut session, &context, &rejected);
             // As after a panic.

@@ -21,6 +21,7 @@ use qrelay_shared::ipc::message::{
 };
 use qrelay_shared::qmqp::encode_request;
 use qrelay_shared::settings::Declaration;
+use qrelay_shared::sys::rights::Rights;
 
 /// Environment variable that tells a new process of this program its role.
 const ROLE: &str = "QRELAY_TEST_ROLE";
@@ -156,6 +157,7 @@ impl Worker {
             listener: 0,
             listening: ListenerId(0),
             peer,
+            rights: Rights::Refused,
             accepted: 0,
             spoke: u64::MAX,
         };

@@ -5,6 +5,10 @@
 //! [`Messages`]). Under load one system call and one wake-up then serve all of them. The
 //! descriptors of a datagram belong to those of its messages that have one, in their order.
 //!
+//! A channel to a process that isn't trusted ([`Channel::foreign`]) may have descriptors in its
+//! queue whose close waits. The closer closes such a channel, and messages with descriptors that
+//! nobody expects are [`RecvError::Rights`] or have them left in [`Messages::fds`].
+//!
 //! # Failure
 //! [`SendError::Full`] is the result of a send without waiting when the other side doesn't read;
 //! the caller decides how to react. [`RecvError::Malformed`] means that the other process must not
@@ -21,7 +25,9 @@ use nix::sys::socket::{
 use serde::Serialize;
 
 use crate::ipc::message::Direction;
+use crate::sys::closer::GuardedFd;
 use crate::sys::fdpass;
+use crate::sys::rights::{Rights, datagram_has_rights, refuse};
 
 /// Highest number of descriptors in one datagram, and so of jobs. With more than 8, the cost of the
 /// datagram itself hardly matters (measured), but one thread would have to hand on more jobs.
@@ -64,6 +70,9 @@ pub enum RecvError {
     /// The bytes are no message of this direction.
     #[error("malformed message")]
     Malformed,
+    /// The next message has descriptors that nobody expects. It was not received.
+    #[error("descriptors that nobody has asked for")]
+    Rights,
     /// Any other error.
     #[error("recvmsg: {0}")]
     Os(Errno),
@@ -80,13 +89,15 @@ pub struct Received<M> {
 
 /// An end of a channel, which sends messages of `Out` and receives messages of `In`.
 pub struct Channel<Out, In> {
-    fd: OwnedFd,
+    fd: GuardedFd,
+    /// Whether each message is looked at before it is received.
+    looks: bool,
     directions: PhantomData<fn(Out) -> In>,
 }
 
 impl<Out, In> std::fmt::Debug for Channel<Out, In> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_tuple("Channel").field(&self.fd.as_raw_fd()).finish()
+        f.debug_tuple("Channel").field(&self.as_fd().as_raw_fd()).finish()
     }
 }
 
@@ -98,8 +109,17 @@ impl<Out, In> AsFd for Channel<Out, In> {
 
 impl<Out, In> From<Channel<Out, In>> for OwnedFd {
     fn from(channel: Channel<Out, In>) -> Self {
-        channel.fd
+        channel.fd.into_inner()
     }
+}
+
+/// Whether messages that come may have descriptors.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Descriptors {
+    /// Some messages have descriptors.
+    Expected,
+    /// No message has any.
+    Unexpected,
 }
 
 impl<Out: Direction, In: Direction> Channel<Out, In> {
@@ -116,7 +136,17 @@ impl<Out: Direction, In: Direction> Channel<Out, In> {
 
     /// Makes a channel of a descriptor that is one end of such a pair.
     pub fn from_fd(fd: OwnedFd) -> Self {
-        Self { fd, directions: PhantomData }
+        Self { fd: GuardedFd::from(fd), looks: false, directions: PhantomData }
+    }
+
+    /// Trusts the other process no more than a client: the closer closes this end. If no message
+    /// that comes has descriptors, the kernel refuses them, or messages are looked at first.
+    pub fn foreign(mut self, descriptors: Descriptors) -> Self {
+        self.fd.leave_to_closer();
+        if descriptors == Descriptors::Unexpected {
+            self.looks = refuse(self.as_fd()) == Rights::Possible;
+        }
+        self
     }
 
     /// Sends a message, and waits while the buffer is full.
@@ -181,7 +211,13 @@ impl<Out: Direction, In: Direction> Channel<Out, In> {
         let control: &[ControlMessage<'_>] = if fds.is_empty() { &[] } else { &rights };
         let flags = flags | MsgFlags::MSG_NOSIGNAL;
         loop {
-            match sendmsg::<()>(self.fd.as_raw_fd(), &[IoSlice::new(bytes)], control, flags, None) {
+            match sendmsg::<()>(
+                self.as_fd().as_raw_fd(),
+                &[IoSlice::new(bytes)],
+                control,
+                flags,
+                None,
+            ) {
                 Ok(_) => return Ok(()),
                 Err(Errno::EINTR) => {}
                 Err(Errno::EAGAIN) => return Err(SendError::Full),
@@ -239,6 +275,11 @@ impl<Out: Direction, In: Direction> Channel<Out, In> {
         self.recv_flags(buffer, MsgFlags::MSG_DONTWAIT)
     }
 
+    /// Returns whether the next message has descriptors that nobody expects.
+    fn look(&self, flags: MsgFlags) -> Result<bool, Errno> {
+        if self.looks { datagram_has_rights(self.as_fd(), flags) } else { Ok(false) }
+    }
+
     fn recv_flags<'b>(
         &self,
         buffer: &'b mut RecvBuffer,
@@ -246,7 +287,12 @@ impl<Out: Direction, In: Direction> Channel<Out, In> {
     ) -> Result<Messages<'b, In>, RecvError> {
         let RecvBuffer { bytes, control } = buffer;
         let received = loop {
-            match fdpass::recv(self.fd.as_fd(), bytes, control, flags) {
+            let attempt = match self.look(flags) {
+                Ok(false) => fdpass::recv(self.as_fd(), bytes, control, flags),
+                Ok(true) => return Err(RecvError::Rights),
+                Err(error) => Err(error),
+            };
+            match attempt {
                 Ok(received) => break received,
                 Err(Errno::EINTR) => {}
                 Err(Errno::EAGAIN) => return Err(RecvError::Empty),

@@ -20,6 +20,7 @@ use serde::{Deserialize, Serialize};
 use crate::ids::{JobId, ListenerId, WorkerId};
 use crate::qmqp::Status;
 use crate::settings::{Account, Declaration};
+use crate::sys::rights::Rights;
 
 /// A direction of a channel. Its messages borrow from the buffer that they were decoded from.
 pub trait Direction {
@@ -83,6 +84,8 @@ pub struct Job {
     pub listening: ListenerId,
     /// The client.
     pub peer: Peer,
+    /// Whether the client can pass descriptors.
+    pub rights: Rights,
     /// Time of the accept in nanoseconds of CLOCK_BOOTTIME, comparable with the start times of
     /// processes in /proc.
     pub accepted: u64,
@@ -214,6 +217,9 @@ pub struct Pong {
     pub held: u64,
     /// The job that holds Lua, 0 when unknown.
     pub job: JobId,
+    /// Milliseconds for which the leader, the thread that receives and begins jobs, has made no
+    /// progress although there is a job; 0 while it waits for Lua.
+    pub stuck: u64,
     /// Whether the Lua state has hit its memory limit even after a collection. Such a worker has to
     /// be replaced.
     pub exhausted: bool,

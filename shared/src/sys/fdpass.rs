@@ -1,5 +1,9 @@
 //! Receiving descriptors by SCM_RIGHTS as owned values.
 //!
+//! Contract: descriptors that nobody takes are closed by the closer, because the other process may
+//! have passed one whose close waits. There is room for as many as one message can have, because
+//! the kernel would drop the others here and now.
+//!
 //! # Failure
 //! A message may arrive without some of its descriptors, when this process has no free ones;
 //! [`Received::descriptor_lost`] reports that.
@@ -9,8 +13,13 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use nix::errno::Errno;
 use nix::sys::socket::MsgFlags;
 
+use crate::sys::closer;
+
 /// Highest number of descriptors of one message.
 pub(crate) const MAX_FDS: usize = 8;
+
+/// Highest number of descriptors that the kernel lets through in one message (SCM_MAX_FD).
+const KERNEL_MAX_FDS: usize = 253;
 
 /// Up to [`MAX_FDS`] descriptors, without an allocation.
 #[derive(Debug, Default)]
@@ -25,8 +34,17 @@ impl Fds {
     }
 
     fn push(&mut self, fd: OwnedFd) {
-        if let Some(slot) = self.slots.iter_mut().find(|slot| slot.is_none()) {
-            *slot = Some(fd);
+        match self.slots.iter_mut().find(|slot| slot.is_none()) {
+            Some(slot) => *slot = Some(fd),
+            None => closer::give(fd),
+        }
+    }
+}
+
+impl Drop for Fds {
+    fn drop(&mut self) {
+        while let Some(fd) = self.take() {
+            closer::give(fd);
         }
     }
 }
@@ -47,7 +65,7 @@ pub(crate) struct Received {
 
 /// Returns a buffer for the control messages that [`recv`] receives.
 pub(crate) fn control_buffer() -> Vec<u8> {
-    nix::cmsg_space!([RawFd; MAX_FDS])
+    nix::cmsg_space!([RawFd; KERNEL_MAX_FDS])
 }
 
 /// Receives one message; its descriptors are close-on-exec. `control` comes from

@@ -79,7 +79,10 @@ impl Acceptor {
         while let Some(listener) = self.listeners.get(id) {
             match self.connections.accept(id, listener, now, &mut new) {
                 Accepted::More => {}
-                Accepted::Empty => break,
+                Accepted::Empty => {
+                    self.listeners.emptied(id);
+                    break;
+                }
                 Accepted::Exhausted(error) => {
                     self.pause(&format!("accept: {error}"), now);
                     left = Backlog::MayHoldMore;

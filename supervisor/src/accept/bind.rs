@@ -10,7 +10,7 @@
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::net::{SocketAddr, TcpListener};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
@@ -24,6 +24,7 @@ use nix::sys::socket::{
 use nix::sys::stat::{Mode, umask};
 use nix::unistd::{Gid, Uid, chown};
 use qrelay_shared::settings::ListenerDecl;
+use qrelay_shared::sys::rights;
 
 /// Why there is no socket.
 #[derive(Debug, thiserror::Error)]
@@ -181,9 +182,13 @@ fn bind_and_listen(
     listen(socket, backlog(declared)).map_err(os("listen on", shown))
 }
 
+/// Makes a local socket whose clients can pass no descriptors, if the kernel can refuse them. That
+/// must be so before the socket listens.
 fn unix_socket() -> Result<OwnedFd, Errno> {
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-    socket(AddressFamily::Unix, SockType::Stream, flags, None)
+    let socket = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
+    rights::refuse(socket.as_fd());
+    Ok(socket)
 }
 
 /// Removes a socket that nobody listens on.

@@ -8,18 +8,20 @@
 //!
 //! # Failure
 //! Nothing here waits for a client, and every connection ends: each state but *dispatched* has a
-//! time limit.
+//! time limit. A client that passes descriptors is refused, and a thread that serves nobody closes
+//! its socket ([`PeerSocket`]).
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::socket::{MsgFlags, Shutdown, getsockopt, recv, send, shutdown, sockopt};
+use nix::sys::socket::{MsgFlags, getsockopt, recv, send, sockopt};
 use qrelay_shared::ipc::message::Peer;
 use qrelay_shared::qmqp::Reply;
+use qrelay_shared::sys::rights::{Look, MoreInput, PeerError, PeerSocket, Rights};
 use rustc_hash::FxHashMap;
 
 use crate::accept::listeners::{Listener, Socket, canonical};
@@ -55,7 +57,7 @@ type Timers = BTreeSet<(Instant, JobId)>;
 #[derive(Debug)]
 pub(super) struct Connection {
     /// The socket; after dispatch, a duplicate.
-    pub(super) fd: OwnedFd,
+    pub(super) fd: PeerSocket,
     /// The client.
     pub(super) peer: Peer,
     /// The listener that accepted the connection.
@@ -116,6 +118,8 @@ pub(super) enum Seen {
     Silent,
     /// The client has closed the connection, or the connection is broken.
     Gone,
+    /// The client has passed descriptors.
+    Rights,
 }
 
 /// All connections.
@@ -158,7 +162,7 @@ impl Connections {
     ) -> Accepted {
         let boottime = boottime();
         for _ in 0..ACCEPT_BATCH {
-            let (fd, peer) = match accept_one(listener.socket()) {
+            let (fd, peer) = match accept_one(listener) {
                 Ok(accepted) => accepted,
                 Err(error) => match error.raw_os_error().map(Errno::from_raw) {
                     // EINVAL: the listener has been shut down.
@@ -227,12 +231,12 @@ impl Connections {
     /// Looks whether the client has sent something.
     pub(super) fn look(&self, id: JobId) -> Seen {
         let Some(connection) = self.table.get(&id) else { return Seen::Gone };
-        let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
-        match recv(connection.fd.as_raw_fd(), &mut [0], flags) {
-            Ok(0) => Seen::Gone,
-            Ok(_) => Seen::Spoken,
-            Err(Errno::EAGAIN | Errno::EINTR) => Seen::Silent,
-            Err(_) => Seen::Gone,
+        match connection.fd.look() {
+            Ok(Look::End) => Seen::Gone,
+            Ok(Look::Data) => Seen::Spoken,
+            Err(PeerError::Os(Errno::EAGAIN | Errno::EINTR)) => Seen::Silent,
+            Err(PeerError::Os(_)) => Seen::Gone,
+            Err(PeerError::Rights) => Seen::Rights,
         }
     }
 
@@ -257,8 +261,10 @@ impl Connections {
     /// Takes urgent data out (MSG_OOB), because QMQP has no use for it and the socket would be
     /// readable for ever without having anything to read.
     pub(super) fn drop_urgent(&self, id: JobId) {
-        if let Some(connection) = self.table.get(&id) {
-            let fd = connection.fd.as_raw_fd();
+        // Where descriptors can come with it, urgent data is like other input.
+        let refusing = |connection: &&Connection| connection.fd.rights() == Rights::Refused;
+        if let Some(connection) = self.table.get(&id).filter(refusing) {
+            let fd = connection.fd.as_fd().as_raw_fd();
             // Errors say that there is none. Reading nothing takes the mark of urgent data away,
             // and can't take a byte of the request that has come meanwhile.
             let _ = recv(fd, &mut [0], MsgFlags::MSG_OOB | MsgFlags::MSG_DONTWAIT);
@@ -341,11 +347,11 @@ impl Connections {
     /// Answers for the supervisor and lingers.
     pub(super) fn answer(&mut self, id: JobId, reply: &Reply, now: Instant) -> LostAnswer {
         let Some(connection) = self.table.get_mut(&id) else { return LostAnswer::Unknown };
-        let fd = connection.fd.as_raw_fd();
+        let fd = connection.fd.as_fd().as_raw_fd();
         let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
         // The send fails if the client is gone, or if a worker answered just before it died.
         let told = send(fd, &reply.encode(), flags).is_ok();
-        let _ = shutdown(fd, Shutdown::Write);
+        connection.fd.end_output(MoreInput::Likely);
         if matches!(connection.state, State::Dispatched(_)) {
             self.dispatched -= 1;
         }
@@ -365,8 +371,8 @@ impl Connections {
         let Some(connection) = self.table.get(&id) else { return };
         let mut scratch = [0; 16 * 1024];
         for _ in 0..16 {
-            match recv(connection.fd.as_raw_fd(), &mut scratch, MsgFlags::MSG_DONTWAIT) {
-                Err(Errno::EAGAIN | Errno::EINTR) => return,
+            match connection.fd.recv(&mut scratch, MsgFlags::MSG_DONTWAIT) {
+                Err(PeerError::Os(Errno::EAGAIN | Errno::EINTR)) => return,
                 Ok(0) | Err(_) => return self.close(id),
                 Ok(_) => {}
             }
@@ -401,10 +407,10 @@ impl Connections {
     }
 }
 
-fn accept_one(socket: &Socket) -> io::Result<(OwnedFd, Peer)> {
-    match socket {
-        Socket::Unix(listener) => {
-            let fd = OwnedFd::from(listener.accept()?.0);
+fn accept_one(listener: &Listener) -> io::Result<(PeerSocket, Peer)> {
+    match listener.socket() {
+        Socket::Unix(socket) => {
+            let fd = PeerSocket::new(socket.accept()?.0.into(), listener.rights());
             let credentials = getsockopt(&fd, sockopt::PeerCredentials)?;
             let peer = Peer::Local {
                 // 0: the client lives in a pid namespace that this process can't see.
@@ -414,9 +420,10 @@ fn accept_one(socket: &Socket) -> io::Result<(OwnedFd, Peer)> {
             };
             Ok((fd, peer))
         }
-        Socket::Tcp(listener) => {
-            let (stream, address) = listener.accept()?;
-            Ok((stream.into(), Peer::Remote(canonical(address))))
+        Socket::Tcp(socket) => {
+            let (stream, address) = socket.accept()?;
+            let fd = PeerSocket::new(stream.into(), Rights::Refused);
+            Ok((fd, Peer::Remote(canonical(address))))
         }
     }
 }

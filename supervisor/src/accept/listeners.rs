@@ -18,6 +18,8 @@ use nix::sys::socket::{
     listen, shutdown, sockopt,
 };
 use qrelay_shared::settings::{Declaration, ListenAddress, ListenerDecl};
+use qrelay_shared::sys::closer;
+use qrelay_shared::sys::rights::{self, Rights};
 
 use crate::accept::bind::{BindError, SocketFile, backlog, bind_abstract, bind_inet, bind_path};
 use crate::ids::{GenerationId, ListenerId};
@@ -50,6 +52,10 @@ pub(super) struct Listener {
     declared: Option<ListenerDecl>,
     address: ListenAddress,
     file: Option<SocketFile>,
+    /// Whether clients that are accepted now can pass descriptors.
+    rights: Rights,
+    /// Whether clients that connect from now on can.
+    later: Rights,
     /// Passed by systemd: never closed, never unlinked.
     adopted: bool,
     /// Nobody can connect any more, so no further generation can have this listener.
@@ -62,6 +68,11 @@ impl Listener {
     /// Returns the socket to accept from.
     pub(super) fn socket(&self) -> &Socket {
         &self.socket
+    }
+
+    /// Returns whether a client that is accepted now can pass descriptors.
+    pub(super) fn rights(&self) -> Rights {
+        self.rights
     }
 
     /// Returns whether the listener is watched for connections.
@@ -105,12 +116,16 @@ impl Listeners {
     pub(super) fn adopt(&mut self, passed: Vec<(OwnedFd, String)>) -> Result<(), NotListening> {
         for (fd, name) in passed {
             let socket = adopted_socket(fd).ok_or_else(|| NotListening { name: name.clone() })?;
+            let later = refuse_rights(&socket);
             self.insert(Listener {
                 socket,
                 watched: false,
                 declared: None,
                 address: ListenAddress::Systemd(Some(name)),
                 file: None,
+                // Clients may be in the backlog that connected before anything was refused.
+                rights: Rights::Possible,
+                later,
                 adopted: true,
                 ending: false,
                 numbers: BTreeMap::new(),
@@ -183,9 +198,12 @@ impl Listeners {
         };
         nonblocking(&socket)
             .map_err(|error| BindError::Os("prepare", declared.address.to_string(), error))?;
+        let rights = refuse_rights(&socket);
         self.insert(Listener {
             socket,
             watched: false,
+            rights,
+            later: rights,
             declared: Some(declared.clone()),
             address: declared.address.clone(),
             file,
@@ -250,14 +268,13 @@ impl Listeners {
 
     /// Closes and unlinks what only this generation has bound, which never served.
     pub(super) fn abandon(&mut self, generation: GenerationId) {
-        self.table.retain(|_, listener| {
-            listener.numbers.remove(&generation);
-            let keep = listener.adopted || !listener.numbers.is_empty();
-            if !keep {
+        self.forget(generation);
+        for id in self.ids(|listener| listener.numbers.is_empty()) {
+            if let Some(listener) = self.table.get_mut(&id).filter(|listener| !listener.adopted) {
                 listener.close_path();
             }
-            keep
-        });
+            self.close(id);
+        }
     }
 
     /// Forgets a generation's numbers, when its last worker has ended.
@@ -283,8 +300,18 @@ impl Listeners {
 
     /// Closes a socket. A socket that systemd passed stays open, and nothing is accepted from it.
     pub(super) fn close(&mut self, id: ListenerId) {
-        if self.table.get(&id).is_some_and(|listener| !listener.adopted) {
-            self.table.remove(&id);
+        if self.table.get(&id).is_some_and(|listener| !listener.adopted)
+            && let Some(listener) = self.table.remove(&id)
+        {
+            listener.close();
+        }
+    }
+
+    /// Notes that a listener's backlog is empty: whoever connected before the kernel was told to
+    /// refuse passed descriptors has been accepted.
+    pub(super) fn emptied(&mut self, id: ListenerId) {
+        if let Some(listener) = self.table.get_mut(&id) {
+            listener.rights = listener.later;
         }
     }
 
@@ -347,6 +374,16 @@ impl Listener {
         }
     }
 
+    /// Closes the socket. Clients that are still in its backlog may have passed descriptors, which
+    /// are closed with it.
+    fn close(self) {
+        if self.rights == Rights::Possible
+            && let Socket::Unix(socket) = self.socket
+        {
+            closer::give(socket.into());
+        }
+    }
+
     fn close_path(&mut self) {
         if let Some(file) = self.file.take() {
             file.unlink();
@@ -376,6 +413,14 @@ fn adopted_socket(fd: OwnedFd) -> Option<Socket> {
     };
     nonblocking(&socket).ok()?;
     Some(socket)
+}
+
+/// Has the kernel refuse descriptors that a socket's clients pass; over TCP there are none.
+fn refuse_rights(socket: &Socket) -> Rights {
+    match socket {
+        Socket::Unix(socket) => rights::refuse(socket.as_fd()),
+        Socket::Tcp(_) => Rights::Refused,
+    }
 }
 
 fn nonblocking(socket: &Socket) -> std::io::Result<()> {

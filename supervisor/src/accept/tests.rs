@@ -122,7 +122,7 @@ impl Site {
                     self.acceptor.on_listener(id, self.now, &mut self.events);
                 }
                 crate::watch::Source::Connection(job) => {
-                    self.acceptor.on_connection(job, &mut self.events);
+                    self.acceptor.on_connection(job, self.now, &mut self.events);
                 }
                 other => panic!("{other:?}"),
             }

@@ -16,8 +16,10 @@ use nix::sys::signal::Signal;
 use nix::sys::wait::WaitStatus;
 use nix::unistd::Pid;
 use qrelay_shared::exit::Exit;
-use qrelay_shared::ipc::channel::RecvError;
+use qrelay_shared::ipc::channel::{Descriptors, RecvError};
 use qrelay_shared::ipc::message::{ZygoteOrder, ZygoteReport};
+use qrelay_shared::sys::closer;
+use qrelay_shared::sys::rights::is_local_seqpacket;
 use slog::{debug, error, warn};
 
 use crate::event::{Event, Events, NewWorker, Teller};
@@ -64,7 +66,9 @@ impl Rollout {
     }
 
     /// Adds a zygote and watches its channel.
-    pub(super) fn add_zygote(&mut self, zygote: Zygote) -> ZygoteId {
+    pub(super) fn add_zygote(&mut self, mut zygote: Zygote) -> ZygoteId {
+        // Channels to the dictionaries come on this channel.
+        zygote.channel = zygote.channel.foreign(Descriptors::Expected);
         let id = self.last_zygote.advance();
         if let Err(error) = self.watcher.add(&zygote.channel, Source::Zygote(id)) {
             error!(self.log, "epoll_ctl: {error}");
@@ -86,11 +90,18 @@ impl Rollout {
             let Some(zygote) = self.zygotes.get(&id).filter(|zygote| !zygote.lied) else { break };
             let generation = zygote.generation;
             match zygote.channel.try_recv(&mut buffer) {
-                Ok(mut received) => match received.fds.take() {
-                    Some(fd) => events.push_back(Event::DictionaryOpened(fd)),
-                    None => {
+                Ok(mut received) => match (received.fds.take(), received.message) {
+                    (Some(fd), ZygoteReport::Dictionary) if is_local_seqpacket(fd.as_fd()) => {
+                        events.push_back(Event::DictionaryOpened(fd));
+                    }
+                    (Some(fd), _) => {
+                        closer::give(fd);
+                        fault = Some(RecvError::Rights);
+                        break;
+                    }
+                    (None, message) => {
                         let teller = Teller { zygote: id, generation };
-                        self.on_report(teller, received.message, now, events);
+                        self.on_report(teller, message, now, events);
                     }
                 },
                 Err(RecvError::Empty) => break,

@@ -9,8 +9,9 @@ use std::os::fd::OwnedFd;
 use std::time::Instant;
 
 use qrelay_shared::dictionary::{FromDictionary, ToDictionary};
-use qrelay_shared::ipc::channel::{Channel, RecvBuffer, RecvError};
+use qrelay_shared::ipc::channel::{Channel, Descriptors, RecvBuffer, RecvError};
 use qrelay_shared::settings::Settings;
+use qrelay_shared::sys::closer;
 use rustc_hash::FxHashMap;
 
 use crate::ids::ChannelId;
@@ -60,7 +61,7 @@ impl DictionaryServer {
     /// owner sees.
     pub(super) fn open(&mut self, fd: OwnedFd) {
         let id = self.last.advance();
-        let channel = DictionaryChannel::from_fd(fd);
+        let channel = DictionaryChannel::from_fd(fd).foreign(Descriptors::Unexpected);
         if self.watcher.add(&channel, Source::Dictionary(id)).is_ok() {
             self.channels.insert(id, channel);
         }
@@ -79,7 +80,13 @@ impl DictionaryServer {
         let Some(channel) = self.channels.get(&id) else { return Served::Broken };
         // There is no second question before the answer.
         let request = match channel.try_recv(&mut self.buffer) {
-            Ok(received) => received.message,
+            Ok(mut received) => match received.fds.take() {
+                Some(fd) => {
+                    closer::give(fd);
+                    return Served::Broken;
+                }
+                None => received.message,
+            },
             Err(RecvError::Empty) => return Served::Open,
             Err(_) => return Served::Broken,
         };

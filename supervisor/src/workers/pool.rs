@@ -101,6 +101,8 @@ struct Group {
 pub(super) enum Hang {
     /// Lua has been held for this long.
     Held(Duration),
+    /// The leader has begun no job for this long, although there is one.
+    Stuck(Duration),
     /// The number of pings that went unanswered.
     Silent(u32),
     /// The worker never became ready.
@@ -123,6 +125,8 @@ pub(super) enum End {
 pub(super) struct Health {
     /// How long Lua has been held by one call; zero when Lua is free.
     pub(super) held: Duration,
+    /// How long the leader has made no progress with a job; zero without a job.
+    pub(super) stuck: Duration,
     /// The Lua state is at its memory limit, even after a collection.
     pub(super) exhausted: bool,
 }

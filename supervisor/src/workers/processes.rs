@@ -8,10 +8,12 @@ use nix::sys::signal::Signal;
 use nix::sys::socket::{Shutdown, shutdown};
 use nix::sys::wait::WaitStatus;
 use nix::unistd::Pid;
-use qrelay_shared::ipc::channel::{Channel, RecvBuffer, RecvError};
+use qrelay_shared::ipc::channel::{Channel, Descriptors, RecvBuffer, RecvError};
 use qrelay_shared::ipc::message::{
     Control, FromControl, Report, ToControl, ToJobs, ToReports, mail_id,
 };
+use qrelay_shared::sys::closer;
+use qrelay_shared::sys::rights::is_local_seqpacket;
 use slog::{debug, error, warn};
 
 use crate::event::{Event, Events, NewWorker, Recorder, Teller};
@@ -79,6 +81,9 @@ impl Workers {
         let (jobs, their_jobs) = Channel::pair().map_err(|error| format!("socketpair: {error}"))?;
         let (control, their_control) =
             Channel::pair().map_err(|error| format!("socketpair: {error}"))?;
+        // Channels to the dictionaries come on the job socket.
+        let jobs = jobs.foreign(Descriptors::Expected);
+        let control = control.foreign(Descriptors::Unexpected);
         self.watcher
             .add(&jobs, Source::Jobs(worker))
             .and_then(|()| self.watcher.add(&control, Source::Control(worker)))
@@ -227,11 +232,15 @@ impl Workers {
     ) -> Option<Fault> {
         for _ in 0..PER_TURN {
             let pong = match self.processes.get(&worker)?.control.try_recv(buffer) {
-                Ok(received) => received.message,
+                Ok(mut received) => match received.fds.take() {
+                    Some(fd) => return Some(unexpected(fd)),
+                    None => received.message,
+                },
                 Err(error) => return fault(error),
             };
             let held = Duration::from_millis(pong.held);
-            let health = Health { held, exhausted: pong.exhausted };
+            let stuck = Duration::from_millis(pong.stuck);
+            let health = Health { held, stuck, exhausted: pong.exhausted };
             if let Some(hang) = self.pool.pong(worker, health, now) {
                 self.log_hang(worker, hang, Some(pong.job));
                 self.abort(worker, now, events);
@@ -323,7 +332,10 @@ impl Workers {
                 };
                 if matches!(report, Report::Dictionary) {
                     match reports.fds.take() {
-                        Some(fd) => events.push_back(Event::DictionaryOpened(fd)),
+                        Some(fd) if is_local_seqpacket(fd.as_fd()) => {
+                            events.push_back(Event::DictionaryOpened(fd));
+                        }
+                        Some(fd) => return Some(unexpected(fd)),
                         // This process had no descriptor for the channel: the worker sees the
                         // channel closed, and tells the script.
                         None if reports.descriptor_lost => {}
@@ -332,6 +344,9 @@ impl Workers {
                 } else if let Err(complaint) = self.on_report(worker, report, now, record, events) {
                     return Some(Fault::Malformed(complaint));
                 }
+            }
+            if let Some(fd) = reports.fds.take() {
+                return Some(unexpected(fd));
             }
         }
         None
@@ -516,6 +531,9 @@ impl Workers {
         match hang {
             Hang::Held(held) => error!(self.log, "worker hangs in Lua: killing it";
                 "worker" => worker, "held_seconds" => held.as_secs_f64(), "id" => &*mail),
+            Hang::Stuck(stuck) => error!(self.log, "worker begins no mail: killing it";
+                "worker" => worker, "stuck_seconds" => stuck.as_secs_f64(),
+                "in_flight" => self.pool.jobs_of(worker)),
             Hang::Silent(pings) => error!(self.log, "worker doesn't answer: killing it";
                 "worker" => worker, "pings" => pings, "in_flight" => self.pool.jobs_of(worker)),
             Hang::NotReady => error!(self.log, "worker doesn't become ready: killing it";
@@ -536,6 +554,12 @@ fn not_asked(pool: &Pool, process: &Process, teller: Teller, worker: WorkerId) -
 
 fn lied(teller: Teller, complaint: String, events: &mut Events) {
     events.push_back(Event::ZygoteLied { zygote: teller.zygote, complaint });
+}
+
+/// Leaves a descriptor to the closer that a worker has passed for no reason.
+fn unexpected(fd: OwnedFd) -> Fault {
+    closer::give(fd);
+    Fault::Malformed(RecvError::Rights.to_string())
 }
 
 fn fault(error: RecvError) -> Option<Fault> {

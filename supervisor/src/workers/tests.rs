@@ -5,11 +5,13 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
+use nix::errno::Errno;
 use nix::sys::socket::{setsockopt, sockopt};
-use qrelay_shared::ipc::channel::{Channel, RecvError};
+use qrelay_shared::ipc::channel::{Channel, RecvError, SendError};
 use qrelay_shared::ipc::message::{
     FromControl, Job, MailRecord, Peer, Pong, Report, ToControl, ToJobs, ToReports,
 };
+use qrelay_shared::sys::rights::Rights;
 
 use super::*;
 use crate::client::Connected;
@@ -66,6 +68,7 @@ impl Connected for Held {
             listener: 0,
             listening,
             peer,
+            rights: Rights::Refused,
             accepted: 0,
             spoke: 0,
         })
@@ -336,11 +339,50 @@ fn a_worker_that_lies_is_killed() {
 }
 
 #[test]
+fn a_worker_that_passes_descriptors_for_no_reason_is_killed() {
+    let file = std::fs::File::open("/dev/null").expect("open");
+    let reports = [Report::Ready, Report::Dictionary, Report::ChildGone { job: JobId(1) }];
+    for report in reports {
+        let mut site = Site::new();
+        let others = site.serving(1, 4);
+        others[0].jobs.try_send(&report, &[file.as_fd()]).expect("the supervisor reads");
+        site.read(&others[0]);
+        let opened = |event: &String| event.contains("Dictionary");
+        assert!(!site.events().iter().any(opened), "{report:?}");
+        site.workers.tick(site.now, &mut site.events);
+        assert_eq!(site.fake.signals(), [(others[0].pid, Signal::SIGKILL)], "{report:?}");
+    }
+    let mut site = Site::new();
+    let others = site.serving(1, 4);
+    let pong = Pong { sequence: 1, held: 0, stuck: 0, job: JobId(0), exhausted: false };
+    match others[0].control.try_send(&pong, &[file.as_fd()]) {
+        Ok(()) => {
+            site.workers.on_pong(others[0].id, site.now, &mut site.events);
+            site.workers.tick(site.now, &mut site.events);
+            assert_eq!(site.fake.signals(), [(others[0].pid, Signal::SIGKILL)]);
+        }
+        // The kernel refuses the descriptor.
+        Err(error) => assert!(matches!(error, SendError::Os(Errno::EPERM)), "{error:?}"),
+    }
+}
+
+#[test]
+fn a_worker_whose_leader_makes_no_progress_is_aborted() {
+    let mut site = Site::new();
+    let others = site.serving(1, 4);
+    let stuck = Settings::default().hang_timeout.as_millis() as u64 + 1;
+    let pong = Pong { sequence: 1, held: 0, stuck, job: JobId(0), exhausted: false };
+    others[0].control.try_send(&pong, &[]).expect("the supervisor reads");
+    site.workers.on_pong(others[0].id, site.now, &mut site.events);
+    assert_eq!(site.fake.signals(), [(others[0].pid, Signal::SIGABRT)]);
+}
+
+#[test]
 fn a_worker_that_hangs_in_lua_is_aborted() {
     let mut site = Site::new();
     let others = site.serving(1, 4);
     let held = Settings::default().hang_timeout.as_millis() as u64 + 1;
-    let pong = Pong { sequence: 1, held, job: JobId(0), exhausted: false };
+    let pong = Pong { sequence: 1, held, stuck: 0, job: JobId(0), exhausted: false };
     others[0].control.try_send(&pong, &[]).expect("the supervisor reads");
     site.workers.on_pong(others[0].id, site.now, &mut site.events);
     assert_eq!(site.fake.signals(), [(others[0].pid, Signal::SIGABRT)]);

@@ -38,6 +38,19 @@ pub fn look(pid: i32) -> Option<Process> {
     })
 }
 
+/// Returns the only thread of this name in a process.
+pub fn thread_named(pid: i32, name: &str) -> Pid {
+    let tasks = fs::read_dir(format!("/proc/{pid}/task")).expect("a process");
+    let named = |entry: std::io::Result<fs::DirEntry>| {
+        let path = entry.expect("entry").path();
+        let is = fs::read_to_string(path.join("comm")).is_ok_and(|comm| comm.trim_end() == name);
+        is.then(|| path.file_name()?.to_str()?.parse().ok().map(Pid::from_raw))?
+    };
+    let threads: Vec<Pid> = tasks.filter_map(named).collect();
+    assert_eq!(threads.len(), 1, "threads {name} of {pid}");
+    threads[0]
+}
+
 fn pids() -> impl Iterator<Item = i32> {
     let entries = fs::read_dir("/proc").expect("/proc");
     entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())

@@ -119,6 +119,8 @@ mod tests {
     use std::os::unix::net::UnixStream;
     use std::process::Command;
 
+    use qrelay_shared::sys::rights::{PeerSocket, Rights};
+
     /// Returns a socket of this process.
     fn socket(job: JobId, listening: ListenerId) -> ClientSocket {
         accepted(job, listening, u64::MAX)
@@ -128,7 +130,8 @@ mod tests {
     /// Linux 6.5 a process that has started later isn't the client.
     fn accepted(job: JobId, listening: ListenerId, accepted: u64) -> ClientSocket {
         let (socket, _) = UnixStream::pair().expect("pair");
-        ClientSocket { descriptor: Arc::new(socket.into()), job, listening, accepted }
+        let descriptor = Arc::new(PeerSocket::new(socket.into(), Rights::Refused));
+        ClientSocket { descriptor, job, listening, accepted }
     }
 
     #[test]

@@ -9,12 +9,12 @@
 //! is the action's own. The cause goes to the log.
 
 use std::hash::{BuildHasher, Hasher, RandomState};
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
 use qrelay_shared::deadline::Deadline;
 use qrelay_shared::qmqp::Reply;
+use qrelay_shared::sys::rights::PeerSocket;
 use qrelay_shared::texts;
 use slog::{Logger, warn};
 
@@ -36,7 +36,7 @@ pub(crate) fn relay(
     connect_timeout: Duration,
     deadline: Deadline,
     logger: &Logger,
-) -> (Delivery, Option<OwnedFd>) {
+) -> (Delivery, Option<PeerSocket>) {
     let attempt = Attempt {
         logger,
         id: &mail.id(),
@@ -91,7 +91,7 @@ enum DialFailure {
 }
 
 impl Attempt<'_> {
-    fn dial(&self, hop: &NextHop) -> Result<OwnedFd, DialFailure> {
+    fn dial(&self, hop: &NextHop) -> Result<PeerSocket, DialFailure> {
         dial(&hop.endpoint, self.deadline.at_most(self.connect_timeout)).map_err(|error| {
             warn!(self.logger, "connect failed"; "id" => self.id,
                 "next_hop" => &*hop.name, "error" => error.desc());
@@ -99,13 +99,13 @@ impl Attempt<'_> {
         })
     }
 
-    fn exchange(&self, mail: &Mail, socket: &OwnedFd, next_hop: &str) -> Reply {
+    fn exchange(&self, mail: &Mail, socket: &PeerSocket, next_hop: &str) -> Reply {
         exchange(socket, &mut Envelope::new(mail).pieces(), self.deadline).unwrap_or_else(|error| {
             warn!(self.logger, "relay failed"; "id" => self.id,
                 "next_hop" => next_hop, "error" => %error);
             Reply::temporary(match error {
                 ExchangeError::TimedOut => self.late,
-                ExchangeError::Malformed => texts::MALFORMED_RESPONSE,
+                ExchangeError::Malformed | ExchangeError::Rights => texts::MALFORMED_RESPONSE,
                 ExchangeError::Os(_) | ExchangeError::Closed | ExchangeError::Early => {
                     texts::RELAY_FAILED
                 }

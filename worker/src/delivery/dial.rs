@@ -3,11 +3,13 @@
 //! Contract: the socket stays blocking. `SO_SNDTIMEO` bounds connect(2), which over loopback
 //! doesn't even sleep, so that no further call is needed.
 //!
+//! The peer isn't trusted: it may pass descriptors with its bytes ([`PeerSocket`]).
+//!
 //! # Failure
 //! An errno; `ETIMEDOUT` also for the time limit, and for a local listener whose backlog stays full
 //! for as long.
 
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd};
 
 use nix::errno::Errno;
 use nix::sys::socket::{
@@ -17,13 +19,14 @@ use nix::sys::socket::{
 use qrelay_shared::deadline::Deadline;
 use qrelay_shared::endpoint::Endpoint;
 use qrelay_shared::sys::net::delay_acks;
+use qrelay_shared::sys::rights::{PeerSocket, Rights, refuse};
 use qrelay_shared::sys::wait::socket_timeout;
 
 /// Connects a stream to one address.
 ///
 /// # Errors
 /// As connect(2).
-pub(crate) fn dial(endpoint: &Endpoint, deadline: Deadline) -> Result<OwnedFd, Errno> {
+pub(crate) fn dial(endpoint: &Endpoint, deadline: Deadline) -> Result<PeerSocket, Errno> {
     dial_as(endpoint, SockType::Stream, deadline)
 }
 
@@ -35,7 +38,7 @@ pub(crate) fn dial_as(
     endpoint: &Endpoint,
     kind: SockType,
     deadline: Deadline,
-) -> Result<OwnedFd, Errno> {
+) -> Result<PeerSocket, Errno> {
     match endpoint {
         Endpoint::Inet(address) => {
             let family = if address.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
@@ -55,16 +58,24 @@ fn dial_socket(
     kind: SockType,
     address: &dyn SockaddrLike,
     deadline: Deadline,
-) -> Result<OwnedFd, Errno> {
+) -> Result<PeerSocket, Errno> {
     let fd = socket(family, kind, SockFlag::SOCK_CLOEXEC, None)?;
     if family != AddressFamily::Unix && kind == SockType::Stream {
         // The option only saves packets.
         let _ = delay_acks(fd.as_fd());
     }
+    let rights = match family {
+        AddressFamily::Unix => refuse(fd.as_fd()),
+        _ => Rights::Refused,
+    };
+    let fd = match kind {
+        SockType::Stream => PeerSocket::new(fd, rights),
+        _ => PeerSocket::new(fd, rights).with_messages(),
+    };
     loop {
         let timeout = socket_timeout(deadline).ok_or(Errno::ETIMEDOUT)?;
         setsockopt(&fd, sockopt::SendTimeout, &timeout)?;
-        match connect(fd.as_raw_fd(), address) {
+        match connect(fd.as_fd().as_raw_fd(), address) {
             Ok(()) => return Ok(fd),
             // Linux continues the same attempt when connect is called again.
             Err(Errno::EINTR) => {}

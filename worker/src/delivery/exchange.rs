@@ -10,14 +10,14 @@
 //! loses its connection at the wrong moment.
 
 use std::io::IoSlice;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd};
 
 use nix::errno::Errno;
 use nix::poll::PollFlags;
 use nix::sys::socket::{MsgFlags, sendmsg, setsockopt, sockopt};
 use qrelay_shared::deadline::Deadline;
 use qrelay_shared::qmqp::{Reply, ReplyProgress, Status, parse_reply};
-use qrelay_shared::sys::net::recv_append;
+use qrelay_shared::sys::rights::{PeerError, PeerSocket};
 use qrelay_shared::sys::wait::{socket_timeout, wait};
 use thiserror::Error;
 
@@ -42,6 +42,9 @@ pub(super) enum ExchangeError {
     /// The answer is no QMQP reply.
     #[error("malformed reply")]
     Malformed,
+    /// The next hop has passed descriptors.
+    #[error("the next hop has passed descriptors")]
+    Rights,
     /// The deadline passed.
     #[error("timeout")]
     TimedOut,
@@ -63,7 +66,7 @@ enum Written {
 /// # Errors
 /// See [`ExchangeError`].
 pub(super) fn exchange(
-    socket: &OwnedFd,
+    socket: &PeerSocket,
     pieces: &mut [IoSlice<'_>],
     deadline: Deadline,
 ) -> Result<Reply, ExchangeError> {
@@ -84,7 +87,7 @@ fn not_accepted(reply: Reply, error: ExchangeError) -> Result<Reply, ExchangeErr
 }
 
 fn write(
-    socket: &OwnedFd,
+    socket: &PeerSocket,
     mut left: &mut [IoSlice<'_>],
     deadline: Deadline,
     incoming: &mut Incoming,
@@ -92,7 +95,7 @@ fn write(
     let flags = MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT;
     while !left.is_empty() {
         let now = &left[..left.len().min(MAX_PIECES)];
-        match sendmsg::<()>(socket.as_raw_fd(), now, &[], flags, None) {
+        match sendmsg::<()>(socket.as_fd().as_raw_fd(), now, &[], flags, None) {
             Ok(sent) => {
                 IoSlice::advance_slices(&mut left, sent);
                 // Writing never waits while the next hop reads as fast, so check for a reply here,
@@ -125,7 +128,7 @@ impl Incoming {
     /// Waits until more can be written, or a reply is there.
     fn watch(
         &mut self,
-        socket: &OwnedFd,
+        socket: &PeerSocket,
         deadline: Deadline,
     ) -> Result<Option<Reply>, ExchangeError> {
         let ready = wait(socket.as_fd(), PollFlags::POLLIN | PollFlags::POLLOUT, deadline)?;
@@ -139,16 +142,17 @@ impl Incoming {
     }
 
     /// Reads the available part of a reply, without waiting.
-    fn look(&mut self, socket: &OwnedFd) -> Result<Option<Reply>, ExchangeError> {
+    fn look(&mut self, socket: &PeerSocket) -> Result<Option<Reply>, ExchangeError> {
         match self.receive(socket, MsgFlags::MSG_DONTWAIT) {
             Ok(received) => self.take(received),
+            Err(PeerError::Rights) => Err(ExchangeError::Rights),
             // The next write reports any connection error.
-            Err(_) => Ok(None),
+            Err(PeerError::Os(_)) => Ok(None),
         }
     }
 
     /// Waits for the whole reply.
-    fn wait(&mut self, socket: &OwnedFd, deadline: Deadline) -> Result<Reply, ExchangeError> {
+    fn wait(&mut self, socket: &PeerSocket, deadline: Deadline) -> Result<Reply, ExchangeError> {
         loop {
             let timeout = socket_timeout(deadline).ok_or(ExchangeError::TimedOut)?;
             setsockopt(socket, sockopt::ReceiveTimeout, &timeout)?;
@@ -158,15 +162,16 @@ impl Incoming {
                         return Ok(reply);
                     }
                 }
-                Err(Errno::EINTR | Errno::EAGAIN) => {}
-                Err(error) => return Err(error.into()),
+                Err(PeerError::Os(Errno::EINTR | Errno::EAGAIN)) => {}
+                Err(PeerError::Os(error)) => return Err(error.into()),
+                Err(PeerError::Rights) => return Err(ExchangeError::Rights),
             }
         }
     }
 
-    fn receive(&mut self, socket: &OwnedFd, flags: MsgFlags) -> Result<usize, Errno> {
+    fn receive(&mut self, socket: &PeerSocket, flags: MsgFlags) -> Result<usize, PeerError> {
         self.0.reserve(ROOM);
-        recv_append(socket.as_fd(), &mut self.0, flags)
+        socket.recv_append(&mut self.0, flags)
     }
 
     /// Parses the reply after `received` more bytes.
@@ -185,6 +190,7 @@ impl Incoming {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use qrelay_shared::sys::rights::Rights;
     use std::io::{Read, Write};
     use std::net::{TcpListener, TcpStream};
     use std::time::Duration;
@@ -197,7 +203,7 @@ mod tests {
         let message = vec![b'x'; size];
         std::thread::scope(|scope| {
             scope.spawn(|| server(peer));
-            let socket: OwnedFd = client.into();
+            let socket = PeerSocket::new(client.into(), Rights::Refused);
             let deadline = Deadline::after(Duration::from_millis(500));
             let mut pieces = [&b"head"[..], &message, b"tail"].map(IoSlice::new);
             match exchange(&socket, &mut pieces, deadline) {

@@ -7,37 +7,51 @@
 //! [`run`] returns when the supervisor is gone. The worker then finishes its mails within the drain
 //! time.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use qrelay_shared::ipc::channel::{Channel, RecvBuffer, RecvError, SendError};
 use qrelay_shared::ipc::message::{Control, FromControl, Pong, ToControl};
+use slog::debug;
 
-use crate::session::script::Script;
+use crate::session::Context;
+use crate::session::progress::Observer;
 
 /// How long to wait after a failure that passes by itself, such as ENOMEM.
 const PAUSE: Duration = Duration::from_millis(10);
 
 /// Answers pings until the supervisor is gone, or a message can't be understood.
-pub(crate) fn run(channel: &Channel<FromControl, ToControl>, script: &dyn Script) {
+pub(crate) fn run(channel: &Channel<FromControl, ToControl>, context: &Context) {
+    let mut observer = Observer::new(Instant::now());
     let mut buffer = RecvBuffer::small();
     loop {
         match channel.recv(&mut buffer) {
             Ok(received) => match received.message {
                 Control::Ping { sequence } => {
-                    if let Err(SendError::Closed) = channel.send(&pong(sequence, script), &[]) {
+                    if let Err(SendError::Closed) =
+                        channel.send(&pong(sequence, context, &mut observer), &[])
+                    {
                         return;
                     }
                 }
             },
             Err(RecvError::Empty) => {}
             Err(RecvError::Os(_)) => std::thread::sleep(PAUSE),
-            Err(RecvError::Closed | RecvError::Malformed | RecvError::DescriptorLost) => return,
+            Err(error) => {
+                debug!(context.logger, "no more orders"; "cause" => %error);
+                return;
+            }
         }
     }
 }
 
-fn pong(sequence: u64, script: &dyn Script) -> Pong {
+fn pong(sequence: u64, context: &Context, observer: &mut Observer) -> Pong {
+    let Context { script, leader, reports, .. } = context;
+    let stuck = observer.look(leader.read(), || reports.has_job(), Instant::now());
     let (held, job) = script.held();
-    let held = u64::try_from(held.as_millis()).unwrap_or(u64::MAX);
-    Pong { sequence, held, job, exhausted: script.exhausted() }
+    let (held, stuck) = (milliseconds(held), milliseconds(stuck));
+    Pong { sequence, held, stuck, job, exhausted: script.exhausted() }
+}
+
+fn milliseconds(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }

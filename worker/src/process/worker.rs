@@ -74,7 +74,7 @@ pub(crate) fn run(
         }
     };
     pool.context().reports.ready();
-    control::run(&Channel::from_fd(control), &*script);
+    control::run(&Channel::from_fd(control), pool.context());
     warn!(logger, "the supervisor is gone; finishing what is here");
     std::thread::sleep(declaration.settings.drain_timeout);
     // After this process nobody is left to end its programs.

@@ -8,6 +8,7 @@ use slog::Logger;
 use crate::delivery::children::Children;
 use crate::job_channel::Reports;
 use crate::mail::memory::Budget;
+use crate::session::progress::Progress;
 use crate::session::request::Buffers;
 use crate::session::script::Script;
 
@@ -33,6 +34,8 @@ pub struct Context {
     pub(crate) budget: Budget,
     /// Buffers that requests are read into.
     pub(crate) buffers: Buffers,
+    /// How far the leader is.
+    pub(crate) leader: Progress,
     /// The supervisor's end of every job.
     pub(crate) reports: Arc<Reports>,
     /// Programs that run for mails.
@@ -60,6 +63,7 @@ impl Context {
             listeners: listeners.collect(),
             budget: Budget::new(settings.mail_memory),
             buffers: Buffers::default(),
+            leader: Progress::default(),
             settings,
             instance,
             script,

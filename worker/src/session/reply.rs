@@ -7,14 +7,15 @@
 //! # Failure
 //! A client that is gone, or doesn't read, gets no answer. No error is reported.
 
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::poll::PollFlags;
-use nix::sys::socket::{MsgFlags, Shutdown, recv, send, shutdown};
+use nix::sys::socket::{MsgFlags, send};
 use qrelay_shared::deadline::Deadline;
 use qrelay_shared::qmqp::Reply;
+use qrelay_shared::sys::rights::{Look, MoreInput, PeerError, PeerSocket};
 use qrelay_shared::sys::wait::wait;
 
 /// How long a reply (at most 262 bytes) may wait for a client that doesn't read.
@@ -24,10 +25,10 @@ const SEND_TIMEOUT: Duration = Duration::from_secs(3);
 const LINGER: Duration = Duration::from_secs(2);
 
 /// Sends the reply and ends the stream.
-pub(crate) fn answer(client: &OwnedFd, reply: &Reply) {
+pub(crate) fn answer(client: &PeerSocket, reply: &Reply, input: MoreInput) {
     // A client that doesn't get the whole reply sees the stream end early, and tries again later.
     let _ = send_all(client.as_fd(), &reply.encode(), SEND_TIMEOUT);
-    let _ = shutdown(client.as_raw_fd(), Shutdown::Write);
+    client.end_output(input);
 }
 
 fn send_all(client: BorrowedFd<'_>, mut bytes: &[u8], timeout: Duration) -> Result<(), Errno> {
@@ -50,25 +51,27 @@ fn send_all(client: BorrowedFd<'_>, mut bytes: &[u8], timeout: Duration) -> Resu
 }
 
 /// Drops what the client sent after its request. Costs one system call if there is nothing.
-pub(crate) fn drop_surplus(client: &OwnedFd) {
-    let surplus = recv(client.as_raw_fd(), &mut [0], MsgFlags::MSG_DONTWAIT);
-    if surplus.is_ok_and(|bytes| bytes > 0) {
+pub(crate) fn drop_surplus(client: &PeerSocket) {
+    if client.look() == Ok(Look::Data) {
         linger(client);
     }
 }
 
-/// Reads and drops bytes until the client has closed its side, for at most [`LINGER`].
-pub(crate) fn linger(client: &OwnedFd) {
+/// Reads and drops bytes until the client has closed its side, for at most [`LINGER`]. Bytes that
+/// came with descriptors end it.
+pub(crate) fn linger(client: &PeerSocket) {
     let mut scratch = [0; 16 * 1024];
     let deadline = Deadline::after(LINGER);
     while !deadline.expired() {
-        match recv(client.as_raw_fd(), &mut scratch, MsgFlags::MSG_DONTWAIT) {
+        match client.recv(&mut scratch, MsgFlags::MSG_DONTWAIT) {
             Ok(0) => return,
-            Ok(_) | Err(Errno::EINTR) => {}
-            Err(Errno::EAGAIN) => match wait(client.as_fd(), PollFlags::POLLIN, deadline) {
-                Ok(ready) if !ready.is_empty() => {}
-                _ => return,
-            },
+            Ok(_) | Err(PeerError::Os(Errno::EINTR)) => {}
+            Err(PeerError::Os(Errno::EAGAIN)) => {
+                match wait(client.as_fd(), PollFlags::POLLIN, deadline) {
+                    Ok(ready) if !ready.is_empty() => {}
+                    _ => return,
+                }
+            }
             Err(_) => return,
         }
     }
@@ -80,32 +83,36 @@ mod tests {
     use std::io::{ErrorKind, Read, Write};
     use std::os::unix::net::UnixStream;
 
-    fn pair() -> (UnixStream, OwnedFd) {
+    use qrelay_shared::sys::rights::Rights;
+
+    fn pair(rights: Rights) -> (UnixStream, PeerSocket) {
         let (client, server) = UnixStream::pair().expect("pair");
-        (client, server.into())
+        (client, PeerSocket::new(server.into(), rights))
     }
 
     #[test]
     fn the_reply_survives_unread_input() {
-        let (mut client, server) = pair();
-        client.write_all(&[b'x'; 100_000]).expect("write");
-        answer(&server, &Reply::permanent("malformed input"));
-        std::thread::scope(|scope| {
-            scope.spawn(move || {
-                linger(&server);
-                drop(server);
+        for rights in [Rights::Refused, Rights::Possible] {
+            let (mut client, server) = pair(rights);
+            client.write_all(&[b'x'; 100_000]).expect("write");
+            answer(&server, &Reply::permanent("malformed input"), MoreInput::Likely);
+            std::thread::scope(|scope| {
+                scope.spawn(move || {
+                    linger(&server);
+                    drop(server);
+                });
+                let mut reply = String::new();
+                client.read_to_string(&mut reply).expect("no reset");
+                assert_eq!(reply, "16:Dmalformed input,");
+                client.shutdown(std::net::Shutdown::Write).expect("shutdown");
             });
-            let mut reply = String::new();
-            client.read_to_string(&mut reply).expect("no reset");
-            assert_eq!(reply, "16:Dmalformed input,");
-            client.shutdown(std::net::Shutdown::Write).expect("shutdown");
-        });
+        }
     }
 
     #[test]
     fn surplus_is_dropped() {
-        let (mut client, server) = pair();
-        answer(&server, &Reply::accepted("ok"));
+        let (mut client, server) = pair(Rights::Refused);
+        answer(&server, &Reply::accepted("ok"), MoreInput::Unlikely);
         drop_surplus(&server);
         client.write_all(b"surplus").expect("write");
         client.shutdown(std::net::Shutdown::Write).expect("shutdown");
@@ -117,10 +124,22 @@ mod tests {
     }
 
     #[test]
+    fn surplus_is_dropped_where_descriptors_can_come() {
+        let (mut client, server) = pair(Rights::Possible);
+        client.write_all(b"surplus").expect("write");
+        answer(&server, &Reply::accepted("ok"), MoreInput::Unlikely);
+        drop_surplus(&server);
+        client.write_all(b"more").expect_err("the stream is over");
+        drop(server);
+        let mut reply = String::new();
+        client.read_to_string(&mut reply).expect("no reset");
+        assert_eq!(reply, "3:Kok,");
+    }
+
+    #[test]
     fn a_client_that_does_not_read_is_given_up() {
         let soon = Duration::from_millis(5);
-        let (client, server) = pair();
-        let server = UnixStream::from(server);
+        let (client, server) = UnixStream::pair().expect("pair");
         server.set_nonblocking(true).expect("nonblocking");
         loop {
             match (&server).write(&[0; 4096]) {

@@ -7,7 +7,7 @@
 //! A request is refused as soon as its bytes show that it can't become valid. A client that leaves
 //! before the request's last comma gets no answer.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::time::Duration;
 
 use nix::errno::Errno;
@@ -17,7 +17,7 @@ use parking_lot::Mutex;
 use qrelay_shared::deadline::Deadline;
 use qrelay_shared::qmqp::{Limits, Progress, Reply, RequestError, progress};
 use qrelay_shared::settings::Settings;
-use qrelay_shared::sys::net::recv_append;
+use qrelay_shared::sys::rights::{PeerError, PeerSocket};
 use qrelay_shared::sys::wait::wait;
 use qrelay_shared::texts;
 
@@ -60,6 +60,8 @@ pub(crate) enum Incoming {
     },
     /// There is no valid request, and this is the answer. The client may still be sending.
     Refused(Reply),
+    /// The client has passed descriptors. What it has sent can't be read.
+    Rights,
     /// The client left; no answer is due.
     Gone,
 }
@@ -83,13 +85,14 @@ impl<'w> Terms<'w> {
     }
 
     /// Reads what is there into an empty buffer. Returns nothing if the request isn't complete.
-    pub(crate) fn try_read(&self, client: &OwnedFd, buffer: &mut Vec<u8>) -> Option<Incoming> {
+    pub(crate) fn try_read(&self, client: &PeerSocket, buffer: &mut Vec<u8>) -> Option<Incoming> {
         make_room(buffer);
         match receive(client, buffer) {
             Ok(0) => return Some(Incoming::Gone),
             Ok(_) => {}
-            Err(Errno::EAGAIN) => return None,
-            Err(_) => return Some(Incoming::Gone),
+            Err(PeerError::Os(Errno::EAGAIN)) => return None,
+            Err(PeerError::Os(_)) => return Some(Incoming::Gone),
+            Err(PeerError::Rights) => return Some(Incoming::Rights),
         }
         match progress(buffer, &self.limits) {
             Ok(Progress::Complete { total }) => Some(Incoming::Complete { total, at_once: true }),
@@ -102,7 +105,7 @@ impl<'w> Terms<'w> {
     /// [`Self::try_read`] got. The caller keeps the share of memory as long as the buffer.
     pub(crate) fn read(
         &self,
-        client: &OwnedFd,
+        client: &PeerSocket,
         buffer: &mut Vec<u8>,
     ) -> (Incoming, Option<Share<'w>>) {
         make_room(buffer);
@@ -113,7 +116,7 @@ impl<'w> Terms<'w> {
 
     fn read_with(
         &self,
-        client: &OwnedFd,
+        client: &PeerSocket,
         buffer: &mut Vec<u8>,
         memory: &mut Option<Share<'w>>,
     ) -> Incoming {
@@ -134,20 +137,21 @@ impl<'w> Terms<'w> {
             match receive(client, buffer) {
                 Ok(0) => return Incoming::Gone,
                 Ok(_) => {}
-                Err(Errno::EAGAIN) => match self.wait(client, deadline) {
+                Err(PeerError::Os(Errno::EAGAIN)) => match self.wait(client, deadline) {
                     Ok(true) => at_once = false,
                     Ok(false) => {
                         return Incoming::Refused(Reply::temporary(texts::REQUEST_TIMED_OUT));
                     }
                     Err(_) => return Incoming::Gone,
                 },
-                Err(_) => return Incoming::Gone,
+                Err(PeerError::Os(_)) => return Incoming::Gone,
+                Err(PeerError::Rights) => return Incoming::Rights,
             }
         }
     }
 
     /// Waits for bytes. Returns whether they came in time.
-    fn wait(&self, client: &OwnedFd, deadline: Deadline) -> Result<bool, Errno> {
+    fn wait(&self, client: &PeerSocket, deadline: Deadline) -> Result<bool, Errno> {
         let until = deadline.at_most(self.client_timeout);
         Ok(!wait(client.as_fd(), PollFlags::POLLIN, until)?.is_empty())
     }
@@ -179,10 +183,10 @@ fn make_room(buffer: &mut Vec<u8>) {
 }
 
 /// Receives what is there, without waiting.
-fn receive(client: &OwnedFd, buffer: &mut Vec<u8>) -> Result<usize, Errno> {
+fn receive(client: &PeerSocket, buffer: &mut Vec<u8>) -> Result<usize, PeerError> {
     loop {
-        match recv_append(client.as_fd(), buffer, MsgFlags::MSG_DONTWAIT) {
-            Err(Errno::EINTR) => {}
+        match client.recv_append(buffer, MsgFlags::MSG_DONTWAIT) {
+            Err(PeerError::Os(Errno::EINTR)) => {}
             result => return result,
         }
     }
@@ -214,6 +218,7 @@ impl Buffers {
 mod tests {
     use super::*;
     use qrelay_shared::qmqp::encode_request;
+    use qrelay_shared::sys::rights::Rights;
     use std::io::Write;
     use std::os::unix::net::UnixStream;
 
@@ -229,7 +234,7 @@ mod tests {
         let mut buffer = Vec::new();
         let shown = std::thread::scope(|scope| {
             scope.spawn(|| write(client));
-            let server = server.into();
+            let server = PeerSocket::new(server.into(), Rights::Possible);
             let (incoming, memory) = match terms.try_read(&server, &mut buffer) {
                 Some(incoming) => (incoming, None),
                 None => terms.read(&server, &mut buffer),
@@ -240,6 +245,7 @@ mod tests {
                     format!("complete {}", memory.is_some())
                 }
                 Incoming::Refused(reply) => String::from_utf8_lossy(&reply.encode()).into_owned(),
+                Incoming::Rights => "rights".into(),
                 Incoming::Gone => "gone".into(),
             }
         });

@@ -20,6 +20,7 @@ use qrelay_shared::ipc::channel::{RecvBuffer, RecvError};
 use qrelay_shared::sys::thread::{LUA_STACK, spawn};
 use slog::{error, warn};
 
+use crate::session::progress::Step;
 use crate::session::{Context, Session, now};
 use crate::threads::scheduler::{
     Answer, Event, Left, Next, NextJob, Orders, Place, Reports, Scheduler, Stuck, Task, Threads,
@@ -172,8 +173,17 @@ impl Pool {
 
     /// As leader: receives a datagram, and queues its jobs.
     fn lead(self: &Arc<Self>, buffer: &mut RecvBuffer) -> Result<Event, RecvError> {
-        let Context { reports, logger, .. } = &self.context;
-        let mut messages = match reports.next(buffer) {
+        self.context.leader.note(Step::Receives);
+        let led = self.receive(buffer);
+        self.context.leader.note(Step::None);
+        led
+    }
+
+    fn receive(self: &Arc<Self>, buffer: &mut RecvBuffer) -> Result<Event, RecvError> {
+        let Context { reports, logger, leader, .. } = &self.context;
+        let next = reports.next(buffer);
+        leader.note(Step::Begins);
+        let mut messages = match next {
             Ok(messages) => messages,
             Err(RecvError::Empty) => return Ok(Event::Quiet),
             Err(RecvError::Closed) => return Ok(Event::Closed),
@@ -198,6 +208,7 @@ impl Pool {
             let mut session = Session::new(job, client);
             if next == NextJob::Begin {
                 session.begin(&self.context);
+                leader.note(Step::Begins);
             }
             let place = Place { received, last: messages.is_empty() };
             let now = now();

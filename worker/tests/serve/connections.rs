@@ -13,6 +13,7 @@ use qrelay_shared::ipc::channel::{RecvBuffer, RecvError};
 use qrelay_shared::ipc::message::{Job, Peer, Report};
 use qrelay_shared::qmqp::{Status, encode_request};
 use qrelay_shared::settings::Settings;
+use qrelay_shared::sys::rights::Rights;
 use qrelay_worker::delivery::action::{Action, Connect};
 use qrelay_worker::mail::Mail;
 use qrelay_worker::session::script::{HandlerError, Handling, Script};
@@ -254,6 +255,7 @@ fn a_lost_descriptor_is_handed_back() {
         listener: 0,
         listening: ListenerId(0),
         peer: Peer::Remote([192, 0, 2, 1].into()),
+        rights: Rights::Refused,
         accepted: 0,
         spoke: u64::MAX,
     };

@@ -16,6 +16,7 @@ use qrelay_shared::ipc::channel::{Batch, Channel, RecvBuffer};
 use qrelay_shared::ipc::message::{Job, MailRecord, Peer, Report, ToJobs, ToReports};
 use qrelay_shared::qmqp::{Status, encode_request};
 use qrelay_shared::settings::{Declaration, ListenAddress, ListenerDecl, Settings};
+use qrelay_shared::sys::rights::Rights;
 use qrelay_worker::delivery::action::Action;
 use qrelay_worker::job_channel::Reports;
 use qrelay_worker::mail::Mail;
@@ -122,6 +123,7 @@ impl Harness {
             listener,
             listening: ListenerId(0),
             peer,
+            rights: Rights::Refused,
             accepted: 0,
             spoke: u64::MAX,
         };

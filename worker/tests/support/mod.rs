@@ -3,7 +3,6 @@
 
 use std::fmt::Write as _;
 use std::net::{IpAddr, Ipv4Addr};
-use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -14,6 +13,7 @@ use qrelay_shared::ipc::channel::SendError;
 use qrelay_shared::ipc::message::{Peer, mail_id};
 use qrelay_shared::qmqp;
 use qrelay_shared::settings::Declaration;
+use qrelay_shared::sys::rights::{PeerSocket, Rights};
 use qrelay_worker::client::socket::ClientSocket;
 use qrelay_worker::lua::config::ConfigError;
 use qrelay_worker::lua::state::{LoadOptions, State};
@@ -161,7 +161,7 @@ pub fn mail_from(peer: Peer, message: &str) -> Mail {
         listener: "/a".into(),
         peer,
         socket: ClientSocket {
-            descriptor: Arc::new(OwnedFd::from(socket)),
+            descriptor: Arc::new(PeerSocket::new(socket.into(), Rights::Refused)),
             job: JobId(7),
             listening: ListenerId(0),
             accepted: 0,

@@ -68,7 +68,7 @@ fn spawned(commands: &[Command]) -> Vec<WorkerId> {
 }
 
 fn held(held: Duration) -> Health {
-    Health { held, exhausted: false }
+    Health { held, ..Health::default() }
 }
 
 fn dispatch_all(pool: &mut Pool) -> Vec<(JobId, WorkerId)> {
@@ -214,6 +214,13 @@ fn hangs_are_counted_in_pings_and_in_held_time() {
     let (mut pool, workers) = serving(&wanted, now);
     let time = Duration::from_millis(1001);
     assert_eq!(pool.pong(workers[0], held(time), now), Some(Hang::Held(time)));
+
+    let (mut pool, workers) = serving(&wanted, now);
+    let stuck = |stuck| Health { stuck, ..Health::default() };
+    let limit = Duration::from_secs(1);
+    assert_eq!(pool.pong(workers[0], stuck(limit), now), None);
+    assert_eq!(pool.pong(workers[0], stuck(time), now), Some(Hang::Stuck(time)));
+    assert_eq!(pool.pong(workers[0], stuck(time), now), None, "it has been told once");
 }
 
 #[test]

@@ -19,7 +19,7 @@ impl Pool {
     pub(in crate::workers) fn pong(
         &mut self,
         worker: WorkerId,
-        Health { held, exhausted }: Health,
+        Health { held, stuck, exhausted }: Health,
         now: Instant,
     ) -> Option<Hang> {
         let entry = self.workers.get_mut(&worker)?;
@@ -27,11 +27,16 @@ impl Pool {
         entry.held = held;
         entry.exhausted |= exhausted;
         let limit = self.groups.get(&entry.generation)?.hang_timeout;
-        if held > limit && !matches!(entry.state, State::Dying { .. }) {
-            entry.state = State::Dying { kill_at: now + ABORT_GRACE };
-            return Some(Hang::Held(held));
+        let hang = match (held > limit, stuck > limit) {
+            (true, _) => Hang::Held(held),
+            (false, true) => Hang::Stuck(stuck),
+            (false, false) => return None,
+        };
+        if matches!(entry.state, State::Dying { .. }) {
+            return None;
         }
-        None
+        entry.state = State::Dying { kill_at: now + ABORT_GRACE };
+        Some(hang)
     }
 
     /// Does what is due: respawns, pings, replacements, time limits. Returns what is to be done,

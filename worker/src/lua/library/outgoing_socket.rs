@@ -9,13 +9,14 @@
 //! [`SocketError`]. A stream that failed in the middle is closed, because nobody knows how much has
 //! arrived.
 
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd as _, AsRawFd};
 
 use nix::errno::Errno;
-use nix::sys::socket::{MsgFlags, Shutdown, SockType, recv, send, setsockopt, shutdown, sockopt};
+use nix::sys::socket::{MsgFlags, Shutdown, SockType, send, setsockopt, shutdown, sockopt};
 use parking_lot::{Mutex, MutexGuard};
 use qrelay_shared::deadline::Deadline;
 use qrelay_shared::endpoint::Endpoint;
+use qrelay_shared::sys::rights::{PeerError, PeerSocket};
 use qrelay_shared::sys::wait::socket_timeout;
 use thiserror::Error;
 
@@ -51,7 +52,7 @@ pub(crate) enum SocketError {
 #[derive(Debug)]
 enum State {
     Unconnected,
-    Connected(OwnedFd),
+    Connected(PeerSocket),
     Closed,
 }
 
@@ -112,7 +113,7 @@ impl OutgoingSocket {
         if let State::Connected(fd) = std::mem::replace(&mut *state, State::Closed)
             && !self.has_messages()
         {
-            let _ = shutdown(fd.as_raw_fd(), Shutdown::Write);
+            let _ = shutdown(fd.as_fd().as_raw_fd(), Shutdown::Write);
             drop_input(&fd);
         }
         Ok(())
@@ -146,7 +147,7 @@ impl OutgoingSocket {
         &self,
         state: &'a mut State,
         deadline: Deadline,
-    ) -> Result<&'a OwnedFd, SocketError> {
+    ) -> Result<&'a PeerSocket, SocketError> {
         if matches!(state, State::Unconnected) {
             *state = State::Connected(self.dial(deadline)?);
         }
@@ -156,7 +157,7 @@ impl OutgoingSocket {
         }
     }
 
-    fn dial(&self, deadline: Deadline) -> Result<OwnedFd, SocketError> {
+    fn dial(&self, deadline: Deadline) -> Result<PeerSocket, SocketError> {
         let mut error = SocketError::Closed;
         for endpoint in &self.endpoints {
             match dial_as(endpoint, self.kind, deadline) {
@@ -198,11 +199,11 @@ impl OutgoingSocket {
     }
 }
 
-fn send_all(fd: &OwnedFd, mut bytes: &[u8], deadline: Deadline) -> Result<(), Errno> {
+fn send_all(fd: &PeerSocket, mut bytes: &[u8], deadline: Deadline) -> Result<(), Errno> {
     loop {
         let timeout = socket_timeout(deadline).ok_or(Errno::ETIMEDOUT)?;
         setsockopt(fd, sockopt::SendTimeout, &timeout)?;
-        match send(fd.as_raw_fd(), bytes, MsgFlags::MSG_NOSIGNAL) {
+        match send(fd.as_fd().as_raw_fd(), bytes, MsgFlags::MSG_NOSIGNAL) {
             // Only a stream takes a part.
             Ok(taken) if taken < bytes.len() => bytes = &bytes[taken..],
             Ok(_) => return Ok(()),
@@ -215,14 +216,14 @@ fn send_all(fd: &OwnedFd, mut bytes: &[u8], deadline: Deadline) -> Result<(), Er
 
 /// Drops the input that has been received, without waiting for more. Returns whether the peer has
 /// ended the stream.
-fn drop_input(fd: &OwnedFd) -> bool {
+fn drop_input(fd: &PeerSocket) -> bool {
     /// Most reads; a peer that sends faster is not waited for.
     const READS: usize = 64;
     let mut buffer = [0; 4096];
     for _ in 0..READS {
-        match recv(fd.as_raw_fd(), &mut buffer, MsgFlags::MSG_DONTWAIT) {
-            Ok(1..) | Err(Errno::EINTR) => {}
-            Err(Errno::EAGAIN) => return false,
+        match fd.recv(&mut buffer, MsgFlags::MSG_DONTWAIT) {
+            Ok(1..) | Err(PeerError::Os(Errno::EINTR)) => {}
+            Err(PeerError::Os(Errno::EAGAIN)) => return false,
             Ok(0) | Err(_) => return true,
         }
     }
@@ -232,6 +233,7 @@ fn drop_input(fd: &OwnedFd) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use nix::sys::socket::recv;
     use std::io::Read;
     use std::net::TcpListener;
     use std::os::unix::net::UnixDatagram;
