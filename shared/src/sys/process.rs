@@ -1,6 +1,6 @@
 //! Forking without exec, for the zygote; reaping; and process-wide settings of the C library.
 
-use std::io::{Read, Write};
+use std::io::{self, Read, Write};
 use std::os::fd::{FromRawFd, OwnedFd};
 
 use nix::errno::Errno;
@@ -24,6 +24,9 @@ pub enum ForkError {
     /// in the child.
     #[error("{0} threads are running; a fork needs a single one")]
     Threads(usize),
+    /// The list of threads can't be read, so there may be several.
+    #[error("the threads can't be counted, and a fork needs a single one; {TASKS}: {0}")]
+    Uncounted(io::Error),
     /// A system call such as fork(2) or pipe(2) failed.
     #[error("{0}: {1}")]
     Os(&'static str, Errno),
@@ -32,9 +35,17 @@ pub enum ForkError {
     Lost,
 }
 
-/// Returns the number of threads of this process, from /proc/self/task.
-fn threads() -> usize {
-    std::fs::read_dir("/proc/self/task").map_or(1, |entries| entries.count())
+/// The list of this process's threads.
+const TASKS: &str = "/proc/self/task";
+
+/// Returns success if the list has exactly one thread.
+fn single_thread(tasks: &str) -> Result<(), ForkError> {
+    let mut count = 0;
+    for entry in std::fs::read_dir(tasks).map_err(ForkError::Uncounted)? {
+        entry.map_err(ForkError::Uncounted)?;
+        count += 1;
+    }
+    if count == 1 { Ok(()) } else { Err(ForkError::Threads(count)) }
 }
 
 /// Forks twice, so that the new process becomes a child of the subreaper.
@@ -42,10 +53,7 @@ fn threads() -> usize {
 /// # Errors
 /// See [`ForkError`]; no process is left behind then.
 pub fn fork_orphan() -> Result<Forked, ForkError> {
-    let count = threads();
-    if count != 1 {
-        return Err(ForkError::Threads(count));
-    }
+    single_thread(TASKS)?;
     flush_stdio();
     let (read, write) =
         nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC).map_err(|e| ForkError::Os("pipe", e))?;
@@ -146,7 +154,7 @@ pub fn tame_malloc() {
 /// # Errors
 /// As fcntl(2), open(2), dup2(2).
 pub fn take_stdin() -> Result<OwnedFd, Errno> {
-    let taken = nix::fcntl::fcntl(std::io::stdin(), nix::fcntl::FcntlArg::F_DUPFD_CLOEXEC(3))?;
+    let taken = nix::fcntl::fcntl(io::stdin(), nix::fcntl::FcntlArg::F_DUPFD_CLOEXEC(3))?;
     let null = std::fs::File::open("/dev/null")
         .map_err(|e| Errno::from_raw(e.raw_os_error().unwrap_or(libc::EIO)))?;
     nix::unistd::dup2_stdin(null)?;
@@ -166,6 +174,19 @@ mod tests {
         let arguments = arguments.map(|text| std::ffi::CString::new(text).expect("no NUL"));
         let stdio = [null.as_fd(), null.as_fd(), null.as_fd()];
         spawn(&Program { arguments: &arguments, environment: &[], stdio }).expect("spawn")
+    }
+
+    #[test]
+    fn no_fork_without_a_count_of_threads() {
+        let error = single_thread("/proc/self/no-tasks").expect_err("nothing to count");
+        let text = error.to_string();
+        assert!(text.starts_with("the threads can't be counted, and a fork needs"), "{text}");
+        assert!(matches!(single_thread("/proc/self/ns"), Err(ForkError::Threads(2..))));
+        let (release, wait) = std::sync::mpsc::channel::<()>();
+        let other = std::thread::spawn(move || wait.recv().is_err());
+        assert!(matches!(fork_orphan(), Err(ForkError::Threads(2..))));
+        drop(release);
+        assert!(other.join().expect("a thread"));
     }
 
     #[test]
