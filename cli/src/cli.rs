@@ -12,6 +12,7 @@ use qrelay_shared::endpoint::{self, Endpoint, Parsed, QMQP_PORT};
 use qrelay_shared::exit::Exit;
 use qrelay_shared::qmqp::Status;
 use qrelay_shared::settings::Account;
+use qrelay_shared::sys::limits::Limits;
 use qrelay_supervisor::daemon::Options;
 use slog::Level;
 
@@ -122,7 +123,11 @@ enum Verb {
     },
     /// Internal: the process that the supervisor forks workers from.
     #[command(hide = true)]
-    Zygote,
+    Zygote {
+        /// Soft limits of descriptors and of core dumps that programs get.
+        #[arg(long)]
+        limits: Limits,
+    },
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -144,7 +149,7 @@ pub enum Command {
     /// Run a server that shows or stores mails.
     Sink(SinkOptions),
     /// Run a zygote.
-    Zygote(Level),
+    Zygote(Level, Limits),
 }
 
 /// Reads the process's command line.
@@ -166,7 +171,7 @@ pub fn parse() -> Result<Command, Exit> {
             Command::Run(Options { config, level, boot_timeout: cli.boot_timeout, account })
         }
         Some(Verb::Check) => Command::Check(config, level),
-        Some(Verb::Zygote) => Command::Zygote(level),
+        Some(Verb::Zygote { limits }) => Command::Zygote(level, limits),
         Some(Verb::Send { to, sender, timeout, recipients }) => {
             Command::Send(SendOptions { to, sender, recipients, timeout })
         }

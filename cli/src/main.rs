@@ -25,7 +25,7 @@ fn main() -> ExitCode {
     let exit = match cli::parse() {
         Err(exit) => exit,
         Ok(Command::Run(options)) => daemon::run(options),
-        Ok(Command::Zygote(level)) => qrelay_worker::process::zygote::main(level),
+        Ok(Command::Zygote(level, limits)) => qrelay_worker::process::zygote::main(level, limits),
         Ok(Command::Check(config, level)) => check(&config, level),
         Ok(Command::Send(options)) => send::run(&options),
         Ok(Command::Sink(options)) => sink::run(&options),

@@ -13,10 +13,12 @@ use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use nix::sys::prctl;
-use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use qrelay_shared::exit::Exit;
 use qrelay_shared::ipc::message::MailRecord;
 use qrelay_shared::settings::Account;
+use qrelay_shared::sys::activation::{self, Passed};
+use qrelay_shared::sys::inherited;
+use qrelay_shared::sys::limits::{self, Limits};
 use slog::{Level, Logger, error, info, warn};
 
 use crate::accept::{Acceptor, ProgramState};
@@ -76,8 +78,13 @@ struct Daemon {
 
 /// Runs the daemon to its end.
 pub fn run(options: Options) -> Exit {
+    // Passed sockets are taken before anything is opened: a wrong LISTEN_FDS must name no descriptor
+    // of this process.
+    let passed = inherited::discard()
+        .map_err(|errno| format!("the launcher's descriptors can't be closed: {errno}"))
+        .and_then(|()| activation::take());
     let log = qrelay_shared::log::init(options.level, "qrelay");
-    match start(options, log.clone()) {
+    match passed.and_then(|passed| start(options, passed, log.clone())) {
         Ok((daemon, poller, signals)) => daemon.serve(poller, signals),
         Err(message) => {
             error!(log, "cannot start: {message}");
@@ -86,27 +93,44 @@ pub fn run(options: Options) -> Exit {
     }
 }
 
-/// Takes over signals and passed sockets, and begins with the first generation.
-fn start(options: Options, log: Logger) -> Result<(Daemon, Poller, Signals), String> {
-    let passed = qrelay_shared::sys::activation::take()?;
+/// Takes over signals and the passed sockets, and begins with the first generation.
+fn start(
+    options: Options,
+    passed: Vec<Passed>,
+    log: Logger,
+) -> Result<(Daemon, Poller, Signals), String> {
     // Neither a worker nor another process of the same user can trace the supervisor, read its
     // memory or take its descriptors.
     prctl::set_dumpable(false).map_err(|error| format!("PR_SET_DUMPABLE: {error}"))?;
     prctl::set_child_subreaper(true).map_err(|error| format!("PR_SET_CHILD_SUBREAPER: {error}"))?;
     // Only the name in ps depends on it.
     let _ = prctl::set_name(c"qrelay");
-    raise_descriptor_limit();
+    let limits = own_limits(&log).map_err(|error| format!("limits: {error}"))?;
     let signals = Signals::register().map_err(|error| format!("signals: {error}"))?;
     let poller = Poller::new().map_err(|error| format!("epoll: {error}"))?;
     let watcher = poller.watcher();
     watcher.add(&signals, Source::Signals).map_err(|error| format!("epoll: {error}"))?;
     let acceptor =
         Acceptor::new(log.clone(), watcher, passed).map_err(|error| error.to_string())?;
-    let system = Rc::new(Linux { level: options.level });
+    let system = Rc::new(Linux { level: options.level, limits });
     let now = Instant::now();
     let mut daemon = Daemon::new(&options, log, acceptor, &poller, system, now);
     daemon.boot(now);
     Ok((daemon, poller, signals))
+}
+
+/// Sets the limits of this process and of all zygotes and workers. Returns the limits before, which
+/// programs get.
+fn own_limits(log: &Logger) -> nix::Result<Limits> {
+    let original = Limits::now()?;
+    if let Err(errno) = limits::raise_descriptors() {
+        warn!(log, "the limit of descriptors can't be raised"; "error" => errno.desc());
+    }
+    if let Err(errno) = limits::forbid_core_dumps() {
+        warn!(log, "core dumps that go to a program are possible, and they contain mail; \
+            set LimitCORE=1 or the hard limit to 1"; "error" => errno.desc());
+    }
+    Ok(original)
 }
 
 impl Daemon {
@@ -421,17 +445,6 @@ fn recorder(
     acceptor: &Acceptor,
 ) -> impl FnMut(WorkerId, JobId, &MailRecord<'_>) {
     |worker, job, record| services.mail_done(worker, job, acceptor.peer(job), record)
-}
-
-/// Raises the limit of descriptors to the hard limit; workers and the programs that they run
-/// inherit it.
-fn raise_descriptor_limit() {
-    if let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE)
-        && soft < hard
-    {
-        // With the soft limit the daemon works too, for fewer clients.
-        let _ = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
-    }
 }
 
 /// Names this run on this host: seconds since the epoch, and the process id.

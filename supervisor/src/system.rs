@@ -16,6 +16,7 @@ use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use nix::unistd::{Pid, getpgrp};
 use qrelay_shared::ipc::channel::Channel;
 use qrelay_shared::ipc::message::{FromZygote, ToZygote};
+use qrelay_shared::sys::limits::Limits;
 use qrelay_shared::sys::proc_stat::{self, Identity, Process};
 use qrelay_shared::sys::process_group::Group;
 use qrelay_shared::sys::{input, process};
@@ -102,6 +103,8 @@ pub(crate) struct ZygotePids {
 pub(crate) struct Linux {
     /// Least severe level that a zygote logs.
     pub(crate) level: Level,
+    /// The limits that programs get.
+    pub(crate) limits: Limits,
 }
 
 /// Environment of the supervisor's that no child may take for its own.
@@ -120,7 +123,8 @@ impl System for Linux {
         let (ours, theirs) = ZygoteChannel::pair()?;
         let mut command = Command::new(Path::new("/proc/self/exe"));
         command
-            .args(["--log-level", self.level.as_str(), "zygote"])
+            .args(["--log-level", self.level.as_str(), "zygote", "--limits"])
+            .arg(self.limits.to_string())
             .stdin(Stdio::from(OwnedFd::from(theirs)));
         for name in SYSTEMD_VARIABLES {
             command.env_remove(name);

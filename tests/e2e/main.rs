@@ -23,6 +23,7 @@ mod crash;
 mod docs;
 mod exec;
 mod exec_end;
+mod inherited;
 mod isolation;
 mod journal;
 mod libraries;

@@ -22,6 +22,7 @@ use qrelay_shared::ipc::message::{
 use qrelay_shared::qmqp::encode_request;
 use qrelay_shared::settings::Declaration;
 use qrelay_shared::sys::rights::Rights;
+use qrelay_shared::sys::limits::Limits;
 
 /// Environment variable that tells a new process of this program its role.
 const ROLE: &str = "QRELAY_TEST_ROLE";
@@ -30,7 +31,10 @@ const LIMIT: Duration = Duration::from_secs(10);
 
 fn main() -> ExitCode {
     match std::env::var(ROLE).as_deref() {
-        Ok("zygote") => return qrelay_worker::process::zygote::main(slog::Level::Critical).into(),
+        Ok("zygote") => {
+            let limits = Limits::now().expect("limits");
+            return qrelay_worker::process::zygote::main(slog::Level::Critical, limits).into();
+        }
         Ok("supervisor") => doomed_supervisor(),
         _ => tests(),
     }

@@ -1,25 +1,45 @@
 //! Starting programs.
 //!
 //! Contract: the program starts in `/`, leads a process group of its own, has every signal at its
-//! default and none blocked, and has descriptors 0, 1 and 2 and no others. When [`spawn`] returns,
-//! all of that holds, and the program has been executed. No code of qrelay runs between fork and
-//! exec, because the child shares the memory of a process with many threads until exec.
-//! posix_spawn(3) of glibc 2.34 or newer has an action for each of these steps (`closefrom` was
-//! added last).
+//! default and none blocked, has descriptors 0, 1 and 2 and no others, and has the limits that
+//! qrelay was started with. When [`spawn`] returns, all of that holds, and the program has been
+//! executed.
+//!
+//! The new process shares the memory of this one until exec, as in posix_spawn(3), so that a large
+//! worker starts a program as fast as a small one. posix_spawn itself can't set limits. The thread
+//! that calls [`spawn`] stands still until exec; the other threads go on. So the code between fork
+//! and exec ([`become_program`]) makes system calls only: it allocates nothing, takes no lock and
+//! can't panic.
 //!
 //! # Failure
 //! Every error is the errno of the failed step, including exec; there is no process then.
 
-use std::ffi::{CStr, CString, c_char};
-use std::mem::MaybeUninit;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::ffi::{CStr, CString, c_char, c_int, c_void};
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::ptr;
+use std::sync::atomic::{AtomicI32, Ordering};
 
 use nix::errno::Errno;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::unistd::Pid;
+
+use crate::sys::limits::Limits;
+use crate::sys::{process, signals};
 
 /// The first descriptor that a program doesn't get.
 const FIRST_CLOSED: i32 = 3;
+
+/// Memory for the stack of the code between fork and exec, in bytes.
+const STACK: usize = 64 << 10;
+
+/// Alignment of a stack, in bytes, on every architecture.
+const STACK_ALIGNMENT: usize = 16;
+
+/// The working directory of programs.
+const ROOT: &CStr = c"/";
+
+/// Exit status of a process that didn't become a program. Nobody sees the status.
+const NO_PROGRAM: c_int = 127;
 
 /// A program to start.
 #[derive(Debug)]
@@ -42,109 +62,118 @@ pub fn spawn(program: &Program<'_>) -> Result<Pid, Errno> {
     if program.stdio.iter().any(|fd| fd.as_raw_fd() < FIRST_CLOSED) {
         return Err(Errno::EINVAL);
     }
-    let attributes = Attributes::new()?;
-    let actions = Actions::new(&program.stdio)?;
     let arguments = pointers(program.arguments);
     let environment = pointers(program.environment);
-    let mut pid: libc::pid_t = -1;
-    // SAFETY: attributes and actions are initialised; both lists end in NULL and their strings in
-    // NUL, and `program` keeps the strings alive. posix_spawn only reads them.
-    let error = unsafe {
-        libc::posix_spawn(
-            &raw mut pid,
-            path.as_ptr(),
-            &raw const actions.0,
-            &raw const attributes.0,
-            arguments.as_ptr(),
-            environment.as_ptr(),
-        )
+    let plan = Plan {
+        path: path.as_ptr(),
+        arguments: arguments.as_ptr(),
+        environment: environment.as_ptr(),
+        stdio: program.stdio.map(|fd| fd.as_raw_fd()),
+        limits: Limits::of_programs(),
+        failure: AtomicI32::new(0),
     };
-    check(error)?;
-    Ok(Pid::from_raw(pid))
-}
-
-/// Converts the result of posix_spawn and related functions, which return the error instead of
-/// setting `errno`.
-fn check(error: libc::c_int) -> Result<(), Errno> {
-    if error == 0 { Ok(()) } else { Err(Errno::from_raw(error)) }
+    let pid = fork_into(&plan)?;
+    match plan.failure.load(Ordering::Relaxed) {
+        0 => Ok(pid),
+        errno => {
+            // The process ends by itself. Its status says nothing.
+            let _ = process::reap(pid);
+            Err(Errno::from_raw(errno))
+        }
+    }
 }
 
 /// Returns pointers to the strings, followed by NULL, as C expects a list of strings.
-fn pointers(strings: &[CString]) -> Vec<*mut c_char> {
-    let pointers = strings.iter().map(|string| string.as_ptr().cast_mut());
-    pointers.chain([ptr::null_mut()]).collect()
+fn pointers(strings: &[CString]) -> Vec<*const c_char> {
+    strings.iter().map(|string| string.as_ptr()).chain([ptr::null()]).collect()
 }
 
-/// The attributes of a new process: signals and process group.
-struct Attributes(libc::posix_spawnattr_t);
+/// Everything that the new process needs. The pointers are valid until exec.
+struct Plan {
+    path: *const c_char,
+    arguments: *const *const c_char,
+    environment: *const *const c_char,
+    stdio: [RawFd; 3],
+    limits: Option<Limits>,
+    /// The errno of the step that failed; 0 if the program has been executed.
+    failure: AtomicI32,
+}
 
-impl Attributes {
-    fn new() -> Result<Self, Errno> {
-        let mut attributes = MaybeUninit::uninit();
-        // SAFETY: posix_spawnattr_init writes the attributes to the memory that it is given.
-        check(unsafe { libc::posix_spawnattr_init(attributes.as_mut_ptr()) })?;
-        // SAFETY: the attributes have just been initialised.
-        let mut this = Self(unsafe { attributes.assume_init() });
-        let flags = libc::POSIX_SPAWN_SETSIGDEF
-            | libc::POSIX_SPAWN_SETSIGMASK
-            | libc::POSIX_SPAWN_SETPGROUP;
-        let mut all = MaybeUninit::<libc::sigset_t>::uninit();
-        let mut none = MaybeUninit::<libc::sigset_t>::uninit();
-        // SAFETY: every pattern of bits is a set of signals. sigfillset would leave out the two
-        // that glibc uses itself, and the program would find them ignored.
-        unsafe { all.as_mut_ptr().write_bytes(0xff, 1) };
-        // SAFETY: sigemptyset initialises its set, both sets are only read after that, and the
-        // attributes are initialised. Process group 0 means: the child's own.
-        unsafe {
-            libc::sigemptyset(none.as_mut_ptr());
-            check(libc::posix_spawnattr_setsigdefault(&raw mut this.0, all.as_ptr()))?;
-            check(libc::posix_spawnattr_setsigmask(&raw mut this.0, none.as_ptr()))?;
-            check(libc::posix_spawnattr_setpgroup(&raw mut this.0, 0))?;
-            check(libc::posix_spawnattr_setflags(&raw mut this.0, flags as libc::c_short))?;
+/// Starts the new process. Returns when the process has become the program or has failed.
+fn fork_into(plan: &Plan) -> Result<Pid, Errno> {
+    let mut stack = Vec::<u8>::with_capacity(STACK);
+    let top = stack.spare_capacity_mut().as_mut_ptr_range().end.cast::<u8>();
+    let top = top.wrapping_sub(top.addr() % STACK_ALIGNMENT);
+    // A signal's handler would run in the new process, too, on this process's memory.
+    let before = signals::set_mask(&signals::EVERY);
+    let flags = libc::CLONE_VM | libc::CLONE_VFORK | libc::SIGCHLD;
+    let plan = ptr::from_ref(plan).cast_mut().cast::<c_void>();
+    // SAFETY: with CLONE_VFORK this thread stands still until the new process has executed a
+    // program or ended, so the stack and the plan outlive their use. `become_program` only reads
+    // the plan, except for its atomic field.
+    let pid = unsafe { libc::clone(become_program, top.cast(), flags, plan) };
+    // Setting the mask again must not change errno.
+    let result = Errno::result(pid);
+    signals::set_mask(&before);
+    result.map(Pid::from_raw)
+}
+
+/// Runs in the new process until exec; see the head of this file for what it may do.
+extern "C" fn become_program(plan: *mut c_void) -> c_int {
+    // SAFETY: the pointer is the one that `fork_into` passed, and the plan lives until exec.
+    let plan = unsafe { &*plan.cast::<Plan>() };
+    let Err(errno) = prepare(plan).and_then(|()| {
+        // SAFETY: both lists end in NULL, and all strings in NUL.
+        Errno::result(unsafe { libc::execve(plan.path, plan.arguments, plan.environment) })
+    }) else {
+        return NO_PROGRAM;
+    };
+    plan.failure.store(errno as i32, Ordering::Relaxed);
+    NO_PROGRAM
+}
+
+/// Sets up the new process, all but the program.
+fn prepare(plan: &Plan) -> Result<(), Errno> {
+    signals::ALL.for_each(signals::reset);
+    // SAFETY: none of these calls touches memory of this process but the path, which is a constant.
+    unsafe {
+        Errno::result(libc::setpgid(0, 0))?;
+        let mut target = 0;
+        for fd in &plan.stdio {
+            Errno::result(libc::dup2(*fd, target))?;
+            target += 1;
         }
-        Ok(this)
+        Errno::result(libc::chdir(ROOT.as_ptr()))?;
+    }
+    close_others();
+    if let Some(limits) = plan.limits {
+        set_limit(Resource::RLIMIT_NOFILE, limits.descriptors)?;
+        set_limit(Resource::RLIMIT_CORE, limits.core)?;
+    }
+    signals::set_mask(&signals::NONE);
+    Ok(())
+}
+
+/// Closes every descriptor but 0, 1 and 2. The new process has a table of descriptors of its own.
+fn close_others() {
+    // SAFETY: the descriptors of the new process are copies that nothing refers to.
+    let result = unsafe { libc::syscall(libc::SYS_close_range, FIRST_CLOSED, c_int::MAX, 0) };
+    if result == 0 {
+        return;
+    }
+    // The kernel is older than Linux 5.9, or forbids the call.
+    let (limit, _) = getrlimit(Resource::RLIMIT_NOFILE).unwrap_or((0, 0));
+    let limit = c_int::try_from(limit).unwrap_or(c_int::MAX);
+    for fd in FIRST_CLOSED..limit {
+        // SAFETY: as above.
+        unsafe { libc::close(fd) };
     }
 }
 
-impl Drop for Attributes {
-    fn drop(&mut self) {
-        // SAFETY: the attributes were initialised in `new`, and are not used any more.
-        unsafe { libc::posix_spawnattr_destroy(&raw mut self.0) };
-    }
-}
-
-/// The file actions of a new process: descriptors and working directory.
-struct Actions(libc::posix_spawn_file_actions_t);
-
-impl Actions {
-    fn new(stdio: &[BorrowedFd<'_>; 3]) -> Result<Self, Errno> {
-        const ROOT: &CStr = c"/";
-        let mut actions = MaybeUninit::uninit();
-        // SAFETY: posix_spawn_file_actions_init writes the actions to the memory that it is given.
-        check(unsafe { libc::posix_spawn_file_actions_init(actions.as_mut_ptr()) })?;
-        // SAFETY: the actions have just been initialised.
-        let mut this = Self(unsafe { actions.assume_init() });
-        for (target, fd) in (0..).zip(stdio) {
-            let original = fd.as_raw_fd();
-            // SAFETY: the actions are initialised; the numbers are only stored.
-            check(unsafe {
-                libc::posix_spawn_file_actions_adddup2(&raw mut this.0, original, target)
-            })?;
-        }
-        // SAFETY: the actions are initialised, and the path is copied.
-        unsafe {
-            check(libc::posix_spawn_file_actions_addclosefrom_np(&raw mut this.0, FIRST_CLOSED))?;
-            check(libc::posix_spawn_file_actions_addchdir_np(&raw mut this.0, ROOT.as_ptr()))?;
-        }
-        Ok(this)
-    }
-}
-
-impl Drop for Actions {
-    fn drop(&mut self) {
-        // SAFETY: the actions were initialised in `new`, and are not used any more.
-        unsafe { libc::posix_spawn_file_actions_destroy(&raw mut self.0) };
-    }
+/// Sets a soft limit, as far as the hard limit allows.
+fn set_limit(resource: Resource, soft: libc::rlim_t) -> Result<(), Errno> {
+    let (_, hard) = getrlimit(resource)?;
+    setrlimit(resource, soft.min(hard), hard)
 }
 
 #[cfg(test)]
@@ -206,6 +235,42 @@ mod tests {
             run(&["/bin/cat", "/proc/self/environ", "/proc/self/cmdline"], &["A=b c", "D="])
                 .expect("spawn");
         assert_eq!(text, "A=b c\0D=\0/bin/cat\0/proc/self/environ\0/proc/self/cmdline\0");
+    }
+
+    #[test]
+    fn a_program_gets_the_limits_that_were_noted() {
+        let mut limits = Limits::now().expect("limits");
+        limits.descriptors = limits.descriptors.min(200) - 1;
+        limits.core = 0;
+        limits.remember();
+        let text = run(&["/bin/sh", "-c", "ulimit -Sn; ulimit -Sc"], &[]).expect("spawn").0;
+        assert_eq!(text, format!("{}\n0\n", limits.descriptors));
+        let own = Limits::now().expect("limits");
+        assert!(own.descriptors > limits.descriptors, "{own:?}");
+    }
+
+    #[test]
+    fn a_failure_leaves_no_process_and_no_blocked_signal() {
+        let before = signals::set_mask(&signals::NONE);
+        let children = || std::fs::read_to_string("/proc/thread-self/children").expect("children");
+        assert_eq!(run(&["/nowhere"], &[]).err(), Some(Errno::ENOENT));
+        assert_eq!(children(), "");
+        assert_eq!(signals::set_mask(&before), signals::NONE);
+    }
+
+    #[test]
+    fn many_threads_start_programs_at_once() {
+        let start = |n: i32| {
+            move || {
+                (0..25).all(|_| {
+                    let script = format!("exit {n}");
+                    let (_, status) = run(&["/bin/sh", "-c", &script], &[]).expect("spawn");
+                    matches!(status, WaitStatus::Exited(_, code) if code == n)
+                })
+            }
+        };
+        let threads: Vec<_> = (0..8).map(|n| std::thread::spawn(start(n))).collect();
+        assert!(threads.into_iter().all(|thread| thread.join().expect("a thread")));
     }
 
     #[test]

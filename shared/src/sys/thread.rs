@@ -4,6 +4,7 @@
 //! its system calls; the main thread takes them.
 
 use std::io;
+use std::marker::PhantomData;
 use std::thread::Builder;
 
 use nix::sys::signal::{SigSet, Signal};
@@ -34,4 +35,50 @@ fn block_signals() {
     }
     // Blocking fails only for an invalid argument.
     let _ = blocked.thread_block();
+}
+
+/// As long as this value lives, the thread that made it blocks no signal. A process that the thread
+/// starts meanwhile inherits the empty mask.
+#[derive(Debug)]
+pub struct SignalsUnblocked {
+    before: SigSet,
+    /// The mask is the thread's, so the value stays in its thread.
+    _here: PhantomData<*const ()>,
+}
+
+impl SignalsUnblocked {
+    /// Blocks no signal from now on.
+    #[expect(clippy::new_without_default, reason = "the constructor has an effect")]
+    pub fn new() -> Self {
+        // Reading and setting the mask fail only for invalid arguments.
+        let before = SigSet::thread_get_mask().unwrap_or_else(|_| SigSet::empty());
+        let _ = SigSet::empty().thread_set_mask();
+        Self { before, _here: PhantomData }
+    }
+}
+
+impl Drop for SignalsUnblocked {
+    fn drop(&mut self) {
+        let _ = self.before.thread_set_mask();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_mask_comes_back() {
+        let blocked = || SigSet::thread_get_mask().expect("a mask").contains(Signal::SIGTERM);
+        let (send, receive) = std::sync::mpsc::channel();
+        spawn("masked", LUA_STACK, move || {
+            let before = blocked();
+            let open = SignalsUnblocked::new();
+            let meanwhile = blocked();
+            drop(open);
+            send.send([before, meanwhile, blocked()]).expect("somebody listens");
+        })
+        .expect("a thread");
+        assert_eq!(receive.recv(), Ok([true, false, true]));
+    }
 }

@@ -20,6 +20,7 @@ pub(crate) mod output;
 pub(crate) mod pg;
 pub(crate) mod settings;
 pub(crate) mod shared;
+pub(crate) mod shell;
 pub(crate) mod sleep;
 pub(crate) mod socket;
 
@@ -58,6 +59,7 @@ pub(crate) struct Libraries<'a> {
 pub(crate) fn register(lua: &Lua, with: &Libraries<'_>) -> mlua::Result<()> {
     output::register(lua, with.output)?;
     compat::register(lua)?;
+    shell::register(lua)?;
     listen::register(lua, with.draft)?;
     address::register(lua, with.watch)?;
     action_object::register(lua)?;

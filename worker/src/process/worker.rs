@@ -6,16 +6,13 @@
 //!
 //! # Failure
 //! A worker that can't enter its sandbox or start a single thread ends with a status other than 0.
-//! A failure to set the process's name, its OOM score or its limit of core dumps is logged, and the
-//! worker goes on.
+//! A failure to set the process's name or its OOM score is logged, and the worker goes on.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
-use nix::errno::Errno;
 use nix::sys::prctl;
-use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use qrelay_shared::exit::Exit;
 use qrelay_shared::ids::WorkerId;
 use qrelay_shared::ipc::channel::{Channel, SendError};
@@ -123,20 +120,10 @@ fn settle(logger: &Logger) {
     if let Err(error) = volunteer_for_oom() {
         debug!(logger, "oom_score_adj is unchanged"; "error" => %error);
     }
-    if let Err(errno) = forbid_core_dumps() {
-        debug!(logger, "core dumps are possible"; "error" => errno.desc());
-    }
 }
 
 fn volunteer_for_oom() -> io::Result<()> {
     const PATH: &str = "/proc/self/oom_score_adj";
     let now: i32 = std::fs::read_to_string(PATH)?.trim().parse().map_err(io::Error::other)?;
     std::fs::write(PATH, (now + OOM_PENALTY).min(1000).to_string())
-}
-
-/// Forbids core dumps, because they would contain mail. The limit is 1, not 0, because only 1 stops
-/// the kernel from starting a program that takes dumps through a pipe (core(5), fs/coredump.c).
-fn forbid_core_dumps() -> Result<(), Errno> {
-    let (_, hard) = getrlimit(Resource::RLIMIT_CORE)?;
-    setrlimit(Resource::RLIMIT_CORE, hard.min(1), hard)
 }

@@ -27,6 +27,8 @@ use qrelay_shared::ids::WorkerId;
 use qrelay_shared::ipc::channel::{Channel, Received, RecvBuffer, RecvError, SendError};
 use qrelay_shared::ipc::message::{FromZygote, ToZygote, ZygoteOrder, ZygoteReport};
 use qrelay_shared::settings::{Account, Declaration, Sandbox, Separation, Settings};
+use qrelay_shared::sys::inherited::reset_signals;
+use qrelay_shared::sys::limits::Limits;
 use qrelay_shared::sys::process::{Forked, fork_orphan, take_stdin, tame_malloc};
 use qrelay_shared::sys::seccomp::spare_other_processes;
 use qrelay_shared::sys::wait::wait;
@@ -63,9 +65,10 @@ enum Life {
     Standby(ZygoteChannel),
 }
 
-/// Runs the zygote to its end, and so every process that the zygote forks.
-pub fn main(level: Level) -> Exit {
+/// Runs the zygote to its end, and so every process that the zygote forks. Programs get `limits`.
+pub fn main(level: Level, limits: Limits) -> Exit {
     let supervisor = getppid();
+    limits.remember();
     let logger = Current::new(qrelay_shared::log::init(level, "qrelay-zygote"));
     match prepare(supervisor) {
         Ok(true) => {}
@@ -89,13 +92,20 @@ pub fn main(level: Level) -> Exit {
 fn prepare(supervisor: Pid) -> Result<bool, Errno> {
     prctl::set_name(c"qrelay-zygote")?;
     tame_malloc();
-    // A handler that does nothing, because a program that a worker executes would inherit SIG_IGN.
-    let nobody_looks = Arc::new(AtomicBool::new(false));
-    for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGQUIT] {
-        signal_hook::flag::register(signal as i32, Arc::clone(&nobody_looks))
-            .map_err(|error| Errno::from_raw(error.raw_os_error().unwrap_or(0)))?;
-    }
+    reset_signals();
+    let signals = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGQUIT];
+    signals.into_iter().try_for_each(disregard)?;
+    disregard(Signal::SIGPIPE)?;
     end_with(supervisor)
+}
+
+/// Makes a signal do nothing, by a handler: a program that this process executes would inherit
+/// SIG_IGN, and gets the default action in place of a handler.
+pub(super) fn disregard(signal: Signal) -> Result<(), Errno> {
+    let nobody_looks = Arc::new(AtomicBool::new(false));
+    signal_hook::flag::register(signal as i32, nobody_looks)
+        .map(drop)
+        .map_err(|error| Errno::from_raw(error.raw_os_error().unwrap_or(0)))
 }
 
 /// Has this process end with its parent. Returns whether the parent is the supervisor.
