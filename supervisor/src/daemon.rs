@@ -78,8 +78,8 @@ struct Daemon {
 
 /// Runs the daemon to its end.
 pub fn run(options: Options) -> Exit {
-    // Passed sockets are taken before anything is opened: a wrong LISTEN_FDS must name no descriptor
-    // of this process.
+    // Passed sockets are taken before anything is opened, because a wrong LISTEN_FDS must name no
+    // descriptor of this process.
     let passed = inherited::discard()
         .map_err(|errno| format!("the launcher's descriptors can't be closed: {errno}"))
         .and_then(|()| activation::take());

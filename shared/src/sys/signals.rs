@@ -1,9 +1,9 @@
 //! Signal masks and dispositions by the kernel's own calls, which include the signals that the C
-//! library keeps for itself and hides from its callers. A launcher may have blocked or ignored these
-//! as well.
+//! library keeps for itself and hides from its callers. A launcher may have blocked or ignored
+//! these as well.
 //!
-//! Contract: all functions may run between fork and exec, also on memory that the new process shares
-//! with this one.
+//! Contract: all functions may run between fork and exec, also on memory that the new process
+//! shares with this one.
 //!
 //! # Failure
 //! None: the calls fail only for invalid arguments, and for SIGKILL and SIGSTOP, which are at their
@@ -49,7 +49,7 @@ pub(crate) fn set_mask(mask: &Mask) -> Mask {
 /// Gives a signal its default action.
 pub(crate) fn reset(signal: libc::c_int) {
     let default: Action = [0; 16];
-    // SAFETY: the kernel only reads the action, and the default action runs no code of this process.
+    // SAFETY: the kernel only reads the action. The default action runs no code of this process.
     unsafe {
         libc::syscall(
             libc::SYS_rt_sigaction,

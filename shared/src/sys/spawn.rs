@@ -138,10 +138,8 @@ fn prepare(plan: &Plan) -> Result<(), Errno> {
     // SAFETY: none of these calls touches memory of this process but the path, which is a constant.
     unsafe {
         Errno::result(libc::setpgid(0, 0))?;
-        let mut target = 0;
-        for fd in &plan.stdio {
-            Errno::result(libc::dup2(*fd, target))?;
-            target += 1;
+        for (target, fd) in (0..).zip(plan.stdio) {
+            Errno::result(libc::dup2(fd, target))?;
         }
         Errno::result(libc::chdir(ROOT.as_ptr()))?;
     }

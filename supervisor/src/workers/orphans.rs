@@ -210,6 +210,7 @@ mod tests {
     use super::*;
     use crate::system::Linux;
     use qrelay_shared::sys::input;
+    use qrelay_shared::sys::limits::Limits;
     use qrelay_shared::sys::process::ended_child;
     use qrelay_shared::sys::process_group::{FIRST_PAUSE, GRACE};
     use std::io::Read as _;
@@ -217,7 +218,8 @@ mod tests {
     use std::process::{Child, Command, Stdio};
 
     fn orphans() -> Orphans {
-        Orphans::new(Rc::new(Linux { level: slog::Level::Info }))
+        let limits = Limits::now().expect("limits");
+        Orphans::new(Rc::new(Linux { level: slog::Level::Info, limits }))
     }
 
     /// Starts a program as a worker would for this job.
