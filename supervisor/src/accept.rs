@@ -11,8 +11,11 @@
 
 mod backlog;
 mod bind;
+mod bind_error;
+mod bound_inode;
 mod connections;
 mod listeners;
+mod socket_file;
 mod throttle;
 
 use std::collections::BTreeSet;

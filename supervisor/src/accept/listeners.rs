@@ -21,7 +21,9 @@ use qrelay_shared::settings::{Declaration, ListenAddress, ListenerDecl};
 use qrelay_shared::sys::closer;
 use qrelay_shared::sys::rights::{self, Rights};
 
-use crate::accept::bind::{BindError, SocketFile, backlog, bind_abstract, bind_inet, bind_path};
+use crate::accept::bind::{backlog, bind_abstract, bind_inet, bind_path};
+use crate::accept::bind_error::BindError;
+use crate::accept::socket_file::SocketFile;
 use crate::ids::{GenerationId, ListenerId};
 use crate::watch::{Source, Watcher};
 
