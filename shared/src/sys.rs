@@ -15,6 +15,7 @@ pub mod proc_stat;
 pub mod process;
 pub mod process_group;
 pub mod rights;
+pub mod safe_path;
 pub mod seccomp;
 pub(crate) mod signals;
 pub mod spawn;

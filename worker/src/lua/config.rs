@@ -6,6 +6,8 @@
 use std::path::{Path, PathBuf};
 
 use mlua::{Lua, Value};
+use nix::unistd::geteuid;
+use qrelay_shared::sys::safe_path::{self, Unsafe};
 use thiserror::Error;
 
 use crate::lua::binding::convert;
@@ -23,6 +25,15 @@ pub enum ConfigError {
         path: PathBuf,
         /// The system's error.
         cause: std::io::Error,
+    },
+    /// qrelay runs as root, and somebody else may change what it would run.
+    #[error("{} is not run as root, because {cause}; let only root write it and all directories \
+        above it (chown root, chmod go-w), or run qrelay as another user", path.display())]
+    Unsafe {
+        /// The file.
+        path: PathBuf,
+        /// Who may change what.
+        cause: Unsafe,
     },
     /// The script has a syntax error or failed while it ran; file and line are in the text.
     #[error("{0}")]
@@ -61,6 +72,7 @@ pub(crate) fn run(
     reload: bool,
     draft: &SharedDraft,
 ) -> Result<(), ConfigError> {
+    require_safe(config)?;
     let source = std::fs::read(config)
         .map_err(|cause| ConfigError::Unreadable { path: config.to_owned(), cause })?;
     let directory = config.parent().unwrap_or(Path::new("/"));
@@ -74,6 +86,20 @@ pub(crate) fn run(
         run_reload(lua).map_err(|e| ConfigError::Reload(located(&e, config)))?;
     }
     Ok(())
+}
+
+/// Refuses, as root, a script that others may change: its author could do everything as root.
+fn require_safe(config: &Path) -> Result<(), ConfigError> {
+    if !geteuid().is_root() {
+        return Ok(());
+    }
+    match safe_path::check(config) {
+        Ok(()) => Ok(()),
+        Err(Unsafe::Unknown { cause, .. }) => {
+            Err(ConfigError::Unreadable { path: config.to_owned(), cause })
+        }
+        Err(cause) => Err(ConfigError::Unsafe { path: config.to_owned(), cause }),
+    }
 }
 
 fn run_reload(lua: &Lua) -> mlua::Result<()> {
