@@ -101,7 +101,38 @@ pub(crate) fn position(traceback: &str) -> Option<&str> {
 
 fn split(text: &str) -> (String, Option<String>) {
     match text.split_once(TRACEBACK) {
-        Some((message, traceback)) => (message.to_owned(), Some(traceback.to_owned())),
-        None => (text.to_owned(), None),
+        Some((message, traceback)) => (without_string(message), Some(traceback.to_owned())),
+        None => (without_string(text), None),
+    }
+}
+
+/// Removes the string that Lua's parser quotes in a syntax error: a password may be in it.
+fn without_string(message: &str) -> String {
+    let strings = [" near ''", " near '\"", " near '[[", " near '[="];
+    let start = strings.iter().filter_map(|start| message.find(start)).min();
+    start.map_or_else(|| message.to_owned(), |start| format!("{} near a string", &message[..start]))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_syntax_error_quotes_no_string() {
+        let lua = mlua::Lua::new();
+        for source in [
+            "x = 's3cret\ny = 1",
+            "x = \"s3cret\n",
+            "x = 'a' 's3cret'",
+            "f{'a' [[s3cret]]}",
+            "f{'a' [==[s3cret]==]}",
+            "x = 's3cret\\q'",
+        ] {
+            let error = lua.load(source).exec().expect_err(source);
+            let (message, _) = describe(&error);
+            assert!(message.ends_with(" near a string"), "{source}: {message}");
+        }
+        let error = lua.load("x = [1]").exec().expect_err("a bracket");
+        assert!(describe(&error).0.ends_with(" near '['"), "{error}");
     }
 }

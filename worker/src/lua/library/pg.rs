@@ -138,6 +138,11 @@ pub(crate) fn register(lua: &Lua, watch: &Arc<Watch>, library: &Arc<Library>) ->
     class.method("new", move |_, (this, conninfo, schema, options): Arguments| {
         check("new", &this)?;
         let target = target(&conninfo, &schema, &library.logger)?;
+        if options.is_string() {
+            return Err(
+                Argument::new("new", 3, "options").invalid("expected a table, got a string")
+            );
+        }
         let options = Options::new("new", 3, &options, &["max_connections"])?;
         let max = match options.get("max_connections")? {
             Some((key, value)) => key.integer(&value, 1, MAX_CONNECTIONS)?,
@@ -173,7 +178,8 @@ fn check(method: &str, this: &Value) -> Result<(), Raise> {
     if this.as_userdata().is_some_and(mlua::AnyUserData::is::<PgObject>) {
         return Ok(());
     }
-    let got = convert::describe(this);
+    // A string here is a connection string, which no message quotes.
+    let got = if this.is_string() { "a string".into() } else { convert::describe(this) };
     Err(format!("expected pg, got {got}; call its functions with a colon, as in pg:{method}(…)")
         .into())
 }

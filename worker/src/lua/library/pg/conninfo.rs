@@ -24,11 +24,14 @@ pub(super) fn parse(text: &str) -> Result<Parameters, ConnInfoError> {
 /// `key = value` pairs, values in quotes if need be, backslashes before quotes and backslashes.
 fn parse_pairs(text: &str, parameters: &mut Parameters) -> Result<(), ConnInfoError> {
     let mut rest = text.trim_start();
-    while !rest.is_empty() {
+    for position in 1.. {
+        if rest.is_empty() {
+            break;
+        }
         let end = rest.find(|c: char| c == '=' || c.is_ascii_whitespace()).unwrap_or(rest.len());
         let (key, after) = rest.split_at(end);
         let Some(after) = after.trim_start().strip_prefix('=') else {
-            return Err(ConnInfoError::MissingEquals(key.to_owned()));
+            return Err(ConnInfoError::MissingEquals(position));
         };
         let (value, after) = take_value(after.trim_start())?;
         parameters.set(key, value)?;
@@ -75,9 +78,37 @@ mod tests {
     #[test]
     fn what_is_no_connection_string() {
         let error = |text| parse(text).expect_err(text).to_string();
-        assert_eq!(error("foo"), "missing '=' after 'foo'");
+        assert!(error("foo").starts_with("missing '=' in parameter 1;"), "{}", error("foo"));
         assert_eq!(error("user='x"), "a quote is not closed");
         assert!(error("usr=x").contains("did you mean 'user'"), "{}", error("usr=x"));
         assert!(error("sslcert=x").contains("not supported"));
+    }
+
+    #[test]
+    fn no_error_quotes_the_string() {
+        for text in [
+            "password=x s3cret",
+            "user=me password=x s3cret=y",
+            "password='s3cret",
+            "s3cret",
+            "postgresql://me:s3cret/x@host/db",
+            "postgresql://me:x/s3cret@host/db",
+            "postgresql://me:x?s3cret@host/db",
+            "postgresql://me:x?s3cret=y@host/db",
+            "postgresql://me:5/s3cret@host/db",
+            "postgresql://me:%s3cret@host/db",
+            "postgresql://h/db?password=x&s3cret=y",
+            "postgresql://h/db?password=x&s3cret",
+            "postgres:s3cret@host",
+        ] {
+            let target = parse(text).and_then(|parameters| {
+                let logger = slog::Logger::root(slog::Discard, slog::o!());
+                crate::lua::library::pg::target::Target::new(parameters, None, &logger)
+            });
+            let error = target.expect_err(text);
+            assert!(!error.to_string().contains("s3cret"), "{text}: {error}");
+        }
+        let parameters = parse("user=me password=s3cret").expect("a string");
+        assert_eq!(format!("{parameters:?}"), r#"{"password", "user"}"#);
     }
 }

@@ -41,51 +41,55 @@ const KEYWORDS: &[(&str, Option<&str>)] = &[
     ("load_balance_hosts", Some("PGLOADBALANCEHOSTS")),
 ];
 
-/// Why a connection string can't be used.
+/// Why a connection string can't be used. No text quotes the string: what is mistaken for a name or
+/// a port may be a part of a password.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub(super) enum ConnInfoError {
-    /// A word without a value.
-    #[error("missing '=' after '{0}'")]
-    MissingEquals(String),
+    /// The parameter at this position, counted from 1, has no value.
+    #[error("missing '=' in parameter {0}; a value with blanks needs quotes")]
+    MissingEquals(usize),
     /// A value that begins with a quote and doesn't end with one.
     #[error("a quote is not closed")]
     UnterminatedQuote,
     /// The parameter doesn't exist, or isn't supported.
-    #[error("parameter '{key}' is not supported{hint}")]
+    #[error("a parameter is not supported{hint}")]
     UnknownParameter {
-        /// The name as written.
-        key: String,
-        /// The nearest supported name, if one is near.
+        /// The nearest supported name, if one is near, or all of them.
         hint: String,
     },
     /// The parameter's value is wrong or isn't supported.
-    #[error("{key}: expected {expected}, got '{value}'")]
+    #[error("{key}: expected {expected}")]
     InvalidValue {
         /// The parameter.
         key: &'static str,
         /// The allowed values.
         expected: String,
-        /// The given value.
-        value: String,
     },
     /// The URI is malformed.
     #[error("malformed URI: {0}")]
     MalformedUri(&'static str),
     /// A file that a parameter names can't be used.
-    #[error("{key}: cannot use {path}: {reason}")]
+    #[error("{key}: cannot use {}: {reason}", path.as_deref().unwrap_or("the file"))]
     UnusableFile {
         /// The parameter.
         key: &'static str,
-        /// The file.
-        path: String,
+        /// The file, if the string doesn't name it.
+        path: Option<String>,
         /// Why.
         reason: String,
     },
 }
 
 /// Parameters by name.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Clone, Default, PartialEq, Eq)]
 pub(super) struct Parameters(BTreeMap<&'static str, String>);
+
+impl std::fmt::Debug for Parameters {
+    /// Shows the names alone, because values contain passwords.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_set().entries(self.0.keys()).finish()
+    }
+}
 
 impl Parameters {
     /// Sets a parameter.
@@ -125,7 +129,7 @@ fn unknown(key: &str) -> ConnInfoError {
         Some(near) => format!("; did you mean '{near}'?"),
         None => format!("; there is {}", known.join(", ")),
     };
-    ConnInfoError::UnknownParameter { key: key.to_owned(), hint }
+    ConnInfoError::UnknownParameter { hint }
 }
 
 #[cfg(test)]

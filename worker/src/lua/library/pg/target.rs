@@ -275,8 +275,7 @@ impl Reader<'_> {
     }
 
     fn invalid<T>(&self, key: &'static str, expected: &str) -> Result<T, ConnInfoError> {
-        let value = self.get(key).unwrap_or_default().to_owned();
-        Err(ConnInfoError::InvalidValue { key, expected: expected.to_owned(), value })
+        Err(ConnInfoError::InvalidValue { key, expected: expected.to_owned() })
     }
 
     /// Returns the parameter's value, which must be one of these words.
@@ -432,7 +431,10 @@ impl Reader<'_> {
     fn unusable_roots(&self, reason: &str) -> ConnInfoError {
         ConnInfoError::UnusableFile {
             key: "sslrootcert",
-            path: self.root_file().display().to_string(),
+            path: match self.get("sslrootcert") {
+                Some(_) => None,
+                None => Some(self.root_file().display().to_string()),
+            },
             reason: reason.to_owned(),
         }
     }

@@ -27,6 +27,13 @@ pub(super) fn parse(text: &str, parameters: &mut Parameters) -> Result<(), ConnI
         }
         None => authority,
     };
+    // The first '/' may belong to a password. The rest of the password would then be taken for a
+    // database, and show in messages.
+    if !authority.contains('@') && database.contains('@') {
+        return Err(ConnInfoError::MalformedUri(
+            "an '@' comes after the first '/'; write %2F for a '/' in a password, %40 for an '@'",
+        ));
+    }
     set_hosts(hosts, parameters)?;
     set_decoded(parameters, "dbname", database)?;
     for pair in query.split('&').filter(|pair| !pair.is_empty()) {
@@ -154,6 +161,7 @@ mod tests {
     fn several_hosts_addresses_and_sockets() {
         assert_eq!(all("postgresql://a:1,b/x")[..2], pairs(&[("host", "a,b"), ("port", "1,")]));
         assert_eq!(all("postgresql://[2001:db8::1]:5/x")[..1], pairs(&[("host", "2001:db8::1")]));
+        assert_eq!(all("postgresql://u@h/a@b")[2..], pairs(&[("dbname", "a@b")]));
         assert_eq!(all("postgresql://%2Frun%2Fpg/x")[..1], pairs(&[("host", "/run/pg")]));
     }
 
