@@ -23,6 +23,7 @@ mod crash;
 mod docs;
 mod exec;
 mod exec_end;
+mod files;
 mod inherited;
 mod isolation;
 mod journal;
