@@ -209,11 +209,16 @@ fn root_runs_no_script_that_others_may_write() {
     assert_eq!(submit(daemon.path("in"), &Mail::new("x")), "Kdiscarded");
     daemon.stop();
 
-    let site = Site::with(DISCARD);
-    fs::set_permissions(site.path("config.lua"), Permissions::from_mode(0o666)).expect("a mode");
-    let mut daemon = site.launch().spawn();
-    assert_eq!(daemon.wait_exit().code(), Some(78));
-    assert!(daemon.complete_text().contains(cure), "{}", daemon.text());
+    // Also if the script runs as another user: the supervisor binds what the script declares.
+    for options in [&[][..], &["--user", "nobody"]] {
+        let site = Site::with(DISCARD);
+        let open = Permissions::from_mode(0o666);
+        fs::set_permissions(site.path("config.lua"), open).expect("a mode");
+        let launch = options.iter().fold(site.launch(), |launch, option| launch.arg(option));
+        let mut daemon = launch.spawn();
+        assert_eq!(daemon.wait_exit().code(), Some(78));
+        assert!(daemon.complete_text().contains(cure), "{}", daemon.text());
+    }
 }
 
 #[test]

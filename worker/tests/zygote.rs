@@ -21,8 +21,8 @@ use qrelay_shared::ipc::message::{
 };
 use qrelay_shared::qmqp::encode_request;
 use qrelay_shared::settings::Declaration;
-use qrelay_shared::sys::rights::Rights;
 use qrelay_shared::sys::limits::Limits;
+use qrelay_shared::sys::rights::Rights;
 
 /// Environment variable that tells a new process of this program its role.
 const ROLE: &str = "QRELAY_TEST_ROLE";

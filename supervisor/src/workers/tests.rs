@@ -11,6 +11,7 @@ use qrelay_shared::ipc::channel::{Channel, RecvError, SendError};
 use qrelay_shared::ipc::message::{
     FromControl, Job, MailRecord, Peer, Pong, Report, ToControl, ToJobs, ToReports,
 };
+use qrelay_shared::sys::limits::Limits;
 use qrelay_shared::sys::rights::Rights;
 
 use super::*;
@@ -811,7 +812,8 @@ fn real_neighbours_of_a_lying_worker_live_on() {
     let told = [nix::unistd::getpgrp(), nix::unistd::getppid(), Pid::this(), pid(&innocent)];
     for lie in told {
         let lines = Lines::default();
-        let system = Rc::new(crate::system::Linux { level: slog::Level::Info });
+        let limits = Limits::now().expect("limits");
+        let system = Rc::new(crate::system::Linux { level: slog::Level::Info, limits });
         let log = Logger::root(lines.clone(), slog::o!());
         let mut site = Site::over(system, Rc::default(), log);
         let NewWorker { worker: id, jobs, control, .. } = untold(&mut site);
@@ -846,7 +848,8 @@ fn a_real_process_in_another_group_is_no_worker() {
     let mut innocent = waiting(Some(0));
     let told = [nix::unistd::getppid().as_raw(), std::process::id().cast_signed(), 1, 0, -1];
     for pid in told.into_iter().chain([innocent.id().cast_signed()]) {
-        let system = Rc::new(crate::system::Linux { level: slog::Level::Info });
+        let limits = Limits::now().expect("limits");
+        let system = Rc::new(crate::system::Linux { level: slog::Level::Info, limits });
         let log = Logger::root(slog::Discard, slog::o!());
         let mut site = Site::over(system, Rc::default(), log);
         let new = untold(&mut site);

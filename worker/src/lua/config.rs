@@ -89,7 +89,10 @@ pub(crate) fn run(
 }
 
 /// Refuses, as root, a script that others may change: its author could do everything as root.
-fn require_safe(config: &Path) -> Result<(), ConfigError> {
+///
+/// # Errors
+/// [`ConfigError::Unsafe`], or [`ConfigError::Unreadable`].
+pub(crate) fn require_safe(config: &Path) -> Result<(), ConfigError> {
     if !geteuid().is_root() {
         return Ok(());
     }

@@ -34,6 +34,7 @@ use qrelay_shared::sys::seccomp::spare_other_processes;
 use qrelay_shared::sys::wait::wait;
 use slog::{Level, Logger, error};
 
+use crate::lua::config::require_safe;
 use crate::lua::library::dictionary_client::Opener;
 use crate::lua::state::{LoadOptions, State};
 use crate::process::logging::Current;
@@ -258,6 +259,10 @@ fn load(
 ) -> ZygoteReport {
     if loaded.is_some() {
         return ZygoteReport::Failed { message: "a script has been loaded already".into() };
+    }
+    // Before this process is another user: the supervisor, as root, binds what the script declares.
+    if let Err(error) = require_safe(&options.config) {
+        return ZygoteReport::Failed { message: error.to_string() };
     }
     let supervisor = getppid();
     let before = match account.map_or(Ok(None), |account| become_account(account, supervisor)) {
