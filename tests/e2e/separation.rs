@@ -50,7 +50,7 @@ fn site(settings: &str) -> Site {
            return m:discard(tostring(os.execute(command)))
          end)"
     ));
-    open(site.dir(), 0o777);
+    open(site.dir(), 0o1777);
     site
 }
 
@@ -320,7 +320,7 @@ fn a_dead_workers_program_is_ended_by_the_supervisor() {
                return m:exec_raw('/bin/sh', '-c', 'echo $$ >$1/pid; exec sleep 1000', 'sh', '$DIR')
              end)"
         ));
-        open(site.dir(), 0o777);
+        open(site.dir(), 0o1777);
         let daemon = site.start();
         let mut client = Client::connect(daemon.path("in"));
         client.send(&Mail::new("x").request());
