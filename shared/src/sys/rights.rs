@@ -8,7 +8,7 @@
 //! - [`refuse`] has the kernel refuse descriptors (SO_PASSRIGHTS, Linux 6.16).
 //! - Where it can't, a [`PeerSocket`] looks at each piece of its input before reading it. A look
 //!   (MSG_PEEK) only duplicates the passed descriptors for a moment, and the queue keeps the last
-//!   reference. Input with descriptors is never read, and the whole socket goes to the [`closer`].
+//!   reference. Input with descriptors is never read, and the whole socket goes to the `closer`.
 //!
 //! No passed descriptor is ever received on this way, because received descriptors would fill this
 //! process's table, and the kernel drops the ones that have no room.
