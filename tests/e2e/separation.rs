@@ -408,6 +408,21 @@ fn the_settings_change_the_user_after_the_script_and_the_option_before() {
 }
 
 #[test]
+fn a_reload_changes_the_user_also_without_new_privileges() {
+    let launch = site("user='nobody'").launch();
+    let daemon = launch.through(&["setpriv", "--no-new-privs"]).ready();
+    let kept = daemon.wait_for_log("the supervisor keeps root's user id");
+    assert!(kept.contains("CAP_SETGID") && kept.contains("CAP_SETUID"), "{kept}");
+    let before = daemon.wait_for_workers(2, &[]);
+    assert!(daemon.reload(), "{}", daemon.text());
+    let id = NOBODY.to_string();
+    for pid in daemon.wait_for_workers(2, &before) {
+        assert_eq!(status(pid, "Uid:"), vec![id.clone(); 4]);
+        assert_eq!(status(pid, "CapPrm:"), ["0000000000000000"]);
+    }
+}
+
+#[test]
 fn workers_have_the_users_supplementary_groups() {
     // Debian's package of PostgreSQL puts its user into a second group.
     let expected = Command::new("id").args(["-G", "postgres"]).output().expect("id").stdout;

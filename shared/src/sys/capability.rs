@@ -17,6 +17,10 @@ pub enum Capability {
     Fowner = 3,
     /// Signal another user's process.
     Kill = 5,
+    /// Become a member of other groups.
+    SetGid = 6,
+    /// Become another user.
+    SetUid = 7,
     /// Bind a port below 1024.
     NetBindService = 10,
     /// Look at another user's process in /proc.
@@ -31,6 +35,8 @@ impl Capability {
             Self::DacOverride => "CAP_DAC_OVERRIDE",
             Self::Fowner => "CAP_FOWNER",
             Self::Kill => "CAP_KILL",
+            Self::SetGid => "CAP_SETGID",
+            Self::SetUid => "CAP_SETUID",
             Self::NetBindService => "CAP_NET_BIND_SERVICE",
             Self::SysPtrace => "CAP_SYS_PTRACE",
         }
@@ -57,7 +63,8 @@ struct Sets {
 }
 
 /// Gives up all capabilities of the calling thread but these, and returns those of them that it
-/// has. A program that the process executes as root gets its capabilities as before.
+/// has. A program that the process executes as root gets its capabilities as before, unless the
+/// process has `no_new_privs`.
 ///
 /// # Errors
 /// As capget(2) and capset(2).

@@ -4,6 +4,7 @@
 //! # Failure
 //! Capabilities that can't be given up stay, and the log says so.
 
+use nix::sys::prctl::get_no_new_privs;
 use nix::unistd::geteuid;
 use qrelay_shared::settings::{Sandbox, Separation};
 use qrelay_shared::sys::capability::{Capability, keep_only};
@@ -11,7 +12,7 @@ use slog::{Logger, info, warn};
 
 /// What the supervisor needs when its workers are another user's: to make sockets where the script
 /// wants them, with the owner and mode that it wants, and to signal and look at processes.
-const NEEDED: [Capability; 6] = [
+const NEEDED: &[Capability] = &[
     Capability::Chown,
     Capability::DacOverride,
     Capability::Fowner,
@@ -19,6 +20,10 @@ const NEEDED: [Capability; 6] = [
     Capability::NetBindService,
     Capability::SysPtrace,
 ];
+
+/// What a zygote needs to become another user. A zygote is root when it is executed, so it gets the
+/// capabilities from the kernel. With `no_new_privs` it gets only those that the supervisor has.
+const CHANGE_USER: &[Capability] = &[Capability::SetGid, Capability::SetUid];
 
 /// The lines that are logged once in the supervisor's life.
 #[derive(Debug, Default)]
@@ -65,7 +70,8 @@ impl Announcements {
 }
 
 fn reduce(log: &Logger) {
-    match keep_only(&NEEDED) {
+    let inherited = if get_no_new_privs() == Ok(true) { CHANGE_USER } else { &[] };
+    match keep_only(&[NEEDED, inherited].concat()) {
         Ok(kept) => {
             let names: Vec<_> = kept.into_iter().map(Capability::name).collect();
             info!(log, "the supervisor keeps root's user id and these capabilities";
