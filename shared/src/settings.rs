@@ -183,7 +183,10 @@ impl Sandbox {
             Self::Off | Self::Full => None,
             Self::PtraceOnly => Some("this kernel lacks scoped signals (Linux 6.12)"),
             Self::TooOld => Some("this kernel lacks Landlock with renames (Linux 5.19)"),
-            Self::Missing => Some("this kernel lacks Landlock (CONFIG_SECURITY_LANDLOCK, lsm=)"),
+            Self::Missing => Some(
+                "this kernel lacks Landlock (CONFIG_SECURITY_LANDLOCK, lsm=), \
+                 or a filter of system calls (SystemCallFilter=) forbids it",
+            ),
         }
     }
 }
@@ -203,8 +206,10 @@ pub struct Separation {
 impl Separation {
     /// Returns what the kernel lacks for the whole sandbox, if it lacks something.
     pub fn lack(&self) -> Option<&'static str> {
-        let filter = (self.sandbox != Sandbox::Off && !self.filtered)
-            .then_some("this kernel lacks filters of system calls (CONFIG_SECCOMP_FILTER)");
+        let filter = (self.sandbox != Sandbox::Off && !self.filtered).then_some(
+            "this kernel lacks filters of system calls (CONFIG_SECCOMP_FILTER), or another \
+                 filter (SystemCallFilter=) forbids seccomp",
+        );
         self.sandbox.lack().or(filter)
     }
 }
