@@ -23,6 +23,10 @@ use nix::unistd::{AccessFlags, access, geteuid};
 /// The list of packages.
 const PACKAGES: &str = include_str!("packages");
 
+/// Mounts what the machine of the unit's tests has as its root directory.
+const OVERLAY: &str = "mount -t tmpfs none /tmp && mkdir /tmp/upper /tmp/work &&
+    mount -t overlay none /mnt -o lowerdir=/,upperdir=/tmp/upper,workdir=/tmp/work";
+
 fn main() -> ExitCode {
     let arguments: Vec<String> = env::args().skip(1).collect();
     if arguments.iter().any(|argument| argument == "--list") {
@@ -66,6 +70,11 @@ fn system() -> Vec<String> {
     unshare.args(["--mount", "--net", "--cgroup", "--pid", "--fork", "true"]);
     if !unshare.stdin(Stdio::null()).output().is_ok_and(|output| output.status.success()) {
         lacking.push("namespaces of mounts, networks, control groups and processes".to_owned());
+    }
+    let mut overlay = Command::new("unshare");
+    overlay.args(["--mount", "sh", "-c", OVERLAY]);
+    if !overlay.stdin(Stdio::null()).output().is_ok_and(|output| output.status.success()) {
+        lacking.push("an overlay file system over the root directory".to_owned());
     }
     lacking
 }

@@ -3,88 +3,16 @@
 use std::fs;
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::atomic::{AtomicU32, Ordering};
 
 use nix::sys::signal::Signal;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType};
 
+use crate::harness::control_group::{Group, mount};
 use crate::harness::daemon::QRELAY;
 use crate::harness::mail::split;
 use crate::harness::processes::{self, signal};
 use crate::harness::{Client, Daemon, Mail, PATIENCE, Site, Target, eventually, submit};
-
-/// Returns the mount point of cgroup2 on this machine.
-fn mount() -> PathBuf {
-    let mounts = fs::read_to_string("/proc/self/mountinfo").expect("mountinfo");
-    let line = mounts.lines().find(|line| line.contains(" - cgroup2 "));
-    line.expect("cgroup2 is mounted").split(' ').nth(4).expect("mount point").into()
-}
-
-/// A control group, which is removed when dropped.
-struct Group {
-    directory: PathBuf,
-}
-
-impl Group {
-    fn new() -> Self {
-        static SERIAL: AtomicU32 = AtomicU32::new(0);
-        let number = SERIAL.fetch_add(1, Ordering::Relaxed);
-        let directory = mount().join(format!("qrelay-test-{}-{number}", std::process::id()));
-        fs::create_dir(&directory).expect("cgroup (as root)");
-        Self { directory }
-    }
-
-    fn below(&self, name: &str) -> Self {
-        let directory = self.directory.join(name);
-        fs::create_dir(&directory).expect("cgroup");
-        Self { directory }
-    }
-
-    /// Returns the path as /proc/PID/cgroup shows it to processes in the same cgroup namespace.
-    fn path(&self) -> String {
-        let relative = self.directory.strip_prefix(mount()).expect("below the mount");
-        format!("/{}", relative.display())
-    }
-
-    /// Returns the path of cgroup.procs; a process that writes 0 into that file joins the group.
-    fn procs(&self) -> String {
-        self.directory.join("cgroup.procs").display().to_string()
-    }
-
-    fn set(&self, name: &str, value: &str) {
-        let mut command = Command::new("setfattr");
-        command.args(["-n", name, "-v", value]).arg(&self.directory);
-        assert!(command.status().expect("setfattr").success(), "{name}");
-    }
-
-    /// Returns a command that runs in this group; the caller adds program and arguments.
-    fn command(&self) -> Command {
-        let mut command = Command::new("/bin/sh");
-        command.args(["-c", "echo $$ >\"$0\" && exec \"$@\""]).arg(self.procs());
-        command
-    }
-
-    /// Submits a mail from within the group, and returns the text of the reply.
-    fn submit(&self, to: &Path) -> String {
-        let mut command = self.command();
-        command.arg(QRELAY).arg("send").arg("--to").arg(to);
-        command.args(["--sender", "a@example.com", "b@example.org"]);
-        let output = command.stdin(Stdio::null()).output().expect("send");
-        String::from_utf8_lossy(&output.stdout).trim_end().to_owned()
-    }
-}
-
-impl Drop for Group {
-    fn drop(&mut self) {
-        let removed =
-            crate::harness::record::within(PATIENCE, || fs::remove_dir(&self.directory).ok());
-        if removed.is_none() && !std::thread::panicking() {
-            panic!("{} can't be removed", self.directory.display());
-        }
-    }
-}
 
 /// Starts a daemon whose handler runs `body` with the mail as `m`, and discards the mail with the
 /// returned text.

@@ -7,7 +7,9 @@
 //! Every function panics with what it expected and what it saw, so that the calling test fails.
 
 pub mod client;
+pub mod control_group;
 pub mod daemon;
+pub mod machine;
 pub mod mail;
 pub mod network;
 pub mod notify;

@@ -43,3 +43,4 @@ mod shared;
 mod start;
 mod stop;
 mod systemd;
+mod unit;
