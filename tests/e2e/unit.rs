@@ -12,7 +12,7 @@ use crate::harness::control_group::set_attribute;
 use crate::harness::machine::{Machine, SERVICE, UNITS};
 use crate::harness::network::in_own_network;
 use crate::harness::postgres::Cluster;
-use crate::harness::{Client, Daemon, Mail, PATIENCE, Sink, Target, submit};
+use crate::harness::{Client, Daemon, Mail, PATIENCE, Sink, Target, eventually, submit};
 
 const SOCKET: &str = "/run/cm4all/qrelay/qrelay.sock";
 
@@ -94,6 +94,14 @@ impl Peers {
               pg = function(m) return m:discard(db:execute('SELECT 42 AS n'):fetch().n) end,
               -- The kernel tells about networks as about sockets: by AF_NETLINK.
               netlink = function(m) return run(m, 'ip link show lo >/dev/null && echo up') end,
+              writable = function(m)
+                return run(m, 'find / -maxdepth 3 -path /proc -prune -o ' ..
+                  '-type d -writable -print 2>/dev/null; true')
+              end,
+              gate = function(m)
+                return run(m, 'cd /run/cm4all/qrelay; touch begun; ' ..
+                  'until test -e go; do sleep 0.01; done; echo gate')
+              end,
               nice = function(m) return run(m, 'nice -n 5 nice') end,
               limit = function(m) return run(m, 'ulimit -n') end,
               who = function(m)
@@ -199,6 +207,34 @@ fn everything_works_as_the_unit_runs_it() {
         machine.wait_for_log("ready generation=2 ");
         assert_eq!(submit(machine.path(SOCKET), &Mail::new("x").from("raw@x")), "Kreloaded");
 
+        let told = submit(machine.path(SOCKET), &Mail::new("x").from("writable@x")).to_string();
+        let mut writable: Vec<_> = told.trim_start_matches('K').split(' ').collect();
+        writable.sort_unstable();
+        assert_eq!(writable, ["/dev/shm", "/run/cm4all/qrelay", "/tmp", "/var/tmp"]);
+
+        let main = machine.property("MainPID");
+        let children = machine.path(&format!("/proc/{main}/task/{main}/children"));
+        let children = fs::read_to_string(children).expect("children");
+        let read = |pid: &str, file: &str| {
+            let text = fs::read_to_string(machine.path(&format!("/proc/{pid}/{file}")));
+            text.expect("a process").trim().to_owned()
+        };
+        let workers =
+            children.split_whitespace().filter(|pid| read(pid, "comm") == "qrelay-worker");
+        let chosen: Vec<i32> =
+            workers.map(|pid| read(pid, "oom_score_adj").parse().expect("a number")).collect();
+        assert!(chosen.len() >= 2 && chosen.iter().all(|&score| score > 0), "{chosen:?}");
+        assert_eq!(read(&main, "oom_score_adj"), "0");
+
+        // A mail that a program has at the stop is finished.
+        let mut client = Client::connect(machine.path(SOCKET));
+        client.send(&Mail::new("x").from("gate@x").request());
+        let begun = machine.path("/run/cm4all/qrelay/begun");
+        eventually("the program", || begun.exists().then_some(()));
+        machine.succeed(&["systemctl", "stop", "--no-block", SERVICE]);
+        machine.wait_for_log("stopping in_flight=1");
+        machine.write("/run/cm4all/qrelay/go", "");
+        assert_eq!(client.outcome(), "Kgate");
         machine.succeed(&["systemctl", "stop", SERVICE]);
         assert_eq!(machine.property("Result"), "success");
         assert_eq!(machine.property("ExecMainStatus"), "0");
