@@ -2,8 +2,8 @@
 //!
 //! The protocols ([`netstring`], [`qmqp`], [`address`], [`header`], [`endpoint`], [`network`],
 //! [`pond`], [`beng_control`]) take bytes and return values, and do no I/O. [`ipc`] is the
-//! communication between the processes, with [`mod@ids`], [`settings`] and [`dictionary`] as its
-//! vocabulary. [`texts`] has every reply text, [`log`] the log of every process, [`exit`] the exit
+//! communication between the processes, with [`mod@ids`], [`settings`], [`client`] and
+//! [`dictionary`] as its vocabulary. [`texts`] has every reply text, [`log`] the log of every process, [`exit`] the exit
 //! statuses. [`sys`] is the operating system, and the only place with unsafe code in the whole
 //! project.
 
@@ -14,6 +14,7 @@ extern crate self as qrelay_shared;
 
 pub mod address;
 pub mod beng_control;
+pub mod client;
 pub mod deadline;
 pub mod dictionary;
 pub mod endpoint;

@@ -6,14 +6,15 @@
 //! # Failure
 //! Out of descriptors or memory, or when the kernel refuses to pass connections on, the listeners
 //! are not watched until a job is done or 100 ms are over, because a level-triggered watched
-//! listener would keep the loop busy. When too many silent connections are held, the client with
-//! the most connections loses its oldest silent ones.
+//! listener would keep the loop busy. When too many connections are held, `eviction` chooses those
+//! that give way to new ones.
 
 mod backlog;
 mod bind;
 mod bind_error;
 mod bound_inode;
 mod connections;
+mod eviction;
 mod listeners;
 mod socket_file;
 mod throttle;
@@ -22,21 +23,26 @@ use std::collections::BTreeSet;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
+use qrelay_shared::client::Client;
 use qrelay_shared::ipc::message::{Job, Peer};
 use qrelay_shared::qmqp::Reply;
-use qrelay_shared::settings::{Declaration, ListenAddress};
+use qrelay_shared::settings::{Declaration, ListenAddress, Settings};
 use qrelay_shared::texts;
 use slog::{Logger, error, info, warn};
 
 use crate::accept::backlog::{Ending, Serves};
-use crate::accept::connections::{ACCEPT_BATCH, Accepted, Connections, MAX_HELD, Seen, State};
+use crate::accept::connections::{Accepted, Connections, Seen, State};
+use crate::accept::eviction::{Held, Worth};
 use crate::accept::listeners::{Listeners, NotListening};
 use crate::accept::throttle::Throttle;
-use crate::client::{Client, Connected};
+use crate::connected::Connected;
+use crate::descriptors::allot;
 use crate::event::{Event, Events, LostAnswer, LostMail};
 use crate::ids::{GenerationId, JobId, ListenerId, WorkerId};
 use crate::watch::Watcher;
 
+/// Most connections taken from one listener before the others get their turn.
+const ACCEPT_BATCH: usize = 64;
 /// How long listeners stay unwatched, unless a job is done before.
 const DISARM: Duration = Duration::from_millis(100);
 
@@ -49,6 +55,25 @@ struct Limits {
     first_byte: Duration,
     /// How long a client waits for a worker.
     waiting: Duration,
+    /// Most connections that no worker has.
+    held: usize,
+}
+
+impl Limits {
+    fn new(settings: &Settings, descriptors: u64) -> Self {
+        Self {
+            per_uid: settings.max_connections_per_uid,
+            first_byte: settings.client_timeout,
+            waiting: settings.relay_timeout,
+            held: allot(descriptors, settings).held,
+        }
+    }
+
+    /// Returns how many connections are accepted at once. With few descriptors that is a part of
+    /// what may be held, because all of the batch are held for a moment.
+    fn batch(&self) -> usize {
+        (self.held / 2).clamp(1, ACCEPT_BATCH)
+    }
 }
 
 /// Whether connections are let in.
@@ -67,6 +92,8 @@ enum Intake {
 pub(crate) struct Acceptor {
     log: Logger,
     watcher: Watcher,
+    /// The limit of this process's descriptors.
+    descriptors: u64,
     listeners: Listeners,
     connections: Connections,
     intake: Intake,
@@ -85,7 +112,8 @@ pub(crate) struct Acceptor {
 }
 
 impl Acceptor {
-    /// Takes over the sockets that systemd passed.
+    /// Takes over the sockets that systemd passed. This process may have `descriptors` descriptors
+    /// in all (RLIMIT_NOFILE).
     ///
     /// # Errors
     /// A passed socket doesn't listen.
@@ -93,6 +121,7 @@ impl Acceptor {
         log: Logger,
         watcher: Watcher,
         passed: Vec<(OwnedFd, String)>,
+        descriptors: u64,
     ) -> Result<Self, NotListening> {
         let mut listeners = Listeners::default();
         listeners.adopt(passed)?;
@@ -100,6 +129,7 @@ impl Acceptor {
             log,
             connections: Connections::new(watcher.clone()),
             watcher,
+            descriptors,
             listeners,
             intake: Intake::Open,
             current: None,
@@ -167,13 +197,7 @@ impl Acceptor {
         for error in self.listeners.activate(new, declaration) {
             error!(self.log, "listener: {error}");
         }
-        let settings = &declaration.settings;
-        let limits = Limits {
-            per_uid: settings.max_connections_per_uid,
-            first_byte: settings.client_timeout,
-            waiting: settings.relay_timeout,
-        };
-        self.current = Some((new, limits));
+        self.current = Some((new, Limits::new(&declaration.settings, self.descriptors)));
         if let Some(old) = old {
             for id in self.listeners.without(new) {
                 match self.listeners.get(id).and_then(|listener| listener.number(old)) {
@@ -239,35 +263,61 @@ impl Acceptor {
             // Something earlier in the same turn has ended the listener.
             return;
         }
-        if !self.make_room(now) {
-            return self.pause("too many connections wait", now);
+        if let Accepted::Exhausted(error) = self.accept_batch(id, now, events) {
+            self.pause(&format!("accept: {error}"), now);
         }
-        let mut new = std::mem::take(&mut self.accepted);
-        if let Some(listener) = self.listeners.get(id) {
-            match self.connections.accept(id, listener, now, &mut new) {
-                Accepted::More => {}
-                Accepted::Empty => self.listeners.emptied(id),
-                Accepted::Exhausted(error) => self.pause(&format!("accept: {error}"), now),
-            }
-        }
-        self.admit_all(&new, now, events);
-        new.clear();
-        self.accepted = new;
     }
 
-    /// Returns whether a batch of connections can be held, if need be in place of silent ones of
-    /// the client that has the most: one client must not shut out the others.
-    fn make_room(&mut self, now: Instant) -> bool {
-        let reply = Reply::temporary(texts::TRY_AGAIN);
-        while self.connections.held() + ACCEPT_BATCH > MAX_HELD {
-            let Some(client) = self.connections.evict(&reply, now) else { return false };
-            if let Some(suppressed) = self.warnings.pass(now) {
-                warn!(self.log, "too many silent connections: closing some";
-                    "client" => ?client, "held" => self.connections.held(),
-                    "suppressed" => suppressed);
-            }
+    /// Accepts a batch of connections, if need be in place of others. Out of descriptors or memory,
+    /// others give way only to the next batch.
+    fn accept_batch(&mut self, id: ListenerId, now: Instant, events: &mut Events) -> Accepted {
+        let Some((_, limits)) = self.current else { return Accepted::Empty };
+        let batch = limits.batch();
+        let surplus = (self.connections.held() + batch).saturating_sub(limits.held);
+        self.evict(surplus, "too many connections wait", now, events);
+        let mut new = std::mem::take(&mut self.accepted);
+        let mut accepted = Accepted::Empty;
+        if let Some(listener) = self.listeners.get(id) {
+            accepted = self.connections.accept((id, listener), batch, now, &mut new);
         }
-        true
+        self.admit_all(&new, now, events);
+        match &accepted {
+            Accepted::More => {}
+            Accepted::Empty => self.listeners.emptied(id),
+            Accepted::Exhausted(error) if new.is_empty() => {
+                let cause = format!("accept: {error}");
+                if self.evict(batch, &cause, now, events) > 0 {
+                    accepted = Accepted::More;
+                }
+            }
+            Accepted::Exhausted(_) => accepted = Accepted::More,
+        }
+        new.clear();
+        self.accepted = new;
+        accepted
+    }
+
+    /// Has connections give way, those of the client first that holds most: one client must not
+    /// shut out the others. Returns how many.
+    fn evict(&mut self, count: usize, cause: &str, now: Instant, events: &mut Events) -> usize {
+        if count == 0 {
+            return 0;
+        }
+        let held = self.connections.held();
+        let chosen = eviction::choose(self.connections.held_ones(), count);
+        let Some(first) = chosen.first() else { return 0 };
+        if let Some(suppressed) = self.warnings.pass(now) {
+            warn!(self.log, "closing connections of the client that holds most: {cause}";
+                "client" => %first.client, "held" => held, "closed" => chosen.len(),
+                "suppressed" => suppressed);
+        }
+        for &Held { job, client, worth } in &chosen {
+            if worth == Worth::Waits {
+                events.push_back(Event::GivenUp { job, client });
+            }
+            self.connections.dismiss(job, now);
+        }
+        chosen.len()
     }
 
     /// Decides about new connections. Whether they have spoken is looked at only now, because by
@@ -337,7 +387,7 @@ impl Acceptor {
             && let Some(suppressed) = self.refusals.pass(now)
         {
             warn!(self.log, "connection refused: the client has passed descriptors";
-                "client" => ?Client::from(connection.peer), "suppressed" => suppressed);
+                "client" => %Client::from(connection.peer), "suppressed" => suppressed);
         }
         self.connections.answer(job, &Reply::permanent(texts::MALFORMED_INPUT), now);
         self.connections.close(job);
@@ -414,7 +464,7 @@ impl Acceptor {
                 State::Pending => self.refuse(job, texts::REQUEST_TIMED_OUT, now),
                 State::Waiting => {
                     let client = Client::from(connection.peer);
-                    warn!(self.log, "no worker was free in time"; "client" => ?client);
+                    warn!(self.log, "no worker was free in time"; "client" => %client);
                     self.give_up_one(job, now, events);
                 }
                 State::Lingering | State::Dispatched(_) => self.connections.close(job),

@@ -110,9 +110,9 @@ fn start(
     let poller = Poller::new().map_err(|error| format!("epoll: {error}"))?;
     let watcher = poller.watcher();
     watcher.add(&signals, Source::Signals).map_err(|error| format!("epoll: {error}"))?;
-    let acceptor =
-        Acceptor::new(log.clone(), watcher, passed).map_err(|error| error.to_string())?;
     let system = Rc::new(Linux { level: options.level, limits });
+    let acceptor = Acceptor::new(log.clone(), watcher, passed, system.descriptor_limit())
+        .map_err(|error| error.to_string())?;
     let now = Instant::now();
     let mut daemon = Daemon::new(&options, log, acceptor, &poller, system, now);
     daemon.boot(now);

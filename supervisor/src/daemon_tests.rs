@@ -109,7 +109,8 @@ impl World {
             boot_timeout: Duration::from_secs(30),
             account: None,
         };
-        let acceptor = Acceptor::new(quiet(), poller.watcher(), Vec::new()).expect("no sockets");
+        let acceptor =
+            Acceptor::new(quiet(), poller.watcher(), Vec::new(), 65_536).expect("no sockets");
         let mut daemon =
             Daemon::new(&options, quiet(), acceptor, &poller, Rc::clone(&fake) as _, now);
         daemon.boot(now);

@@ -10,11 +10,11 @@ use std::os::fd::OwnedFd;
 use std::time::Instant;
 
 use nix::unistd::Pid;
+use qrelay_shared::client::Client;
 use qrelay_shared::exit::Exit;
 use qrelay_shared::ipc::channel::SendError;
 use qrelay_shared::ipc::message::{MailRecord, Peer};
 
-use crate::client::Client;
 use crate::ids::{GenerationId, JobId, WorkerId, ZygoteId};
 
 /// One fact.

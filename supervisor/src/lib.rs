@@ -13,8 +13,9 @@
 
 mod accept;
 mod backoff;
-mod client;
+mod connected;
 pub mod daemon;
+mod descriptors;
 mod event;
 mod generations;
 mod ids;

@@ -75,6 +75,9 @@ pub(crate) trait System: Debug {
 
     /// Returns the id of this process' group, to which zygotes and workers belong too.
     fn own_group(&self) -> Pid;
+
+    /// Returns how many descriptors this process may have, as each worker may.
+    fn descriptor_limit(&self) -> u64;
 }
 
 /// The role of a child of the supervisor, seen from the jobs of a dead worker.
@@ -187,6 +190,11 @@ impl System for Linux {
 
     fn own_group(&self) -> Pid {
         getpgrp()
+    }
+
+    fn descriptor_limit(&self) -> u64 {
+        // getrlimit fails only for a resource that the kernel doesn't know.
+        Limits::now().map_or(0, |limits| limits.descriptors)
     }
 }
 

@@ -24,11 +24,12 @@ use std::time::Instant;
 use nix::sys::signal::Signal;
 use nix::sys::wait::WaitStatus;
 use nix::unistd::Pid;
+use qrelay_shared::client::Client;
 use qrelay_shared::ipc::channel::RecvBuffer;
 use qrelay_shared::settings::Settings;
-use slog::Logger;
+use slog::{Logger, warn};
 
-use crate::client::Client;
+use crate::descriptors::allot;
 use crate::event::{Event, Events, Programs};
 use crate::ids::{GenerationId, JobId, WorkerId};
 use crate::system::System;
@@ -108,7 +109,14 @@ impl Workers {
         now: Instant,
         events: &mut Events,
     ) {
-        let commands = self.pool.start(generation, settings, now);
+        let credit = allot(self.system.descriptor_limit(), settings).credit;
+        if credit < settings.worker_connections as usize {
+            warn!(self.log, "too few descriptors for worker_connections: raise LimitNOFILE in the \
+                unit or the hard limit (ulimit -Hn)"; "generation" => generation,
+                "worker_connections" => settings.worker_connections, "in_force" => credit,
+                "descriptors" => self.system.descriptor_limit());
+        }
+        let commands = self.pool.start(generation, settings, credit, now);
         self.carry_out(commands, now, events);
     }
 

@@ -16,8 +16,44 @@ use crate::harness::record::within;
 use crate::harness::sink::answer;
 use crate::harness::{Client, Daemon, Gate, Mail, Reply, Sink, Site, eventually, full, submit};
 
+/// Few descriptors, and a client that takes all it can get: the others are served at once, because
+/// the client's own connections give way.
 #[test]
 fn out_of_descriptors() {
+    let site = Site::with(
+        "settings{workers=2, client_timeout=60}
+         qmqp_listen('$DIR/in', function(m) return m:connect('$DIR/out') end)",
+    );
+    let _sink = Sink::answering(site.path("out"), "Kok");
+    let daemon = site.launch().through(&["prlimit", "--nofile=128:128"]).ready();
+    daemon.wait_for_log("too few descriptors for worker_connections");
+    let fds = daemon.idle_fd_count(2);
+    let silent: Vec<_> = (0..300).map(|_| Client::connect(daemon.path("in"))).collect();
+    daemon.wait_for_log("too many connections wait");
+    for _ in 0..20 {
+        let sent = send_as_nobody(&daemon.path("in"), "other@x");
+        assert_eq!(sent.status.code(), Some(0), "{sent:?}");
+    }
+    // Descriptors for the successors of workers are kept.
+    let workers = daemon.workers();
+    for &worker in &workers {
+        daemon.kill(worker);
+    }
+    daemon.wait_for_workers(2, &workers);
+    let sent = send_as_nobody(&daemon.path("in"), "other@x");
+    assert_eq!(sent.status.code(), Some(0), "{sent:?}");
+    assert!(daemon.fd_count() < 128, "{} descriptors", daemon.fd_count());
+    assert!(daemon.reload());
+
+    drop(silent);
+    assert_eq!(submit(daemon.path("in"), &Mail::new("x")), "Kok");
+    eventually("as before", || (daemon.fd_count() == fds).then_some(()));
+}
+
+/// The same with so few descriptors that there is hardly a place: nobody waits for a timeout, and
+/// the supervisor neither spins nor floods the log.
+#[test]
+fn hardly_any_descriptors() {
     let site = Site::with(
         "settings{workers=1, client_timeout=60}
          qmqp_listen('$DIR/in', function(m) return m:connect('$DIR/out') end)",
@@ -25,27 +61,21 @@ fn out_of_descriptors() {
     let _sink = Sink::answering(site.path("out"), "Kok");
     let daemon = site.launch().through(&["prlimit", "--nofile=48:48"]).ready();
     let fds = daemon.idle_fd_count(1);
-    // The supervisor keeps silent clients, one descriptor each, until it has no more.
     let silent: Vec<_> = (0..100).map(|_| Client::connect(daemon.path("in"))).collect();
-    let mut late = Client::connect(daemon.path("in"));
-    late.send(&Mail::new("late").request());
-    eventually("full", || (daemon.fd_count() >= 46).then_some(()));
-
-    // A rate is measured here, so the measurement takes a fixed time.
     let (ticks, started) = (cpu_ticks(daemon.pid()), Instant::now());
     let lines = daemon.text().lines().count();
-    let answer = late.outcome_within(Duration::from_secs(2));
+    for _ in 0..10 {
+        let sent = send_as_nobody(&daemon.path("in"), "other@x");
+        assert_eq!(sent.status.code(), Some(0), "{sent:?}");
+    }
     let busy = cpu_ticks(daemon.pid()) - ticks;
     let seconds = started.elapsed().as_secs_f64();
     let said = daemon.text().lines().count() - lines;
-    println!("{busy} ticks and {said} lines in {seconds:.1} s without descriptors");
     assert!((busy as f64) < 0.25 * 100.0 * seconds.max(0.5), "{busy} ticks in {seconds} s");
-    assert!((said as f64) <= 2.0 + 2.0 * seconds, "{said} lines in {seconds} s");
+    // One line for each mail, and one a second about what gives way.
+    assert!((said as f64) <= 12.0 + 2.0 * seconds, "{said} lines in {seconds} s");
 
     drop(silent);
-    if answer != "Kok" {
-        assert_eq!(late.outcome(), "Kok", "served as soon as there is room");
-    }
     assert_eq!(submit(daemon.path("in"), &Mail::new("x")), "Kok");
     eventually("as before", || (daemon.fd_count() == fds).then_some(()));
     assert_eq!(daemon.workers().len(), 1);
@@ -58,17 +88,17 @@ fn a_stop_without_descriptors_loses_nobody_in_the_backlog() {
          qmqp_listen('$DIR/in', function(m) return m:discard() end)",
     );
     let mut daemon = site.launch().through(&["prlimit", "--nofile=48:48"]).ready();
-    let silent: Vec<_> = (0..100).map(|_| Client::connect(daemon.path("in"))).collect();
-    eventually("full", || (daemon.fd_count() >= 46).then_some(()));
+    let _silent: Vec<_> = (0..100).map(|_| Client::connect(daemon.path("in"))).collect();
+    daemon.wait_for_log("too many connections wait");
     let mut late: Vec<_> = (0..20).map(|_| Client::connect(daemon.path("in"))).collect();
     for client in &mut late {
         client.send(&Mail::new("x").request());
     }
     daemon.signal(nix::sys::signal::Signal::SIGTERM);
     daemon.wait_for_log("stopping");
-    drop(silent);
     for client in &mut late {
-        assert_eq!(client.outcome(), "Kdiscarded");
+        let answer = client.outcome();
+        assert!(answer == "Kdiscarded" || answer == "Ztry again later", "{answer}");
     }
     assert!(daemon.wait_exit().success());
 }
@@ -316,16 +346,33 @@ fn urgent_data_does_not_keep_the_supervisor_busy() {
 
 #[test]
 fn a_silent_crowd_shuts_nobody_out() {
+    a_crowd_shuts_nobody_out(b"", 0);
+}
+
+/// A crowd that waits for credits, and whose mails never end.
+#[test]
+fn a_waiting_crowd_shuts_nobody_out() {
+    // The first ones that wait keep their places, so the first one to be told is a later one.
+    a_crowd_shuts_nobody_out(b"9000:8000:x", 4200);
+}
+
+fn a_crowd_shuts_nobody_out(begin: &[u8], told: usize) {
     let daemon = Daemon::start(
-        "settings{workers=1, client_timeout=60}
+        "settings{workers=1, worker_connections=8, client_timeout=60}
          qmqp_listen('$DIR/in', function(m) return m:discard() end)",
     );
     // There are more clients than the supervisor (4096) and its backlog can hold.
-    let crowd: Vec<_> = (0..4300).map(|_| Client::connect(daemon.path("in"))).collect();
+    let crowd: Vec<_> = (0..4300)
+        .map(|_| {
+            let mut client = Client::connect(daemon.path("in"));
+            client.send(begin);
+            client
+        })
+        .collect();
     let sent = send_as_nobody(&daemon.path("in"), "a@example.com");
     assert_eq!(sent.status.code(), Some(0), "{sent:?}");
-    daemon.wait_for_log("too many silent connections");
-    let mut first = crowd.into_iter().next().expect("a crowd");
+    daemon.wait_for_log("too many connections wait");
+    let mut first = crowd.into_iter().nth(told).expect("a crowd");
     assert_eq!(first.outcome(), "Ztry again later");
 }
 

@@ -20,7 +20,7 @@ const SHELL_BLOCK: rlim_t = 512;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
     /// Number of descriptors (RLIMIT_NOFILE).
-    pub(crate) descriptors: rlim_t,
+    pub descriptors: rlim_t,
     /// Size of a core dump in bytes (RLIMIT_CORE).
     pub(crate) core: rlim_t,
 }

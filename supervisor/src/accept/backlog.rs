@@ -9,10 +9,11 @@
 
 use std::time::Instant;
 
+use qrelay_shared::client::Client;
+
 use crate::accept::connections::{Accepted, State};
 use crate::accept::listeners::Socket;
 use crate::accept::{Acceptor, DISARM};
-use crate::client::Client;
 use crate::event::{Event, Events};
 use crate::ids::{GenerationId, ListenerId};
 
@@ -74,24 +75,16 @@ impl Acceptor {
 
     /// Accepts all that is in a backlog, before the listener is closed.
     fn accept_all(&mut self, id: ListenerId, now: Instant, events: &mut Events) -> Backlog {
-        let mut new = Vec::new();
-        let mut left = Backlog::Empty;
-        while let Some(listener) = self.listeners.get(id) {
-            match self.connections.accept(id, listener, now, &mut new) {
+        loop {
+            match self.accept_batch(id, now, events) {
                 Accepted::More => {}
-                Accepted::Empty => {
-                    self.listeners.emptied(id);
-                    break;
-                }
+                Accepted::Empty => return Backlog::Empty,
                 Accepted::Exhausted(error) => {
                     self.pause(&format!("accept: {error}"), now);
-                    left = Backlog::MayHoldMore;
-                    break;
+                    return Backlog::MayHoldMore;
                 }
             }
         }
-        self.admit_all(&new, now, events);
-        left
     }
 
     /// Binds the listener's unserved connections to the generation that knows the listener.

@@ -19,23 +19,21 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{MsgFlags, getsockopt, recv, send, sockopt};
+use qrelay_shared::client::Client;
 use qrelay_shared::ipc::message::Peer;
 use qrelay_shared::qmqp::Reply;
 use qrelay_shared::sys::rights::{Look, MoreInput, PeerError, PeerSocket, Rights};
+use qrelay_shared::texts;
 use rustc_hash::FxHashMap;
 
+use crate::accept::eviction::{Held, Worth};
 use crate::accept::listeners::{Listener, Socket, canonical};
-use crate::client::Client;
 use crate::event::LostAnswer;
 use crate::ids::{GenerationId, JobId, ListenerId, WorkerId};
 use crate::watch::{Source, Watcher};
 
-/// Most connections that no worker has; the kernel's backlog has to hold more than these.
-pub(super) const MAX_HELD: usize = 4096;
 /// How long the rest of an answered request is read and dropped.
 const LINGER: Duration = Duration::from_secs(2);
-/// Connections taken from one listener before the others get their turn.
-pub(super) const ACCEPT_BATCH: usize = 64;
 
 /// How far a connection has come.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -151,17 +149,17 @@ impl Connections {
         }
     }
 
-    /// Accepts a batch from a listener and appends the connections to `new`. They are pending and
-    /// not watched.
+    /// Accepts at most `batch` connections from a listener and appends them to `new`. They are
+    /// pending and not watched.
     pub(super) fn accept(
         &mut self,
-        id: ListenerId,
-        listener: &Listener,
+        (id, listener): (ListenerId, &Listener),
+        batch: usize,
         now: Instant,
         new: &mut Vec<JobId>,
     ) -> Accepted {
         let boottime = boottime();
-        for _ in 0..ACCEPT_BATCH {
+        for _ in 0..batch {
             let (fd, peer) = match accept_one(listener) {
                 Ok(accepted) => accepted,
                 Err(error) => match error.raw_os_error().map(Errno::from_raw) {
@@ -272,19 +270,27 @@ impl Connections {
         }
     }
 
-    /// Makes room when too many connections are held: the client with the most connections loses
-    /// the one that has been silent for longest. That connection has sent nothing, so nothing can
-    /// be unread, and it is answered and closed at once. Returns the client.
-    pub(super) fn evict(&mut self, reply: &Reply, now: Instant) -> Option<Client> {
-        let (&client, _) = self.clients.iter().max_by_key(|(_, count)| **count)?;
-        let id = self.timers.iter().map(|&(_, id)| id).find(|id| {
-            self.table
-                .get(id)
-                .is_some_and(|c| c.state == State::Pending && Client::from(c.peer) == client)
-        })?;
-        self.answer(id, reply, now);
+    /// Returns the connections that no worker has.
+    pub(super) fn held_ones(&self) -> impl Iterator<Item = Held> {
+        self.table.iter().filter_map(|(&job, connection)| {
+            let worth = match connection.state {
+                State::Lingering => Worth::Answered,
+                State::Pending => Worth::Silent,
+                State::Waiting => Worth::Waits,
+                State::Dispatched(_) => return None,
+            };
+            Some(Held { job, client: connection.peer.into(), worth })
+        })
+    }
+
+    /// Closes a connection that no worker has, without waiting for the client. What the client has
+    /// sent by now is dropped before, because unread bytes can destroy the answer.
+    pub(super) fn dismiss(&mut self, id: JobId, now: Instant) {
+        if self.table.get(&id).is_some_and(Connection::is_unserved) {
+            self.answer(id, &Reply::temporary(texts::TRY_AGAIN), now);
+        }
+        self.drop_input(id);
         self.close(id);
-        Some(client)
     }
 
     /// Watches a connection for its first byte, until the time given.

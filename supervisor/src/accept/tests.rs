@@ -56,9 +56,14 @@ struct Site {
 impl Site {
     /// An acceptor for which nothing listens yet.
     fn empty(name: &'static str) -> Self {
+        Self::of(name, 65_536)
+    }
+
+    fn of(name: &'static str, descriptors: u64) -> Self {
         let poller = Poller::new().expect("epoll");
         let log = Logger::root(slog::Discard, slog::o!());
-        let acceptor = Acceptor::new(log, poller.watcher(), Vec::new()).expect("no sockets");
+        let acceptor =
+            Acceptor::new(log, poller.watcher(), Vec::new(), descriptors).expect("no sockets");
         Self { name, poller, acceptor, events: Events::new(), now: Instant::now() }
     }
 
@@ -349,17 +354,45 @@ fn after_a_failed_dispatch_nothing_is_accepted_until_a_job_is_done() {
     assert_eq!(site.events(), [ready(2)]);
 }
 
+/// Serves as many connections that have sent `request` as may be held, and one that comes late and
+/// has sent a byte. Returns what each of them is told.
+fn overfull(name: &'static str, request: &[u8]) -> (Site, Vec<String>) {
+    let settings = Settings { workers: 2, ..Settings::default() };
+    let mut site = Site::of(name, 128);
+    site.switch(FIRST, None, &[0], settings.clone());
+    let held = allot(128, &settings).held;
+    let mut streams: Vec<_> = (0..held).map(|_| site.connect(0, request)).collect();
+    while site.acceptor.connections.held() < held {
+        site.poll();
+    }
+    site.events();
+    streams.push(site.connect(0, b"x"));
+    site.poll();
+    assert!(site.acceptor.connections.held() <= held);
+    let told = streams.iter_mut().map(answer).collect();
+    (site, told)
+}
+
 #[test]
-fn too_many_silent_connections_cost_the_oldest() {
-    let mut site = Site::serving("evict", Settings::default());
-    let mut streams: Vec<_> = (0..100).map(|_| site.connect(0, b"")).collect();
-    site.poll();
-    site.poll();
-    let (held, reply) = (site.acceptor.connections.held(), Reply::temporary(texts::TRY_AGAIN));
-    assert_eq!(held, 100);
-    assert_eq!(site.acceptor.connections.evict(&reply, site.now), Some(client()));
-    assert_eq!(site.acceptor.connections.held(), 99);
-    assert!(answer(&mut streams[0]).contains("Ztry again later"));
+fn who_comes_late_takes_the_place_of_those_that_have_been_silent_for_longest() {
+    let (mut site, told) = overfull("evict", b"");
+    let (first, others) = told.split_at(11);
+    assert!(first.iter().all(|answer| answer.contains("Ztry again later")), "{told:?}");
+    assert!(others.iter().all(String::is_empty), "{told:?}");
+    assert_eq!(site.events(), [ready(23)]);
+}
+
+#[test]
+fn of_those_that_wait_the_last_ones_give_way() {
+    let (mut site, told) = overfull("evict_waiting", b"x");
+    let (first, others) = told.split_at(11);
+    let (late, last) = others.split_last().expect("the late one");
+    assert!(first.iter().all(String::is_empty), "{told:?}");
+    assert!(last.iter().all(|answer| answer.contains("Ztry again later")), "{told:?}");
+    assert!(late.is_empty(), "{told:?}");
+    let given_up = |job| format!("{:?}", Event::GivenUp { job: JobId(job), client: client() });
+    let expected: Vec<_> = (12..=22).rev().map(given_up).chain([ready(23)]).collect();
+    assert_eq!(site.events(), expected);
 }
 
 #[test]

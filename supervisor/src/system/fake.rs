@@ -236,4 +236,8 @@ impl System for Fake {
     fn own_group(&self) -> Pid {
         OWN
     }
+
+    fn descriptor_limit(&self) -> u64 {
+        65_536
+    }
 }

@@ -9,10 +9,11 @@
 
 use std::os::fd::AsFd;
 
+use qrelay_shared::client::Client;
 use qrelay_shared::ipc::channel::{Batch, MAX_FDS, SendError};
 use qrelay_shared::ipc::message::{Job, ToJobs};
 
-use crate::client::{Client, Connected};
+use crate::connected::Connected;
 use crate::event::{Event, Events};
 use crate::ids::{GenerationId, JobId, WorkerId};
 use crate::workers::Workers;

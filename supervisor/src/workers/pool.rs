@@ -10,13 +10,13 @@ mod upkeep;
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
+use qrelay_shared::client::Client;
 use qrelay_shared::settings::Settings;
 use rustc_hash::FxHashMap;
 
 use crate::backoff::Backoff;
-use crate::client::Client;
 use crate::ids::{GenerationId, JobId, WorkerId};
-use crate::workers::fairness::Fairness;
+use crate::workers::fairness::{Fairness, Share};
 use crate::workers::pool::upkeep::PING_INTERVAL;
 
 /// A worker whose Lua has been held for longer gets no new jobs.
@@ -84,7 +84,7 @@ impl Worker {
 struct Group {
     target: usize,
     credit: usize,
-    share: f64,
+    share: Share,
     max_mails: u64,
     drain_timeout: Duration,
     hang_timeout: Duration,
@@ -158,17 +158,19 @@ pub(super) struct Pool {
 }
 
 impl Pool {
-    /// Starts the workers of a generation, which gets no jobs before [`Self::switch`].
+    /// Starts the workers of a generation, each of which takes `credit` jobs at a time. They get no
+    /// jobs before [`Self::switch`].
     pub(super) fn start(
         &mut self,
         generation: GenerationId,
         settings: &Settings,
+        credit: usize,
         now: Instant,
     ) -> Vec<Command> {
         let group = Group {
             target: settings.workers as usize,
-            credit: settings.worker_connections as usize,
-            share: settings.client_share,
+            credit,
+            share: Share::new(settings.client_share),
             max_mails: settings.worker_max_mails,
             drain_timeout: settings.drain_timeout,
             hang_timeout: settings.hang_timeout,
@@ -284,19 +286,18 @@ impl Pool {
         }
         let generation = self.current?;
         let group = self.groups.get(&generation)?;
-        let mut credits = 0;
+        let mut free = 0;
         let mut best: Option<(usize, WorkerId)> = None;
         for (&id, worker) in self.workers.iter().filter(|(_, w)| w.generation == generation) {
             if worker.state == State::Ready {
-                credits += group.credit;
+                free += group.credit.saturating_sub(worker.jobs);
             }
             if worker.takes_jobs(group.credit) && best.is_none_or(|(jobs, _)| worker.jobs < jobs) {
                 best = Some((worker.jobs, id));
             }
         }
         let (_, worker) = best?;
-        let cap = (credits as f64 * group.share) as usize;
-        let (client, job) = self.fairness.next(cap)?;
+        let (client, job) = self.fairness.next(group.share.cap(free))?;
         self.assign(job, client, worker);
         Some((job, worker))
     }

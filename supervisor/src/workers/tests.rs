@@ -15,7 +15,7 @@ use qrelay_shared::sys::limits::Limits;
 use qrelay_shared::sys::rights::Rights;
 
 use super::*;
-use crate::client::Connected;
+use crate::connected::Connected;
 use crate::event::{NewWorker, Teller};
 use crate::ids::{ListenerId, ZygoteId};
 use crate::system::ZygotePids;

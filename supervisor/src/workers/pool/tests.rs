@@ -49,7 +49,8 @@ fn settings(workers: u32, credit: u32) -> Settings {
 /// Returns a pool whose workers are ready and serve.
 fn serving(settings: &Settings, now: Instant) -> (Pool, Vec<WorkerId>) {
     let mut pool = Pool::default();
-    let workers = spawned(&pool.start(GENERATION, settings, now));
+    let workers =
+        spawned(&pool.start(GENERATION, settings, settings.worker_connections as usize, now));
     for &worker in &workers {
         assert!(pool.ready(worker, now).is_empty());
     }
@@ -255,7 +256,7 @@ fn a_worn_worker_is_replaced_before_it_is_retired() {
 fn a_worker_that_never_gets_ready_is_killed() {
     let now = Instant::now();
     let mut pool = Pool::default();
-    let workers = spawned(&pool.start(GENERATION, &settings(1, 8), now));
+    let workers = spawned(&pool.start(GENERATION, &settings(1, 8), 8, now));
     let (commands, hangs) = pool.tick(now + START_TIMEOUT);
     assert_eq!(
         (commands, hangs),
@@ -267,7 +268,7 @@ fn a_worker_that_never_gets_ready_is_killed() {
 fn a_death_before_ready_is_one_whatever_was_seen_first() {
     let now = Instant::now();
     let mut pool = Pool::default();
-    let workers = spawned(&pool.start(GENERATION, &settings(2, 8), now));
+    let workers = spawned(&pool.start(GENERATION, &settings(2, 8), 8, now));
     pool.condemn(workers[0], now);
     assert_eq!(pool.starting(GENERATION), workers, "its zygote may be asked again");
     assert!(!pool.died(workers[0], End::Died, now).expect("known").was_ready);

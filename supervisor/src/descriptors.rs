@@ -1,0 +1,74 @@
+//! How the supervisor's descriptors are shared out. Pure.
+//!
+//! Every connection takes a descriptor of the supervisor until its end. If clients could take all
+//! of them, no worker could be replaced and no configuration be loaded. So a part is kept for the
+//! supervisor itself, and the rest is divided between connections that workers have, connections
+//! that no worker has yet, and channels to the shared dictionaries.
+
+use qrelay_shared::settings::Settings;
+
+/// Descriptors for standard streams, signals, logs, listeners, zygotes, and files that are open for
+/// a moment.
+const OWN: u64 = 28;
+
+/// Descriptors for a worker: its two channels, and twice as many for its successor while both live
+/// and while the successor's ends of the channels are on their way.
+const PER_WORKER: u64 = 6;
+
+/// Descriptors of a worker for a job: the client, the next hop, and a program's input and output.
+const PER_JOB: u64 = 4;
+
+/// Most connections that no worker has, whatever the descriptors: enough for a burst that workers
+/// deal with in a second, and little memory.
+const MAX_HELD: u64 = 4096;
+
+/// How many connections there may be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Allotment {
+    /// Most connections that no worker has.
+    pub(crate) held: usize,
+    /// Most jobs of a worker.
+    pub(crate) credit: usize,
+}
+
+/// Divides `limit` descriptors (RLIMIT_NOFILE, which is the workers' limit as well): half of what
+/// isn't kept goes to jobs, a quarter to connections without a worker, and a quarter to channels.
+pub(crate) fn allot(limit: u64, settings: &Settings) -> Allotment {
+    let workers = u64::from(settings.workers.max(1));
+    let free = limit.saturating_sub(OWN + PER_WORKER * workers);
+    let credit = u64::from(settings.worker_connections)
+        .min(free / 2 / workers)
+        .min(limit.saturating_sub(OWN) / PER_JOB);
+    Allotment { held: (free / 4).clamp(1, MAX_HELD) as usize, credit: credit.max(1) as usize }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn descriptors_are_divided() {
+        let settings = |workers, worker_connections| Settings {
+            workers,
+            worker_connections,
+            ..Settings::default()
+        };
+        let table = [
+            // As the unit has it, everything that is asked for fits.
+            (65_536, settings(2, 256), 4096, 256),
+            (65_536, settings(64, 256), 4096, 256),
+            (u64::MAX, settings(2, 256), 4096, 256),
+            (1024, settings(2, 256), 246, 246),
+            (128, settings(2, 256), 22, 22),
+            (128, settings(2, 4), 22, 4),
+            // A worker needs more for a job than the supervisor.
+            (1024, settings(1, 4096), 247, 249),
+            (48, settings(1, 256), 3, 5),
+            (0, settings(1, 256), 1, 1),
+        ];
+        for (limit, settings, held, credit) in table {
+            let shown = (limit, settings.workers, settings.worker_connections);
+            assert_eq!(allot(limit, &settings), Allotment { held, credit }, "{shown:?}");
+        }
+    }
+}
