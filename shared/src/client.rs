@@ -1,4 +1,4 @@
-//! Whom resources are counted for.
+//! Whom resources are counted for, and how much of them one client may hold. Pure.
 
 use std::fmt;
 use std::net::{IpAddr, Ipv6Addr};
@@ -40,9 +40,55 @@ impl fmt::Display for Client {
     }
 }
 
+/// A client's part (`client_share`), as a multiple of what is free.
+///
+/// A cap in proportion to what is free is known from switches that share one memory between their
+/// ports (A. Choudhury and E. Hahne, Dynamic Queue Length Thresholds for Shared-Memory Packet
+/// Switches, 1998). One client alone can hold the part s of the whole. k clients can hold the part
+/// k·s / (1 + (k-1)·s) together, so that something is always left for the next client.
+#[derive(Debug, Clone, Copy)]
+pub struct Share(f64);
+
+impl Share {
+    /// Takes the part that a single client may hold: more than 0, at most 1.
+    pub fn new(share: f64) -> Self {
+        Self(share / (1.0 - share))
+    }
+
+    /// Returns how much a client may hold while `free` is free.
+    pub fn cap(self, free: usize) -> usize {
+        // With a part of 1 there is no cap: infinity becomes the largest number, and no number
+        // (nothing is free) becomes 0.
+        (free as f64 * self.0) as usize
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Lets clients take one piece each in turn, as long as they may. Returns what they hold.
+    fn taken(share: f64, whole: usize, clients: usize) -> usize {
+        let share = Share::new(share);
+        let mut held = vec![0; clients];
+        loop {
+            let free = whole - held.iter().sum::<usize>();
+            match held.iter_mut().min() {
+                Some(least) if free > 0 && *least < share.cap(free) => *least += 1,
+                _ => return held.iter().sum(),
+            }
+        }
+    }
+
+    #[test]
+    fn something_is_left_however_many_clients_take_all_they_can() {
+        assert_eq!(taken(0.75, 512, 1), 384);
+        assert_eq!(taken(0.75, 512, 2), 439);
+        assert_eq!(taken(0.75, 512, 20), 504);
+        assert_eq!(taken(0.5, 100, 1), 50);
+        assert_eq!(taken(0.1, 100, 1), 10);
+        assert_eq!(taken(1.0, 100, 1), 100);
+    }
 
     fn remote(address: &str) -> Client {
         Peer::Remote(address.parse().expect("an address")).into()

@@ -34,6 +34,9 @@ pub struct Settings {
     pub client_timeout: Duration,
     /// Longest time for a whole request.
     pub request_timeout: Duration,
+    /// Fewest bytes per second of a request, on average, once `client_timeout` is over; 0 means any
+    /// number.
+    pub request_min_rate: u64,
     /// Longest time from the last byte of the request to the answer.
     pub relay_timeout: Duration,
     /// Longest time that Lua may run for one mail; waiting doesn't count.
@@ -76,6 +79,7 @@ impl Default for Settings {
             worker_connections: 256,
             client_timeout: Duration::from_secs(5),
             request_timeout: Duration::from_secs(300),
+            request_min_rate: 1000,
             relay_timeout: Duration::from_secs(55),
             handler_timeout: Duration::from_secs(2),
             connect_timeout: Duration::from_secs(5),

@@ -15,6 +15,7 @@
 mod clock;
 mod context;
 pub(crate) mod progress;
+mod readings;
 mod record;
 mod reply;
 mod request;
@@ -164,7 +165,7 @@ impl Session {
     fn terms<'c>(&self, context: &'c Context) -> Option<(&'c Listener, Terms<'c>)> {
         let listener = context.listeners.get(self.job.listener as usize)?;
         let limits = Limits { max_size: listener.max_size };
-        Some((listener, Terms::new(limits, &context.settings, &context.budget)))
+        Some((listener, Terms::new(limits, context, self.job.peer.into())))
     }
 
     /// Parses what has been read of a request, and asks the handler if it is a mail.

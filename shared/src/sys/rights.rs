@@ -259,6 +259,12 @@ impl PeerSocket {
         let _ = shutdown(self.fd.as_fd().as_raw_fd(), how);
     }
 
+    /// Ends the peer's sending: whoever waits for its bytes reads what is there, and then the end.
+    pub fn end_input(&self) {
+        // The connection may be broken already.
+        let _ = shutdown(self.fd.as_fd().as_raw_fd(), Shutdown::Read);
+    }
+
     /// Returns whether the queue holds nothing, and nothing can come any more.
     fn is_over(&self) -> bool {
         !self.messages && (self.ended.load(Ordering::Relaxed) || self.look() == Ok(Look::End))

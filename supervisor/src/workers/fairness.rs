@@ -11,27 +11,6 @@ use qrelay_shared::client::Client;
 
 use crate::ids::JobId;
 
-/// The part of a resource that one client may hold (`client_share`), as a multiple of what is free.
-///
-/// A cap in proportion to what is free is known from switches that share one memory between their
-/// ports (A. Choudhury and E. Hahne, Dynamic Queue Length Thresholds for Shared-Memory Packet
-/// Switches, 1998). One client alone can hold the share s of the whole. k clients can hold the part
-/// k·s / (1 + (k-1)·s) together, so that something is always left for the next client.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Share(f64);
-
-impl Share {
-    /// Takes the share of a single client: more than 0, at most 1.
-    pub(super) fn new(share: f64) -> Self {
-        Self(share / (1.0 - share))
-    }
-
-    /// Returns how much a client must hold less of, to get more.
-    pub(super) fn cap(self, free: usize) -> usize {
-        (free as f64 * self.0) as usize
-    }
-}
-
 #[derive(Debug, Default)]
 struct Account {
     jobs: usize,
@@ -180,28 +159,6 @@ mod tests {
         assert_eq!(drain(&mut fairness, 2), [11]);
         fairness.finished(A);
         assert_eq!(drain(&mut fairness, 2), [3]);
-    }
-
-    #[test]
-    fn the_cap_shrinks_as_credits_become_scarce() {
-        // Whoever gets a credit takes it, as long as the cap allows.
-        let taken = |share, credits, clients: usize| {
-            let share = Share::new(share);
-            let mut held = vec![0; clients];
-            loop {
-                let free = credits - held.iter().sum::<usize>();
-                match held.iter_mut().min() {
-                    Some(least) if free > 0 && *least < share.cap(free) => *least += 1,
-                    _ => return held.iter().sum::<usize>(),
-                }
-            }
-        };
-        assert_eq!(taken(0.75, 512, 1), 384);
-        assert_eq!(taken(0.75, 512, 2), 439);
-        assert_eq!(taken(0.75, 512, 20), 504);
-        assert_eq!(taken(0.5, 100, 1), 50);
-        assert_eq!(taken(0.1, 100, 1), 10);
-        assert_eq!(taken(1.0, 100, 1), 100);
     }
 
     #[test]

@@ -10,13 +10,13 @@ mod upkeep;
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use qrelay_shared::client::Client;
+use qrelay_shared::client::{Client, Share};
 use qrelay_shared::settings::Settings;
 use rustc_hash::FxHashMap;
 
 use crate::backoff::Backoff;
 use crate::ids::{GenerationId, JobId, WorkerId};
-use crate::workers::fairness::{Fairness, Share};
+use crate::workers::fairness::Fairness;
 use crate::workers::pool::upkeep::PING_INTERVAL;
 
 /// A worker whose Lua has been held for longer gets no new jobs.

@@ -1,73 +1,144 @@
 //! The bound on memory for messages (`mail_memory`).
 //!
-//! Contract: a request that outgrows its thread's own buffer first takes its whole length from the
-//! budget, in one step, and gives it back when the mail is finished. A thread never waits while it
-//! holds a share, so waiting can't become a deadlock. Waiting threads are served in order; a
-//! request that is larger than the budget runs when no other share is held.
+//! Contract: a request that outgrows its thread's own buffer takes memory piece by piece, as its
+//! bytes arrive, and gives all of it back when the mail is finished. What a client has announced
+//! costs nobody anything. No client takes more than its share (`client_share`) of what is free.
+//!
+//! A request waits for memory while it holds some, so two rules keep requests from waiting for each
+//! other for ever. Of each client's requests, the oldest that isn't complete takes what is free,
+//! whatever the share. And the oldest of all goes on even beyond the bound if no complete mail has
+//! memory to give back. So the bound is exceeded by one message at most.
 //!
 //! # Failure
 //! A thread that waits until its deadline gets nothing.
 
-use std::collections::VecDeque;
+use std::collections::BTreeMap;
 
 use parking_lot::{Condvar, Mutex};
+use qrelay_shared::client::{Client, Share};
 use qrelay_shared::deadline::Deadline;
 
 /// The memory of a worker for messages.
 #[derive(Debug)]
 pub(crate) struct Budget {
-    limit: usize,
-    state: Mutex<State>,
+    ledger: Mutex<Ledger>,
     changed: Condvar,
 }
 
-#[derive(Debug, Default)]
-struct State {
-    used: usize,
-    waiting: VecDeque<u64>,
-    next_ticket: u64,
-}
-
-/// A part of the budget; dropping it gives it back.
+/// The memory of one request; dropping it gives all of it back.
 #[derive(Debug)]
-pub(crate) struct Share<'a> {
+pub(crate) struct Holding<'a> {
     budget: &'a Budget,
-    bytes: usize,
+    number: u64,
 }
 
 impl Budget {
-    /// A budget of `limit` bytes.
-    pub(crate) fn new(limit: usize) -> Self {
-        Self { limit, state: Mutex::default(), changed: Condvar::new() }
+    /// A budget of `limit` bytes, of which one client takes `share` at most.
+    pub(crate) fn new(limit: usize, share: Share) -> Self {
+        let ledger = Ledger { limit, share, used: 0, accounts: BTreeMap::new(), last: 0 };
+        Self { ledger: Mutex::new(ledger), changed: Condvar::new() }
     }
 
-    /// Takes `bytes`, waiting for them until the deadline.
-    pub(crate) fn take(&self, bytes: usize, deadline: Deadline) -> Option<Share<'_>> {
-        let bytes = bytes.min(self.limit);
-        let mut state = self.state.lock();
-        let ticket = state.next_ticket;
-        state.next_ticket += 1;
-        state.waiting.push_back(ticket);
-        while state.waiting.front() != Some(&ticket) || self.limit - state.used < bytes {
-            if self.changed.wait_until(&mut state, deadline.instant()).timed_out() {
-                state.waiting.retain(|&other| other != ticket);
-                self.changed.notify_all();
-                return None;
-            }
-        }
-        state.waiting.pop_front();
-        state.used += bytes;
-        if !state.waiting.is_empty() {
-            self.changed.notify_all();
-        }
-        Some(Share { budget: self, bytes })
+    /// Begins to count for a request of `client`, which holds nothing yet.
+    pub(crate) fn open(&self, client: Client) -> Holding<'_> {
+        Holding { budget: self, number: self.ledger.lock().open(client) }
     }
 }
 
-impl Drop for Share<'_> {
-    fn drop(&mut self) {
-        self.budget.state.lock().used -= self.bytes;
+impl Holding<'_> {
+    /// Takes `bytes` more, waiting for them until the deadline. Returns whether they were had.
+    pub(crate) fn grow(&self, bytes: usize, deadline: Deadline) -> bool {
+        let mut ledger = self.budget.ledger.lock();
+        while !ledger.grow(self.number, bytes) {
+            if self.budget.changed.wait_until(&mut ledger, deadline.instant()).timed_out() {
+                return false;
+            }
+        }
+        true
+    }
+
+    /// Notes that the request is complete: it takes no more, and gives back what it has as soon as
+    /// its mail is finished.
+    pub(crate) fn complete(&self) {
+        self.budget.ledger.lock().complete(self.number);
         self.budget.changed.notify_all();
+    }
+}
+
+impl Drop for Holding<'_> {
+    fn drop(&mut self) {
+        self.budget.ledger.lock().close(self.number);
+        self.budget.changed.notify_all();
+    }
+}
+
+/// What each request holds. Pure.
+#[derive(Debug)]
+struct Ledger {
+    limit: usize,
+    share: Share,
+    used: usize,
+    /// By their numbers, oldest first.
+    accounts: BTreeMap<u64, Account>,
+    last: u64,
+}
+
+/// What one request holds.
+#[derive(Debug)]
+struct Account {
+    client: Client,
+    bytes: usize,
+    complete: bool,
+}
+
+impl Ledger {
+    fn open(&mut self, client: Client) -> u64 {
+        self.last += 1;
+        self.accounts.insert(self.last, Account { client, bytes: 0, complete: false });
+        self.last
+    }
+
+    fn grow(&mut self, number: u64, bytes: usize) -> bool {
+        let allowed = self.allows(number, bytes);
+        if let Some(account) = self.accounts.get_mut(&number).filter(|_| allowed) {
+            account.bytes += bytes;
+            self.used += bytes;
+        }
+        allowed
+    }
+
+    /// Returns whether a request may take so many bytes more now.
+    fn allows(&self, number: u64, bytes: usize) -> bool {
+        let Some(client) = self.accounts.get(&number).map(|account| account.client) else {
+            return false;
+        };
+        let is_oldest = |of: &dyn Fn(&Account) -> bool| {
+            let mut reading = self.accounts.iter().filter(|(_, a)| !a.complete && of(a));
+            reading.next().is_some_and(|(&oldest, _)| oldest == number)
+        };
+        match self.limit.saturating_sub(self.used).checked_sub(bytes) {
+            Some(rest) => {
+                let own = self.accounts.values().filter(|account| account.client == client);
+                let held: usize = own.map(|account| account.bytes).sum();
+                held + bytes <= self.share.cap(rest) || is_oldest(&|a| a.client == client)
+            }
+            None => {
+                let returns = self.accounts.values().any(|a| a.complete && a.bytes > 0);
+                !returns && is_oldest(&|_| true)
+            }
+        }
+    }
+
+    fn complete(&mut self, number: u64) {
+        if let Some(account) = self.accounts.get_mut(&number) {
+            account.complete = true;
+        }
+    }
+
+    fn close(&mut self, number: u64) {
+        if let Some(account) = self.accounts.remove(&number) {
+            self.used -= account.bytes;
+        }
     }
 }
 
@@ -76,62 +147,102 @@ mod tests {
     use super::*;
     use std::time::Duration;
 
-    fn soon() -> Deadline {
-        Deadline::after(Duration::from_millis(5))
+    const A: Client = Client::Uid(1);
+    const B: Client = Client::Uid(2);
+    const C: Client = Client::Uid(3);
+
+    fn ledger(limit: usize) -> Ledger {
+        Ledger { limit, share: Share::new(0.75), used: 0, accounts: BTreeMap::new(), last: 0 }
+    }
+
+    /// Lets a client's new requests take `bytes` each until one isn't allowed to. Returns those
+    /// that took some.
+    fn fill(ledger: &mut Ledger, client: Client, bytes: usize) -> Vec<u64> {
+        let mut holders = Vec::new();
+        loop {
+            let number = ledger.open(client);
+            if !ledger.grow(number, bytes) {
+                ledger.close(number);
+                return holders;
+            }
+            holders.push(number);
+        }
     }
 
     #[test]
-    fn takes_and_gives_back() {
-        let budget = Budget::new(100);
-        let first = budget.take(60, soon()).expect("free");
-        assert!(budget.take(41, soon()).is_none());
-        let second = budget.take(40, soon()).expect("free");
-        drop(first);
-        assert!(budget.take(60, soon()).is_some());
-        drop(second);
-        assert!(budget.take(100, soon()).is_some());
+    fn a_client_leaves_some_for_others() {
+        let mut ledger = ledger(100);
+        assert_eq!(fill(&mut ledger, A, 1).len(), 75);
+        assert_eq!(fill(&mut ledger, B, 1).len(), 18);
+        assert_eq!(fill(&mut ledger, C, 1).len(), 5);
     }
 
     #[test]
-    fn what_exceeds_everything_runs_alone() {
-        let budget = Budget::new(100);
-        let all = budget.take(1000, soon()).expect("free");
-        assert!(budget.take(1, soon()).is_none());
-        drop(all);
-        assert!(budget.take(1, soon()).is_some());
+    fn the_oldest_request_of_a_client_gets_what_is_free() {
+        let mut ledger = ledger(100);
+        let holders = fill(&mut ledger, A, 1);
+        assert!(!ledger.grow(holders[1], 10));
+        assert!(ledger.grow(holders[0], 25), "all that is free");
+        let other = ledger.open(B);
+        assert!(!ledger.grow(other, 1), "not the oldest of all");
+        assert!(ledger.grow(holders[0], 50), "beyond the bound, because nothing will come back");
+        ledger.complete(holders[0]);
+        assert!(!ledger.grow(holders[1], 1), "the complete mail will give its memory back");
+        ledger.close(holders[0]);
+        assert!(ledger.grow(holders[1], 1));
+        for holder in holders {
+            ledger.close(holder);
+        }
+        assert_eq!(ledger.used, 0);
+    }
+
+    /// Requests of several clients that all begin at once, need more together than there is, and
+    /// come to their ends in any order.
+    #[test]
+    fn requests_never_wait_for_each_other() {
+        for (size, clients, limit) in [(16, 1, 100), (16, 5, 100), (99, 3, 100), (200, 4, 100)] {
+            let mut ledger = ledger(limit);
+            let mut open: Vec<(u64, usize)> =
+                (0..40).map(|i| (ledger.open(Client::Uid(i % clients)), 0)).collect();
+            let mut highest = 0;
+            while !open.is_empty() {
+                let before = open.clone();
+                for (number, bytes) in &mut open {
+                    if ledger.grow(*number, 1) {
+                        *bytes += 1;
+                    }
+                    if *bytes == size {
+                        ledger.complete(*number);
+                    }
+                }
+                highest = highest.max(ledger.used);
+                let (done, rest) = open.iter().partition(|(_, bytes)| *bytes == size);
+                assert!(before != rest, "nobody gets on: {size} {clients} {before:?}");
+                let done: Vec<_> = done;
+                done.iter().for_each(|&(number, _)| ledger.close(number));
+                open = rest;
+            }
+            assert!(highest <= limit + size, "{highest} of {limit}");
+            assert_eq!(ledger.used, 0);
+        }
     }
 
     #[test]
-    fn serves_in_order() {
-        let budget = Budget::new(100);
+    fn a_thread_waits_until_memory_is_given_back() {
+        let budget = Budget::new(100, Share::new(0.75));
         let late = Deadline::after(Duration::from_secs(10));
-        let held = budget.take(50, late).expect("free");
+        let soon = || Deadline::after(Duration::from_millis(5));
+        let first = budget.open(A);
+        assert!(first.grow(100, soon()));
+        first.complete();
+        let second = budget.open(B);
+        assert!(!second.grow(10, soon()));
         std::thread::scope(|scope| {
-            let large = scope.spawn(|| budget.take(100, late).is_some());
-            while budget.state.lock().waiting.is_empty() {
-                std::thread::yield_now();
-            }
-            // There is room, but somebody else was first.
-            assert!(budget.take(10, soon()).is_none());
-            drop(held);
-            assert!(large.join().expect("joins"));
+            let waits = scope.spawn(|| second.grow(10, late));
+            drop(first);
+            assert!(waits.join().expect("joins"));
         });
-        assert_eq!(budget.state.lock().used, 0);
-    }
-
-    #[test]
-    fn who_gives_up_lets_the_next_one_pass() {
-        let budget = Budget::new(100);
-        let held = budget.take(50, soon()).expect("free");
-        std::thread::scope(|scope| {
-            let large = scope.spawn(|| budget.take(100, soon()).is_some());
-            while budget.state.lock().waiting.is_empty() {
-                std::thread::yield_now();
-            }
-            let late = Deadline::after(Duration::from_secs(10));
-            assert!(budget.take(10, late).is_some());
-            assert!(!large.join().expect("joins"));
-        });
-        drop(held);
+        drop(second);
+        assert_eq!(budget.ledger.lock().used, 0);
     }
 }

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use qrelay_shared::client::Share;
 use qrelay_shared::settings::{Declaration, Settings};
 use slog::Logger;
 
@@ -9,6 +10,7 @@ use crate::delivery::children::Children;
 use crate::job_channel::Reports;
 use crate::mail::memory::Budget;
 use crate::session::progress::Progress;
+use crate::session::readings::Readings;
 use crate::session::request::Buffers;
 use crate::session::script::Script;
 
@@ -32,6 +34,8 @@ pub struct Context {
     pub(crate) script: Arc<dyn Script>,
     /// Memory for messages.
     pub(crate) budget: Budget,
+    /// The requests that threads wait for.
+    pub(crate) readings: Readings,
     /// Buffers that requests are read into.
     pub(crate) buffers: Buffers,
     /// How far the leader is.
@@ -61,7 +65,8 @@ impl Context {
         let reports = Arc::new(reports);
         Self {
             listeners: listeners.collect(),
-            budget: Budget::new(settings.mail_memory),
+            budget: Budget::new(settings.mail_memory, Share::new(settings.client_share)),
+            readings: Readings::new(settings.worker_connections as usize),
             buffers: Buffers::default(),
             leader: Progress::default(),
             settings,

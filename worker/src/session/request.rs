@@ -4,24 +4,28 @@
 //! that is larger than [`BUFFER_SIZE`] is counted against the worker's [`Budget`].
 //!
 //! # Failure
-//! A request is refused as soon as its bytes show that it can't become valid. A client that leaves
-//! before the request's last comma gets no answer.
+//! A request is refused as soon as its bytes show that it can't become valid, when its client is
+//! silent or slow for too long, or when it gives way to another one ([`Readings`]). A client that
+//! leaves before the request's last comma gets no answer.
 
 use std::os::fd::AsFd;
-use std::time::Duration;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::poll::PollFlags;
 use nix::sys::socket::MsgFlags;
 use parking_lot::Mutex;
+use qrelay_shared::client::Client;
 use qrelay_shared::deadline::Deadline;
 use qrelay_shared::qmqp::{Limits, Progress, Reply, RequestError, progress};
-use qrelay_shared::settings::Settings;
 use qrelay_shared::sys::rights::{PeerError, PeerSocket};
 use qrelay_shared::sys::wait::wait;
 use qrelay_shared::texts;
 
-use crate::mail::memory::{Budget, Share};
+use crate::mail::memory::{Budget, Holding};
+use crate::session::context::Context;
+use crate::session::readings::{Reading, Readings};
 
 /// Bytes of a new buffer: most mails fit.
 pub(crate) const BUFFER_SIZE: usize = 64 * 1024;
@@ -41,10 +45,16 @@ pub(crate) struct Terms<'w> {
     pub(crate) client_timeout: Duration,
     /// Longest time for the whole request.
     pub(crate) request_timeout: Duration,
+    /// Fewest bytes per second on average, once `client_timeout` is over; 0 is any number.
+    pub(crate) min_rate: u64,
     /// Longest time to wait for memory.
     pub(crate) memory_timeout: Duration,
+    /// Whom memory is counted for.
+    pub(crate) client: Client,
     /// Memory for large requests.
     pub(crate) budget: &'w Budget,
+    /// The requests that are waited for.
+    pub(crate) readings: &'w Readings,
 }
 
 /// The result of reading.
@@ -73,14 +83,18 @@ impl Incoming {
 }
 
 impl<'w> Terms<'w> {
-    /// Returns the terms of a listener that accepts messages within `limits`.
-    pub(crate) fn new(limits: Limits, settings: &Settings, budget: &'w Budget) -> Self {
+    /// Returns the terms for a client of a listener that accepts messages within `limits`.
+    pub(crate) fn new(limits: Limits, context: &'w Context, client: Client) -> Self {
+        let settings = &context.settings;
         Self {
             limits,
             client_timeout: settings.client_timeout,
             request_timeout: settings.request_timeout,
+            min_rate: settings.request_min_rate,
             memory_timeout: settings.relay_timeout,
-            budget,
+            client,
+            budget: &context.budget,
+            readings: &context.readings,
         }
     }
 
@@ -102,46 +116,69 @@ impl<'w> Terms<'w> {
     }
 
     /// Reads until the request is complete or refused. `buffer` is empty, or has what
-    /// [`Self::try_read`] got. The caller keeps the share of memory as long as the buffer.
+    /// [`Self::try_read`] got. The caller keeps the holding of memory as long as the buffer.
     pub(crate) fn read(
         &self,
-        client: &PeerSocket,
+        client: &Arc<PeerSocket>,
         buffer: &mut Vec<u8>,
-    ) -> (Incoming, Option<Share<'w>>) {
+    ) -> (Incoming, Option<Holding<'w>>) {
         make_room(buffer);
-        let mut memory = None;
-        let incoming = self.read_with(client, buffer, &mut memory);
-        (incoming, memory)
+        let mut run = Run {
+            terms: self,
+            client,
+            deadline: Deadline::after(self.request_timeout),
+            slowest: Instant::now() + self.client_timeout,
+            reading: None,
+            memory: None,
+        };
+        let incoming = run.read(buffer);
+        let complete = matches!(incoming, Incoming::Complete { .. });
+        if let Some(memory) = run.memory.as_ref().filter(|_| complete) {
+            memory.complete();
+        }
+        (incoming, run.memory)
     }
+}
 
-    fn read_with(
-        &self,
-        client: &PeerSocket,
-        buffer: &mut Vec<u8>,
-        memory: &mut Option<Share<'w>>,
-    ) -> Incoming {
-        let deadline = Deadline::after(self.request_timeout);
-        let mut at_once = true;
+/// A request on its way.
+struct Run<'t, 'w> {
+    terms: &'t Terms<'w>,
+    client: &'t Arc<PeerSocket>,
+    deadline: Deadline,
+    /// When the slowest client that is allowed would have sent its first byte.
+    slowest: Instant,
+    /// Since the client was first waited for.
+    reading: Option<Reading<'t>>,
+    memory: Option<Holding<'w>>,
+}
+
+impl Run<'_, '_> {
+    fn read(&mut self, buffer: &mut Vec<u8>) -> Incoming {
+        let timed_out = || Incoming::Refused(Reply::temporary(texts::REQUEST_TIMED_OUT));
+        let try_again = || Incoming::Refused(Reply::temporary(texts::TRY_AGAIN));
         loop {
-            let total = match progress(buffer, &self.limits) {
-                Ok(Progress::Complete { total }) => return Incoming::Complete { total, at_once },
+            let total = match progress(buffer, &self.terms.limits) {
+                Ok(Progress::Complete { total }) => {
+                    return Incoming::Complete { total, at_once: self.reading.is_none() };
+                }
                 Ok(Progress::NeedMore { total }) => total,
                 Err(error) => return Incoming::refused(error),
             };
-            if deadline.expired() {
-                return Incoming::Refused(Reply::temporary(texts::REQUEST_TIMED_OUT));
+            if self.deadline.expired() {
+                return timed_out();
             }
-            if buffer.len() == buffer.capacity() && !self.grow(buffer, total, memory, deadline) {
-                return Incoming::Refused(Reply::temporary(texts::TRY_AGAIN));
+            if buffer.len() == buffer.capacity() && !self.grow(buffer, total) {
+                return try_again();
             }
-            match receive(client, buffer) {
+            match receive(self.client, buffer) {
+                Ok(0) if self.reading.as_ref().is_some_and(Reading::gives_way) => {
+                    return try_again();
+                }
                 Ok(0) => return Incoming::Gone,
                 Ok(_) => {}
-                Err(PeerError::Os(Errno::EAGAIN)) => match self.wait(client, deadline) {
-                    Ok(true) => at_once = false,
-                    Ok(false) => {
-                        return Incoming::Refused(Reply::temporary(texts::REQUEST_TIMED_OUT));
-                    }
+                Err(PeerError::Os(Errno::EAGAIN)) => match self.wait(buffer.len()) {
+                    Ok(true) => {}
+                    Ok(false) => return timed_out(),
                     Err(_) => return Incoming::Gone,
                 },
                 Err(PeerError::Os(_)) => return Incoming::Gone,
@@ -150,30 +187,33 @@ impl<'w> Terms<'w> {
         }
     }
 
-    /// Waits for bytes. Returns whether they came in time.
-    fn wait(&self, client: &PeerSocket, deadline: Deadline) -> Result<bool, Errno> {
-        let until = deadline.at_most(self.client_timeout);
-        Ok(!wait(client.as_fd(), PollFlags::POLLIN, until)?.is_empty())
+    /// Waits for bytes, after `received` have come. Returns whether more came in time.
+    fn wait(&mut self, received: usize) -> Result<bool, Errno> {
+        let Terms { readings, client_timeout, min_rate, .. } = *self.terms;
+        let reading =
+            self.reading.get_or_insert_with(|| readings.begin(self.terms.client, self.client));
+        reading.received(received);
+        let mut until = self.deadline.at_most(client_timeout);
+        if min_rate > 0 {
+            let needed = Duration::from_secs_f64(received as f64 / min_rate as f64);
+            until = until.min(Deadline::at(self.slowest + needed));
+        }
+        Ok(!wait(self.client.as_fd(), PollFlags::POLLIN, until)?.is_empty())
     }
 
     /// Makes room for more bytes. Returns whether the budget allowed it.
-    fn grow(
-        &self,
-        buffer: &mut Vec<u8>,
-        total: Option<usize>,
-        memory: &mut Option<Share<'w>>,
-        deadline: Deadline,
-    ) -> bool {
+    fn grow(&mut self, buffer: &mut Vec<u8>, total: Option<usize>) -> bool {
         // A full buffer has a length: `progress` refuses so many digits.
         let Some(total) = total else { return false };
-        if memory.is_none() {
-            *memory = self.budget.take(total, deadline.at_most(self.memory_timeout));
-            if memory.is_none() {
-                return false;
-            }
-        }
         let missing = total.saturating_sub(buffer.len()).max(1);
-        buffer.try_reserve_exact(missing.min(buffer.len())).is_ok()
+        let more = missing.min(buffer.len());
+        let Terms { budget, client, memory_timeout, .. } = *self.terms;
+        let memory = self.memory.get_or_insert_with(|| budget.open(client));
+        let begin = Instant::now();
+        let allowed = memory.grow(more, self.deadline.at_most(memory_timeout));
+        // The client isn't slow while its bytes have no room.
+        self.slowest += begin.elapsed();
+        allowed && buffer.try_reserve_exact(more).is_ok()
     }
 }
 
@@ -217,24 +257,39 @@ impl Buffers {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use qrelay_shared::client::Share;
     use qrelay_shared::qmqp::encode_request;
     use qrelay_shared::sys::rights::Rights;
     use std::io::Write;
     use std::os::unix::net::UnixStream;
 
+    const CLIENT: Client = Client::Uid(1);
+
+    fn budget(limit: usize) -> Budget {
+        Budget::new(limit, Share::new(1.0))
+    }
+
     fn read(budget: &Budget, write: impl FnOnce(UnixStream) + Send) -> (Vec<u8>, String) {
-        let (client, server) = UnixStream::pair().expect("pair");
+        let readings = Readings::new(10);
         let terms = Terms {
             limits: Limits { max_size: 1_000_000 },
             client_timeout: Duration::from_millis(300),
             request_timeout: Duration::from_millis(600),
+            min_rate: 0,
             memory_timeout: Duration::from_millis(5),
+            client: CLIENT,
             budget,
+            readings: &readings,
         };
+        read_on(&terms, write)
+    }
+
+    fn read_on(terms: &Terms<'_>, write: impl FnOnce(UnixStream) + Send) -> (Vec<u8>, String) {
+        let (client, server) = UnixStream::pair().expect("pair");
         let mut buffer = Vec::new();
         let shown = std::thread::scope(|scope| {
             scope.spawn(|| write(client));
-            let server = PeerSocket::new(server.into(), Rights::Possible);
+            let server = Arc::new(PeerSocket::new(server.into(), Rights::Possible));
             let (incoming, memory) = match terms.try_read(&server, &mut buffer) {
                 Some(incoming) => (incoming, None),
                 None => terms.read(&server, &mut buffer),
@@ -258,7 +313,7 @@ mod tests {
 
     #[test]
     fn reads_whole_requests() {
-        let budget = Budget::new(1_000_000);
+        let budget = budget(1_000_000);
         for size in [0, 1000, 60_000, 65_536, 300_000, 1_000_000] {
             let bytes = request(size);
             let (got, shown) = read(&budget, |mut client| {
@@ -269,13 +324,13 @@ mod tests {
             assert_eq!(shown, format!("complete {}", bytes.len() > BUFFER_SIZE), "{size}");
             assert!(got == bytes, "{size}");
         }
-        assert!(budget.take(1_000_000, Deadline::after(Duration::ZERO)).is_some());
+        assert!(budget.open(CLIENT).grow(1_000_000, Deadline::after(Duration::ZERO)));
     }
 
     #[test]
     fn reads_byte_by_byte() {
         let bytes = request(30);
-        let (got, shown) = read(&Budget::new(0), |mut client| {
+        let (got, shown) = read(&budget(0), |mut client| {
             for byte in &bytes {
                 client.write_all(&[*byte]).expect("write");
                 std::thread::yield_now();
@@ -286,7 +341,7 @@ mod tests {
 
     #[test]
     fn refuses() {
-        let budget = Budget::new(1_000_000);
+        let budget = budget(1_000_000);
         let table: [(&[u8], &str); 4] = [
             (b"GET / HTTP/1.0\r\n", "16:Dmalformed input,"),
             (b"9999999:", "18:Dmessage too large,"),
@@ -307,7 +362,7 @@ mod tests {
     fn a_truncated_request_gets_no_answer() {
         let bytes = request(100_000);
         for length in [0, 1, 10, 70_000, bytes.len() - 1] {
-            let (_, shown) = read(&Budget::new(1_000_000), |mut client| {
+            let (_, shown) = read(&budget(1_000_000), |mut client| {
                 client.write_all(&bytes[..length]).expect("write");
             });
             assert_eq!(shown, "gone", "{length}");
@@ -316,7 +371,30 @@ mod tests {
 
     #[test]
     fn a_drip_is_stopped() {
-        let (_, shown) = read(&Budget::new(0), |mut client| {
+        let (_, shown) = read(&budget(0), |mut client| {
+            let _ = client.write_all(b"9000:8000:");
+            while client.write_all(b"x").is_ok() {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+        });
+        assert_eq!(shown, "18:Zrequest timed out,");
+    }
+
+    #[test]
+    fn who_sends_too_slowly_is_stopped() {
+        let (budget, readings) = (budget(0), Readings::new(10));
+        let terms = Terms {
+            limits: Limits { max_size: 1_000_000 },
+            client_timeout: Duration::from_millis(50),
+            request_timeout: Duration::from_secs(60),
+            min_rate: 10_000,
+            memory_timeout: Duration::ZERO,
+            client: CLIENT,
+            budget: &budget,
+            readings: &readings,
+        };
+        // A byte every 5 ms is never silent for long. The first write that fails ends the client.
+        let (_, shown) = read_on(&terms, |mut client| {
             let _ = client.write_all(b"9000:8000:");
             while client.write_all(b"x").is_ok() {
                 std::thread::sleep(Duration::from_millis(5));
@@ -327,8 +405,10 @@ mod tests {
 
     #[test]
     fn without_memory_there_is_no_mail() {
-        let budget = Budget::new(1000);
-        let held = budget.take(1, Deadline::after(Duration::ZERO));
+        let budget = budget(1000);
+        let held = budget.open(CLIENT);
+        assert!(held.grow(1, Deadline::after(Duration::ZERO)));
+        held.complete();
         let bytes = request(100_000);
         let (_, shown) = read(&budget, |mut client| {
             let _ = client.write_all(&bytes);

@@ -44,6 +44,7 @@ const KEYS: &[(&str, Kind)] = &[
     ("worker_connections", Kind::Small(1, 4096, |s| &mut s.worker_connections)),
     ("client_timeout", Kind::Duration(|s| &mut s.client_timeout)),
     ("request_timeout", Kind::Duration(|s| &mut s.request_timeout)),
+    ("request_min_rate", Kind::Count(MAX_INTEGER, |s| &mut s.request_min_rate)),
     ("relay_timeout", Kind::Duration(|s| &mut s.relay_timeout)),
     ("handler_timeout", Kind::Duration(|s| &mut s.handler_timeout)),
     ("connect_timeout", Kind::Duration(|s| &mut s.connect_timeout)),

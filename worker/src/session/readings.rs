@@ -1,0 +1,145 @@
+//! The requests that threads wait for, and which of them gives way to another.
+//!
+//! A request that is being read holds one of the worker's credits, for as long as its client likes
+//! to take. So such requests hold half of the credits at most: when one more begins, the client
+//! with the most of them loses its slowest one.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::Instant;
+
+use parking_lot::Mutex;
+use qrelay_shared::client::Client;
+use qrelay_shared::sys::rights::PeerSocket;
+
+/// The requests that threads wait for.
+#[derive(Debug)]
+pub(crate) struct Readings {
+    limit: usize,
+    all: Mutex<Vec<Arc<State>>>,
+}
+
+/// A request that a thread waits for, until it is dropped.
+#[derive(Debug)]
+pub(crate) struct Reading<'r> {
+    readings: &'r Readings,
+    state: Arc<State>,
+}
+
+#[derive(Debug)]
+struct State {
+    client: Client,
+    socket: Arc<PeerSocket>,
+    since: Instant,
+    received: AtomicUsize,
+    gives_way: AtomicBool,
+}
+
+impl Readings {
+    /// Starts without requests. The worker serves at most `connections` clients at a time.
+    pub(crate) fn new(connections: usize) -> Self {
+        Self { limit: (connections / 2).max(1), all: Mutex::default() }
+    }
+
+    /// Adds a request, if need be in place of another one.
+    pub(crate) fn begin(&self, client: Client, socket: &Arc<PeerSocket>) -> Reading<'_> {
+        let state = Arc::new(State {
+            client,
+            socket: Arc::clone(socket),
+            since: Instant::now(),
+            received: AtomicUsize::new(0),
+            gives_way: AtomicBool::new(false),
+        });
+        let mut all = self.all.lock();
+        if all.len() >= self.limit {
+            let paces: Vec<_> = all.iter().map(|state| state.pace()).collect();
+            if let Some(at) = choose(&paces) {
+                let slowest = all.swap_remove(at);
+                slowest.gives_way.store(true, Ordering::Relaxed);
+                slowest.socket.end_input();
+            }
+        }
+        all.push(Arc::clone(&state));
+        Reading { readings: self, state }
+    }
+}
+
+impl Reading<'_> {
+    /// Notes how many bytes the client has sent while it was waited for.
+    pub(crate) fn received(&self, bytes: usize) {
+        self.state.received.store(bytes, Ordering::Relaxed);
+    }
+
+    /// Returns whether the request has given way to another, so that its input has ended.
+    pub(crate) fn gives_way(&self) -> bool {
+        self.state.gives_way.load(Ordering::Relaxed)
+    }
+}
+
+impl Drop for Reading<'_> {
+    fn drop(&mut self) {
+        self.readings.all.lock().retain(|state| !Arc::ptr_eq(state, &self.state));
+    }
+}
+
+impl State {
+    fn pace(&self) -> Pace {
+        let seconds = self.since.elapsed().as_secs_f64();
+        let received = self.received.load(Ordering::Relaxed) as f64;
+        Pace { client: self.client, rate: received / seconds.max(f64::MIN_POSITIVE) }
+    }
+}
+
+/// How fast a request comes.
+#[derive(Debug, Clone, Copy)]
+struct Pace {
+    client: Client,
+    /// Bytes per second.
+    rate: f64,
+}
+
+/// Chooses the slowest request of the client that has most. Pure.
+fn choose(paces: &[Pace]) -> Option<usize> {
+    let of = |client| paces.iter().filter(|pace| pace.client == client).count();
+    let most = paces.iter().map(|pace| of(pace.client)).max()?;
+    let slower = |a: &(usize, &Pace), b: &(usize, &Pace)| a.1.rate.total_cmp(&b.1.rate);
+    let chosen = paces.iter().enumerate().filter(|(_, pace)| of(pace.client) == most);
+    chosen.min_by(slower).map(|(at, _)| at)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use qrelay_shared::sys::rights::Rights;
+    use std::os::unix::net::UnixStream;
+
+    const A: Client = Client::Uid(1);
+    const B: Client = Client::Uid(2);
+
+    #[test]
+    fn the_slowest_of_the_client_with_most_gives_way() {
+        let pace = |client, rate| Pace { client, rate };
+        assert_eq!(choose(&[]), None);
+        assert_eq!(choose(&[pace(A, 5.0), pace(B, 1.0), pace(A, 9.0)]), Some(0));
+        assert_eq!(choose(&[pace(A, 5.0), pace(B, 1.0)]), Some(1));
+    }
+
+    #[test]
+    fn half_of_the_credits_are_left() {
+        let readings = Readings::new(4);
+        let socket = || {
+            let (ours, theirs) = UnixStream::pair().expect("a pair");
+            (Arc::new(PeerSocket::new(ours.into(), Rights::Refused)), theirs)
+        };
+        let (first, second, third) = (socket(), socket(), socket());
+        let (a, b) = (readings.begin(A, &first.0), readings.begin(A, &second.0));
+        a.received(1);
+        assert!(!a.gives_way() && !b.gives_way());
+        let c = readings.begin(B, &third.0);
+        assert!(!a.gives_way() && b.gives_way() && !c.gives_way());
+        assert!(std::io::Write::write(&mut &second.1, b"x").is_err(), "its input has ended");
+        assert!(std::io::Write::write(&mut &first.1, b"x").is_ok());
+        drop((a, b, c));
+        assert!(readings.all.lock().is_empty());
+    }
+}
