@@ -31,7 +31,7 @@ ORDER = {
         "daemon",
         "accept generations services workers",  # The owners, which only send each other events.
         "event",
-        "backoff client signals system watch",
+        "backoff connected descriptors signals system watch",
         "ids",
     ],
     "worker": [

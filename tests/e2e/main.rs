@@ -24,6 +24,7 @@ mod docs;
 mod exec;
 mod exec_end;
 mod files;
+mod flood;
 mod inherited;
 mod isolation;
 mod journal;

@@ -164,8 +164,18 @@ impl Session {
 
     fn terms<'c>(&self, context: &'c Context) -> Option<(&'c Listener, Terms<'c>)> {
         let listener = context.listeners.get(self.job.listener as usize)?;
-        let limits = Limits { max_size: listener.max_size };
-        Some((listener, Terms::new(limits, context, self.job.peer.into())))
+        let settings = &context.settings;
+        let terms = Terms {
+            limits: Limits { max_size: listener.max_size },
+            client_timeout: settings.client_timeout,
+            request_timeout: settings.request_timeout,
+            min_rate: settings.request_min_rate,
+            memory_timeout: settings.relay_timeout,
+            client: self.job.peer.into(),
+            budget: &context.budget,
+            readings: &context.readings,
+        };
+        Some((listener, terms))
     }
 
     /// Parses what has been read of a request, and asks the handler if it is a mail.

@@ -443,15 +443,20 @@ pub fn run(args: &[&str]) -> Output {
     command(QRELAY).args(args).stdin(Stdio::null()).output().expect("the binary runs")
 }
 
-/// Submits a mail by `qrelay send` as the user nobody, and returns the output when the command has
-/// ended.
+/// Submits an empty mail by `qrelay send` as the user nobody, and returns the output when the
+/// command has ended.
 pub fn send_as_nobody(to: &Path, sender: &str) -> Output {
+    send_message_as_nobody(to, sender, Stdio::null())
+}
+
+/// Submits a message like [`send_as_nobody`].
+pub fn send_message_as_nobody(to: &Path, sender: &str, message: impl Into<Stdio>) -> Output {
     command(QRELAY)
         .args(["send", "--sender", sender, "recipient@example.org", "--to"])
         .arg(to)
         .uid(NOBODY)
         .gid(NOBODY)
-        .stdin(Stdio::null())
+        .stdin(message)
         .output()
         .expect("runs as another user")
 }

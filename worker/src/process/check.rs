@@ -86,6 +86,7 @@ fn push_settings(text: &mut String, settings: &Settings) {
         ("worker_connections", settings.worker_connections.to_string()),
         ("client_timeout", seconds(settings.client_timeout)),
         ("request_timeout", seconds(settings.request_timeout)),
+        ("request_min_rate", settings.request_min_rate.to_string()),
         ("relay_timeout", seconds(settings.relay_timeout)),
         ("handler_timeout", seconds(settings.handler_timeout)),
         ("connect_timeout", seconds(settings.connect_timeout)),

@@ -24,7 +24,6 @@ use qrelay_shared::sys::wait::wait;
 use qrelay_shared::texts;
 
 use crate::mail::memory::{Budget, Holding};
-use crate::session::context::Context;
 use crate::session::readings::{Reading, Readings};
 
 /// Bytes of a new buffer: most mails fit.
@@ -83,21 +82,6 @@ impl Incoming {
 }
 
 impl<'w> Terms<'w> {
-    /// Returns the terms for a client of a listener that accepts messages within `limits`.
-    pub(crate) fn new(limits: Limits, context: &'w Context, client: Client) -> Self {
-        let settings = &context.settings;
-        Self {
-            limits,
-            client_timeout: settings.client_timeout,
-            request_timeout: settings.request_timeout,
-            min_rate: settings.request_min_rate,
-            memory_timeout: settings.relay_timeout,
-            client,
-            budget: &context.budget,
-            readings: &context.readings,
-        }
-    }
-
     /// Reads what is there into an empty buffer. Returns nothing if the request isn't complete.
     pub(crate) fn try_read(&self, client: &PeerSocket, buffer: &mut Vec<u8>) -> Option<Incoming> {
         make_room(buffer);
