@@ -13,6 +13,7 @@
 
 mod bare;
 mod error;
+mod flood;
 mod growth;
 mod load;
 mod measure;
@@ -86,7 +87,8 @@ struct Options {
 
 fn names() -> PossibleValuesParser {
     let names = SCENARIOS.iter().map(|scenario| scenario.name);
-    names.chain(growth::KINDS.iter().map(|kind| kind.name)).collect::<Vec<_>>().into()
+    let growth = growth::KINDS.iter().map(|kind| kind.name);
+    names.chain(growth).chain([flood::NAME]).collect::<Vec<_>>().into()
 }
 
 fn seconds(text: &str) -> Result<f64, String> {
@@ -144,6 +146,11 @@ fn run_role(role: &str, arguments: &[String]) -> Result<(), BenchError> {
             let port = u16::try_from(number(1)?).map_err(|_| system("port")(invalid()))?;
             bare::run(Path::new(&arguments[0]), port).map_err(system("bare relay"))
         }
+        "attack" => {
+            let begin = arguments.get(3).map_or("", String::as_str);
+            flood::attack(Path::new(&arguments[0]), number(1)? as usize, number(2)? as usize, begin)
+                .map_err(system("attack"))
+        }
         _ => {
             let outcome = load::run(&load::Plan {
                 clients: number(1)? as usize,
@@ -167,7 +174,7 @@ fn run_all(options: &Options) -> Result<(), BenchError> {
     if options.list {
         let known = SCENARIOS.iter().map(|scenario| (scenario.name, scenario.about));
         let more = growth::KINDS.iter().map(|kind| (kind.name, kind.about));
-        for (name, about) in known.chain(more) {
+        for (name, about) in known.chain(more).chain([(flood::NAME, flood::ABOUT)]) {
             println!("{name:<12} {about}");
         }
         return Ok(());
@@ -184,6 +191,9 @@ fn run_all(options: &Options) -> Result<(), BenchError> {
     {
         growth::run(kind, options.mails, &options.extent(), options.log.as_deref())?;
     }
+    if options.scenarios.iter().any(|name| name == flood::NAME) {
+        flood::run(&options.extent(), options.log.as_deref())?;
+    }
     Ok(())
 }
 
@@ -193,7 +203,12 @@ fn line_up(
     options: &Options,
     dir: &Path,
 ) -> Result<Vec<(&'static str, Program)>, BenchError> {
-    let qrelay = |build, script| Program::Qrelay { build, script, log: options.log.clone() };
+    let qrelay = |build, script| Program::Qrelay {
+        build,
+        script,
+        log: options.log.clone(),
+        descriptors: None,
+    };
     let mut relays = Vec::new();
     let (name, again, baseline) = match (&options.against, scenario.baseline) {
         (Some(executable), _) => {

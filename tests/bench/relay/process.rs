@@ -53,7 +53,13 @@ pub enum Program {
     /// The bare relay in C, already compiled.
     Floor(PathBuf),
     /// A build of qrelay with this script.
-    Qrelay { build: Build, script: &'static str, log: Option<PathBuf> },
+    Qrelay {
+        build: Build,
+        script: &'static str,
+        log: Option<PathBuf>,
+        /// RLIMIT_NOFILE, if it isn't to be the benchmark's own.
+        descriptors: Option<u32>,
+    },
 }
 
 /// Which build of qrelay runs.
@@ -87,8 +93,15 @@ impl Program {
                 command.arg(socket).arg(bare::THREADS.to_string()).arg(port.to_string());
                 command
             }
-            Self::Qrelay { build, script, log } => {
-                let mut command = Command::new(build.executable());
+            Self::Qrelay { build, script, log, descriptors } => {
+                let mut command = match descriptors {
+                    None => Command::new(build.executable()),
+                    Some(limit) => {
+                        let mut command = Command::new("prlimit");
+                        command.arg(format!("--nofile={limit}:{limit}")).arg(build.executable());
+                        command
+                    }
+                };
                 command.arg("--config").arg(write_config(dir, socket, port, script)?);
                 command.stderr(log_file(log.as_deref())?);
                 command
@@ -231,31 +244,55 @@ fn is_accepted(text: &[u8]) -> bool {
     text.starts_with(b"K")
 }
 
+/// A part of the benchmark that runs until it is dropped.
+pub struct Helper {
+    line: String,
+    process: Process,
+}
+
+impl Helper {
+    /// Starts a role, which `prepare` gives its arguments, and waits for its first line.
+    pub fn start(
+        name: &'static str,
+        prepare: impl FnOnce(&mut Command),
+    ) -> Result<Self, BenchError> {
+        let mut command = role(name)?;
+        prepare(&mut command);
+        command.stdout(Stdio::piped());
+        let mut process = Process::spawn(command)?;
+        let mut line = String::new();
+        if let Some(stdout) = process.child.stdout.take() {
+            BufReader::new(stdout).read_line(&mut line).map_err(system(name))?;
+        }
+        match line.is_empty() {
+            true => Err(BenchError::Report { role: name, line }),
+            false => Ok(Self { line, process }),
+        }
+    }
+}
+
 /// The running next hop.
 pub struct Sink {
     /// Port on 127.0.0.1.
     pub port: u16,
-    process: Process,
+    helper: Helper,
 }
 
 impl Sink {
     /// Starts the sink with `threads` threads and waits until it has printed its port.
     pub fn start(threads: usize) -> Result<Self, BenchError> {
-        let mut command = role("sink")?;
-        command.arg(threads.to_string()).stdout(Stdio::piped());
-        let mut process = Process::spawn(command)?;
-        let mut line = String::new();
-        if let Some(stdout) = process.child.stdout.take() {
-            BufReader::new(stdout).read_line(&mut line).map_err(system("sink"))?;
-        }
-        let port = line.trim().parse();
-        let port = port.map_err(|_| BenchError::Report { role: "sink", line })?;
-        Ok(Self { port, process })
+        let helper = Helper::start("sink", |command| {
+            command.arg(threads.to_string());
+        })?;
+        let port = helper.line.trim().parse();
+        let port =
+            port.map_err(|_| BenchError::Report { role: "sink", line: helper.line.clone() })?;
+        Ok(Self { port, helper })
     }
 
     /// Returns the CPU time that the sink has used so far.
     pub fn cpu(&self) -> Duration {
-        usage::cpu(self.process.child.id())
+        usage::cpu(self.helper.process.child.id())
     }
 }
 
