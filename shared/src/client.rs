@@ -40,7 +40,7 @@ impl fmt::Display for Client {
     }
 }
 
-/// A client's part (`client_share`), as a multiple of what is free.
+/// The part of a resource that one client may hold (`client_share`).
 ///
 /// A cap in proportion to what is free is known from switches that share one memory between their
 /// ports (A. Choudhury and E. Hahne, Dynamic Queue Length Thresholds for Shared-Memory Packet
@@ -52,14 +52,19 @@ pub struct Share(f64);
 impl Share {
     /// Takes the part that a single client may hold: more than 0, at most 1.
     pub fn new(share: f64) -> Self {
-        Self(share / (1.0 - share))
+        Self(share)
+    }
+
+    /// Returns what a client may hold of `whole`, of which nobody else holds anything.
+    pub fn of(self, whole: usize) -> usize {
+        (whole as f64 * self.0) as usize
     }
 
     /// Returns how much a client may hold while `free` is free.
     pub fn cap(self, free: usize) -> usize {
         // With a part of 1 there is no cap: infinity becomes the largest number, and no number
         // (nothing is free) becomes 0.
-        (free as f64 * self.0) as usize
+        (free as f64 * self.0 / (1.0 - self.0)) as usize
     }
 }
 

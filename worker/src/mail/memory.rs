@@ -1,8 +1,10 @@
 //! The bound on memory for messages (`mail_memory`).
 //!
 //! Contract: a request that outgrows its thread's own buffer takes memory piece by piece, as its
-//! bytes arrive, and gives all of it back when the mail is finished. What a client has announced
-//! costs nobody anything. No client takes more than its share (`client_share`) of what is free.
+//! bytes arrive, and gives all of it back when the mail is finished. No client takes more than its
+//! share (`client_share`) of what is free. What a client has announced counts only against the
+//! client itself: as many of its requests begin as fit into its share, one after the other, so that
+//! its share isn't spread over requests of which none can be completed.
 //!
 //! A request waits for memory while it holds some, so two rules keep requests from waiting for each
 //! other for ever. Of each client's requests, the oldest that isn't complete takes what is free,
@@ -39,9 +41,10 @@ impl Budget {
         Self { ledger: Mutex::new(ledger), changed: Condvar::new() }
     }
 
-    /// Begins to count for a request of `client`, which holds nothing yet.
-    pub(crate) fn open(&self, client: Client) -> Holding<'_> {
-        Holding { budget: self, number: self.ledger.lock().open(client) }
+    /// Begins to count for a request of `client`, which has announced `total` bytes and holds
+    /// nothing yet.
+    pub(crate) fn open(&self, client: Client, total: usize) -> Holding<'_> {
+        Holding { budget: self, number: self.ledger.lock().open(client, total) }
     }
 }
 
@@ -87,51 +90,85 @@ struct Ledger {
 #[derive(Debug)]
 struct Account {
     client: Client,
+    /// The announced size.
+    total: usize,
     bytes: usize,
-    complete: bool,
+    state: State,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum State {
+    /// Its client has no room for it.
+    Waits,
+    /// Takes bytes as they arrive.
+    Grows,
+    /// Has all of its bytes.
+    Complete,
 }
 
 impl Ledger {
-    fn open(&mut self, client: Client) -> u64 {
+    fn open(&mut self, client: Client, total: usize) -> u64 {
         self.last += 1;
-        self.accounts.insert(self.last, Account { client, bytes: 0, complete: false });
+        self.accounts.insert(self.last, Account { client, total, bytes: 0, state: State::Waits });
         self.last
     }
 
+    /// Takes bytes for a request, if that is possible now.
     fn grow(&mut self, number: u64, bytes: usize) -> bool {
-        let allowed = self.allows(number, bytes);
+        let allowed = self.may_begin(number) && self.may_take(number, bytes);
         if let Some(account) = self.accounts.get_mut(&number).filter(|_| allowed) {
+            account.state = State::Grows;
             account.bytes += bytes;
             self.used += bytes;
         }
         allowed
     }
 
-    /// Returns whether a request may take so many bytes more now.
-    fn allows(&self, number: u64, bytes: usize) -> bool {
-        let Some(client) = self.accounts.get(&number).map(|account| account.client) else {
-            return false;
-        };
-        let is_oldest = |of: &dyn Fn(&Account) -> bool| {
-            let mut reading = self.accounts.iter().filter(|(_, a)| !a.complete && of(a));
-            reading.next().is_some_and(|(&oldest, _)| oldest == number)
-        };
+    fn of(&self, client: Client) -> impl Iterator<Item = (&u64, &Account)> {
+        self.accounts.iter().filter(move |(_, account)| account.client == client)
+    }
+
+    /// Returns whether a request has begun, or may begin: after its client's earlier ones, and if
+    /// those that have begun leave room in the client's share.
+    fn may_begin(&self, number: u64) -> bool {
+        let Some(account) = self.accounts.get(&number) else { return false };
+        if account.state != State::Waits {
+            return true;
+        }
+        let mut own = self.of(account.client);
+        let next = own.find(|(_, other)| other.state == State::Waits);
+        let (mut begun, mut held) = (0, 0);
+        for (_, other) in self.of(account.client).filter(|(_, o)| o.state != State::Waits) {
+            begun += other.total;
+            held += other.bytes;
+        }
+        let others = self.used - held;
+        let room = self.share.of(self.limit.saturating_sub(others));
+        next.is_some_and(|(&next, _)| next == number)
+            && (begun == 0 || begun.saturating_add(account.total) <= room)
+    }
+
+    /// Returns whether a request that has begun may take so many bytes more now.
+    fn may_take(&self, number: u64, bytes: usize) -> bool {
+        let Some(account) = self.accounts.get(&number) else { return false };
+        let incomplete = |(_, a): &(&u64, &Account)| a.state != State::Complete;
         match self.limit.saturating_sub(self.used).checked_sub(bytes) {
             Some(rest) => {
-                let own = self.accounts.values().filter(|account| account.client == client);
-                let held: usize = own.map(|account| account.bytes).sum();
-                held + bytes <= self.share.cap(rest) || is_oldest(&|a| a.client == client)
+                let held: usize = self.of(account.client).map(|(_, own)| own.bytes).sum();
+                let oldest = self.of(account.client).find(incomplete);
+                held + bytes <= self.share.cap(rest) || oldest.is_some_and(|(&o, _)| o == number)
             }
             None => {
-                let returns = self.accounts.values().any(|a| a.complete && a.bytes > 0);
-                !returns && is_oldest(&|_| true)
+                let oldest = self.accounts.iter().find(incomplete);
+                let mut complete = self.accounts.values().filter(|a| a.state == State::Complete);
+                oldest.is_some_and(|(&o, _)| o == number) && complete.all(|a| a.bytes == 0)
             }
         }
     }
 
     fn complete(&mut self, number: u64) {
         if let Some(account) = self.accounts.get_mut(&number) {
-            account.complete = true;
+            account.state = State::Complete;
         }
     }
 
@@ -160,7 +197,7 @@ mod tests {
     fn fill(ledger: &mut Ledger, client: Client, bytes: usize) -> Vec<u64> {
         let mut holders = Vec::new();
         loop {
-            let number = ledger.open(client);
+            let number = ledger.open(client, bytes);
             if !ledger.grow(number, bytes) {
                 ledger.close(number);
                 return holders;
@@ -178,12 +215,25 @@ mod tests {
     }
 
     #[test]
+    fn what_is_announced_counts_against_its_own_client() {
+        let mut ledger = ledger(100);
+        let requests: Vec<_> = (0..4).map(|_| ledger.open(A, 30)).collect();
+        assert!(ledger.grow(requests[0], 1) && ledger.grow(requests[1], 1));
+        assert!(!ledger.grow(requests[2], 1), "only two fit into three quarters");
+        let other = ledger.open(B, 20);
+        assert!(ledger.grow(other, 20));
+        ledger.close(requests[0]);
+        assert!(!ledger.grow(requests[3], 1), "it isn't its turn");
+        assert!(ledger.grow(requests[2], 1));
+    }
+
+    #[test]
     fn the_oldest_request_of_a_client_gets_what_is_free() {
         let mut ledger = ledger(100);
         let holders = fill(&mut ledger, A, 1);
         assert!(!ledger.grow(holders[1], 10));
         assert!(ledger.grow(holders[0], 25), "all that is free");
-        let other = ledger.open(B);
+        let other = ledger.open(B, 1);
         assert!(!ledger.grow(other, 1), "not the oldest of all");
         assert!(ledger.grow(holders[0], 50), "beyond the bound, because nothing will come back");
         ledger.complete(holders[0]);
@@ -203,7 +253,7 @@ mod tests {
         for (size, clients, limit) in [(16, 1, 100), (16, 5, 100), (99, 3, 100), (200, 4, 100)] {
             let mut ledger = ledger(limit);
             let mut open: Vec<(u64, usize)> =
-                (0..40).map(|i| (ledger.open(Client::Uid(i % clients)), 0)).collect();
+                (0..40).map(|i| (ledger.open(Client::Uid(i % clients), size), 0)).collect();
             let mut highest = 0;
             while !open.is_empty() {
                 let before = open.clone();
@@ -232,10 +282,10 @@ mod tests {
         let budget = Budget::new(100, Share::new(0.75));
         let late = Deadline::after(Duration::from_secs(10));
         let soon = || Deadline::after(Duration::from_millis(5));
-        let first = budget.open(A);
+        let first = budget.open(A, 100);
         assert!(first.grow(100, soon()));
         first.complete();
-        let second = budget.open(B);
+        let second = budget.open(B, 10);
         assert!(!second.grow(10, soon()));
         std::thread::scope(|scope| {
             let waits = scope.spawn(|| second.grow(10, late));

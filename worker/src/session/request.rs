@@ -192,7 +192,7 @@ impl Run<'_, '_> {
         let missing = total.saturating_sub(buffer.len()).max(1);
         let more = missing.min(buffer.len());
         let Terms { budget, client, memory_timeout, .. } = *self.terms;
-        let memory = self.memory.get_or_insert_with(|| budget.open(client));
+        let memory = self.memory.get_or_insert_with(|| budget.open(client, total));
         let begin = Instant::now();
         let allowed = memory.grow(more, self.deadline.at_most(memory_timeout));
         // The client isn't slow while its bytes have no room.
@@ -308,7 +308,7 @@ mod tests {
             assert_eq!(shown, format!("complete {}", bytes.len() > BUFFER_SIZE), "{size}");
             assert!(got == bytes, "{size}");
         }
-        assert!(budget.open(CLIENT).grow(1_000_000, Deadline::after(Duration::ZERO)));
+        assert!(budget.open(CLIENT, 1_000_000).grow(1_000_000, Deadline::after(Duration::ZERO)));
     }
 
     #[test]
@@ -390,7 +390,7 @@ mod tests {
     #[test]
     fn without_memory_there_is_no_mail() {
         let budget = budget(1000);
-        let held = budget.open(CLIENT);
+        let held = budget.open(CLIENT, 1);
         assert!(held.grow(1, Deadline::after(Duration::ZERO)));
         held.complete();
         let bytes = request(100_000);
