@@ -1,5 +1,5 @@
 //! What the end-to-end tests demand of the machine, checked before any of them runs: root, control
-//! groups, namespaces, and the packages of tests/packages.
+//! groups, namespaces, /dev/fuse, and the packages of tests/packages.
 //!
 //! Contract: `cargo test` runs the test programs of the package `qrelay` in the order of their
 //! names, `demands` before `e2e`, and stops after the first program that fails. If something is
@@ -75,6 +75,9 @@ fn system() -> Vec<String> {
     overlay.args(["--mount", "sh", "-c", OVERLAY]);
     if !overlay.stdin(Stdio::null()).output().is_ok_and(|output| output.status.success()) {
         lacking.push("an overlay file system over the root directory".to_owned());
+    }
+    if access("/dev/fuse", AccessFlags::R_OK | AccessFlags::W_OK).is_err() {
+        lacking.push("/dev/fuse, for a file whose server is slow (`modprobe fuse`)".to_owned());
     }
     lacking
 }

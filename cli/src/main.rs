@@ -12,6 +12,7 @@
 use std::process::ExitCode;
 
 use qrelay_shared::exit::Exit;
+use qrelay_shared::log::Patience;
 use qrelay_supervisor::daemon;
 use qrelay_supervisor::services::dictionary_server;
 
@@ -34,7 +35,7 @@ fn main() -> ExitCode {
 }
 
 fn check(config: &std::path::Path, level: slog::Level) -> Exit {
-    let logger = qrelay_shared::log::init(level, "qrelay");
+    let logger = qrelay_shared::log::init(level, "qrelay", Patience::Unlimited);
     // `check` has no supervisor that could hold the shared dictionaries, so a thread answers
     // instead.
     let dictionaries = Box::new(|line| {

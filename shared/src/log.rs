@@ -1,28 +1,31 @@
 //! The log of every process: an entry with fields in the journal when stderr leads to the journal,
 //! else one readable line per record on stderr.
 //!
-//! Contract: writing never waits. A line is written as a whole or not at all: it has at most
-//! `LINE_MAX` bytes, which a pipe takes in one piece. A line contains no control characters,
-//! whatever a mail or a script put into it.
+//! Contract: writing never waits, except in a process that [`Patience`] allows to wait. A line has
+//! at most `LINE_MAX` bytes, which a pipe takes in one piece. A line contains no control
+//! characters, whatever a mail or a script put into it. Records go to standard error while journald
+//! is away.
 //!
 //! # Failure
 //! A line that can't be written at once is dropped and counted. The count is written before the
-//! next line that can be written.
+//! next line that can be written. After a line of which only a part could be written, as on a full
+//! disk, the next line starts anew.
+
+mod stderr;
+mod tear;
+mod writer;
 
 use std::borrow::Cow;
 use std::fmt::{Arguments, Write as _};
-use std::fs::OpenOptions;
-use std::io::{IoSlice, Write as _};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::io::ErrorKind;
 use std::os::unix::net::UnixDatagram;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, UNIX_EPOCH};
 
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::socket::{MsgFlags, send};
 use slog::{Drain, KV, Key, Level, Logger, OwnedKVList, Record, Serializer};
+
+use crate::log::stderr::Stderr;
 
 /// Longest line in bytes: PIPE_BUF, up to which writes to a pipe are atomic (pipe(7)).
 pub(crate) const LINE_MAX: usize = 4096;
@@ -40,89 +43,58 @@ const LINE_ROOM: usize = 512;
 /// Socket of systemd-journald for its native protocol.
 const JOURNAL: &str = "/run/systemd/journal/socket";
 
+/// Lines of this process that were lost and not reported yet.
+static LOST: AtomicU64 = AtomicU64::new(0);
+
+/// Whether writing the log may hold up the process.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Patience {
+    /// Writing never waits. If every write may wait, as to a file, a thread writes.
+    None,
+    /// Writing may wait for a file, because the process has to have a single thread.
+    Unlimited,
+}
+
 /// Creates the logger of this process; `process` is its name in every line. A process has to call
 /// this function again after its fork, because a line also contains the process id.
-pub fn init(level: Level, process: &'static str) -> Logger {
+pub fn init(level: Level, process: &'static str, patience: Patience) -> Logger {
+    // The process that forked this one reports its lost lines itself.
+    LOST.store(0, Ordering::Relaxed);
     let output = Output {
         process,
         origin: format!(" {process}[{}]: ", std::process::id()),
-        sink: Sink::open(),
+        journal: journal(),
+        stderr: Stderr::open(patience),
         second: Mutex::new((u64::MAX, String::new())),
-        lost: AtomicU64::new(0),
     };
     Logger::root(slog::LevelFilter::new(output, level).fuse(), slog::o!())
 }
 
-/// The destination of lines.
-enum Sink {
-    /// A socket connected to journald.
-    Journal(UnixDatagram),
-    /// Standard error, which is another socket.
-    Socket(OwnedFd),
-    /// Standard error, opened anew, so that O_NONBLOCK doesn't affect other users of the file.
-    NonBlocking(std::fs::File),
-    /// A pipe or terminal that can't be opened anew. Before each line, poll(2) says whether there
-    /// is room.
-    Polled,
-    /// A regular file, which never makes a writer wait for a reader.
-    Plain,
+/// Waits for lines that are still to be written, for half a second at most: the process ends.
+pub fn finish() {
+    writer::finish();
 }
 
-impl Sink {
-    fn open() -> Self {
-        if libsystemd::logging::connected_to_journal()
-            && let Ok(socket) = UnixDatagram::unbound()
-            && socket.connect(JOURNAL).is_ok()
-        {
-            return Self::Journal(socket);
-        }
-        let kind = std::fs::metadata("/proc/self/fd/2").map(|m| m.file_type());
-        match kind {
-            Ok(kind) if kind.is_socket() => {
-                nix::unistd::dup(std::io::stderr()).map_or(Self::Plain, Self::Socket)
-            }
-            Ok(kind) if kind.is_fifo() || kind.is_char_device() => OpenOptions::new()
-                .write(true)
-                .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
-                .open("/proc/self/fd/2")
-                .map_or(Self::Polled, Self::NonBlocking),
-            _ => Self::Plain,
-        }
+/// Returns a socket to send to journald, if standard error leads to the journal.
+fn journal() -> Option<UnixDatagram> {
+    if !libsystemd::logging::connected_to_journal() {
+        return None;
     }
-
-    /// Writes a line without waiting, and returns whether all of it was written.
-    fn write(&self, line: &[u8]) -> bool {
-        match self {
-            Self::Journal(socket) => send_now(socket.as_raw_fd(), line),
-            Self::Socket(fd) => send_now(fd.as_raw_fd(), line),
-            Self::NonBlocking(file) => {
-                let mut file = file;
-                file.write_vectored(&[IoSlice::new(line)]).is_ok_and(|n| n == line.len())
-            }
-            Self::Polled => {
-                let stderr = std::io::stderr();
-                let mut fds = [PollFd::new(stderr.as_fd(), PollFlags::POLLOUT)];
-                // A pipe that is ready takes PIPE_BUF bytes without waiting (pipe(7)).
-                poll(&mut fds, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
-                    && std::io::stderr().write_all(line).is_ok()
-            }
-            Self::Plain => std::io::stderr().write_all(line).is_ok(),
-        }
-    }
-}
-
-fn send_now(fd: std::os::fd::RawFd, bytes: &[u8]) -> bool {
-    send(fd, bytes, MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL).is_ok_and(|n| n == bytes.len())
+    let socket = UnixDatagram::unbound().ok()?;
+    socket.set_nonblocking(true).ok()?;
+    Some(socket)
 }
 
 struct Output {
     process: &'static str,
     /// Name and id of the process, as they appear in a line.
     origin: String,
-    sink: Sink,
+    /// Sends entries to journald. The socket isn't connected, because journald may make its own
+    /// anew.
+    journal: Option<UnixDatagram>,
+    stderr: Stderr,
     /// The second of the last line, as a number since the epoch and as text.
     second: Mutex<(u64, String)>,
-    lost: AtomicU64,
 }
 
 impl Drain for Output {
@@ -130,42 +102,50 @@ impl Drain for Output {
     type Err = slog::Never;
 
     fn log(&self, record: &Record<'_>, values: &OwnedKVList) -> Result<(), slog::Never> {
-        let journal = matches!(self.sink, Sink::Journal(_));
-        let mut fields = Fields::new(journal);
+        let mut fields = Fields::new(self.journal.is_some());
         // Writing into memory can't fail.
         let _ = record.kv().serialize(record, &mut fields);
         let _ = values.serialize(record, &mut fields);
-        let lost = self.lost.swap(0, Ordering::Relaxed);
+        let lost = LOST.swap(0, Ordering::Relaxed);
         if lost > 0 {
-            let mut fields = Fields::new(journal);
+            let mut fields = Fields::new(self.journal.is_some());
             let _ = fields.emit_u64("lost".into(), lost);
-            if !self.emit(Level::Warning, "log lines were lost", fields) {
-                self.lost.fetch_add(lost, Ordering::Relaxed);
-            }
+            self.emit(Level::Warning, "log lines were lost", fields, lost);
         }
-        if !self.emit(record.level(), &formatted(record.msg()), fields) {
-            self.lost.fetch_add(1, Ordering::Relaxed);
-        }
+        self.emit(record.level(), &formatted(record.msg()), fields, 1);
         Ok(())
     }
 }
 
 impl Output {
-    fn emit(&self, level: Level, message: &str, fields: Fields) -> bool {
+    /// Writes a record. If that fails, `stands_for` lines are counted as lost.
+    fn emit(&self, level: Level, message: &str, fields: Fields, stands_for: u64) {
         let Fields { mut line, entry } = fields;
         line.prepend_cut(&printable(message).0, MESSAGE_MAX);
-        if let Some(entry) = entry {
-            let head = format!(
-                "PRIORITY={}\nSYSLOG_IDENTIFIER={}\nMESSAGE=",
-                priority(level),
-                self.process
-            );
-            return self.sink.write(&[head.as_bytes(), line.cut().get(), entry.get()].concat());
+        let line = line.cut();
+        let written = self.send(level, &line, entry).unwrap_or_else(|| {
+            let mut line = line;
+            line.prepend(&self.origin);
+            line.prepend(level_name(level));
+            self.prepend_time(&mut line);
+            self.stderr.write(line.cut().get(), stands_for)
+        });
+        if !written {
+            LOST.fetch_add(stands_for, Ordering::Relaxed);
         }
-        line.prepend(&self.origin);
-        line.prepend(level_name(level));
-        self.prepend_time(&mut line);
-        self.sink.write(line.cut().get())
+    }
+
+    /// Sends a record to journald. Returns whether journald has it; nothing if there is no
+    /// journald, so that standard error has to do.
+    fn send(&self, level: Level, line: &Prepended, entry: Option<Prepended>) -> Option<bool> {
+        let (journal, entry) = (self.journal.as_ref()?, entry?);
+        let head =
+            format!("PRIORITY={}\nSYSLOG_IDENTIFIER={}\nMESSAGE=", priority(level), self.process);
+        match journal.send_to(&[head.as_bytes(), line.get(), entry.get()].concat(), JOURNAL) {
+            Ok(_) => Some(true),
+            Err(error) if error.kind() == ErrorKind::WouldBlock => Some(false),
+            Err(_) => None,
+        }
     }
 
     /// Prepends the time with milliseconds. Formatting the date is slow, so its text is kept for

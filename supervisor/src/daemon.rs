@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 use nix::sys::prctl;
 use qrelay_shared::exit::Exit;
 use qrelay_shared::ipc::message::MailRecord;
+use qrelay_shared::log::Patience;
 use qrelay_shared::settings::Account;
 use qrelay_shared::sys::activation::{self, Passed};
 use qrelay_shared::sys::inherited;
@@ -83,14 +84,16 @@ pub fn run(options: Options) -> Exit {
     let passed = inherited::discard()
         .map_err(|errno| format!("the launcher's descriptors can't be closed: {errno}"))
         .and_then(|()| activation::take());
-    let log = qrelay_shared::log::init(options.level, "qrelay");
-    match passed.and_then(|passed| start(options, passed, log.clone())) {
+    let log = qrelay_shared::log::init(options.level, "qrelay", Patience::None);
+    let exit = match passed.and_then(|passed| start(options, passed, log.clone())) {
         Ok((daemon, poller, signals)) => daemon.serve(poller, signals),
         Err(message) => {
             error!(log, "cannot start: {message}");
             Exit::System
         }
-    }
+    };
+    qrelay_shared::log::finish();
+    exit
 }
 
 /// Takes over signals and the passed sockets, and begins with the first generation.

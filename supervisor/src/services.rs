@@ -8,6 +8,7 @@
 mod dictionaries;
 pub mod dictionary_server;
 mod mail_log;
+mod notifier;
 mod pond;
 mod separation;
 mod systemd;
@@ -43,7 +44,7 @@ impl Services {
     /// Reads what systemd wants from the environment.
     pub(crate) fn new(log: Logger, instance: String, watcher: Watcher, now: Instant) -> Self {
         Self {
-            systemd: Systemd::new(now),
+            systemd: Systemd::new(&log, now),
             mails: MailLog::new(log.clone(), instance),
             log,
             dictionaries: DictionaryServer::new(watcher),
@@ -79,7 +80,7 @@ impl Services {
     }
 
     /// Tells systemd that another configuration is being loaded.
-    pub(crate) fn reload_began(&self) {
+    pub(crate) fn reload_began(&mut self) {
         self.systemd.reloading();
     }
 
@@ -94,26 +95,28 @@ impl Services {
         info!(self.log, "ready"; "generation" => generation, "workers" => workers,
             "sandbox" => separation.sandbox.level(),
             "user" => separation.user.map(|(user, _)| user));
-        self.systemd.ready(self.status_line());
+        let line = self.status_line();
+        self.systemd.ready(&line);
     }
 
     /// Tells systemd that a configuration can't be used, and that the old one serves on.
-    pub(crate) fn reload_failed(&self, cause: Cause, message: &str) {
+    pub(crate) fn reload_failed(&mut self, cause: Cause, message: &str) {
         let line = self.status_line();
-        self.systemd.ready(match cause {
+        self.systemd.ready(&match cause {
             Cause::Recovery => format!("{line}; no zygote is left, loading failed: {message}"),
             Cause::Boot | Cause::Reload => format!("{line}; reload failed: {message}"),
         });
     }
 
     /// Tells systemd that no process can fork workers of the serving generation.
-    pub(crate) fn no_zygote_left(&self) {
-        self.systemd.status(format!("{}; no zygote is left", self.status_line()));
+    pub(crate) fn no_zygote_left(&mut self) {
+        let line = self.status_line();
+        self.systemd.status(&format!("{line}; no zygote is left"));
     }
 
     /// Tells systemd that the daemon stops.
     pub(crate) fn stop(&mut self, in_flight: usize, now: Instant) {
-        self.systemd.stopping(format!("Stopping: {in_flight} mails in flight"), now);
+        self.systemd.stopping(&format!("Stopping: {in_flight} mails in flight"), now);
     }
 
     /// Reports what has not been reported: the daemon ends.

@@ -17,6 +17,7 @@ pub mod postgres;
 pub mod processes;
 pub mod record;
 pub mod sink;
+pub mod slow_file;
 pub mod target;
 
 pub use client::{Client, Outcome, burst, submit};

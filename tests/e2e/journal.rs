@@ -7,6 +7,7 @@
 use std::os::unix::net::UnixDatagram;
 use std::sync::Arc;
 
+use crate::harness::daemon::Launch;
 use crate::harness::record::Record;
 use crate::harness::{Daemon, Mail, PATIENCE, Sink, Site, eventually, submit};
 
@@ -56,8 +57,12 @@ struct Journaled {
 
 /// Starts a daemon whose stderr is the journal. Returns the daemon and the journal's socket.
 fn start(config: &str) -> (Daemon, UnixDatagram) {
-    let site = Site::with(config);
-    let directory = site.path("journal");
+    start_launch(Site::with(config).launch())
+}
+
+/// Starts this daemon with the journal as its stderr.
+pub fn start_launch(launch: Launch) -> (Daemon, UnixDatagram) {
+    let directory = launch.site().path("journal");
     std::fs::create_dir(&directory).expect("directory");
     let socket = UnixDatagram::bind(directory.join("socket")).expect("bind");
     // JOURNAL_STREAM has the device and inode of stderr if stderr leads to the journal.
@@ -67,7 +72,7 @@ fn start(config: &str) -> (Daemon, UnixDatagram) {
          JOURNAL_STREAM=$(stat -L -c %d:%i /proc/self/fd/2) exec \"$@\"",
         directory.display()
     );
-    let daemon = site.launch().through(&["unshare", "-m", "sh", "-c", &script, "sh"]).ready();
+    let daemon = launch.through(&["unshare", "-m", "sh", "-c", &script, "sh"]).ready();
     (daemon, socket)
 }
 

@@ -45,3 +45,4 @@ mod start;
 mod stop;
 mod systemd;
 mod unit;
+mod unread;

@@ -108,6 +108,7 @@ fn opener(jobs: &OwnedFd) -> Opener {
 
 /// Ends the process without waiting for threads, and without running their exit handlers.
 fn end(status: i32) -> ! {
+    qrelay_shared::log::finish();
     flush_stdio();
     exit_now(status)
 }

@@ -26,6 +26,7 @@ use qrelay_shared::exit::Exit;
 use qrelay_shared::ids::WorkerId;
 use qrelay_shared::ipc::channel::{Channel, Received, RecvBuffer, RecvError, SendError};
 use qrelay_shared::ipc::message::{FromZygote, ToZygote, ZygoteOrder, ZygoteReport};
+use qrelay_shared::log::Patience;
 use qrelay_shared::settings::{Account, Declaration, Sandbox, Separation, Settings};
 use qrelay_shared::sys::inherited::reset_signals;
 use qrelay_shared::sys::limits::Limits;
@@ -70,7 +71,8 @@ enum Life {
 pub fn main(level: Level, limits: Limits) -> Exit {
     let supervisor = getppid();
     limits.remember();
-    let logger = Current::new(qrelay_shared::log::init(level, "qrelay-zygote"));
+    let logger =
+        Current::new(qrelay_shared::log::init(level, "qrelay-zygote", Patience::Unlimited));
     match prepare(supervisor) {
         Ok(true) => {}
         Ok(false) => return Exit::Success,
@@ -132,12 +134,16 @@ fn live(mut channel: ZygoteChannel, supervisor: Pid, level: Level, logger: &Curr
                 let Some(Loaded { state, declaration, instance }) = loaded else {
                     return Exit::System;
                 };
-                logger.replace(qrelay_shared::log::init(level, "qrelay-worker"));
+                logger.replace(qrelay_shared::log::init(level, "qrelay-worker", Patience::None));
                 return worker::run(birth, state, &declaration, instance, logger.logger());
             }
             Life::Standby(own) => {
                 channel = own;
-                logger.replace(qrelay_shared::log::init(level, "qrelay-zygote"));
+                logger.replace(qrelay_shared::log::init(
+                    level,
+                    "qrelay-zygote",
+                    Patience::Unlimited,
+                ));
                 if !adopted(&channel, supervisor) || end_with(supervisor) != Ok(true) {
                     return Exit::Success;
                 }
