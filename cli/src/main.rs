@@ -1,6 +1,7 @@
 //! The `qrelay` command: one binary for the supervisor, its zygotes and the tools around them.
 //!
-//! Contract: `main` reads the command line and calls the function of the command, nothing else. The
+//! Contract: `main` reads the command line and calls the function of the command, nothing else.
+//! Meanwhile signals wait, so that none ends a daemon that doesn't catch signals yet. The
 //! supervisor and the worker (with the zygote and the check) are crates of their own; the client
 //! commands are the module `client`.
 //!
@@ -13,6 +14,7 @@ use std::process::ExitCode;
 
 use qrelay_shared::exit::Exit;
 use qrelay_shared::log::Patience;
+use qrelay_shared::sys::signals::Held;
 use qrelay_supervisor::daemon;
 use qrelay_supervisor::services::dictionary_server;
 
@@ -23,7 +25,14 @@ use crate::cli::Command;
 use crate::client::{send, sink};
 
 fn main() -> ExitCode {
-    let exit = match cli::parse() {
+    // The daemon and its zygotes take signals as soon as they can obey them. Until then a SIGHUP
+    // would end them.
+    let held = Held::new();
+    let command = cli::parse();
+    if !matches!(command, Ok(Command::Run(_) | Command::Zygote(..))) {
+        held.release();
+    }
+    let exit = match command {
         Err(exit) => exit,
         Ok(Command::Run(options)) => daemon::run(options),
         Ok(Command::Zygote(level, limits)) => qrelay_worker::process::zygote::main(level, limits),

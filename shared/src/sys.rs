@@ -17,7 +17,7 @@ pub mod process_group;
 pub mod rights;
 pub mod safe_path;
 pub mod seccomp;
-pub(crate) mod signals;
+pub mod signals;
 pub mod spawn;
 pub mod thread;
 pub mod wait;

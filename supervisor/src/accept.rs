@@ -152,6 +152,11 @@ impl Acceptor {
         self.connections.get(job).map(|connection| connection.peer)
     }
 
+    /// Counts the connections that no worker has.
+    pub(crate) fn held(&self) -> usize {
+        self.connections.held()
+    }
+
     /// Returns whether every connection is closed or with a worker, and every backlog is empty.
     pub(crate) fn is_idle(&self) -> bool {
         self.connections.held() == 0 && self.endings.is_empty()

@@ -27,13 +27,14 @@ use crate::event::{Event, Events, Programs};
 use crate::generations::{Loading, Rollout};
 use crate::ids::{JobId, WorkerId};
 use crate::services::Services;
-use crate::signals::Signals;
+use crate::signals::{Caught, Signals};
 use crate::system::{Linux, System};
 use crate::watch::{Poller, Source};
 use crate::workers::Workers;
 
-/// Longest sleep of the loop when nothing is due.
-const IDLE: Duration = Duration::from_secs(60);
+/// How often the daemon looks for children that have ended, even if no signal says that one has: a
+/// signal can get lost, for example when a debugger swallows it.
+const LOOK_AGAIN: Duration = Duration::from_secs(1);
 /// How long after the end of a drain what is left is killed again.
 const KILL_AGAIN: Duration = Duration::from_millis(100);
 
@@ -75,17 +76,23 @@ struct Daemon {
     workers: Workers,
     rollout: Rollout,
     services: Services,
+    started: Instant,
+    /// When the daemon looks for children that have ended.
+    next_look: Instant,
 }
 
 /// Runs the daemon to its end.
 pub fn run(options: Options) -> Exit {
+    // A reload may be requested as soon as the process is there.
+    let caught = Caught::catch().map_err(|error| format!("signals: {error}"));
     // Passed sockets are taken before anything is opened, because a wrong LISTEN_FDS must name no
     // descriptor of this process.
     let passed = inherited::discard()
         .map_err(|errno| format!("the launcher's descriptors can't be closed: {errno}"))
         .and_then(|()| activation::take());
     let log = qrelay_shared::log::init(options.level, "qrelay", Patience::None);
-    let exit = match passed.and_then(|passed| start(options, passed, log.clone())) {
+    let inherited = caught.and_then(|caught| Ok((caught, passed?)));
+    let exit = match inherited.and_then(|inherited| start(options, inherited, log.clone())) {
         Ok((daemon, poller, signals)) => daemon.serve(poller, signals),
         Err(message) => {
             error!(log, "cannot start: {message}");
@@ -99,7 +106,7 @@ pub fn run(options: Options) -> Exit {
 /// Takes over signals and the passed sockets, and begins with the first generation.
 fn start(
     options: Options,
-    passed: Vec<Passed>,
+    (caught, passed): (Caught, Vec<Passed>),
     log: Logger,
 ) -> Result<(Daemon, Poller, Signals), String> {
     // Neither a worker nor another process of the same user can trace the supervisor, read its
@@ -109,7 +116,7 @@ fn start(
     // Only the name in ps depends on it.
     let _ = prctl::set_name(c"qrelay");
     let limits = own_limits(&log).map_err(|error| format!("limits: {error}"))?;
-    let signals = Signals::register().map_err(|error| format!("signals: {error}"))?;
+    let signals = Signals::new(caught).map_err(|error| format!("signals: {error}"))?;
     let poller = Poller::new().map_err(|error| format!("epoll: {error}"))?;
     let watcher = poller.watcher();
     watcher.add(&signals, Source::Signals).map_err(|error| format!("epoll: {error}"))?;
@@ -169,6 +176,8 @@ impl Daemon {
             rollout: Rollout::new(log.clone(), loading, watcher.clone(), system),
             services: Services::new(log.clone(), instance, watcher, now),
             log,
+            started: now,
+            next_look: now + LOOK_AGAIN,
         }
     }
 
@@ -190,7 +199,7 @@ impl Daemon {
                 return exit;
             }
             let now = Instant::now();
-            let timeout = self.next_deadline().map_or(IDLE, |at| at.saturating_duration_since(now));
+            let timeout = self.next_deadline().saturating_duration_since(now);
             if let Err(error) = poller.wait(timeout, &mut sources) {
                 error!(self.log, "epoll_wait: {error}");
                 self.phase = Phase::Ended(Exit::System);
@@ -214,6 +223,7 @@ impl Daemon {
             (pending.child, Event::ChildEnded),
             (pending.stop, Event::StopRequested),
             (pending.reload, Event::ReloadRequested),
+            (pending.status, Event::StatusRequested),
         ];
         self.events.extend(events.into_iter().filter(|(came, _)| *came).map(|(_, event)| event));
     }
@@ -237,6 +247,11 @@ impl Daemon {
     /// Does what is due, and what follows from what has happened: first every event, then the
     /// dispatch of waiting connections, and only then the end of what no connection waits for.
     fn turn(&mut self, now: Instant) {
+        if self.next_look <= now {
+            self.next_look = now + LOOK_AGAIN;
+            self.events.push_back(Event::ChildEnded);
+            self.settle(now);
+        }
         self.services.tick(now);
         self.acceptor.tick(now, &mut self.events);
         self.workers.tick(now, &mut self.events);
@@ -264,6 +279,7 @@ impl Daemon {
             Event::ChildEnded => self.reap(now),
             Event::ReloadRequested => rollout.reload(now, events),
             Event::StopRequested => self.stop(now),
+            Event::StatusRequested => self.log_status(now),
             Event::DrainEnded(programs) => {
                 acceptor.give_up(now, events);
                 workers.kill_all(programs, now, events);
@@ -352,6 +368,24 @@ impl Daemon {
         workers.reap(&rollout.zygote_pids(), now, record, events);
     }
 
+    /// Logs one line about the daemon, and one about each worker.
+    fn log_status(&self, now: Instant) {
+        let answers = self.services.answers();
+        let phase = match self.phase {
+            Phase::Starting => "starting",
+            Phase::Serving => "serving",
+            Phase::Draining { .. } | Phase::Killing { .. } | Phase::Ended(_) => "stopping",
+        };
+        info!(self.log, "status"; "state" => phase,
+            "seconds" => now.saturating_duration_since(self.started).as_secs(),
+            "generations" => self.rollout.count(),
+            "held" => self.acceptor.held(),
+            "in_flight" => self.workers.in_flight(),
+            "K" => answers.accepted, "Z" => answers.temporary, "D" => answers.permanent,
+            "unanswered" => answers.unanswered);
+        self.workers.log_status();
+    }
+
     /// Notes that a generation serves.
     fn ready(&mut self) {
         if self.phase == Phase::Starting {
@@ -412,7 +446,7 @@ impl Daemon {
         }
     }
 
-    fn next_deadline(&self) -> Option<Instant> {
+    fn next_deadline(&self) -> Instant {
         let phase = match self.phase {
             Phase::Draining { deadline } => Some(deadline),
             Phase::Killing { again, .. } => Some(again),
@@ -427,7 +461,7 @@ impl Daemon {
         ]
         .into_iter()
         .flatten()
-        .min()
+        .fold(self.next_look, Instant::min)
     }
 
     /// Ends what is left when the loop has ended.

@@ -82,6 +82,8 @@ struct FakeClient {
 struct World {
     random: Random,
     seed: u64,
+    /// No signal ever says that a child has ended.
+    loses_signals: bool,
     verbose: bool,
     now: Instant,
     poller: Poller,
@@ -117,6 +119,7 @@ impl World {
         Self {
             random: Random::new(seed),
             seed,
+            loses_signals: false,
             verbose,
             now,
             poller,
@@ -141,7 +144,7 @@ impl World {
         if self.has_ended() {
             return;
         }
-        if self.fake.any_ended() {
+        if self.fake.any_ended() && !self.loses_signals {
             self.daemon.events.push_back(Event::ChildEnded);
             self.daemon.settle(self.now);
         }
@@ -568,6 +571,7 @@ impl World {
     }
 
     fn play(&mut self) {
+        self.loses_signals = self.random.one_in(4);
         self.turn();
         for _ in 0..6 {
             self.cooperate();

@@ -20,12 +20,14 @@ use crate::ids::{GenerationId, JobId, WorkerId, ZygoteId};
 /// One fact.
 #[derive(Debug)]
 pub(crate) enum Event {
-    /// SIGCHLD.
+    /// SIGCHLD, or nobody has looked for a while.
     ChildEnded,
     /// SIGHUP.
     ReloadRequested,
     /// SIGTERM or SIGINT.
     StopRequested,
+    /// SIGUSR1.
+    StatusRequested,
     /// The time for the drain is over, or a second request to stop came.
     DrainEnded(Programs),
 

@@ -114,6 +114,11 @@ impl Rollout {
         self.carry_out(commands, now, events);
     }
 
+    /// Counts the generations that serve, finish or are being loaded.
+    pub(crate) fn count(&self) -> usize {
+        self.loaded.len()
+    }
+
     /// Returns what a loaded generation has declared.
     pub(crate) fn declaration(&self, generation: GenerationId) -> Option<&Declaration> {
         self.loaded.get(&generation).map(|entry| &entry.declaration)

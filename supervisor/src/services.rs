@@ -23,7 +23,7 @@ use slog::{Logger, info};
 use crate::event::{Cause, LostMail};
 use crate::ids::{ChannelId, GenerationId, JobId, WorkerId};
 use crate::services::dictionary_server::DictionaryServer;
-use crate::services::mail_log::MailLog;
+use crate::services::mail_log::{Answers, MailLog};
 use crate::services::separation::Announcements;
 use crate::services::systemd::Systemd;
 use crate::watch::Watcher;
@@ -67,6 +67,11 @@ impl Services {
     /// Logs a mail whose worker died.
     pub(crate) fn mail_lost(&mut self, mail: &LostMail, now: Instant) {
         self.mails.lost(mail, now);
+    }
+
+    /// Returns how the mails so far were answered.
+    pub(crate) fn answers(&self) -> Answers {
+        self.mails.answers()
     }
 
     /// Answers on a channel that a worker or a zygote has opened to the dictionaries.

@@ -27,7 +27,7 @@ use nix::unistd::Pid;
 use qrelay_shared::client::Client;
 use qrelay_shared::ipc::channel::RecvBuffer;
 use qrelay_shared::settings::Settings;
-use slog::{Logger, warn};
+use slog::{Logger, info, warn};
 
 use crate::descriptors::allot;
 use crate::event::{Event, Events, Programs};
@@ -36,6 +36,7 @@ use crate::system::System;
 use crate::watch::Watcher;
 use crate::workers::dispatch::Dispatches;
 use crate::workers::orphans::Orphans;
+use crate::workers::pool::status::Summary;
 use crate::workers::pool::{Command, Pool};
 use crate::workers::processes::Process;
 
@@ -214,6 +215,16 @@ impl Workers {
         }
         if programs == Programs::Killed {
             self.orphans.kill_all(now);
+        }
+    }
+
+    /// Logs one line about each worker.
+    pub(crate) fn log_status(&self) {
+        for Summary { worker, generation, state, jobs, mails } in self.pool.summaries() {
+            let pid = self.processes.get(&worker).and_then(|process| process.pid);
+            info!(self.log, "status of a worker"; "worker" => worker,
+                "pid" => pid.map(Pid::as_raw), "generation" => generation, "state" => state,
+                "in_flight" => jobs, "mails" => mails);
         }
     }
 

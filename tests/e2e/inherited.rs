@@ -95,6 +95,30 @@ fn signals_that_the_launcher_blocked_or_ignored_work() {
     daemon.stop();
 }
 
+/// Sends this process a signal that the launcher blocks, so that the signal comes with the first
+/// instruction of the daemon that unblocks it.
+fn pending(signal: &str) -> String {
+    format!(
+        "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.{signal}])
+os.kill(os.getpid(), signal.{signal})"
+    )
+}
+
+#[test]
+fn a_reload_is_a_reload_from_the_start() {
+    let mut daemon = after(Site::with(DISCARD).launch(), &pending("SIGHUP")).ready();
+    daemon.wait_for_log("ready generation=2");
+    assert_eq!(submit(daemon.path("in"), &Mail::new("x")), "Kdiscarded");
+    daemon.stop();
+}
+
+#[test]
+fn a_stop_is_a_stop_from_the_start() {
+    let mut daemon = after(Site::with(DISCARD).launch(), &pending("SIGTERM")).spawn();
+    assert_eq!(daemon.wait_exit().code(), Some(0));
+    daemon.assert_nothing_left();
+}
+
 /// Has descriptors 3 and 4 listen, and says that systemd passed them.
 fn listening(paths: [&Path; 2]) -> String {
     let [first, second] = paths.map(|path| path.display().to_string());

@@ -41,6 +41,7 @@ mod relay;
 mod reload;
 mod separation;
 mod shared;
+mod signals;
 mod start;
 mod stop;
 mod systemd;

@@ -26,12 +26,19 @@ pub fn spawn(name: &str, stack: usize, run: impl FnOnce() + Send + 'static) -> i
     Ok(())
 }
 
+/// Blocks every signal but those that a fault of the thread itself causes.
 fn block_signals() {
-    let mut blocked = SigSet::empty();
-    for signal in
-        [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGQUIT, Signal::SIGCHLD]
-    {
-        blocked.add(signal);
+    let mut blocked = SigSet::all();
+    for fault in [
+        Signal::SIGABRT,
+        Signal::SIGBUS,
+        Signal::SIGFPE,
+        Signal::SIGILL,
+        Signal::SIGSEGV,
+        Signal::SIGSYS,
+        Signal::SIGTRAP,
+    ] {
+        blocked.remove(fault);
     }
     // Blocking fails only for an invalid argument.
     let _ = blocked.thread_block();

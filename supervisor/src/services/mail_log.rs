@@ -15,10 +15,35 @@ use crate::services::pond::PondSender;
 /// Bytes that a usual mail's sender and time fit in.
 const ROOM: usize = 128;
 
+/// How many clients got which answer since the start.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Answers {
+    /// `K`.
+    pub(crate) accepted: u64,
+    /// `Z`.
+    pub(crate) temporary: u64,
+    /// `D`.
+    pub(crate) permanent: u64,
+    /// None, or one that isn't known.
+    pub(crate) unanswered: u64,
+}
+
+impl Answers {
+    fn count(&mut self, status: Option<Status>) {
+        *match status {
+            Some(Status::Accepted) => &mut self.accepted,
+            Some(Status::Temporary) => &mut self.temporary,
+            Some(Status::Permanent) => &mut self.permanent,
+            None => &mut self.unanswered,
+        } += 1;
+    }
+}
+
 /// Logs mails.
 #[derive(Debug)]
 pub(super) struct MailLog {
     log: Logger,
+    answers: Answers,
     /// Names this run of the supervisor in the ids of mails.
     instance: String,
     /// The log server of the current generation, if it has one.
@@ -28,7 +53,12 @@ pub(super) struct MailLog {
 impl MailLog {
     /// Starts without a log server.
     pub(super) fn new(log: Logger, instance: String) -> Self {
-        Self { log, instance, pond: None }
+        Self { log, answers: Answers::default(), instance, pond: None }
+    }
+
+    /// Returns how the mails so far were answered.
+    pub(super) fn answers(&self) -> Answers {
+        self.answers
     }
 
     /// Sends records to this server from now on.
@@ -61,6 +91,7 @@ impl MailLog {
         peer: Option<Peer>,
         mail: &MailRecord<'_>,
     ) {
+        self.answers.count(mail.status);
         let (uid, pid, address) = match peer {
             Some(Peer::Local { pid, uid, .. }) => (Some(uid), pid, None),
             Some(Peer::Remote(address)) => (None, None, Some(address.to_string())),
@@ -110,6 +141,7 @@ impl MailLog {
             }
             LostAnswer::Unknown => ("the client had been answered or had gone", None, "lost"),
         };
+        self.answers.count(status);
         warn!(self.log, "mail lost its worker, {outcome}";
             "id" => &*mail_id(&self.instance, job), "peer" => ?peer,
             "ms" => format_args!("{ms:.1}"), "worker" => worker);

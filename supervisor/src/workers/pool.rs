@@ -5,6 +5,7 @@
 //! belongs to one worker until the job is done or the worker is dead. Every generation that isn't
 //! retiring has its full number of workers, or a time at which the next one is tried.
 
+pub(super) mod status;
 mod upkeep;
 
 use std::collections::BTreeMap;

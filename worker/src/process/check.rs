@@ -11,13 +11,13 @@ use std::time::Duration;
 
 use nix::sys::signal::Signal;
 use qrelay_shared::settings::{Declaration, ListenAddress, ListenerDecl, Settings};
+use qrelay_shared::sys::signals::disregard;
 use slog::Logger;
 
 use crate::lua::config::ConfigError;
 use crate::lua::library::dictionary_client::Opener;
 use crate::lua::state::{LoadOptions, State};
 use crate::process::account;
-use crate::process::zygote::disregard;
 
 /// Loads the script at an absolute path, and describes what the script declares, one line per item.
 /// The variable `LISTEN_FDNAMES` says which names `systemd['…']` may have, as for the daemon.
@@ -26,9 +26,8 @@ use crate::process::zygote::disregard;
 /// # Errors
 /// See [`ConfigError`].
 pub fn check(config: &Path, logger: Logger, dictionaries: Opener) -> Result<String, ConfigError> {
-    // Rust's runtime ignores the signal, and so would the script's programs. If the system refuses,
-    // they do.
-    let _ = disregard(Signal::SIGPIPE);
+    // Rust's runtime ignores the signal, and so would the script's programs.
+    disregard(Signal::SIGPIPE);
     let names = std::env::var("LISTEN_FDNAMES").unwrap_or_default();
     let (_state, declaration) = State::load(LoadOptions {
         config: config.to_owned(),

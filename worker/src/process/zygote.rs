@@ -2,8 +2,9 @@
 //! zygote. The orders come over a socket that is the zygote's standard input.
 //!
 //! Contract: a zygote has a single thread to its end, because it forks. Every process that it forks
-//! becomes a child of the supervisor, and keeps nothing of the zygote but the script. A zygote
-//! ignores SIGINT, SIGTERM, SIGHUP and SIGQUIT, and ends with the supervisor.
+//! becomes a child of the supervisor, and keeps nothing of the zygote but the script. A zygote and
+//! its workers disregard every signal that tells a process to end, except for SIGKILL and SIGABRT.
+//! A zygote ends with the supervisor.
 //!
 //! # Failure
 //! A script that can't be used is reported, and so are a panic while it loads and a fork that
@@ -12,8 +13,6 @@
 use std::ops::ControlFlow;
 use std::os::fd::AsFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use nix::errno::Errno;
@@ -32,6 +31,7 @@ use qrelay_shared::sys::inherited::reset_signals;
 use qrelay_shared::sys::limits::Limits;
 use qrelay_shared::sys::process::{Forked, fork_orphan, take_stdin, tame_malloc};
 use qrelay_shared::sys::seccomp::spare_other_processes;
+use qrelay_shared::sys::signals::{disregard, disregard_strays};
 use qrelay_shared::sys::wait::wait;
 use slog::{Level, Logger, error};
 
@@ -95,20 +95,12 @@ pub fn main(level: Level, limits: Limits) -> Exit {
 fn prepare(supervisor: Pid) -> Result<bool, Errno> {
     prctl::set_name(c"qrelay-zygote")?;
     tame_malloc();
+    disregard_strays();
+    let meant_for_others = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGQUIT];
+    meant_for_others.into_iter().for_each(disregard);
+    disregard(Signal::SIGPIPE);
     reset_signals();
-    let signals = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGQUIT];
-    signals.into_iter().try_for_each(disregard)?;
-    disregard(Signal::SIGPIPE)?;
     end_with(supervisor)
-}
-
-/// Makes a signal do nothing, by a handler: a program that this process executes would inherit
-/// SIG_IGN, and gets the default action in place of a handler.
-pub(super) fn disregard(signal: Signal) -> Result<(), Errno> {
-    let nobody_looks = Arc::new(AtomicBool::new(false));
-    signal_hook::flag::register(signal as i32, nobody_looks)
-        .map(drop)
-        .map_err(|error| Errno::from_raw(error.raw_os_error().unwrap_or(0)))
 }
 
 /// Has this process end with its parent. Returns whether the parent is the supervisor.
