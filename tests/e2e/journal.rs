@@ -257,3 +257,49 @@ fn a_full_journal_costs_entries_only() {
         None
     });
 }
+
+/// journald makes its socket anew when its socket unit is restarted. Supervisor and workers go on
+/// logging there by themselves, and on stderr as long as there is no socket.
+#[test]
+fn a_journal_that_is_made_anew() {
+    let (daemon, socket) = start(
+        "settings{workers=1}
+         qmqp_listen('$DIR/in', function(m)
+           log.info('about ' .. m.sender)
+           return m:discard()
+         end)",
+    );
+    let mail = |sender: &str| {
+        let mail = Mail::new("x").from(sender);
+        assert_eq!(submit(daemon.path("in"), &mail), "Kdiscarded");
+    };
+    let entries_about = |socket: &UnixDatagram, sender: &str| {
+        let (mut datagram, mut found) = (vec![0; 1 << 20], Vec::new());
+        socket.set_read_timeout(Some(PATIENCE)).expect("timeout");
+        while found.len() < 2 {
+            let length = socket.recv(&mut datagram).expect("two entries");
+            let entry = parse(&datagram[..length]);
+            let message = get(&entry, "MESSAGE").expect("MESSAGE");
+            if message.contains(sender) {
+                found.push(get(&entry, "SYSLOG_IDENTIFIER").expect("a process").to_owned());
+            }
+        }
+        found.sort();
+        found
+    };
+    mail("first@example.com");
+    assert_eq!(entries_about(&socket, "first@"), ["qrelay", "qrelay-worker"]);
+
+    drop(socket);
+    let at = daemon.path("journal/socket");
+    std::fs::remove_file(&at).expect("the old socket");
+    mail("second@example.com");
+    daemon.wait_for_log("mail id=");
+    daemon.wait_for_log("about second@example.com");
+
+    let socket = UnixDatagram::bind(&at).expect("bind");
+    mail("third@example.com");
+    assert_eq!(entries_about(&socket, "third@"), ["qrelay", "qrelay-worker"]);
+    assert_eq!(daemon.count_log("third@example.com"), 0, "{}", daemon.text());
+    assert_eq!(daemon.count_log("lost"), 0, "{}", daemon.text());
+}

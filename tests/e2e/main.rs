@@ -25,6 +25,7 @@ mod exec;
 mod exec_end;
 mod files;
 mod flood;
+mod full_log;
 mod inherited;
 mod isolation;
 mod journal;
