@@ -26,7 +26,7 @@ use std::time::{Duration, Instant};
 use qrelay_shared::client::Client;
 use qrelay_shared::ipc::message::{Job, Peer};
 use qrelay_shared::qmqp::Reply;
-use qrelay_shared::settings::{Declaration, ListenAddress, Settings};
+use qrelay_shared::settings::{Declaration, ListenAddress, ListenerDecl, Settings};
 use qrelay_shared::texts;
 use slog::{Logger, error, info, warn};
 
@@ -45,6 +45,10 @@ use crate::watch::Watcher;
 const ACCEPT_BATCH: usize = 64;
 /// How long listeners stay unwatched, unless a job is done before.
 const DISARM: Duration = Duration::from_millis(100);
+
+/// Why a generation without any listener can't serve.
+const NO_SOCKET: &str = "qmqp_listen(systemd) is the only listener, and systemd has passed no \
+    socket: start cm4all-qrelay.socket before the service, or name a path in the script";
 
 /// The settings of the current generation that concern clients before a worker has them.
 #[derive(Debug, Clone, Copy)]
@@ -169,9 +173,13 @@ impl Acceptor {
         declaration: &Declaration,
         events: &mut Events,
     ) {
-        let mut addresses = declaration.listeners.iter().map(|declared| &declared.address);
-        let wants_passed = addresses.any(|address| matches!(address, ListenAddress::Systemd(_)));
-        if wants_passed && self.passed_names().is_empty() {
+        let of_systemd =
+            |listener: &&ListenerDecl| matches!(listener.address, ListenAddress::Systemd(_));
+        let wanted = declaration.listeners.iter().filter(of_systemd).count();
+        if wanted > 0 && self.passed_names().is_empty() {
+            if wanted == declaration.listeners.len() {
+                return events.push_back(Event::ListenFailed(generation, NO_SOCKET.to_owned()));
+            }
             warn!(self.log, "qmqp_listen(systemd): systemd has passed no socket");
         }
         events.push_back(match self.listeners.prepare(generation, declaration) {

@@ -19,7 +19,7 @@ use qrelay_shared::ipc::message::{FromZygote, ToZygote};
 use qrelay_shared::sys::limits::Limits;
 use qrelay_shared::sys::proc_stat::{self, Identity, Process};
 use qrelay_shared::sys::process_group::Group;
-use qrelay_shared::sys::{input, process};
+use qrelay_shared::sys::{activation, input, process};
 use slog::Level;
 
 use crate::ids::JobId;
@@ -111,14 +111,7 @@ pub(crate) struct Linux {
 }
 
 /// Environment of the supervisor's that no child may take for its own.
-const SYSTEMD_VARIABLES: [&str; 6] = [
-    "NOTIFY_SOCKET",
-    "WATCHDOG_USEC",
-    "WATCHDOG_PID",
-    "LISTEN_FDS",
-    "LISTEN_PID",
-    "LISTEN_FDNAMES",
-];
+const SYSTEMD_VARIABLES: [&str; 3] = ["NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"];
 
 impl System for Linux {
     /// Executes this same binary anew, with the zygote's end of the channel as standard input.
@@ -129,7 +122,7 @@ impl System for Linux {
             .args(["--log-level", self.level.as_str(), "zygote", "--limits"])
             .arg(self.limits.to_string())
             .stdin(Stdio::from(OwnedFd::from(theirs)));
-        for name in SYSTEMD_VARIABLES {
+        for name in SYSTEMD_VARIABLES.into_iter().chain(activation::VARIABLES) {
             command.env_remove(name);
         }
         let child = command.spawn()?;

@@ -162,6 +162,27 @@ fn passed_sockets_without_names_serve_and_reach_no_child() {
 }
 
 #[test]
+fn variables_of_the_service_manager_reach_no_child() {
+    let site = Site::with("qmqp_listen(systemd, function(m) return m:discard() end)");
+    let code = listening([&site.path("first"), &site.path("second")]);
+    let more = "
+os.environ['LISTEN_FDNAMES'] = 'one:two'
+os.environ['LISTEN_PIDFDID'] = '4711'
+os.environ['WATCHDOG_PID'] = str(os.getpid())
+os.environ['WATCHDOG_USEC'] = '30000000'";
+    let daemon = after(site.launch(), &format!("{code}{more}")).ready();
+    daemon.notify().after(0, "food for the watchdog", |line| line == "WATCHDOG=1");
+    for pid in [daemon.zygotes(), daemon.workers()].concat() {
+        let environment = fs::read(format!("/proc/{pid}/environ")).expect("environment");
+        let environment = String::from_utf8_lossy(&environment);
+        let of_manager = |entry: &&str| {
+            ["LISTEN_", "WATCHDOG_", "NOTIFY_"].iter().any(|prefix| entry.starts_with(prefix))
+        };
+        assert_eq!(environment.split('\0').find(of_manager), None, "of {pid}");
+    }
+}
+
+#[test]
 fn variables_for_another_process_pass_no_sockets() {
     let site = Site::with(DISCARD);
     let socket = site.path("passed");

@@ -4,7 +4,7 @@
 use std::fs::{self, File};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixDatagram, UnixListener};
 use std::path::Path;
 use std::process::Stdio;
 use std::time::Duration;
@@ -92,6 +92,25 @@ fn no_socket_passed_is_a_warning() {
     );
     daemon.wait_for_log("systemd");
     assert_eq!(submit(daemon.path("in"), &Mail::new("x")), "Kdiscarded");
+}
+
+#[test]
+fn only_sockets_of_systemd_and_none_passed_is_an_error() {
+    let alone = "qmqp_listen(systemd, function(m) return m:discard() end)";
+    let mut daemon = Site::with(alone).launch().spawn();
+    assert_eq!(daemon.wait_exit().code(), Some(71));
+    let text = daemon.complete_text();
+    assert_eq!(daemon.count_log("cannot start"), 1, "{text}");
+    let line = daemon.wait_for_log("cannot start");
+    assert!(line.contains("systemd has passed no socket: start cm4all-qrelay.socket"), "{line}");
+    daemon.assert_nothing_left();
+
+    let mut daemon = plain().start();
+    daemon.site().configure(alone);
+    let status = daemon.reload_status();
+    assert!(status.contains("start cm4all-qrelay.socket"), "{status}");
+    assert_eq!(submit(daemon.path("in"), &Mail::new("x")), "Kdiscarded");
+    daemon.stop();
 }
 
 #[test]
@@ -223,6 +242,98 @@ fn a_failed_reload_shows_in_the_status() {
     let known = ["STATUS=", "READY=", "RELOADING=", "MONOTONIC_USEC="];
     let lines = daemon.notify().all();
     assert!(lines.iter().all(|line| known.iter().any(|key| line.starts_with(key))), "{lines:?}");
+}
+
+/// Receives a datagram of the daemon.
+#[track_caller]
+fn receive(socket: &UnixDatagram) -> String {
+    let mut datagram = vec![0; 1 << 20];
+    let length = socket.recv(&mut datagram).expect("a datagram");
+    assert!(length <= 4096, "systemd takes no datagram of {length} bytes");
+    String::from_utf8(datagram[..length].to_vec()).expect("UTF-8")
+}
+
+#[test]
+fn no_text_spoils_a_notification() {
+    let site = plain();
+    let at = site.path("out.notify");
+    let socket = UnixDatagram::bind(&at).expect("bind");
+    socket.set_read_timeout(Some(PATIENCE)).expect("timeout");
+    let variable = format!("NOTIFY_SOCKET={}", at.display());
+    let mut daemon = site.launch().through(&["env", &variable]).spawn();
+    assert_eq!(receive(&socket), "STATUS=Generation 1 serves with 1 workers");
+    assert_eq!(receive(&socket), "READY=1");
+    for text in [
+        "'no such table\\nSTOPPING=1\\r\\nWATCHDOG=trigger\\0'",
+        "('x'):rep(5000)",
+        "('\u{e9}'):rep(5000)",
+        "('x'):rep(200000)",
+    ] {
+        daemon.site().configure(&format!("error({text})"));
+        daemon.signal(Signal::SIGHUP);
+        let reloading = receive(&socket);
+        let time = reloading.strip_prefix("RELOADING=1\nMONOTONIC_USEC=").map(str::parse::<u64>);
+        assert!(matches!(time, Some(Ok(_))), "{reloading}");
+        let status = receive(&socket);
+        let told =
+            status.strip_prefix("STATUS=Generation 1 serves with 1 workers; reload failed: ");
+        assert!(told.is_some_and(|told| told.contains("config.lua:1:")), "{status}");
+        assert!(!status.contains(char::is_control), "{status}");
+        assert!(status.len() <= "STATUS=".len() + 1024, "{}", status.len());
+        assert_eq!(receive(&socket), "READY=1");
+    }
+    daemon.stop();
+}
+
+#[test]
+fn a_watchdog_that_makes_no_sense() {
+    for odd in ["0", "-1", "5s", "", "18446744073709551615", "99999999999999999999"] {
+        let mut daemon = plain().launch().env("WATCHDOG_USEC", odd).ready();
+        let line = daemon.wait_for_log("no watchdog is fed");
+        assert!(line.contains(" WATCHDOG_USEC="), "{line}");
+        assert_eq!(submit(daemon.path("in"), &Mail::new("x")), "Kdiscarded");
+        daemon.stop();
+        assert!(!daemon.notify().all().contains(&"WATCHDOG=1".to_owned()), "{odd}");
+    }
+}
+
+#[test]
+fn a_watchdog_with_a_short_or_a_long_interval_is_fed() {
+    for usec in ["1", "999", "18446744073709551614"] {
+        let mut daemon = plain().launch().env("WATCHDOG_USEC", usec).ready();
+        daemon.notify().after(0, "food for the watchdog", |line| line == "WATCHDOG=1");
+        assert_eq!(submit(daemon.path("in"), &Mail::new("x")), "Kdiscarded");
+        daemon.stop();
+    }
+}
+
+#[test]
+fn a_watchdog_of_another_process_is_not_fed() {
+    let variables = ["env", "WATCHDOG_USEC=20000", "WATCHDOG_PID=1"];
+    let mut daemon = plain().launch().through(&variables).ready();
+    assert!(daemon.reload());
+    daemon.stop();
+    assert!(!daemon.notify().all().contains(&"WATCHDOG=1".to_owned()));
+    assert_eq!(daemon.count_log("watchdog"), 0, "{}", daemon.text());
+}
+
+#[test]
+fn a_number_of_sockets_that_makes_no_sense() {
+    for (count, complaint) in [
+        ("-1", "LISTEN_FDS is '-1', which is no number of descriptors"),
+        ("x", "LISTEN_FDS is 'x', which is no number of descriptors"),
+        ("99999999999", "LISTEN_FDS is '99999999999', which is no number of descriptors"),
+        ("18446744073709551615", "is '18446744073709551615', which is no number of descriptors"),
+        ("2000000000", "LISTEN_FDS is 2000000000, but descriptor 2000000002 is not open"),
+        ("1", "LISTEN_FDS is 1, but descriptor 3 is not open"),
+    ] {
+        let script = format!("exec 3<&-; LISTEN_PID=$$ LISTEN_FDS={count} exec \"$@\"");
+        let mut daemon = plain().launch().through(&["sh", "-c", &script, "sh"]).spawn();
+        assert_eq!(daemon.wait_exit().code(), Some(71), "{count}");
+        let text = daemon.complete_text();
+        assert_eq!(text.lines().count(), 1, "{text}");
+        assert!(text.contains("cannot start: ") && text.contains(complaint), "{text}");
+    }
 }
 
 #[test]

@@ -13,14 +13,27 @@ pub type Passed = (OwnedFd, String);
 /// The name of a socket without a name, as in sd_listen_fds_with_names(3).
 const UNNAMED: &str = "unknown";
 
+/// Variables that say what was passed, and to whom. No child may take them for its own.
+pub const VARIABLES: [&str; 4] = ["LISTEN_PID", "LISTEN_PIDFDID", "LISTEN_FDS", "LISTEN_FDNAMES"];
+
 /// Returns how many descriptors were passed to this process. Variables that are meant for another
-/// process, or can't be read, count as 0.
-pub(crate) fn count() -> u32 {
-    let number = |name| std::env::var(name).ok()?.parse::<u32>().ok();
-    if number("LISTEN_PID") != Some(std::process::id()) {
-        return 0;
+/// process count as 0.
+///
+/// # Errors
+/// Returns a text about LISTEN_FDS, which is no number of descriptors.
+pub(crate) fn count() -> Result<u32, String> {
+    let (Ok(pid), Ok(count)) = (std::env::var("LISTEN_PID"), std::env::var("LISTEN_FDS")) else {
+        return Ok(0);
+    };
+    match pid.parse() == Ok(std::process::id()) {
+        true => parse_count(&count),
+        false => Ok(0),
     }
-    number("LISTEN_FDS").unwrap_or(0)
+}
+
+fn parse_count(text: &str) -> Result<u32, String> {
+    let count = text.parse().ok().filter(|&count| count <= RawFd::MAX as u32 - FIRST);
+    count.ok_or_else(|| format!("LISTEN_FDS is '{text}', which is no number of descriptors"))
 }
 
 /// Takes the passed sockets, and removes the variables about them from the environment. So no child
@@ -32,12 +45,25 @@ pub(crate) fn count() -> u32 {
 /// Returns a text that says what is wrong with LISTEN_FDS or a related variable.
 pub fn take() -> Result<Vec<Passed>, String> {
     let (count, names) = (count(), std::env::var("LISTEN_FDNAMES").ok());
-    for variable in ["LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"] {
+    for variable in VARIABLES {
         // SAFETY: the process has a single thread, so nobody reads the environment meanwhile.
         unsafe { std::env::remove_var(variable) };
     }
+    let count = count?;
+    if let Some(last) = count.checked_sub(1).map(|last| FIRST + last)
+        && !is_open(last)
+    {
+        return Err(format!("LISTEN_FDS is {count}, but descriptor {last} is not open"));
+    }
     let names = names_of(count, names.as_deref())?;
     (FIRST..).zip(names).map(|(number, name)| take_one(number, name)).collect()
+}
+
+fn is_open(number: u32) -> bool {
+    RawFd::try_from(number).is_ok_and(|number| {
+        // SAFETY: F_GETFD only looks at the number.
+        unsafe { libc::fcntl(number, libc::F_GETFD) != -1 }
+    })
 }
 
 fn names_of(count: u32, names: Option<&str>) -> Result<Vec<String>, String> {
@@ -78,6 +104,16 @@ mod tests {
         assert_eq!(names_of(1, Some("")), Ok(vec![String::new()]));
         assert_eq!(names_of(2, Some("a:b")), Ok(vec!["a".into(), "b".into()]));
         assert!(names_of(3, Some("a:b")).is_err_and(|text| text.contains("has 2 names")));
+    }
+
+    #[test]
+    fn a_count_is_a_number_of_descriptors() {
+        for (text, count) in [("0", 0), ("1", 1), ("2147483644", 2_147_483_644)] {
+            assert_eq!(parse_count(text), Ok(count));
+        }
+        for text in ["", "-1", "x", "1.0", "2147483645", "4294967295", "99999999999"] {
+            assert!(parse_count(text).is_err_and(|error| error.contains(&format!("'{text}'"))));
+        }
     }
 
     #[test]

@@ -18,7 +18,8 @@ use crate::sys::{activation, signals};
 /// /proc/self/fd can't be read although the kernel lacks close_range(2).
 pub fn discard() -> Result<(), Errno> {
     reset_signals();
-    close_from(activation::FIRST.saturating_add(activation::count()))
+    // A count that can't be read is an error that ends the start.
+    close_from(activation::FIRST + activation::count().unwrap_or(0))
 }
 
 /// Blocks no signal, and sets every ignored signal to its default action, except for SIGPIPE:

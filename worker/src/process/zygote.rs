@@ -48,6 +48,9 @@ const ADOPTION_TIME: Duration = Duration::from_secs(1);
 /// How often the standby looks meanwhile.
 const ADOPTION_POLL: Duration = Duration::from_micros(100);
 
+/// Characters that are reported of a complaint that doesn't fit in a message. The log shows fewer.
+const LONGEST_COMPLAINT: usize = 4096;
+
 type ZygoteChannel = Channel<FromZygote, ToZygote>;
 
 /// A script that has been evaluated.
@@ -180,7 +183,10 @@ fn obey(channel: &ZygoteChannel, loaded: &mut Option<Loaded>, logger: &Current) 
 /// Sends a report. If the supervisor is gone, the next receive notices.
 fn send(channel: &ZygoteChannel, report: &ZygoteReport) {
     if let Err(SendError::TooLarge) = channel.send(report, &[]) {
-        let message = "the listeners don't fit in a message: too many, or too long".into();
+        let message = match report {
+            ZygoteReport::Failed { message } => message.chars().take(LONGEST_COMPLAINT).collect(),
+            _ => "the listeners don't fit in a message: too many, or too long".into(),
+        };
         let _ = channel.send(&ZygoteReport::Failed { message }, &[]);
     }
 }
