@@ -183,7 +183,12 @@ impl Acceptor {
             warn!(self.log, "qmqp_listen(systemd): systemd has passed no socket");
         }
         events.push_back(match self.listeners.prepare(generation, declaration) {
-            Ok(()) => Event::Listening(generation),
+            Ok(gone) => {
+                for address in gone {
+                    warn!(self.log, "the socket file was gone: bound again"; "path" => %address);
+                }
+                Event::Listening(generation)
+            }
             Err(error) => Event::ListenFailed(generation, error.to_string()),
         });
     }

@@ -38,6 +38,7 @@ mod pg_connection;
 mod pg_trouble;
 mod pond;
 mod postfix;
+mod rebind;
 mod relay;
 mod reload;
 mod separation;

@@ -72,12 +72,22 @@ pub(crate) fn bind_abstract(
     Ok(UnixListener::from(socket))
 }
 
+/// Whether other sockets of this process may have the same port.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Port {
+    /// No other socket may have it.
+    Alone,
+    /// Another one may, which has SO_REUSEPORT as well.
+    Shared,
+}
+
 /// Binds a TCP port and listens on it.
 ///
 /// # Errors
 /// See [`BindError`].
 pub(crate) fn bind_inet(
     address: SocketAddr,
+    port: Port,
     declared: &ListenerDecl,
 ) -> Result<TcpListener, BindError> {
     let shown = address.to_string();
@@ -85,6 +95,8 @@ pub(crate) fn bind_inet(
     let socket = socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)
         .map_err(os("create a socket for", &shown))?;
     setsockopt(&socket, sockopt::ReuseAddr, &true).map_err(os("prepare", &shown))?;
+    let is_shared = port == Port::Shared;
+    setsockopt(&socket, sockopt::ReusePort, &is_shared).map_err(os("prepare", &shown))?;
     match address {
         SocketAddr::V4(v4) => bind_and_listen(&socket, &SockaddrIn::from(v4), declared)?,
         SocketAddr::V6(v6) => {
@@ -92,6 +104,8 @@ pub(crate) fn bind_inet(
             bind_and_listen(&socket, &SockaddrIn6::from(v6), declared)?;
         }
     }
+    // From now on another process can't share the port.
+    setsockopt(&socket, sockopt::ReusePort, &false).map_err(os("prepare", &shown))?;
     Ok(TcpListener::from(socket))
 }
 

@@ -15,13 +15,13 @@ use std::os::unix::net::UnixListener;
 
 use nix::sys::socket::{
     AddressFamily, Shutdown, SockType, SockaddrLike, SockaddrStorage, getsockname, getsockopt,
-    listen, shutdown, sockopt,
+    listen, setsockopt, shutdown, sockopt,
 };
 use qrelay_shared::settings::{Declaration, ListenAddress, ListenerDecl};
 use qrelay_shared::sys::closer;
 use qrelay_shared::sys::rights::{self, Rights};
 
-use crate::accept::bind::{backlog, bind_abstract, bind_inet, bind_path};
+use crate::accept::bind::{Port, backlog, bind_abstract, bind_inet, bind_path};
 use crate::accept::bind_error::BindError;
 use crate::accept::socket_file::SocketFile;
 use crate::ids::{GenerationId, ListenerId};
@@ -85,6 +85,25 @@ impl Listener {
     /// Returns the listener's number in a generation's declaration.
     pub(super) fn number(&self, generation: GenerationId) -> Option<u32> {
         self.numbers.get(&generation).copied()
+    }
+
+    /// Returns whether further generations can have this listener for an address.
+    pub(super) fn serves(&self, address: &ListenAddress) -> bool {
+        self.address == *address && !self.ending
+    }
+
+    /// Returns whether nobody can connect, because the socket's file isn't where it was bound.
+    fn is_gone(&self) -> bool {
+        self.file.as_ref().is_some_and(SocketFile::is_gone)
+    }
+
+    /// Returns the socket if it has the port of this address.
+    fn tcp_at(&self, address: SocketAddr) -> Option<&TcpListener> {
+        match &self.socket {
+            Socket::Tcp(socket) => Some(socket)
+                .filter(|socket| socket.local_addr().is_ok_and(|own| own.port() == address.port())),
+            Socket::Unix(_) => None,
+        }
     }
 
     /// Returns whether clients from this address are served.
@@ -152,7 +171,8 @@ impl Listeners {
         self.table.insert(self.last.advance(), listener);
     }
 
-    /// Finds or binds every listener that the generation declares.
+    /// Finds or binds every listener that the generation declares. Returns the addresses of local
+    /// sockets that were bound again, because their files are gone.
     ///
     /// # Errors
     /// The first listener that can't be bound; the generation has none then.
@@ -160,14 +180,20 @@ impl Listeners {
         &mut self,
         generation: GenerationId,
         declaration: &Declaration,
-    ) -> Result<(), BindError> {
+    ) -> Result<Vec<ListenAddress>, BindError> {
+        let is_gone = |address: &ListenAddress| {
+            let mut same = self.table.values().filter(|listener| listener.serves(address));
+            same.any(Listener::is_gone)
+        };
+        let addresses = declaration.listeners.iter().map(|declared| &declared.address);
+        let gone = addresses.filter(|address| is_gone(address)).cloned().collect();
         for (number, declared) in (0..).zip(&declaration.listeners) {
             if let Err(error) = self.prepare_one(generation, number, declared, declaration) {
                 self.abandon(generation);
                 return Err(error);
             }
         }
-        Ok(())
+        Ok(gone)
     }
 
     fn prepare_one(
@@ -184,7 +210,7 @@ impl Listeners {
         let known = self
             .table
             .values_mut()
-            .find(|listener| listener.address == declared.address && !listener.ending);
+            .find(|listener| listener.serves(&declared.address) && !listener.is_gone());
         if let Some(listener) = known {
             listener.numbers.insert(generation, number);
             return Ok(());
@@ -195,7 +221,9 @@ impl Listeners {
                 (Socket::Unix(socket), Some(file))
             }
             ListenAddress::Abstract(name) => (Socket::Unix(bind_abstract(name, declared)?), None),
-            ListenAddress::Inet(address) => (Socket::Tcp(bind_inet(*address, declared)?), None),
+            ListenAddress::Inet(address) => {
+                (Socket::Tcp(self.bind_inet(*address, declared)?), None)
+            }
             ListenAddress::Systemd(_) => return Ok(()),
         };
         nonblocking(&socket)
@@ -214,6 +242,30 @@ impl Listeners {
             numbers: BTreeMap::from([(generation, number)]),
         });
         Ok(())
+    }
+
+    /// Binds a TCP port, even if this process has the port by another address, such as 127.0.0.1 in
+    /// place of 0.0.0.0.
+    fn bind_inet(
+        &self,
+        address: SocketAddr,
+        declared: &ListenerDecl,
+    ) -> Result<TcpListener, BindError> {
+        let rivals: Vec<_> =
+            self.table.values().filter_map(|listener| listener.tcp_at(address)).collect();
+        if rivals.is_empty() {
+            return bind_inet(address, Port::Alone, declared);
+        }
+        let share = |shared| {
+            for rival in &rivals {
+                // If a port can't be shared, binding it fails, and says so.
+                let _ = setsockopt(rival, sockopt::ReusePort, &shared);
+            }
+        };
+        share(true);
+        let bound = bind_inet(address, Port::Shared, declared);
+        share(false);
+        bound
     }
 
     /// Gives a generation the passed sockets of one name, or all sockets that no name claims.
@@ -435,12 +487,4 @@ fn nonblocking(socket: &Socket) -> std::io::Result<()> {
 /// Returns a client's address as it is counted and shown: never IPv4-mapped.
 pub(super) fn canonical(address: SocketAddr) -> IpAddr {
     address.ip().to_canonical()
-}
-
-#[cfg(test)]
-impl Listener {
-    /// Returns whether connections to this address are accepted here.
-    pub(super) fn is_at(&self, address: &ListenAddress) -> bool {
-        self.address == *address && !self.ending
-    }
 }

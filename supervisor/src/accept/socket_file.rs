@@ -19,7 +19,7 @@ use std::rc::Rc;
 use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, AtFlags, Flock, FlockArg, OFlag, openat};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
-use nix::sys::stat::{FileStat, Mode, SFlag, fstat, fstatat};
+use nix::sys::stat::{FileStat, Mode, SFlag, fstat, fstatat, stat};
 use nix::sys::statfs::{
     BTRFS_SUPER_MAGIC, EXT4_SUPER_MAGIC, FsType, TMPFS_MAGIC, XFS_SUPER_MAGIC, fstatfs,
 };
@@ -69,7 +69,7 @@ impl Place {
 
     fn has(&self, name: &OsStr, file: &FileStat) -> bool {
         fstatat(&self.directory, name, AtFlags::AT_SYMLINK_NOFOLLOW)
-            .is_ok_and(|now| (now.st_dev, now.st_ino) == (file.st_dev, file.st_ino))
+            .is_ok_and(|now| same_file(&now, file))
     }
 
     /// Removes a socket that nobody listens on.
@@ -94,6 +94,9 @@ impl Place {
                     other => other.map_err(os("remove the stale socket", shown)),
                 }
             }
+            Err(error @ (Errno::EACCES | Errno::EPERM)) => {
+                Err(os("find out whether anybody listens on", shown)(error))
+            }
             // A full backlog (EAGAIN), or a socket of another type, belongs to somebody.
             _ => Err(BindError::InUse(shown.to_string())),
         }
@@ -112,6 +115,10 @@ pub(super) fn unix_socket() -> Result<OwnedFd, Errno> {
 /// Returns a path that leads to an open file, whatever is at the path of the file.
 fn by_descriptor(file: &OwnedFd) -> PathBuf {
     format!("/proc/self/fd/{}", file.as_raw_fd()).into()
+}
+
+fn same_file(one: &FileStat, other: &FileStat) -> bool {
+    (one.st_dev, one.st_ino) == (other.st_dev, other.st_ino)
 }
 
 fn is_a(file: &FileStat, kind: SFlag) -> bool {
@@ -148,6 +155,22 @@ impl SocketFile {
             return Err(replaced(Errno::ESTALE));
         }
         Ok(Self { place, file, found })
+    }
+
+    /// Returns whether no client can find the file any more: the file was removed, or another
+    /// directory is where its directory was. A file that somebody has moved within the directory
+    /// isn't gone, and neither is one that can't be looked at.
+    pub(super) fn is_gone(&self) -> bool {
+        if fstat(&self.file).is_ok_and(|file| file.st_nlink == 0) {
+            return true;
+        }
+        let Ok(directory) = fstat(&self.place.directory) else { return false };
+        match self.place.path.parent().map(stat) {
+            Some(Ok(now)) if same_file(&now, &directory) => false,
+            Some(Ok(_)) => !stat(&self.place.path).is_ok_and(|now| same_file(&now, &self.found)),
+            Some(Err(errno)) => matches!(errno, Errno::ENOENT | Errno::ENOTDIR),
+            None => false,
+        }
     }
 
     fn is_still_there(&self) -> bool {

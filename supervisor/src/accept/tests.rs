@@ -40,7 +40,7 @@ impl Acceptor {
                 .listeners
                 .with(current)
                 .iter()
-                .any(|&id| self.listeners.get(id).is_some_and(|listener| listener.is_at(address)))
+                .any(|&id| self.listeners.get(id).is_some_and(|listener| listener.serves(address)))
     }
 }
 
