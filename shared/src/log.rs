@@ -70,7 +70,8 @@ pub fn init(level: Level, process: &'static str, patience: Patience) -> Logger {
     Logger::root(slog::LevelFilter::new(output, level).fuse(), slog::o!())
 }
 
-/// Waits for lines that are still to be written, for half a second at most: the process ends.
+/// Waits for lines that are still to be written, for half a second at most: the process ends by
+/// _exit(2). The other ways to end need no call.
 pub fn finish() {
     writer::finish();
 }

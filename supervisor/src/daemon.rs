@@ -92,15 +92,13 @@ pub fn run(options: Options) -> Exit {
         .and_then(|()| activation::take());
     let log = qrelay_shared::log::init(options.level, "qrelay", Patience::None);
     let inherited = caught.and_then(|caught| Ok((caught, passed?)));
-    let exit = match inherited.and_then(|inherited| start(options, inherited, log.clone())) {
+    match inherited.and_then(|inherited| start(options, inherited, log.clone())) {
         Ok((daemon, poller, signals)) => daemon.serve(poller, signals),
         Err(message) => {
             error!(log, "cannot start: {message}");
             Exit::System
         }
-    };
-    qrelay_shared::log::finish();
-    exit
+    }
 }
 
 /// Takes over signals and the passed sockets, and begins with the first generation.

@@ -1,5 +1,6 @@
-//! A log file for which there is no room, and then there is: on a full disk, and at the limit of a
-//! file's size. Lines are lost meanwhile, and counted; no mail is, and no line is spoiled.
+//! A log file: for which there is no room, and then there is, on a full disk and at the limit of a
+//! file's size; and the last lines of a process. Lines are lost while there is no room, and
+//! counted; no mail is, and no line is spoiled.
 
 use std::fs::{self, OpenOptions};
 use std::path::PathBuf;
@@ -104,4 +105,21 @@ fn a_file_at_the_limit_of_its_size() {
     let text = fs::read_to_string(&log).expect("log");
     assert!(!text.contains('\0'), "the file has a hole: {text:?}");
     daemon.stop();
+}
+
+/// A script's last line before `os.exit`, and the daemon's last line, are in the file.
+#[test]
+fn last_words() {
+    let config = "
+        settings{workers=1}
+        qmqp_listen('$DIR/in', function(m)
+          log.info('last words')
+          os.exit(3)
+        end)";
+    let mut daemon = logging(Site::with(config).launch(), "true").ready();
+    assert_eq!(submit(daemon.path("in"), &Mail::new("x")), "Ztry again later");
+    daemon.stop();
+    let text = fs::read_to_string(daemon.path("logs/log")).expect("log");
+    assert!(text.lines().any(|line| line.contains(" last words id=")), "{text}");
+    assert!(text.lines().last().is_some_and(|line| line.ends_with(": stopped")), "{text}");
 }

@@ -10,6 +10,7 @@
 use std::fs::{File, OpenOptions};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::sync::OnceLock;
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -30,7 +31,7 @@ enum Way {
     /// Standard error is a socket, whose sender says that it doesn't wait.
     Socket(OwnedFd),
     /// Standard error, opened anew, so that O_NONBLOCK doesn't affect other users of the file.
-    NonBlocking(File),
+    NonBlocking(&'static File),
     /// A file, whose disk or server may be slow, or a pipe or terminal that can't be opened anew. A
     /// thread writes.
     Thread,
@@ -47,12 +48,9 @@ impl Stderr {
             Ok(kind) if kind.is_socket() => {
                 nix::unistd::dup(std::io::stderr()).ok().map(Way::Socket)
             }
-            Ok(kind) if kind.is_fifo() || kind.is_char_device() => OpenOptions::new()
-                .write(true)
-                .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
-                .open("/proc/self/fd/2")
-                .ok()
-                .map(Way::NonBlocking),
+            Ok(kind) if kind.is_fifo() || kind.is_char_device() => {
+                opened_anew().map(Way::NonBlocking)
+            }
             Ok(kind) if kind.is_file() => {
                 append();
                 None
@@ -86,6 +84,18 @@ impl Stderr {
             }
         }
     }
+}
+
+/// Returns standard error, opened anew for writing without waiting. The file stays open, because a
+/// process that has become another user can't open it any more.
+fn opened_anew() -> Option<&'static File> {
+    static OPENED: OnceLock<File> = OnceLock::new();
+    if OPENED.get().is_none() {
+        let mut options = OpenOptions::new();
+        options.write(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY);
+        let _ = OPENED.set(options.open("/proc/self/fd/2").ok()?);
+    }
+    OPENED.get()
 }
 
 /// Has every line go to the end of the file. So an administrator who truncates the file gets its

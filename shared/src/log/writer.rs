@@ -1,7 +1,7 @@
 //! The thread that writes to standard error when every write may wait.
 //!
 //! Contract: [`put`] takes a line and returns at once. The thread starts with the first line and
-//! ends with the process. [`finish`] waits for the lines that are left, but not for long.
+//! ends with the process, whose end waits for the lines that are left, but not for long.
 //!
 //! # Failure
 //! At most [`ROOM`] bytes wait. A further line is refused, and so is every line for which the
@@ -16,7 +16,7 @@ use nix::sys::uio::writev;
 
 use crate::log::LOST;
 use crate::log::tear::Tear;
-use crate::sys::thread;
+use crate::sys::{process, thread};
 
 /// Most bytes that wait: some 300 mails' lines, a burst that a slow disk may take a while for.
 const ROOM: usize = 64 << 10;
@@ -62,6 +62,7 @@ pub(super) fn put(line: &[u8], stands_for: u64) -> bool {
         if !queue.started {
             return false;
         }
+        process::at_exit(finish);
     }
     queue.bytes += line.len();
     queue.lines.push_back(Line { bytes: line.into(), stands_for });
@@ -70,7 +71,7 @@ pub(super) fn put(line: &[u8], stands_for: u64) -> bool {
 }
 
 /// Waits until no line is left, for [`PATIENCE`] at most.
-pub(super) fn finish() {
+pub(super) extern "C" fn finish() {
     let left = |queue: &mut Queue| queue.writing || !queue.lines.is_empty();
     // What comes of it makes no difference: the process ends.
     let _ = LESS.wait_timeout_while(queue(), PATIENCE, left);

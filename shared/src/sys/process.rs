@@ -125,6 +125,13 @@ pub fn reap(pid: Pid) -> Result<WaitStatus, Errno> {
         .or_else(|_| Ok(WaitStatus::Exited(pid, 128 + libc::WTERMSIG(status))))
 }
 
+/// Has a function run before the process ends by exit(3), which also `main`'s return and Lua's
+/// `os.exit` call. If there is no memory to note the function, it doesn't run.
+pub(crate) fn at_exit(function: extern "C" fn()) {
+    // SAFETY: the function is there as long as the process.
+    unsafe { libc::atexit(function) };
+}
+
 /// Ends this process without running the functions that are registered for its end.
 pub fn exit_now(status: i32) -> ! {
     // SAFETY: _exit has no preconditions.
