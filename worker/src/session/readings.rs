@@ -1,16 +1,20 @@
 //! The requests that threads wait for, and which of them gives way to another.
 //!
 //! A request that is being read holds one of the worker's credits, for as long as its client likes
-//! to take. So such requests hold half of the credits at most: when one more begins, the client
-//! with the most of them loses its slowest one.
+//! to take. So when one more begins while such requests hold half of the credits, the client with
+//! the most of them loses its slowest one. A request gives way only after [`GRACE`], because the
+//! requests of a burst would end each other otherwise.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use qrelay_shared::client::Client;
 use qrelay_shared::sys::rights::PeerSocket;
+
+/// How long a request may take in any case.
+const GRACE: Duration = Duration::from_secs(1);
 
 /// The requests that threads wait for.
 #[derive(Debug)]
@@ -84,9 +88,9 @@ impl Drop for Reading<'_> {
 
 impl State {
     fn pace(&self) -> Pace {
-        let seconds = self.since.elapsed().as_secs_f64();
+        let age = self.since.elapsed();
         let received = self.received.load(Ordering::Relaxed) as f64;
-        Pace { client: self.client, rate: received / seconds.max(f64::MIN_POSITIVE) }
+        Pace { client: self.client, age, rate: received / age.as_secs_f64() }
     }
 }
 
@@ -94,17 +98,19 @@ impl State {
 #[derive(Debug, Clone, Copy)]
 struct Pace {
     client: Client,
+    age: Duration,
     /// Bytes per second.
     rate: f64,
 }
 
-/// Chooses the slowest request of the client that has most. Pure.
+/// Chooses a request that gives way: of those that are old enough, the slowest one of the client
+/// that has most. Pure.
 fn choose(paces: &[Pace]) -> Option<usize> {
     let of = |client| paces.iter().filter(|pace| pace.client == client).count();
-    let most = paces.iter().map(|pace| of(pace.client)).max()?;
+    let old = || paces.iter().enumerate().filter(|(_, pace)| pace.age >= GRACE);
+    let most = old().map(|(_, pace)| of(pace.client)).max()?;
     let slower = |a: &(usize, &Pace), b: &(usize, &Pace)| a.1.rate.total_cmp(&b.1.rate);
-    let chosen = paces.iter().enumerate().filter(|(_, pace)| of(pace.client) == most);
-    chosen.min_by(slower).map(|(at, _)| at)
+    old().filter(|(_, pace)| of(pace.client) == most).min_by(slower).map(|(at, _)| at)
 }
 
 #[cfg(test)]
@@ -118,27 +124,40 @@ mod tests {
 
     #[test]
     fn the_slowest_of_the_client_with_most_gives_way() {
-        let pace = |client, rate| Pace { client, rate };
+        let pace = |client, rate| Pace { client, rate, age: GRACE };
+        let young = |client, rate| Pace { age: Duration::ZERO, ..pace(client, rate) };
         assert_eq!(choose(&[]), None);
+        assert_eq!(choose(&[young(A, 5.0), young(B, 1.0)]), None);
+        assert_eq!(choose(&[pace(A, 5.0), young(A, 1.0), pace(B, 1.0)]), Some(0));
         assert_eq!(choose(&[pace(A, 5.0), pace(B, 1.0), pace(A, 9.0)]), Some(0));
         assert_eq!(choose(&[pace(A, 5.0), pace(B, 1.0)]), Some(1));
     }
 
     #[test]
-    fn half_of_the_credits_are_left() {
-        let readings = Readings::new(4);
+    fn who_gives_way_can_send_no_more() {
+        let readings = Readings::new(2);
         let socket = || {
             let (ours, theirs) = UnixStream::pair().expect("a pair");
             (Arc::new(PeerSocket::new(ours.into(), Rights::Refused)), theirs)
         };
         let (first, second, third) = (socket(), socket(), socket());
-        let (a, b) = (readings.begin(A, &first.0), readings.begin(A, &second.0));
-        a.received(1);
-        assert!(!a.gives_way() && !b.gives_way());
+        let a = readings.begin(A, &first.0);
+        let b = readings.begin(A, &second.0);
+        assert!(!a.gives_way() && !b.gives_way(), "both have just begun");
+        let long_ago = Instant::now().checked_sub(GRACE).expect("a time");
+        let old = State {
+            client: A,
+            socket: Arc::clone(&first.0),
+            since: long_ago,
+            received: AtomicUsize::new(0),
+            gives_way: AtomicBool::new(false),
+        };
+        let old = Arc::new(old);
+        readings.all.lock().push(Arc::clone(&old));
         let c = readings.begin(B, &third.0);
-        assert!(!a.gives_way() && b.gives_way() && !c.gives_way());
-        assert!(std::io::Write::write(&mut &second.1, b"x").is_err(), "its input has ended");
-        assert!(std::io::Write::write(&mut &first.1, b"x").is_ok());
+        assert!(old.gives_way.load(Ordering::Relaxed) && !b.gives_way() && !c.gives_way());
+        assert!(std::io::Write::write(&mut &first.1, b"x").is_err(), "its input has ended");
+        assert!(std::io::Write::write(&mut &second.1, b"x").is_ok());
         drop((a, b, c));
         assert!(readings.all.lock().is_empty());
     }
