@@ -24,7 +24,7 @@ use slog::{Logger, error, info};
 
 use crate::event::{Cause, Event, Events};
 use crate::generations::reload::{Command, Generations};
-use crate::generations::zygotes::Zygote;
+use crate::generations::zygotes::{Order, Zygote};
 use crate::ids::{GenerationId, ZygoteId};
 use crate::system::System;
 use crate::watch::Watcher;
@@ -256,9 +256,12 @@ impl Rollout {
         if let Some(entry) = self.loaded.get_mut(&generation) {
             entry.zygote = Some(id);
         }
-        if let Err(error) = sent {
-            let failure = (Exit::System, format!("cannot order the zygote: {error}"));
-            self.fail(generation, failure, now, events);
+        match sent {
+            Ok(()) => self.ordered(id, Order::Load),
+            Err(error) => {
+                let failure = (Exit::System, format!("cannot order the zygote: {error}"));
+                self.fail(generation, failure, now, events);
+            }
         }
     }
 

@@ -20,14 +20,13 @@ use nix::sys::time::{TimeVal, TimeValLike};
 use nix::unistd::Pid;
 use parking_lot::Mutex;
 use qrelay_shared::ids::JobId;
-use qrelay_shared::ipc::channel::{Batch, Channel, Messages, RecvBuffer, RecvError, SendError};
+use qrelay_shared::ipc::channel::{
+    Batch, Channel, MAX_BATCH, Messages, RecvBuffer, RecvError, SendError,
+};
 use qrelay_shared::ipc::message::{MailRecord, Report, ToJobs, ToReports};
 
 /// How long to wait if the kernel has no memory for a report.
 const PAUSE: Duration = Duration::from_millis(10);
-
-/// Largest number of reports in a datagram: with more, the cost of a datagram hardly shows.
-const MAX_GATHERED: usize = 8;
 
 /// Bytes of gathered reports that are sent without waiting for more. One record can have 32 KiB of
 /// recipients, and a datagram takes 128 KiB.
@@ -113,7 +112,7 @@ impl Reports {
         }
         finished.jobs.push(job);
         self.gathered.store(true, Ordering::Relaxed);
-        if finished.jobs.len() >= MAX_GATHERED || finished.batch.size() > MAX_FINISHED {
+        if finished.jobs.len() >= MAX_BATCH || finished.batch.size() > MAX_FINISHED {
             self.send_finished(&mut finished);
         }
     }

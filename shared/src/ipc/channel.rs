@@ -33,6 +33,9 @@ use crate::sys::rights::{Rights, datagram_has_rights, refuse};
 /// datagram itself hardly matters (measured), but one thread would have to hand on more jobs.
 pub const MAX_FDS: usize = fdpass::MAX_FDS;
 
+/// Highest number of messages in one datagram, so that their number needs no other bound.
+pub const MAX_BATCH: usize = MAX_FDS;
+
 /// Largest datagram in bytes. A declaration with many listeners, or a record with 32 KiB of
 /// recipients, stays far below; the kernel's default socket buffer is 208 KiB.
 pub const MAX_MESSAGE: usize = 128 * 1024;
@@ -308,7 +311,8 @@ impl<Out: Direction, In: Direction> Channel<Out, In> {
         }
         let bytes = buffer.bytes.get(..received.length).ok_or(RecvError::Malformed)?;
         let descriptor_lost = received.descriptor_lost;
-        Ok(Messages { bytes, fds: received.fds, descriptor_lost, direction: PhantomData })
+        let fds = received.fds;
+        Ok(Messages { bytes, left: MAX_BATCH, fds, descriptor_lost, direction: PhantomData })
     }
 }
 
@@ -372,6 +376,8 @@ impl<Out: Direction> Batch<Out> {
 /// The messages of a received datagram, as an iterator.
 pub struct Messages<'b, In> {
     bytes: &'b [u8],
+    /// How many messages the rest may have.
+    left: usize,
     /// The descriptors that were sent, all close-on-exec, without the lost ones.
     pub fds: fdpass::Fds,
     /// Whether the last descriptors of the datagram are missing, because this process had no free
@@ -408,17 +414,20 @@ impl<'b, In: Direction> Messages<'b, In> {
 impl<'b, In: Direction> Iterator for Messages<'b, In> {
     type Item = Result<In::Message<'b>, RecvError>;
 
-    /// Returns the next message. No message follows a malformed one.
+    /// Returns the next message. No message follows a malformed one, and more than [`MAX_BATCH`]
+    /// messages are malformed.
     fn next(&mut self) -> Option<Self::Item> {
         if self.bytes.is_empty() {
             return None;
         }
-        match postcard::take_from_bytes(std::mem::take(&mut self.bytes)) {
-            Ok((message, rest)) => {
-                self.bytes = rest;
+        let bytes = std::mem::take(&mut self.bytes);
+        let left = self.left.checked_sub(1);
+        match left.and_then(|left| Some((left, postcard::take_from_bytes(bytes).ok()?))) {
+            Some((left, (message, rest))) => {
+                (self.bytes, self.left) = (rest, left);
                 Some(Ok(message))
             }
-            Err(_) => Some(Err(RecvError::Malformed)),
+            None => Some(Err(RecvError::Malformed)),
         }
     }
 }

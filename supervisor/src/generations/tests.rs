@@ -117,6 +117,11 @@ impl Site {
     }
 }
 
+fn new_worker(generation: GenerationId, worker: WorkerId) -> NewWorker {
+    let (jobs, control) = std::os::unix::net::UnixStream::pair().expect("a pair");
+    NewWorker { generation, worker, jobs: jobs.into(), control: control.into() }
+}
+
 fn said(events: &[Event]) -> Vec<String> {
     events.iter().map(|event| format!("{event:?}")).collect()
 }
@@ -298,17 +303,14 @@ fn a_script_that_takes_too_long_fails() {
 #[test]
 fn workers_are_asked_for_and_refused_without_a_zygote() {
     let (mut site, zygote, standby) = Site::serving();
-    let new = |generation| {
-        let (jobs, control) = std::os::unix::net::UnixStream::pair().expect("a pair");
-        NewWorker { generation, worker: WorkerId(5), jobs: jobs.into(), control: control.into() }
-    };
-    site.rollout.fork_worker(&new(FIRST), &mut site.events);
+    let new = new_worker(FIRST, WorkerId(5));
+    site.rollout.fork_worker(&new, &mut site.events);
     assert!(site.events().is_empty());
     assert!(matches!(zygote.order(), Some(ZygoteOrder::Fork { worker: WorkerId(5) })));
     site.end(&standby, 1);
     site.end(&zygote, 1);
     site.events();
-    site.rollout.fork_worker(&new(FIRST), &mut site.events);
+    site.rollout.fork_worker(&new, &mut site.events);
     assert_eq!(site.events(), said(&[Event::WorkerNotForked(WorkerId(5))]));
 }
 
@@ -323,6 +325,7 @@ fn a_zygote_that_tells_what_cannot_be_is_killed_and_not_listened_to() {
     ];
     for lie in lies {
         let (mut site, zygote, standby) = Site::serving();
+        site.rollout.fork_worker(&new_worker(FIRST, WorkerId(5)), &mut site.events);
         zygote.report(&lie(&site, &zygote, &standby));
         zygote.report(&ZygoteReport::ForkFailed { worker: WorkerId(6), message: "no".into() });
         site.read(&zygote);
@@ -356,4 +359,48 @@ fn a_zygote_that_was_found_lying_is_killed_once() {
         site.rollout.zygote_lied(zygote.id, "it lied", site.now, &mut site.events);
     }
     assert_eq!(site.fake.signals(), [(zygote.pid, Signal::SIGKILL)]);
+}
+
+#[test]
+fn a_zygote_that_tells_its_own_number_as_its_standbys_is_killed() {
+    let mut site = Site::new();
+    site.rollout.boot(site.now, &mut site.events);
+    let zygote = site.zygote();
+    zygote.declare();
+    site.read(&zygote);
+    site.events();
+    zygote.report(&ZygoteReport::StandbyForked { pid: zygote.pid.as_raw() });
+    site.read(&zygote);
+    assert_eq!(site.fake.signals(), [(zygote.pid, Signal::SIGKILL)]);
+    assert!(site.events().is_empty());
+}
+
+#[test]
+fn a_zygote_whose_report_answers_no_order_is_killed() {
+    let lies = [
+        ZygoteReport::Declared(Box::default()),
+        ZygoteReport::Failed { message: "no".into() },
+        ZygoteReport::ForkFailed { worker: WorkerId(5), message: "no".into() },
+        ZygoteReport::StandbyFailed { message: "no".into() },
+    ];
+    for lie in lies {
+        let (mut site, zygote, standby) = Site::serving();
+        zygote.report(&lie);
+        site.read(&zygote);
+        assert_eq!(site.fake.signals(), [(zygote.pid, Signal::SIGKILL)], "{lie:?}");
+        assert_eq!(site.rollout.zygotes.len(), 2, "{lie:?}");
+        assert!(site.events().is_empty() && site.fake.is_alive(standby.pid), "{lie:?}");
+    }
+}
+
+#[test]
+fn a_zygote_that_answers_orders_in_another_order_is_killed() {
+    let (mut site, zygote, _) = Site::serving();
+    for worker in [5, 6].map(WorkerId) {
+        site.rollout.fork_worker(&new_worker(FIRST, worker), &mut site.events);
+    }
+    zygote.report(&ZygoteReport::ForkFailed { worker: WorkerId(6), message: "no".into() });
+    site.read(&zygote);
+    assert_eq!(site.fake.signals(), [(zygote.pid, Signal::SIGKILL)]);
+    assert!(site.events().is_empty());
 }

@@ -9,6 +9,7 @@
 //! standby takes over; without one, the configuration is loaded anew, and the living workers serve
 //! on meanwhile.
 
+use std::collections::VecDeque;
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
@@ -24,7 +25,7 @@ use slog::{debug, error, warn};
 
 use crate::event::{Event, Events, NewWorker, Teller};
 use crate::generations::Rollout;
-use crate::ids::{GenerationId, ZygoteId};
+use crate::ids::{GenerationId, WorkerId, ZygoteId};
 use crate::system::{ZygoteChannel, ZygotePids, describe};
 use crate::watch::Source;
 
@@ -36,6 +37,32 @@ const PER_TURN: usize = 64;
 /// Reports that are read of a zygote that has ended, more than a socket can hold at once.
 const LAST_WORDS: usize = 4096;
 
+/// An order that a zygote has not answered yet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Order {
+    /// To run the script.
+    Load,
+    /// To fork this worker.
+    Fork(WorkerId),
+    /// To fork this standby.
+    Standby(ZygoteId),
+}
+
+impl Order {
+    fn is_answered_by(self, report: &ZygoteReport) -> bool {
+        match report {
+            ZygoteReport::Declared(_) | ZygoteReport::Failed { .. } => self == Self::Load,
+            ZygoteReport::Forked { worker, .. } | ZygoteReport::ForkFailed { worker, .. } => {
+                self == Self::Fork(*worker)
+            }
+            ZygoteReport::StandbyForked { .. } | ZygoteReport::StandbyFailed { .. } => {
+                matches!(self, Self::Standby(_))
+            }
+            ZygoteReport::Dictionary => false,
+        }
+    }
+}
+
 /// A process that can fork workers of one generation.
 #[derive(Debug)]
 pub(super) struct Zygote {
@@ -45,6 +72,8 @@ pub(super) struct Zygote {
     pub(super) pid: Option<Pid>,
     /// Orders go out, reports come in.
     pub(super) channel: ZygoteChannel,
+    /// The orders that the process has not answered. It answers each one once, in their order.
+    pub(super) orders: VecDeque<Order>,
     /// The process id that was told for this standby, before anybody has checked it.
     pub(super) told: Option<Pid>,
     /// The process has lied: it is killed, and not listened to.
@@ -54,7 +83,7 @@ pub(super) struct Zygote {
 impl Zygote {
     /// A zygote whose process id is known, or not yet.
     pub(super) fn new(generation: GenerationId, pid: Option<Pid>, channel: ZygoteChannel) -> Self {
-        Self { generation, pid, channel, told: None, lied: false }
+        Self { generation, pid, channel, orders: VecDeque::new(), told: None, lied: false }
     }
 }
 
@@ -175,6 +204,13 @@ impl Rollout {
         events: &mut Events,
     ) {
         let Teller { zygote: id, generation } = teller;
+        if let ZygoteReport::Dictionary = report {
+            return warn!(self.log, "out of descriptors for a shared dictionary");
+        }
+        let order = self.zygotes.get_mut(&id).and_then(|zygote| zygote.orders.pop_front());
+        let Some(order) = order.filter(|order| order.is_answered_by(&report)) else {
+            return self.zygote_lied(id, "it reported what nobody asked it for", now, events);
+        };
         let complaint = match report {
             ZygoteReport::Forked { pid, .. } | ZygoteReport::StandbyForked { pid } => {
                 self.complaint(teller, Some(pid))
@@ -196,9 +232,7 @@ impl Rollout {
                 let commands = self.reload.declared(generation);
                 self.carry_out(commands, now, events);
             }
-            ZygoteReport::Dictionary => {
-                warn!(self.log, "out of descriptors for a shared dictionary");
-            }
+            ZygoteReport::Dictionary => {}
             ZygoteReport::Failed { message } => {
                 self.fail(generation, (Exit::Config, message), now, events);
             }
@@ -210,22 +244,15 @@ impl Rollout {
                 events.push_back(Event::WorkerRefused { teller, worker });
             }
             ZygoteReport::StandbyForked { pid } => {
-                let zygote = self.loaded.get(&generation).and_then(|g| g.standby);
-                let Some((zygote, standby)) =
-                    zygote.and_then(|id| Some((id, self.zygotes.get_mut(&id)?)))
-                else {
-                    return;
-                };
+                let Order::Standby(zygote) = order else { return };
+                let Some(standby) = self.zygotes.get_mut(&zygote) else { return };
                 let pid = Pid::from_raw(pid);
-                if standby.told.replace(pid).is_some() {
-                    let complaint = format!("it told a second process id {pid} of its standby");
-                    return self.zygote_lied(id, &complaint, now, events);
-                }
+                standby.told = Some(pid);
                 events.push_back(Event::StandbyForked { teller, zygote, pid });
             }
             ZygoteReport::StandbyFailed { message } => {
                 warn!(self.log, "cannot fork a standby: {message}"; "generation" => generation);
-                if let Some(standby) = self.loaded.get(&generation).and_then(|g| g.standby) {
+                if let Order::Standby(standby) = order {
                     self.lose_zygote(standby, "not forked", now, events);
                 }
             }
@@ -236,7 +263,8 @@ impl Rollout {
     pub(super) fn fork_standby(&mut self, generation: GenerationId, now: Instant) {
         let Some(entry) = self.loaded.get_mut(&generation) else { return };
         entry.standby_due = None;
-        let Some(zygote) = entry.zygote.and_then(|id| self.zygotes.get(&id)) else { return };
+        let Some(asked) = entry.zygote else { return };
+        let Some(zygote) = self.zygotes.get(&asked) else { return };
         let sent =
             ZygoteChannel::pair().map_err(|error| error.to_string()).and_then(|(ours, theirs)| {
                 zygote
@@ -251,11 +279,19 @@ impl Rollout {
                 if let Some(entry) = self.loaded.get_mut(&generation) {
                     entry.standby = Some(id);
                 }
+                self.ordered(asked, Order::Standby(id));
             }
             Err(error) => {
                 warn!(self.log, "cannot ask for a standby: {error}"; "generation" => generation);
                 entry.standby_due = Some(now + STANDBY_RETRY);
             }
+        }
+    }
+
+    /// Notes an order that was sent, which the zygote has to answer.
+    pub(super) fn ordered(&mut self, id: ZygoteId, order: Order) {
+        if let Some(zygote) = self.zygotes.get_mut(&id) {
+            zygote.orders.push_back(order);
         }
     }
 
@@ -279,15 +315,17 @@ impl Rollout {
         }
     }
 
-    fn try_fork_worker(&self, new: &NewWorker) -> Result<(), String> {
+    fn try_fork_worker(&mut self, new: &NewWorker) -> Result<(), String> {
         let entry = self.loaded.get(&new.generation);
-        let zygote = entry.and_then(|entry| entry.zygote).and_then(|id| self.zygotes.get(&id));
+        let zygote = entry.and_then(|entry| entry.zygote);
+        let zygote = zygote.and_then(|id| self.zygotes.get_mut(&id)).ok_or("no zygote")?;
         let order = ZygoteOrder::Fork { worker: new.worker };
         zygote
-            .ok_or("no zygote")?
             .channel
             .try_send(&order, &[new.jobs.as_fd(), new.control.as_fd()])
-            .map_err(|error| error.to_string())
+            .map_err(|error| error.to_string())?;
+        zygote.orders.push_back(Order::Fork(new.worker));
+        Ok(())
     }
 
     /// Reaps the zygotes that have ended.

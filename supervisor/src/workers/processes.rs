@@ -46,8 +46,34 @@ pub(super) struct Process {
     pub(super) control: Channel<ToControl, FromControl>,
     /// The programs that the worker has told, one for a job at most.
     pub(super) children: Vec<Program>,
+    /// The jobs that have had a program.
+    pub(super) started: BTreeSet<JobId>,
     /// The jobs with a time limit of their own.
     pub(super) limited: BTreeSet<JobId>,
+    /// The worker has reported that it can take jobs.
+    pub(super) ready: bool,
+    /// Pings that the worker has not answered.
+    pub(super) pings: u32,
+}
+
+impl Process {
+    fn new(jobs: Channel<ToJobs, ToReports>, control: Channel<ToControl, FromControl>) -> Self {
+        Self {
+            pid: None,
+            jobs,
+            control,
+            children: Vec::new(),
+            started: BTreeSet::new(),
+            limited: BTreeSet::new(),
+            ready: false,
+            pings: 0,
+        }
+    }
+
+    fn forget_job(&mut self, job: JobId) {
+        self.started.remove(&job);
+        self.limited.remove(&job);
+    }
 }
 
 /// Why a worker is no longer listened to.
@@ -88,8 +114,7 @@ impl Workers {
             .add(&jobs, Source::Jobs(worker))
             .and_then(|()| self.watcher.add(&control, Source::Control(worker)))
             .map_err(|error| format!("epoll_ctl: {error}"))?;
-        let (children, limited) = (Vec::new(), BTreeSet::new());
-        self.processes.insert(worker, Process { pid: None, jobs, control, children, limited });
+        self.processes.insert(worker, Process::new(jobs, control));
         Ok((their_jobs.into(), their_control.into()))
     }
 
@@ -174,11 +199,12 @@ impl Workers {
     }
 
     /// Asks a worker how long its Lua has been held.
-    pub(super) fn ping(&self, worker: WorkerId, sequence: u64) {
-        let Some(process) = self.processes.get(&worker) else { return };
-        if process.control.try_send(&Control::Ping { sequence }, &[]).is_err() {
+    pub(super) fn ping(&mut self, worker: WorkerId, sequence: u64) {
+        let Some(process) = self.processes.get_mut(&worker) else { return };
+        match process.control.try_send(&Control::Ping { sequence }, &[]) {
+            Ok(()) => process.pings += 1,
             // The worker has stopped reading: the unanswered pings will be counted.
-            debug!(self.log, "a ping could not be sent"; "worker" => worker);
+            Err(_) => debug!(self.log, "a ping could not be sent"; "worker" => worker),
         }
     }
 
@@ -231,13 +257,18 @@ impl Workers {
         events: &mut Events,
     ) -> Option<Fault> {
         for _ in 0..PER_TURN {
-            let pong = match self.processes.get(&worker)?.control.try_recv(buffer) {
+            let process = self.processes.get_mut(&worker)?;
+            let pong = match process.control.try_recv(buffer) {
                 Ok(mut received) => match received.fds.take() {
                     Some(fd) => return Some(unexpected(fd)),
                     None => received.message,
                 },
                 Err(error) => return fault(error),
             };
+            let Some(pings) = process.pings.checked_sub(1) else {
+                return Some(Fault::Malformed("it answered a ping that it didn't get".into()));
+            };
+            process.pings = pings;
             let held = Duration::from_millis(pong.held);
             let stuck = Duration::from_millis(pong.stuck);
             let health = Health { held, stuck, exhausted: pong.exhausted };
@@ -367,13 +398,19 @@ impl Workers {
         match report {
             // Comes with a channel, and was passed on with it.
             Report::Dictionary => {}
-            Report::Ready => self.on_ready(worker, now, events),
+            Report::Ready => {
+                let process = self.processes.get_mut(&worker);
+                if process.is_some_and(|process| std::mem::replace(&mut process.ready, true)) {
+                    return Err("it reported again that it is ready".into());
+                }
+                self.on_ready(worker, now, events);
+            }
             Report::Done { job, record: mail } => {
                 if !self.pool.done(job, worker) {
                     return Err(format!("it reported job {job}, which it doesn't have"));
                 }
                 if let Some(process) = self.processes.get_mut(&worker) {
-                    process.limited.remove(&job);
+                    process.forget_job(job);
                 }
                 if let Some(mail) = mail {
                     record(worker, job, &mail);
@@ -385,7 +422,7 @@ impl Workers {
                     return Err(format!("it lost job {job}, which it doesn't have"));
                 }
                 if let Some(process) = self.processes.get_mut(&worker) {
-                    process.limited.remove(&job);
+                    process.forget_job(job);
                 }
                 warn!(self.log, "worker out of descriptors"; "worker" => worker);
                 events.push_back(Event::SocketLost(job));
@@ -420,11 +457,13 @@ impl Workers {
     /// Learns of a program.
     ///
     /// # Errors
-    /// The worker has told a program for this job, or this process id, already.
+    /// The worker has told a program for this job, or this process id, already. A job has one
+    /// program in its life, so the worker can't have the system searched again and again.
     fn on_child(&mut self, worker: WorkerId, job: JobId, pid: Pid) -> Result<(), String> {
         let taken = self.is_taken(pid);
         let Some(process) = self.processes.get_mut(&worker) else { return Ok(()) };
-        if process.children.iter().any(|program| program.job == job || program.pid == pid) {
+        let known = process.children.iter().any(|program| program.pid == pid);
+        if known || !process.started.insert(job) {
             return Err(format!("it reported child {pid} of job {job}, beside another one"));
         }
         let belief = told::look_at_program(&*self.system, process.pid, pid, taken);

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::sys::socket::{setsockopt, sockopt};
-use qrelay_shared::ipc::channel::{Channel, RecvError, SendError};
+use qrelay_shared::ipc::channel::{Batch, Channel, RecvError, SendError};
 use qrelay_shared::ipc::message::{
     FromControl, Job, MailRecord, Peer, Pong, Report, ToControl, ToJobs, ToReports,
 };
@@ -373,6 +373,7 @@ fn a_worker_whose_leader_makes_no_progress_is_aborted() {
     let others = site.serving(1, 4);
     let stuck = Settings::default().hang_timeout.as_millis() as u64 + 1;
     let pong = Pong { sequence: 1, held: 0, stuck, job: JobId(0), exhausted: false };
+    site.workers.ping(others[0].id, 1);
     others[0].control.try_send(&pong, &[]).expect("the supervisor reads");
     site.workers.on_pong(others[0].id, site.now, &mut site.events);
     assert_eq!(site.fake.signals(), [(others[0].pid, Signal::SIGABRT)]);
@@ -384,6 +385,7 @@ fn a_worker_that_hangs_in_lua_is_aborted() {
     let others = site.serving(1, 4);
     let held = Settings::default().hang_timeout.as_millis() as u64 + 1;
     let pong = Pong { sequence: 1, held, stuck: 0, job: JobId(0), exhausted: false };
+    site.workers.ping(others[0].id, 1);
     others[0].control.try_send(&pong, &[]).expect("the supervisor reads");
     site.workers.on_pong(others[0].id, site.now, &mut site.events);
     assert_eq!(site.fake.signals(), [(others[0].pid, Signal::SIGABRT)]);
@@ -911,4 +913,66 @@ fn the_last_words_of_a_worker_are_all_read() {
     let events = site.events();
     assert_eq!(events.iter().filter(|event| event.starts_with("Done(")).count(), 150);
     assert!(!events.iter().any(|event| event.starts_with("Orphaned")), "{events:?}");
+}
+
+/// Makes a report that no honest worker makes.
+type Nonsense = fn(&mut Site, &Other);
+
+#[test]
+fn a_worker_that_reports_what_nothing_calls_for_is_ended() {
+    let cases: [(&str, Nonsense); 5] = [
+        ("ready again", |_, other| other.report(&Report::Ready)),
+        ("a second program", |site, other| {
+            for _ in 0..2 {
+                let program = site.fake.start_under(other.pid);
+                site.child(other, program);
+                other.report(&Report::ChildGone { job: JobId(1) });
+            }
+        }),
+        ("the end of no program", |_, other| other.report(&Report::ChildGone { job: JobId(1) })),
+        ("a lost job that it doesn't have", |_, other| {
+            other.report(&Report::Lost { job: JobId(2) });
+        }),
+        ("a time limit of no job", |_, other| {
+            other.report(&Report::Timeout { job: JobId(2), milliseconds: 1 });
+        }),
+    ];
+    for (name, report) in cases {
+        let (mut site, other, lines) = Site::with_a_job();
+        report(&mut site, &other);
+        site.read(&other);
+        println!("{name}");
+        site.assert_ends_only(&other, &lines);
+    }
+}
+
+#[test]
+fn a_worker_whose_datagrams_have_more_reports_than_any_workers_is_ended() {
+    for (reports, ends) in [(8, false), (9, true)] {
+        let mut site = Site::new();
+        let other = site.serving(1, 16).pop().expect("one");
+        site.wait(1..=16);
+        let mut batch = Batch::default();
+        for job in (1..=reports).map(JobId) {
+            batch.push(&Report::Done { job, record: None }).expect("room");
+        }
+        other.jobs.try_send_batch(&batch, &[]).expect("the supervisor reads");
+        site.read(&other);
+        site.workers.tick(site.now, &mut site.events);
+        assert_eq!(!site.fake.signals().is_empty(), ends, "{reports}");
+    }
+}
+
+#[test]
+fn a_worker_that_answers_more_pings_than_it_got_is_ended() {
+    let (mut site, other, lines) = Site::with_a_job();
+    let pong = Pong { sequence: 1, held: 0, stuck: 0, job: JobId(0), exhausted: false };
+    site.workers.ping(other.id, 1);
+    other.control.try_send(&pong, &[]).expect("the supervisor reads");
+    site.workers.on_pong(other.id, site.now, &mut site.events);
+    site.workers.tick(site.now, &mut site.events);
+    assert_eq!(site.fake.signals(), []);
+    other.control.try_send(&pong, &[]).expect("the supervisor reads");
+    site.workers.on_pong(other.id, site.now, &mut site.events);
+    site.assert_ends_only(&other, &lines);
 }
