@@ -45,13 +45,7 @@ fn main() -> ExitCode {
 
 fn check(config: &std::path::Path, level: slog::Level) -> Exit {
     let logger = qrelay_shared::log::init(level, "qrelay", Patience::Unlimited);
-    // `check` has no supervisor that could hold the shared dictionaries, so a thread answers
-    // instead.
-    let dictionaries = Box::new(|line| {
-        std::thread::spawn(move || dictionary_server::serve_alone(line));
-        Ok(())
-    });
-    match qrelay_worker::process::check::check(config, logger, dictionaries) {
+    match qrelay_worker::process::check::check(config, logger, dictionary_server::alone()) {
         Ok(text) => {
             print!("{text}");
             Exit::Success

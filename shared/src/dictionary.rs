@@ -1,5 +1,8 @@
 //! Requests to shared dictionaries, and the answers to them.
 //!
+//! Every channel is made by the supervisor. A worker or zygote gets one at its start, the opener,
+//! on which it asks for the others.
+//!
 //! Limits: keys have up to [`MAX_KEY`] bytes, strings up to [`MAX_VALUE`]. A worker checks both
 //! where the script's values are converted, and the supervisor checks them again.
 
@@ -120,6 +123,36 @@ pub enum Answer<'a> {
     Keys(Vec<Cow<'a, [u8]>>),
     /// The operation failed; the text is the message for the script.
     Failed(Cow<'a, str>),
+}
+
+/// The wish of a process on its opener, the channel by which it gets channels for its requests.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Wish {
+    /// One more channel.
+    Channel,
+}
+
+/// The answer to a [`Wish`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Opened<'a> {
+    /// The message carries the process' end of a new channel.
+    Channel,
+    /// There is no channel; the text is the cause, for the script.
+    Refused(#[serde(borrow)] Cow<'a, str>),
+}
+
+/// Direction from a worker or zygote to the supervisor on the opener.
+#[derive(Debug)]
+pub enum ToOpener {}
+impl Direction for ToOpener {
+    type Message<'a> = Wish;
+}
+
+/// Direction from the supervisor to a worker or zygote on the opener: one answer for each wish.
+#[derive(Debug)]
+pub enum FromOpener {}
+impl Direction for FromOpener {
+    type Message<'a> = Opened<'a>;
 }
 
 /// Direction from a worker or zygote to the supervisor.

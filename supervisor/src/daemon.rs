@@ -23,7 +23,7 @@ use qrelay_shared::sys::limits::{self, Limits};
 use slog::{Level, Logger, error, info, warn};
 
 use crate::accept::{Acceptor, ProgramState};
-use crate::event::{Event, Events, Programs};
+use crate::event::{Asker, Event, Events, Programs};
 use crate::generations::{Loading, Rollout};
 use crate::ids::{JobId, WorkerId};
 use crate::services::Services;
@@ -238,7 +238,7 @@ impl Daemon {
             }
             Source::Control(worker) => workers.on_pong(worker, now, events),
             Source::Zygote(zygote) => rollout.on_zygote(zygote, now, events),
-            Source::Dictionary(channel) => services.on_dictionary(channel, now),
+            Source::Dictionary(channel) => services.on_dictionary(channel, now, events),
         }
     }
 
@@ -300,7 +300,14 @@ impl Daemon {
             }
             Event::MailLost(mail) => services.mail_lost(&mail, now),
             Event::TimeLimitSet(until) => self.extend_drain(until),
-            Event::DictionaryOpened(channel) => services.open_dictionary(channel),
+            Event::AskerCame(new) => services.asker_came(new),
+            Event::AskerGone(asker) => services.asker_gone(asker),
+            Event::AskerLied { asker: Asker::Worker(worker), complaint } => {
+                workers.worker_lied(worker, complaint, now, events);
+            }
+            Event::AskerLied { asker: Asker::Zygote(zygote), complaint } => {
+                rollout.zygote_lied(zygote, complaint, now, events);
+            }
 
             Event::WorkerMissing(new) => rollout.fork_worker(&new, events),
             Event::WorkerForked { teller, worker, pid } => {
@@ -317,6 +324,7 @@ impl Daemon {
 
             Event::Declared(generation) => {
                 if let Some(declaration) = rollout.starting(generation) {
+                    services.declared(generation, declaration);
                     acceptor.listen(generation, declaration, events);
                 }
             }
@@ -340,7 +348,10 @@ impl Daemon {
                 }
                 self.ready();
             }
-            Event::GenerationEnded(generation) => acceptor.generation_ended(generation),
+            Event::GenerationEnded(generation) => {
+                acceptor.generation_ended(generation);
+                services.generation_ended(generation);
+            }
             Event::ZygoteLost(generation) => workers.zygote_lost(generation, now, events),
             Event::ZygotesEnded(generation) => workers.zygotes_ended(generation, now, events),
             Event::StandbyForked { teller, zygote, pid } => {

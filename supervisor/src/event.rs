@@ -59,8 +59,13 @@ pub(crate) enum Event {
     MailLost(Box<LostMail>),
     /// An action has a time limit of its own, which a drain waits for.
     TimeLimitSet(Instant),
-    /// A worker or a zygote has opened a channel to the shared dictionaries.
-    DictionaryOpened(OwnedFd),
+    /// A process starts that may ask the shared dictionaries.
+    AskerCame(NewAsker),
+    /// A process will ask nothing more, or must not: its channels are to be closed.
+    AskerGone(Asker),
+    /// A process has done on its channels to the dictionaries what no honest process does; they are
+    /// closed already.
+    AskerLied { asker: Asker, complaint: &'static str },
 
     /// The pool lacks a worker: the zygote has to fork it.
     WorkerMissing(Box<NewWorker>),
@@ -123,6 +128,26 @@ pub(crate) struct Teller {
     pub(crate) generation: GenerationId,
 }
 
+/// A process that may ask the shared dictionaries.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) enum Asker {
+    /// A worker, while it lives.
+    Worker(WorkerId),
+    /// A zygote, while its script loads.
+    Zygote(ZygoteId),
+}
+
+/// The way of a new process to the shared dictionaries.
+#[derive(Debug)]
+pub(crate) struct NewAsker {
+    /// The process.
+    pub(crate) asker: Asker,
+    /// The generation of the process.
+    pub(crate) generation: GenerationId,
+    /// The supervisor's end of the channel on which the process asks for others.
+    pub(crate) opener: OwnedFd,
+}
+
 /// Why a generation is loaded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Cause {
@@ -178,6 +203,8 @@ pub(crate) struct NewWorker {
     pub(crate) jobs: OwnedFd,
     /// Orders in, pongs out.
     pub(crate) control: OwnedFd,
+    /// Wishes for channels to the shared dictionaries out, channels in.
+    pub(crate) dictionaries: OwnedFd,
 }
 
 /// Events that no owner has acted on yet, oldest first. The memory is kept when it is empty.

@@ -11,18 +11,20 @@ mod reload;
 mod zygotes;
 
 use std::collections::BTreeMap;
+use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
+use qrelay_shared::dictionary::{FromOpener, ToOpener};
 use qrelay_shared::exit::Exit;
-use qrelay_shared::ipc::channel::RecvBuffer;
+use qrelay_shared::ipc::channel::{Channel, RecvBuffer};
 use qrelay_shared::ipc::message::ZygoteOrder;
 use qrelay_shared::settings::{Account, Declaration};
 use slog::{Logger, error, info};
 
-use crate::event::{Cause, Event, Events};
+use crate::event::{Asker, Cause, Event, Events, NewAsker};
 use crate::generations::reload::{Command, Generations};
 use crate::generations::zygotes::{Order, Zygote};
 use crate::ids::{GenerationId, ZygoteId};
@@ -176,7 +178,7 @@ impl Rollout {
     pub(crate) fn drained(&mut self, generation: GenerationId, now: Instant, events: &mut Events) {
         let Some(entry) = self.loaded.remove(&generation) else { return };
         for id in [entry.zygote, entry.standby].into_iter().flatten() {
-            self.end_zygote(id);
+            self.end_zygote(id, events);
         }
         if entry.served {
             info!(self.log, "generation has ended"; "generation" => generation);
@@ -251,13 +253,21 @@ impl Rollout {
             instance: self.loading.instance.clone(),
             account: self.loading.account.clone(),
         };
-        let sent = channel.try_send(&order, &[]);
+        let opener = Channel::<FromOpener, ToOpener>::pair();
+        let sent = opener.map_err(|error| error.to_string()).and_then(|(opener, theirs)| {
+            let sent = channel.try_send(&order, &[theirs.as_fd()]);
+            sent.map(|()| opener.into()).map_err(|error| error.to_string())
+        });
         let id = self.add_zygote(Zygote::new(generation, Some(pid), channel));
         if let Some(entry) = self.loaded.get_mut(&generation) {
             entry.zygote = Some(id);
         }
         match sent {
-            Ok(()) => self.ordered(id, Order::Load),
+            Ok(opener) => {
+                let asker = Asker::Zygote(id);
+                events.push_back(Event::AskerCame(NewAsker { asker, generation, opener }));
+                self.ordered(id, Order::Load);
+            }
             Err(error) => {
                 let failure = (Exit::System, format!("cannot order the zygote: {error}"));
                 self.fail(generation, failure, now, events);
@@ -282,7 +292,7 @@ impl Rollout {
         entry.superseded = true;
         entry.standby_due = None;
         for id in [entry.zygote.take(), entry.standby.take()].into_iter().flatten() {
-            self.end_zygote(id);
+            self.end_zygote(id, events);
         }
         events.push_back(Event::ZygotesEnded(generation));
     }

@@ -13,14 +13,13 @@ mod pond;
 mod separation;
 mod systemd;
 
-use std::os::fd::OwnedFd;
 use std::time::Instant;
 
 use qrelay_shared::ipc::message::{MailRecord, Peer};
 use qrelay_shared::settings::Declaration;
 use slog::{Logger, info};
 
-use crate::event::{Cause, LostMail};
+use crate::event::{Asker, Cause, Events, LostMail, NewAsker};
 use crate::ids::{ChannelId, GenerationId, JobId, WorkerId};
 use crate::services::dictionary_server::DictionaryServer;
 use crate::services::mail_log::{Answers, MailLog};
@@ -74,14 +73,29 @@ impl Services {
         self.mails.answers()
     }
 
-    /// Answers on a channel that a worker or a zygote has opened to the dictionaries.
-    pub(crate) fn open_dictionary(&mut self, channel: OwnedFd) {
-        self.dictionaries.open(channel);
+    /// Learns what a generation has declared, before its workers start.
+    pub(crate) fn declared(&mut self, generation: GenerationId, declaration: &Declaration) {
+        self.dictionaries.declared(generation, &declaration.settings);
     }
 
-    /// Answers a question to a dictionary.
-    pub(crate) fn on_dictionary(&mut self, channel: ChannelId, now: Instant) {
-        self.dictionaries.on_question(channel, now);
+    /// Forgets a generation of which nothing is left.
+    pub(crate) fn generation_ended(&mut self, generation: GenerationId) {
+        self.dictionaries.generation_ended(generation);
+    }
+
+    /// Lets a process ask the dictionaries.
+    pub(crate) fn asker_came(&mut self, new: NewAsker) {
+        self.dictionaries.asker_came(new);
+    }
+
+    /// Closes the channels of a process to the dictionaries.
+    pub(crate) fn asker_gone(&mut self, asker: Asker) {
+        self.dictionaries.asker_gone(asker);
+    }
+
+    /// Answers what a process asks the dictionaries.
+    pub(crate) fn on_dictionary(&mut self, channel: ChannelId, now: Instant, events: &mut Events) {
+        self.dictionaries.on_ready(channel, now, events);
     }
 
     /// Tells systemd that another configuration is being loaded.
@@ -131,6 +145,7 @@ impl Services {
 
     /// Does what is due.
     pub(crate) fn tick(&mut self, now: Instant) {
+        self.dictionaries.begin_turn();
         self.systemd.tick(now);
         self.mails.tick(now);
     }

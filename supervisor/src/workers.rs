@@ -176,7 +176,7 @@ impl Workers {
             return self.end_unborn(generation, now, events);
         }
         for worker in self.pool.starting(generation) {
-            self.forget_process(worker);
+            self.forget_process(worker, events);
             self.pool.restart(worker, now);
             self.spawn(generation, worker, now, events);
         }

@@ -10,7 +10,6 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use qrelay_shared::ids::WorkerId;
-use qrelay_shared::ipc::channel::SendError;
 use qrelay_worker::delivery::action::Action;
 use qrelay_worker::session::script::HandlerError;
 use support::{Options, Script, config_error, mail};
@@ -36,7 +35,7 @@ fn says(script: &Script) -> String {
 
 /// Prepares the script as a worker does after its fork.
 fn become_worker(script: &Script) {
-    script.state.after_fork(WorkerId(1), Box::new(|_| Err(SendError::Closed)));
+    script.state.after_fork(WorkerId(1), None);
 }
 
 /// Creates a temporary directory for the sockets of a test.

@@ -13,6 +13,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::sys::socket::{Shutdown, shutdown};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
+use qrelay_shared::dictionary::{FromOpener, ToOpener};
 use qrelay_shared::ids::{JobId, ListenerId, WorkerId};
 use qrelay_shared::ipc::channel::{Channel, RecvBuffer};
 use qrelay_shared::ipc::message::{
@@ -90,6 +91,7 @@ impl Zygote {
         let directory = tempfile::tempdir().expect("directory");
         let config = directory.path().join("config.lua");
         std::fs::write(&config, script).expect("write");
+        let (_, dictionaries) = Channel::<FromOpener, ToOpener>::pair().expect("pair");
         self.order(
             &ZygoteOrder::Load {
                 config,
@@ -98,7 +100,7 @@ impl Zygote {
                 instance: "t".into(),
                 account: None,
             },
-            &[],
+            &[&dictionaries.into()],
         )
     }
 
@@ -111,8 +113,9 @@ impl Zygote {
     fn fork(&self, worker: WorkerId) -> Worker {
         let (jobs, their_jobs) = Channel::<ToJobs, ToReports>::pair().expect("pair");
         let (control, their_control) = Channel::<ToControl, FromControl>::pair().expect("pair");
-        let (their_jobs, their_control) = (their_jobs.into(), their_control.into());
-        match self.order(&ZygoteOrder::Fork { worker }, &[&their_jobs, &their_control]) {
+        let (_, dictionaries) = Channel::<FromOpener, ToOpener>::pair().expect("pair");
+        let fds = [their_jobs.into(), their_control.into(), dictionaries.into()];
+        match self.order(&ZygoteOrder::Fork { worker }, &fds.each_ref()) {
             ZygoteReport::Forked { worker: same, pid } if same == worker => {
                 Worker { jobs, control, pid: Pid::from_raw(pid) }
             }

@@ -6,8 +6,8 @@
 //! descriptors of a datagram belong to those of its messages that have one, in their order.
 //!
 //! A channel to a process that isn't trusted ([`Channel::foreign`]) may have descriptors in its
-//! queue whose close waits. The closer closes such a channel, and messages with descriptors that
-//! nobody expects are [`RecvError::Rights`] or have them left in [`Messages::fds`].
+//! queue whose close waits. The closer closes such a channel, and messages with descriptors are
+//! [`RecvError::Rights`].
 //!
 //! # Failure
 //! [`SendError::Full`] is the result of a send without waiting when the other side doesn't read;
@@ -116,15 +116,6 @@ impl<Out, In> From<Channel<Out, In>> for OwnedFd {
     }
 }
 
-/// Whether messages that come may have descriptors.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Descriptors {
-    /// Some messages have descriptors.
-    Expected,
-    /// No message has any.
-    Unexpected,
-}
-
 impl<Out: Direction, In: Direction> Channel<Out, In> {
     /// Creates a channel and returns both ends, the second with the directions swapped. Both are
     /// close-on-exec.
@@ -142,13 +133,11 @@ impl<Out: Direction, In: Direction> Channel<Out, In> {
         Self { fd: GuardedFd::from(fd), looks: false, directions: PhantomData }
     }
 
-    /// Trusts the other process no more than a client: the closer closes this end. If no message
-    /// that comes has descriptors, the kernel refuses them, or messages are looked at first.
-    pub fn foreign(mut self, descriptors: Descriptors) -> Self {
+    /// Trusts the other process no more than a client: the closer closes this end, and no message
+    /// that comes has descriptors. The kernel refuses them, or each message is looked at first.
+    pub fn foreign(mut self) -> Self {
         self.fd.leave_to_closer();
-        if descriptors == Descriptors::Unexpected {
-            self.looks = refuse(self.as_fd()) == Rights::Possible;
-        }
+        self.looks = refuse(self.as_fd()) == Rights::Possible;
         self
     }
 

@@ -105,9 +105,6 @@ impl Direction for ToReports {
 pub enum Report<'a> {
     /// The worker can take jobs. This report is sent once.
     Ready,
-    /// The worker wants one more channel to the shared dictionaries. The message carries the
-    /// supervisor's end of the channel ([`crate::dictionary`]).
-    Dictionary,
     /// A child program, the leader of its own process group, runs for this job.
     Child {
         /// The job that the program runs for.
@@ -236,6 +233,7 @@ impl Direction for ToZygote {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub enum ZygoteOrder {
     /// Runs the script. This is the first order; the zygote answers with `Declared` or `Failed`.
+    /// The message carries the zygote's opener ([`crate::dictionary`]).
     Load {
         /// Absolute path of config.lua.
         config: PathBuf,
@@ -249,8 +247,8 @@ pub enum ZygoteOrder {
         /// one.
         account: Option<Account>,
     },
-    /// Forks a worker. The message carries the worker's job socket and its control socket, in this
-    /// order.
+    /// Forks a worker. The message carries the worker's job socket, its control socket and its
+    /// opener ([`crate::dictionary`]), in this order.
     Fork {
         /// Number of the new worker.
         worker: WorkerId,
@@ -271,9 +269,6 @@ impl Direction for FromZygote {
 pub enum ZygoteReport {
     /// The script has run; the value is what the script wants.
     Declared(Box<Declaration>),
-    /// The script uses a shared dictionary while it loads. The message carries the supervisor's end
-    /// of a channel ([`crate::dictionary`]).
-    Dictionary,
     /// The script can't be used; the text has file, line and cause.
     Failed {
         /// The error, for the administrator.

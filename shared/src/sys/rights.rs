@@ -23,10 +23,7 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use nix::errno::Errno;
-use nix::sys::socket::{
-    AddressFamily, MsgFlags, Shutdown, SockType, SockaddrLike, SockaddrStorage, getsockname,
-    getsockopt, recv, setsockopt, shutdown, sockopt,
-};
+use nix::sys::socket::{MsgFlags, Shutdown, recv, setsockopt, shutdown, sockopt};
 use serde::{Deserialize, Serialize};
 
 use crate::sys::closer::GuardedFd;
@@ -65,14 +62,6 @@ pub fn refuse(socket: BorrowedFd<'_>) -> Rights {
         )
     };
     if result == 0 { Rights::Refused } else { Rights::Possible }
-}
-
-/// Returns whether a descriptor is a local socket of the type SOCK_SEQPACKET, whose close never
-/// waits unless its queue holds other descriptors.
-pub fn is_local_seqpacket(fd: BorrowedFd<'_>) -> bool {
-    let address: Result<SockaddrStorage, Errno> = getsockname(fd.as_raw_fd());
-    let local = address.is_ok_and(|address| address.family() == Some(AddressFamily::Unix));
-    local && getsockopt(&fd, sockopt::SockType) == Ok(SockType::SeqPacket)
 }
 
 /// Returns whether the next datagram of a local socket has descriptors, without receiving it.

@@ -4,7 +4,7 @@ use qrelay_shared::ipc::message::ZygoteReport;
 use qrelay_shared::settings::Settings;
 
 use super::*;
-use crate::event::NewWorker;
+use crate::event::{Asker, NewWorker};
 use crate::ids::WorkerId;
 use crate::system::ZygotePids;
 use crate::system::fake::{Fake, ZygoteEnd};
@@ -112,14 +112,17 @@ impl Site {
         self.rollout.reap(self.now, &mut self.events);
     }
 
+    /// The events so far, but for those about dictionaries.
     fn events(&mut self) -> Vec<String> {
-        self.events.drain(..).map(|event| format!("{event:?}")).collect()
+        let events = self.events.drain(..).map(|event| format!("{event:?}"));
+        events.filter(|event| !event.starts_with("Asker")).collect()
     }
 }
 
 fn new_worker(generation: GenerationId, worker: WorkerId) -> NewWorker {
     let (jobs, control) = std::os::unix::net::UnixStream::pair().expect("a pair");
-    NewWorker { generation, worker, jobs: jobs.into(), control: control.into() }
+    let dictionaries = jobs.try_clone().expect("a descriptor").into();
+    NewWorker { generation, worker, jobs: jobs.into(), control: control.into(), dictionaries }
 }
 
 fn said(events: &[Event]) -> Vec<String> {
@@ -403,4 +406,27 @@ fn a_zygote_that_answers_orders_in_another_order_is_killed() {
     site.read(&zygote);
     assert_eq!(site.fake.signals(), [(zygote.pid, Signal::SIGKILL)]);
     assert!(site.events().is_empty());
+}
+
+#[test]
+fn a_zygote_may_ask_the_dictionaries_until_its_script_has_run() {
+    for lives in [false, true] {
+        let mut site = Site::new();
+        site.rollout.boot(site.now, &mut site.events);
+        let zygote = site.zygote();
+        let asker = Asker::Zygote(zygote.id);
+        let gone = |site: &Site| {
+            let is_gone = |event: &Event| matches!(event, Event::AskerGone(gone) if *gone == asker);
+            site.events.iter().any(is_gone)
+        };
+        let came = matches!(&site.events[0], Event::AskerCame(new) if new.asker == asker);
+        assert!(came && !gone(&site));
+        if lives {
+            zygote.declare();
+            site.read(&zygote);
+        } else {
+            site.end(&zygote, 1);
+        }
+        assert!(gone(&site));
+    }
 }

@@ -17,13 +17,11 @@ use nix::sys::signal::Signal;
 use nix::sys::wait::WaitStatus;
 use nix::unistd::Pid;
 use qrelay_shared::exit::Exit;
-use qrelay_shared::ipc::channel::{Descriptors, RecvError};
+use qrelay_shared::ipc::channel::RecvError;
 use qrelay_shared::ipc::message::{ZygoteOrder, ZygoteReport};
-use qrelay_shared::sys::closer;
-use qrelay_shared::sys::rights::is_local_seqpacket;
 use slog::{debug, error, warn};
 
-use crate::event::{Event, Events, NewWorker, Teller};
+use crate::event::{Asker, Event, Events, NewWorker, Teller};
 use crate::generations::Rollout;
 use crate::ids::{GenerationId, WorkerId, ZygoteId};
 use crate::system::{ZygoteChannel, ZygotePids, describe};
@@ -58,7 +56,6 @@ impl Order {
             ZygoteReport::StandbyForked { .. } | ZygoteReport::StandbyFailed { .. } => {
                 matches!(self, Self::Standby(_))
             }
-            ZygoteReport::Dictionary => false,
         }
     }
 }
@@ -96,8 +93,7 @@ impl Rollout {
 
     /// Adds a zygote and watches its channel.
     pub(super) fn add_zygote(&mut self, mut zygote: Zygote) -> ZygoteId {
-        // Channels to the dictionaries come on this channel.
-        zygote.channel = zygote.channel.foreign(Descriptors::Expected);
+        zygote.channel = zygote.channel.foreign();
         let id = self.last_zygote.advance();
         if let Err(error) = self.watcher.add(&zygote.channel, Source::Zygote(id)) {
             error!(self.log, "epoll_ctl: {error}");
@@ -119,24 +115,11 @@ impl Rollout {
             let Some(zygote) = self.zygotes.get(&id).filter(|zygote| !zygote.lied) else { break };
             let generation = zygote.generation;
             match zygote.channel.try_recv(&mut buffer) {
-                Ok(mut received) => match (received.fds.take(), received.message) {
-                    (Some(fd), ZygoteReport::Dictionary) if is_local_seqpacket(fd.as_fd()) => {
-                        events.push_back(Event::DictionaryOpened(fd));
-                    }
-                    (Some(fd), _) => {
-                        closer::give(fd);
-                        fault = Some(RecvError::Rights);
-                        break;
-                    }
-                    (None, message) => {
-                        let teller = Teller { zygote: id, generation };
-                        self.on_report(teller, message, now, events);
-                    }
-                },
+                Ok(received) => {
+                    let teller = Teller { zygote: id, generation };
+                    self.on_report(teller, received.message, now, events);
+                }
                 Err(RecvError::Empty) => break,
-                // This process had no descriptor for a channel to the dictionaries: the zygote
-                // tells the script.
-                Err(RecvError::DescriptorLost) => {}
                 Err(error) => {
                     fault = Some(error);
                     break;
@@ -154,6 +137,7 @@ impl Rollout {
     fn distrust(&mut self, id: ZygoteId, cause: &str, now: Instant, events: &mut Events) {
         match self.zygotes.get(&id).map(|zygote| (zygote.pid, &zygote.channel)) {
             Some((Some(pid), channel)) => {
+                events.push_back(Event::AskerGone(Asker::Zygote(id)));
                 self.watcher.remove(channel);
                 // A child that isn't reaped, so the number can't be another process'.
                 self.system.signal(pid, Signal::SIGKILL);
@@ -204,13 +188,14 @@ impl Rollout {
         events: &mut Events,
     ) {
         let Teller { zygote: id, generation } = teller;
-        if let ZygoteReport::Dictionary = report {
-            return warn!(self.log, "out of descriptors for a shared dictionary");
-        }
         let order = self.zygotes.get_mut(&id).and_then(|zygote| zygote.orders.pop_front());
         let Some(order) = order.filter(|order| order.is_answered_by(&report)) else {
             return self.zygote_lied(id, "it reported what nobody asked it for", now, events);
         };
+        if order == Order::Load {
+            // The script has run, and only the script asks.
+            events.push_back(Event::AskerGone(Asker::Zygote(id)));
+        }
         let complaint = match report {
             ZygoteReport::Forked { pid, .. } | ZygoteReport::StandbyForked { pid } => {
                 self.complaint(teller, Some(pid))
@@ -232,7 +217,6 @@ impl Rollout {
                 let commands = self.reload.declared(generation);
                 self.carry_out(commands, now, events);
             }
-            ZygoteReport::Dictionary => {}
             ZygoteReport::Failed { message } => {
                 self.fail(generation, (Exit::Config, message), now, events);
             }
@@ -322,7 +306,7 @@ impl Rollout {
         let order = ZygoteOrder::Fork { worker: new.worker };
         zygote
             .channel
-            .try_send(&order, &[new.jobs.as_fd(), new.control.as_fd()])
+            .try_send(&order, &[&new.jobs, &new.control, &new.dictionaries].map(AsFd::as_fd))
             .map_err(|error| error.to_string())?;
         zygote.orders.push_back(Order::Fork(new.worker));
         Ok(())
@@ -367,7 +351,7 @@ impl Rollout {
     /// Replaces a zygote that is of no use any more: its standby takes over, or a new generation
     /// must.
     fn lose_zygote(&mut self, id: ZygoteId, cause: &str, now: Instant, events: &mut Events) {
-        let Some(generation) = self.end_zygote(id) else { return };
+        let Some(generation) = self.end_zygote(id, events) else { return };
         let Some(entry) = self.loaded.get_mut(&generation) else { return };
         if entry.standby == Some(id) {
             entry.standby = None;
@@ -402,8 +386,9 @@ impl Rollout {
     }
 
     /// Kills and forgets a zygote; returns its generation.
-    pub(super) fn end_zygote(&mut self, id: ZygoteId) -> Option<GenerationId> {
+    pub(super) fn end_zygote(&mut self, id: ZygoteId, events: &mut Events) -> Option<GenerationId> {
         let zygote = self.zygotes.remove(&id)?;
+        events.push_back(Event::AskerGone(Asker::Zygote(id)));
         self.watcher.remove(&zygote.channel);
         if let Some(pid) = zygote.pid {
             // A child that isn't reaped, so the number can't be another process'.

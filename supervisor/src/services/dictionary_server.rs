@@ -1,24 +1,49 @@
-//! The shared dictionaries as a service: a question comes on a channel on which nobody else asks
-//! before it is answered.
+//! The shared dictionaries as a service: which process may ask, on how many channels, and how much
+//! of the loop's time it gets.
+//!
+//! Contract: every channel is made by the supervisor, and belongs to the process that it was handed
+//! out to. A process gets one channel at its start, the opener, on which it asks for the others. On
+//! each of those, one question at a time is asked. The channels of a process are closed as soon as
+//! it has ended.
 //!
 //! # Failure
-//! A channel on which something can't be understood, or whose owner doesn't read its answers, is
-//! closed.
+//! A process that asks for more channels than it may have is refused, and its script is told. A
+//! process that passes descriptors, sends what can't be understood, or asks without reading the
+//! answers is reported, and its channels are closed.
 
-use std::os::fd::OwnedFd;
+use std::collections::BTreeMap;
+use std::os::fd::{AsFd, OwnedFd};
 use std::time::Instant;
 
-use qrelay_shared::dictionary::{FromDictionary, ToDictionary};
-use qrelay_shared::ipc::channel::{Channel, Descriptors, RecvBuffer, RecvError};
+use qrelay_shared::dictionary::{
+    FromDictionary, FromOpener, Opened, Operation, ToDictionary, ToOpener,
+};
+use qrelay_shared::ipc::channel::{Channel, RecvBuffer, RecvError, SendError};
 use qrelay_shared::settings::Settings;
-use qrelay_shared::sys::closer;
-use rustc_hash::FxHashMap;
+use rustc_hash::{FxHashMap, FxHashSet};
 
-use crate::ids::ChannelId;
+use crate::event::{Asker, Event, Events, NewAsker};
+use crate::ids::{ChannelId, GenerationId};
 use crate::services::dictionaries::Dictionaries;
 use crate::watch::{Source, Watcher};
 
-type DictionaryChannel = Channel<FromDictionary, ToDictionary>;
+/// Highest number of channels of a zygote. Its script asks one question at a time; the others are
+/// for questions whose time was over, until the end of their channels is seen.
+const ZYGOTE_CHANNELS: usize = 8;
+/// Channels that a worker may have beside one for each mail: for functions that `every` and
+/// `db:listen` run, and for questions whose time was over.
+const SPARE_CHANNELS: usize = 16;
+
+/// Cost of what is answered to one process before everybody else has a turn. What is left wakes the
+/// loop again.
+const SHARE: u32 = 64;
+/// Cost of a new channel: several system calls, and later a close.
+const CHANNEL_COST: u32 = 8;
+
+/// The supervisor's end of a channel for questions.
+type QuestionChannel = Channel<FromDictionary, ToDictionary>;
+/// The supervisor's end of a channel on which other channels are asked for.
+type OpenerChannel = Channel<FromOpener, ToOpener>;
 
 /// The dictionaries and the channels to them.
 #[derive(Debug)]
@@ -27,16 +52,69 @@ pub(super) struct DictionaryServer {
     dictionaries: Dictionaries,
     /// Bound of a dictionary in bytes.
     limit: usize,
-    channels: FxHashMap<ChannelId, DictionaryChannel>,
+    lines: FxHashMap<ChannelId, Line>,
+    askers: FxHashMap<Asker, Budget>,
+    /// Highest number of channels for each worker of a generation.
+    allowed: BTreeMap<GenerationId, usize>,
     last: ChannelId,
+    /// The number of this turn of the loop.
+    turn: u64,
     buffer: RecvBuffer,
 }
 
-/// Whether a channel stays open.
+/// A channel and its process.
+#[derive(Debug)]
+struct Line {
+    asker: Asker,
+    end: End,
+}
+
+#[derive(Debug)]
+enum End {
+    Opener(OpenerChannel),
+    Questions(QuestionChannel),
+}
+
+/// What a process has, and what it may have in this turn.
+#[derive(Debug)]
+struct Budget {
+    generation: GenerationId,
+    opener: ChannelId,
+    channels: FxHashSet<ChannelId>,
+    /// The turn that `left` is for.
+    turn: u64,
+    /// The rest of the process' share.
+    left: u32,
+}
+
+/// What has become of a channel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Served {
-    Open,
-    Broken,
+enum Outcome {
+    /// The channel stays open. The value is the cost of what was done.
+    Served(u32),
+    /// The channel is of no more use.
+    Closed,
+    /// The process has done what no honest process does.
+    Lied(&'static str),
+}
+
+impl Outcome {
+    fn not_received(error: &RecvError) -> Self {
+        match error {
+            RecvError::Empty => Self::Served(0),
+            RecvError::Rights => Self::Lied("it passed descriptors to a dictionary"),
+            RecvError::Malformed => Self::Lied("it sent nonsense to a dictionary"),
+            RecvError::Closed | RecvError::DescriptorLost | RecvError::Os(_) => Self::Closed,
+        }
+    }
+
+    /// No answer waits while an honest process asks.
+    fn not_sent(error: &SendError) -> Self {
+        match error {
+            SendError::Full => Self::Lied("it doesn't read what a dictionary answers"),
+            SendError::Closed | SendError::TooLarge | SendError::Os(_) => Self::Closed,
+        }
+    }
 }
 
 impl DictionaryServer {
@@ -46,8 +124,11 @@ impl DictionaryServer {
             watcher,
             dictionaries: Dictionaries::default(),
             limit: Settings::default().shared_memory,
-            channels: FxHashMap::default(),
+            lines: FxHashMap::default(),
+            askers: FxHashMap::default(),
+            allowed: BTreeMap::new(),
             last: ChannelId::default(),
+            turn: 0,
             buffer: RecvBuffer::new(),
         }
     }
@@ -57,108 +138,193 @@ impl DictionaryServer {
         self.limit = limit;
     }
 
-    /// Takes over a channel that was opened. A channel that can't be watched is closed, which its
-    /// owner sees.
-    pub(super) fn open(&mut self, fd: OwnedFd) {
+    /// Learns how many mails each worker of a generation may have.
+    pub(super) fn declared(&mut self, generation: GenerationId, settings: &Settings) {
+        let channels = settings.worker_connections as usize + SPARE_CHANNELS;
+        self.allowed.insert(generation, channels);
+    }
+
+    /// Forgets a generation of which no process is left.
+    pub(super) fn generation_ended(&mut self, generation: GenerationId) {
+        self.allowed.remove(&generation);
+    }
+
+    /// Begins a turn of the loop, in which each process has its share again.
+    pub(super) fn begin_turn(&mut self) {
+        self.turn += 1;
+    }
+
+    /// Lets a process ask. If its opener can't be watched, it is closed, which the process sees.
+    pub(super) fn asker_came(&mut self, new: NewAsker) {
+        let NewAsker { asker, generation, opener } = new;
+        let opener = OpenerChannel::from_fd(opener).foreign();
         let id = self.last.advance();
-        let channel = DictionaryChannel::from_fd(fd).foreign(Descriptors::Unexpected);
-        if self.watcher.add(&channel, Source::Dictionary(id)).is_ok() {
-            self.channels.insert(id, channel);
+        if self.watcher.add(&opener, Source::Dictionary(id)).is_ok() {
+            let channels = FxHashSet::default();
+            let budget = Budget { generation, opener: id, channels, turn: self.turn, left: SHARE };
+            self.lines.insert(id, Line { asker, end: End::Opener(opener) });
+            self.askers.insert(asker, budget);
         }
     }
 
-    /// Answers what a channel asks, or closes it.
-    pub(super) fn on_question(&mut self, id: ChannelId, now: Instant) {
-        if self.serve(id, now) == Served::Broken
-            && let Some(channel) = self.channels.remove(&id)
-        {
-            self.watcher.remove(&channel);
+    /// Closes the channels of a process.
+    pub(super) fn asker_gone(&mut self, asker: Asker) {
+        let Some(budget) = self.askers.remove(&asker) else { return };
+        self.close(budget.opener);
+        for id in budget.channels {
+            self.close(id);
         }
     }
 
-    fn serve(&mut self, id: ChannelId, now: Instant) -> Served {
-        let Some(channel) = self.channels.get(&id) else { return Served::Broken };
-        // There is no second question before the answer.
-        let request = match channel.try_recv(&mut self.buffer) {
-            Ok(mut received) => match received.fds.take() {
-                Some(fd) => {
-                    closer::give(fd);
-                    return Served::Broken;
+    fn close(&mut self, id: ChannelId) {
+        match self.lines.remove(&id).map(|line| line.end) {
+            Some(End::Opener(channel)) => self.watcher.remove(&channel),
+            Some(End::Questions(channel)) => self.watcher.remove(&channel),
+            None => {}
+        }
+    }
+
+    /// Answers what is asked on a channel, unless its process has had its share of this turn.
+    pub(super) fn on_ready(&mut self, id: ChannelId, now: Instant, events: &mut Events) {
+        let Some(line) = self.lines.get(&id) else { return };
+        let asker = line.asker;
+        let Some(budget) = self.askers.get_mut(&asker) else { return };
+        if budget.turn != self.turn {
+            (budget.turn, budget.left) = (self.turn, SHARE);
+        }
+        if budget.left == 0 {
+            return;
+        }
+        let outcome = match &line.end {
+            End::Opener(_) => self.on_wish(id, asker),
+            End::Questions(_) => self.on_question(id, now),
+        };
+        match outcome {
+            Outcome::Served(cost) => {
+                if let Some(budget) = self.askers.get_mut(&asker) {
+                    budget.left = budget.left.saturating_sub(cost);
                 }
-                None => received.message,
-            },
-            Err(RecvError::Empty) => return Served::Open,
-            Err(_) => return Served::Broken,
+            }
+            Outcome::Closed => {
+                self.close(id);
+                if let Some(budget) = self.askers.get_mut(&asker) {
+                    budget.channels.remove(&id);
+                }
+            }
+            Outcome::Lied(complaint) => {
+                self.asker_gone(asker);
+                events.push_back(Event::AskerLied { asker, complaint });
+            }
+        }
+    }
+
+    fn on_question(&mut self, id: ChannelId, now: Instant) -> Outcome {
+        let Some(Line { end: End::Questions(channel), .. }) = self.lines.get(&id) else {
+            return Outcome::Closed;
+        };
+        let request = match channel.try_recv(&mut self.buffer) {
+            Ok(received) => received.message,
+            Err(error) => return Outcome::not_received(&error),
+        };
+        let cost = match request.operation {
+            // All keys may have to be looked at.
+            Operation::Keys { .. } => SHARE,
+            _ => 1,
         };
         let answer = self.dictionaries.answer(request, self.limit, now);
         match channel.try_send(&answer, &[]) {
-            Ok(()) => Served::Open,
-            Err(_) => Served::Broken,
+            Ok(()) => Outcome::Served(cost),
+            Err(error) => Outcome::not_sent(&error),
         }
+    }
+
+    /// Hands out a channel, or refuses it.
+    fn on_wish(&mut self, id: ChannelId, asker: Asker) -> Outcome {
+        let Some(Line { end: End::Opener(opener), .. }) = self.lines.get(&id) else {
+            return Outcome::Closed;
+        };
+        if let Err(error) = opener.try_recv(&mut self.buffer) {
+            return Outcome::not_received(&error);
+        }
+        let made = self.make(asker);
+        let Some(Line { end: End::Opener(opener), .. }) = self.lines.get(&id) else {
+            return Outcome::Closed;
+        };
+        let (made, sent) = match made {
+            Ok((made, theirs)) => {
+                (Some(made), opener.try_send(&Opened::Channel, &[theirs.as_fd()]))
+            }
+            Err(cause) => (None, opener.try_send(&Opened::Refused(cause.into()), &[])),
+        };
+        match sent {
+            Ok(()) => {
+                if let (Some(made), Some(budget)) = (made, self.askers.get_mut(&asker)) {
+                    budget.channels.insert(made);
+                }
+                Outcome::Served(CHANNEL_COST)
+            }
+            Err(error) => {
+                if let Some(made) = made {
+                    self.close(made);
+                }
+                Outcome::not_sent(&error)
+            }
+        }
+    }
+
+    /// Makes a channel for a process. Returns its number and the process' end.
+    ///
+    /// # Errors
+    /// A text for the script.
+    fn make(&mut self, asker: Asker) -> Result<(ChannelId, OwnedFd), &'static str> {
+        let allowed = self.askers.get(&asker).filter(|budget| {
+            let most = match asker {
+                Asker::Zygote(_) => ZYGOTE_CHANNELS,
+                Asker::Worker(_) => {
+                    self.allowed.get(&budget.generation).copied().unwrap_or_default()
+                }
+            };
+            budget.channels.len() < most
+        });
+        allowed.ok_or("too many questions at once")?;
+        let (ours, theirs) = QuestionChannel::pair().map_err(|errno| errno.desc())?;
+        let ours = ours.foreign();
+        let id = self.last.advance();
+        self.watcher.add(&ours, Source::Dictionary(id)).map_err(|errno| errno.desc())?;
+        self.lines.insert(id, Line { asker, end: End::Questions(ours) });
+        Ok((id, theirs.into()))
     }
 }
 
-/// Answers what one channel asks, with dictionaries that nobody else sees, until it is closed.
-pub fn serve_alone(fd: OwnedFd) {
+/// Returns an opener for the script of one process, with dictionaries that nobody else sees. A
+/// thread answers until the opener is closed. `None` if the system has no thread or no sockets.
+pub fn alone() -> Option<OwnedFd> {
+    let (opener, theirs) = OpenerChannel::pair().ok()?;
+    std::thread::Builder::new().spawn(move || serve_alone(&opener)).ok()?;
+    Some(theirs.into())
+}
+
+/// A script that has one question at a time needs another channel only when it has closed the last
+/// one.
+fn serve_alone(opener: &OpenerChannel) {
     let limit = Settings::default().shared_memory;
-    let (channel, mut dictionaries, mut buffer) =
-        (DictionaryChannel::from_fd(fd), Dictionaries::default(), RecvBuffer::new());
-    while let Ok(received) = channel.recv(&mut buffer) {
-        let answer = dictionaries.answer(received.message, limit, Instant::now());
-        if channel.send(&answer, &[]).is_err() {
+    let (mut dictionaries, mut buffer) = (Dictionaries::default(), RecvBuffer::new());
+    while opener.recv(&mut buffer).is_ok() {
+        let Ok((channel, theirs)) = QuestionChannel::pair() else { return };
+        let theirs = OwnedFd::from(theirs);
+        if opener.send(&Opened::Channel, &[theirs.as_fd()]).is_err() {
             return;
+        }
+        drop(theirs);
+        while let Ok(received) = channel.recv(&mut buffer) {
+            let answer = dictionaries.answer(received.message, limit, Instant::now());
+            if channel.send(&answer, &[]).is_err() {
+                break;
+            }
         }
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use std::time::Duration;
-
-    use qrelay_shared::dictionary::{Answer, Operation, Request, Value};
-
-    use super::*;
-    use crate::watch::Poller;
-
-    /// A server, what it is watched by, and the other end of a channel to it.
-    fn server() -> (DictionaryServer, Poller, Channel<ToDictionary, FromDictionary>) {
-        let poller = Poller::new().expect("epoll");
-        let mut server = DictionaryServer::new(poller.watcher());
-        let (ours, theirs) = DictionaryChannel::pair().expect("a pair");
-        server.open(ours.into());
-        (server, poller, theirs)
-    }
-
-    fn serve(server: &mut DictionaryServer, poller: &mut Poller) -> usize {
-        let mut sources = Vec::new();
-        poller.wait(Duration::ZERO, &mut sources).expect("epoll_wait");
-        for source in &sources {
-            let Source::Dictionary(channel) = *source else { panic!("{source:?}") };
-            server.on_question(channel, Instant::now());
-        }
-        sources.len()
-    }
-
-    #[test]
-    fn a_question_is_answered() {
-        let (mut server, mut poller, channel) = server();
-        let by = Value::Integer(2);
-        let operation = Operation::Increment { by, ttl: None };
-        let request = Request { dictionary: "d", key: b"k", operation };
-        channel.send(&request, &[]).expect("room");
-        assert_eq!(serve(&mut server, &mut poller), 1);
-        let mut buffer = RecvBuffer::new();
-        let answer = channel.try_recv(&mut buffer).expect("an answer").message;
-        assert_eq!(answer, Answer::Value(Some(Value::Integer(2))));
-    }
-
-    #[test]
-    fn a_channel_ends_with_its_owner() {
-        let (mut server, mut poller, channel) = server();
-        assert_eq!(serve(&mut server, &mut poller), 0);
-        drop(channel);
-        assert_eq!(serve(&mut server, &mut poller), 1);
-        assert_eq!(serve(&mut server, &mut poller), 0, "it isn't watched any more");
-        assert!(server.channels.is_empty());
-    }
-}
+#[path = "dictionary_server_tests.rs"]
+mod tests;

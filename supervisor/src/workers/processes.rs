@@ -1,22 +1,21 @@
 //! The workers' processes: asked for, watched, pinged, signalled, given up.
 
 use std::collections::BTreeSet;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 use nix::sys::socket::{Shutdown, shutdown};
 use nix::sys::wait::WaitStatus;
 use nix::unistd::Pid;
-use qrelay_shared::ipc::channel::{Channel, Descriptors, RecvBuffer, RecvError};
+use qrelay_shared::dictionary::{FromOpener, ToOpener};
+use qrelay_shared::ipc::channel::{Channel, RecvBuffer, RecvError};
 use qrelay_shared::ipc::message::{
     Control, FromControl, Report, ToControl, ToJobs, ToReports, mail_id,
 };
-use qrelay_shared::sys::closer;
-use qrelay_shared::sys::rights::is_local_seqpacket;
 use slog::{debug, error, warn};
 
-use crate::event::{Event, Events, NewWorker, Recorder, Teller};
+use crate::event::{Asker, Event, Events, NewAsker, NewWorker, Recorder, Teller};
 use crate::ids::{GenerationId, JobId, WorkerId};
 use crate::system::describe;
 use crate::watch::Source;
@@ -91,11 +90,8 @@ impl Workers {
         now: Instant,
         events: &mut Events,
     ) {
-        match self.connect(worker) {
-            Ok((jobs, control)) => {
-                let new = NewWorker { generation, worker, jobs, control };
-                events.push_back(Event::WorkerMissing(Box::new(new)));
-            }
+        match self.connect(generation, worker, events) {
+            Ok(new) => events.push_back(Event::WorkerMissing(Box::new(new))),
             Err(error) => {
                 debug!(self.log, "cannot ask for a worker: {error}"; "worker" => worker);
                 self.not_forked(worker, now, events);
@@ -103,19 +99,32 @@ impl Workers {
         }
     }
 
-    fn connect(&mut self, worker: WorkerId) -> Result<(OwnedFd, OwnedFd), String> {
-        let (jobs, their_jobs) = Channel::pair().map_err(|error| format!("socketpair: {error}"))?;
-        let (control, their_control) =
-            Channel::pair().map_err(|error| format!("socketpair: {error}"))?;
-        // Channels to the dictionaries come on the job socket.
-        let jobs = jobs.foreign(Descriptors::Expected);
-        let control = control.foreign(Descriptors::Unexpected);
+    fn connect(
+        &mut self,
+        generation: GenerationId,
+        worker: WorkerId,
+        events: &mut Events,
+    ) -> Result<NewWorker, String> {
+        let socketpair = |error| format!("socketpair: {error}");
+        let (jobs, their_jobs) = Channel::pair().map_err(socketpair)?;
+        let (control, their_control) = Channel::pair().map_err(socketpair)?;
+        let (opener, their_opener) = Channel::<FromOpener, ToOpener>::pair().map_err(socketpair)?;
+        let jobs = jobs.foreign();
+        let control = control.foreign();
         self.watcher
             .add(&jobs, Source::Jobs(worker))
             .and_then(|()| self.watcher.add(&control, Source::Control(worker)))
             .map_err(|error| format!("epoll_ctl: {error}"))?;
         self.processes.insert(worker, Process::new(jobs, control));
-        Ok((their_jobs.into(), their_control.into()))
+        let (asker, opener) = (Asker::Worker(worker), opener.into());
+        events.push_back(Event::AskerCame(NewAsker { asker, generation, opener }));
+        Ok(NewWorker {
+            generation,
+            worker,
+            jobs: their_jobs.into(),
+            control: their_control.into(),
+            dictionaries: their_opener.into(),
+        })
     }
 
     /// Learns the process id of a worker, which may have ended meanwhile.
@@ -232,8 +241,13 @@ impl Workers {
     }
 
     /// Forgets a process and closes the channels to it.
-    pub(super) fn forget_process(&mut self, worker: WorkerId) -> Option<Process> {
+    pub(super) fn forget_process(
+        &mut self,
+        worker: WorkerId,
+        events: &mut Events,
+    ) -> Option<Process> {
         let process = self.processes.remove(&worker)?;
+        events.push_back(Event::AskerGone(Asker::Worker(worker)));
         self.watcher.remove(&process.jobs);
         self.watcher.remove(&process.control);
         Some(process)
@@ -245,7 +259,7 @@ impl Workers {
         let fault = self.read_pongs(worker, &mut buffer, now, events);
         self.buffer = Some(buffer);
         if let Some(fault) = fault {
-            self.distrust(worker, &fault, now);
+            self.distrust(worker, &fault, now, events);
         }
     }
 
@@ -259,10 +273,7 @@ impl Workers {
         for _ in 0..PER_TURN {
             let process = self.processes.get_mut(&worker)?;
             let pong = match process.control.try_recv(buffer) {
-                Ok(mut received) => match received.fds.take() {
-                    Some(fd) => return Some(unexpected(fd)),
-                    None => received.message,
-                },
+                Ok(received) => received.message,
                 Err(error) => return fault(error),
             };
             let Some(pings) = process.pings.checked_sub(1) else {
@@ -290,7 +301,7 @@ impl Workers {
         events: &mut Events,
     ) {
         if let Some(fault) = self.take_reports(worker, PER_TURN, now, record, events) {
-            self.distrust(worker, &fault, now);
+            self.distrust(worker, &fault, now, events);
         }
     }
 
@@ -303,7 +314,7 @@ impl Workers {
         events: &mut Events,
     ) {
         if let Some(fault) = self.take_reports(worker, LAST_WORDS, now, record, events) {
-            self.distrust(worker, &fault, now);
+            self.distrust(worker, &fault, now, events);
         }
     }
 
@@ -347,7 +358,7 @@ impl Workers {
         events: &mut Events,
     ) -> Option<Fault> {
         for _ in 0..most {
-            let mut reports = match self.processes.get(&worker)?.jobs.try_recv_batch(buffer) {
+            let reports = match self.processes.get(&worker)?.jobs.try_recv_batch(buffer) {
                 Ok(reports) => reports,
                 Err(error) => {
                     return match fault(error) {
@@ -356,28 +367,14 @@ impl Workers {
                     };
                 }
             };
-            while let Some(report) = reports.next() {
+            for report in reports {
                 let report = match report {
                     Ok(report) => report,
                     Err(error) => return fault(error),
                 };
-                if matches!(report, Report::Dictionary) {
-                    match reports.fds.take() {
-                        Some(fd) if is_local_seqpacket(fd.as_fd()) => {
-                            events.push_back(Event::DictionaryOpened(fd));
-                        }
-                        Some(fd) => return Some(unexpected(fd)),
-                        // This process had no descriptor for the channel: the worker sees the
-                        // channel closed, and tells the script.
-                        None if reports.descriptor_lost => {}
-                        None => return Some(Fault::Malformed("a channel is missing".into())),
-                    }
-                } else if let Err(complaint) = self.on_report(worker, report, now, record, events) {
+                if let Err(complaint) = self.on_report(worker, report, now, record, events) {
                     return Some(Fault::Malformed(complaint));
                 }
-            }
-            if let Some(fd) = reports.fds.take() {
-                return Some(unexpected(fd));
             }
         }
         None
@@ -396,8 +393,6 @@ impl Workers {
         events: &mut Events,
     ) -> Result<(), String> {
         match report {
-            // Comes with a channel, and was passed on with it.
-            Report::Dictionary => {}
             Report::Ready => {
                 let process = self.processes.get_mut(&worker);
                 if process.is_some_and(|process| std::mem::replace(&mut process.ready, true)) {
@@ -491,8 +486,19 @@ impl Workers {
         events.push_back(Event::WorkerReady(generation));
     }
 
+    /// Has a worker killed that has done what no honest worker does.
+    pub(crate) fn worker_lied(
+        &mut self,
+        worker: WorkerId,
+        complaint: &str,
+        now: Instant,
+        events: &mut Events,
+    ) {
+        self.distrust(worker, &Fault::Malformed(complaint.to_owned()), now, events);
+    }
+
     /// Has a worker killed that has closed a channel or sent nonsense, unless it is ending anyway.
-    fn distrust(&mut self, worker: WorkerId, fault: &Fault, now: Instant) {
+    fn distrust(&mut self, worker: WorkerId, fault: &Fault, now: Instant, events: &mut Events) {
         let Some(process) = self.processes.get(&worker) else { return };
         self.watcher.remove(&process.jobs);
         self.watcher.remove(&process.control);
@@ -501,6 +507,7 @@ impl Workers {
             Fault::Closed => self.pool.condemn(worker, now + CLOSED_GRACE),
             Fault::Malformed(complaint) => {
                 error!(self.log, "worker killed: {complaint}"; "worker" => worker);
+                events.push_back(Event::AskerGone(Asker::Worker(worker)));
                 self.pool.condemn(worker, now);
             }
         }
@@ -515,7 +522,7 @@ impl Workers {
         now: Instant,
         events: &mut Events,
     ) {
-        let process = self.forget_process(worker);
+        let process = self.forget_process(worker, events);
         let end = if status.is_some() { End::Died } else { End::NotForked };
         let Some(death) = self.pool.died(worker, end, now) else { return };
         if let Some(process) = process {
@@ -593,12 +600,6 @@ fn not_asked(pool: &Pool, process: &Process, teller: Teller, worker: WorkerId) -
 
 fn lied(teller: Teller, complaint: String, events: &mut Events) {
     events.push_back(Event::ZygoteLied { zygote: teller.zygote, complaint });
-}
-
-/// Leaves a descriptor to the closer that a worker has passed for no reason.
-fn unexpected(fd: OwnedFd) -> Fault {
-    closer::give(fd);
-    Fault::Malformed(RecvError::Rights.to_string())
 }
 
 fn fault(error: RecvError) -> Option<Fault> {

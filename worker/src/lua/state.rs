@@ -10,6 +10,7 @@
 //! script's traceback.
 
 use std::io::Read as _;
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -18,7 +19,6 @@ use mlua::{Function, Lua, Table, Value};
 use parking_lot::RwLock;
 use qrelay_shared::deadline::Deadline;
 use qrelay_shared::ids::WorkerId;
-use qrelay_shared::ipc::channel::SendError;
 use qrelay_shared::settings::{Declaration, Settings};
 use slog::Logger;
 
@@ -54,8 +54,9 @@ pub struct LoadOptions {
     pub systemd: Vec<String>,
     /// Where the script's output and its errors go.
     pub logger: Logger,
-    /// The way to the shared dictionaries while the script loads.
-    pub dictionaries: Opener,
+    /// The channel on which channels to the shared dictionaries are asked for while the script
+    /// loads.
+    pub dictionaries: Option<OwnedFd>,
 }
 
 /// A loaded configuration; one per process, shared by its threads.
@@ -92,7 +93,7 @@ impl State {
     /// See [`ConfigError`].
     pub fn load(options: LoadOptions) -> Result<(Self, Declaration), ConfigError> {
         let LoadOptions { config, reload, systemd, logger, dictionaries } = options;
-        let dictionaries = Arc::new(RwLock::new(dictionaries));
+        let dictionaries = Arc::new(RwLock::new(Opener::new(dictionaries)));
         let watch = Watch::new();
         let output = Output::new(logger.clone(), Arc::clone(&watch));
         let draft = Draft::new(systemd);
@@ -111,7 +112,7 @@ impl State {
         // No channel or connection may be inherited: each process has its own.
         pg.close();
         dictionary_client::close_idle();
-        *dictionaries.write() = Box::new(|_| Err(SendError::Closed));
+        *dictionaries.write() = Opener::default();
         result?;
         socket::release(&lua);
         std::env::set_current_dir("/")
@@ -146,8 +147,8 @@ impl State {
     /// Prepares the state in a freshly forked worker: other random numbers, the worker's number in
     /// log lines, a way of its own to the shared dictionaries, and the threads of `every` and of
     /// `db:listen`.
-    pub fn after_fork(&self, worker: WorkerId, dictionaries: Opener) {
-        *self.dictionaries.write() = dictionaries;
+    pub fn after_fork(&self, worker: WorkerId, dictionaries: Option<OwnedFd>) {
+        *self.dictionaries.write() = Opener::new(dictionaries);
         self.worker.store(worker.0, Ordering::Relaxed);
         let mut seed = [0; 4];
         let random = std::fs::File::open("/dev/urandom").and_then(|mut f| f.read_exact(&mut seed));

@@ -6,6 +6,7 @@
 //! The script's error, with file and line.
 
 use std::fmt::Write;
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::time::Duration;
 
@@ -15,17 +16,20 @@ use qrelay_shared::sys::signals::disregard;
 use slog::Logger;
 
 use crate::lua::config::ConfigError;
-use crate::lua::library::dictionary_client::Opener;
 use crate::lua::state::{LoadOptions, State};
 use crate::process::account;
 
 /// Loads the script at an absolute path, and describes what the script declares, one line per item.
 /// The variable `LISTEN_FDNAMES` says which names `systemd['…']` may have, as for the daemon.
-/// `dictionaries` is the way to shared dictionaries, which only this check sees.
+/// On `dictionaries` the script gets channels to shared dictionaries, which only this check sees.
 ///
 /// # Errors
 /// See [`ConfigError`].
-pub fn check(config: &Path, logger: Logger, dictionaries: Opener) -> Result<String, ConfigError> {
+pub fn check(
+    config: &Path,
+    logger: Logger,
+    dictionaries: Option<OwnedFd>,
+) -> Result<String, ConfigError> {
     // Rust's runtime ignores the signal, and so would the script's programs.
     disregard(Signal::SIGPIPE);
     let names = std::env::var("LISTEN_FDNAMES").unwrap_or_default();

@@ -9,20 +9,18 @@
 //! A failure to set the process's name or its OOM score is logged, and the worker goes on.
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use nix::sys::prctl;
 use qrelay_shared::exit::Exit;
 use qrelay_shared::ids::WorkerId;
-use qrelay_shared::ipc::channel::{Channel, SendError};
-use qrelay_shared::ipc::message::{Report, ToJobs, ToReports};
+use qrelay_shared::ipc::channel::Channel;
 use qrelay_shared::settings::Declaration;
 use qrelay_shared::sys::process::{exit_now, flush_stdio};
 use slog::{Logger, debug, error, warn};
 
 use crate::job_channel::Reports;
-use crate::lua::library::dictionary_client::Opener;
 use crate::lua::state::State;
 use crate::process::{control, sandbox};
 use crate::session::Context;
@@ -45,6 +43,8 @@ pub(crate) struct Birth {
     pub(crate) jobs: OwnedFd,
     /// The worker's end of the control socket.
     pub(crate) control: OwnedFd,
+    /// The worker's end of the channel on which it asks for channels to the shared dictionaries.
+    pub(crate) dictionaries: OwnedFd,
 }
 
 /// Lives as a worker. Returns only if the worker can't start.
@@ -55,13 +55,13 @@ pub(crate) fn run(
     instance: String,
     logger: Logger,
 ) -> Exit {
-    let Birth { worker: id, jobs, control } = birth;
+    let Birth { worker: id, jobs, control, dictionaries } = birth;
     if let Err(error) = sandbox::enter_own(declaration.separation.sandbox) {
         error!(logger, "worker can't start"; "error" => error);
         return Exit::System;
     }
     settle(&logger);
-    state.after_fork(id, opener(&jobs));
+    state.after_fork(id, Some(dictionaries));
     let script: Arc<dyn Script> = Arc::new(state);
     let pool = match start(jobs, declaration, instance, &script, &logger) {
         Ok(pool) => pool,
@@ -95,15 +95,6 @@ fn start(
     let pool = Pool::new(context, || end(0));
     pool.run()?;
     Ok(pool)
-}
-
-/// Returns what asks the supervisor for the shared dictionaries, over the job socket.
-fn opener(jobs: &OwnedFd) -> Opener {
-    let channel = jobs.try_clone().map(Channel::<ToReports, ToJobs>::from_fd);
-    Box::new(move |theirs| match &channel {
-        Ok(channel) => channel.send(&Report::Dictionary, &[theirs.as_fd()]),
-        Err(_) => Err(SendError::Closed),
-    })
 }
 
 /// Ends the process without waiting for threads, and without running their exit handlers.

@@ -36,7 +36,6 @@ use qrelay_shared::sys::wait::wait;
 use slog::{Level, Logger, error};
 
 use crate::lua::config::require_safe;
-use crate::lua::library::dictionary_client::Opener;
 use crate::lua::state::{LoadOptions, State};
 use crate::process::logging::Current;
 use crate::process::worker::{self, Birth};
@@ -166,7 +165,7 @@ fn obey(channel: &ZygoteChannel, loaded: &mut Option<Loaded>, logger: &Current) 
     let mut buffer = RecvBuffer::new();
     loop {
         match channel.recv(&mut buffer) {
-            Ok(received) => match execute(channel, received, loaded, logger) {
+            Ok(received) => match execute(received, loaded, logger) {
                 ControlFlow::Continue(report) => send(channel, &report),
                 ControlFlow::Break(life) => return life,
             },
@@ -193,7 +192,6 @@ fn send(channel: &ZygoteChannel, report: &ZygoteReport) {
 
 /// Carries out one order. Breaks in a process that the order has forked.
 fn execute(
-    channel: &ZygoteChannel,
     received: Received<ZygoteOrder>,
     loaded: &mut Option<Loaded>,
     logger: &Current,
@@ -202,13 +200,15 @@ fn execute(
     match message {
         ZygoteOrder::Load { config, reload, systemd, instance, account } => {
             let logger = logger.logger();
-            let dictionaries = opener(channel);
+            let dictionaries = fds.take();
             let options = LoadOptions { config, reload, systemd, logger, dictionaries };
             ControlFlow::Continue(load(options, instance, account.as_ref(), loaded))
         }
         ZygoteOrder::Fork { worker } => {
-            let birth = match (fds.take(), fds.take()) {
-                (Some(jobs), Some(control)) => Birth { worker, jobs, control },
+            let birth = match (fds.take(), fds.take(), fds.take()) {
+                (Some(jobs), Some(control), Some(dictionaries)) => {
+                    Birth { worker, jobs, control, dictionaries }
+                }
                 _ => return failed(worker, "its sockets did not arrive".into()),
             };
             if loaded.is_none() {
@@ -235,15 +235,6 @@ fn execute(
             }
         }
     }
-}
-
-/// Returns what asks the supervisor for the shared dictionaries, over this channel.
-fn opener(channel: &ZygoteChannel) -> Opener {
-    let channel = channel.as_fd().try_clone_to_owned().map(ZygoteChannel::from_fd);
-    Box::new(move |theirs| match &channel {
-        Ok(channel) => channel.send(&ZygoteReport::Dictionary, &[theirs.as_fd()]),
-        Err(_) => Err(SendError::Closed),
-    })
 }
 
 fn failed(worker: WorkerId, message: String) -> ControlFlow<Life, ZygoteReport> {

@@ -3,7 +3,6 @@
 use std::time::Duration;
 
 use crate::support::{Options, Script, config_error, mail};
-use qrelay_shared::ipc::channel::SendError;
 use qrelay_worker::lua::state::{LoadOptions, State};
 
 #[test]
@@ -213,7 +212,7 @@ fn files_that_cannot_be_read() {
             reload: false,
             systemd: Vec::new(),
             logger: log.clone(),
-            dictionaries: Box::new(|_| Err(SendError::Closed)),
+            dictionaries: None,
         };
         match State::load(options) {
             Ok(_) => panic!("{path} was accepted"),

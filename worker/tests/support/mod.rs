@@ -9,7 +9,6 @@ use std::time::Duration;
 
 use qrelay_shared::deadline::Deadline;
 use qrelay_shared::ids::{JobId, ListenerId};
-use qrelay_shared::ipc::channel::SendError;
 use qrelay_shared::ipc::message::{Peer, mail_id};
 use qrelay_shared::qmqp;
 use qrelay_shared::settings::Declaration;
@@ -57,13 +56,8 @@ impl Script {
         let log = Arc::new(Mutex::new(String::new()));
         let logger = Logger::root(Lines(Arc::clone(&log)), slog::o!());
         let Options { reload, systemd } = options;
-        let loaded = State::load(LoadOptions {
-            config,
-            reload,
-            systemd,
-            logger,
-            dictionaries: Box::new(|_| Err(SendError::Closed)),
-        });
+        let loaded =
+            State::load(LoadOptions { config, reload, systemd, logger, dictionaries: None });
         let text = log.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let script = loaded.map(|(state, declaration)| Self {
             state: Arc::new(state),

@@ -1,10 +1,11 @@
 //! The client of the shared dictionaries, which live in the supervisor.
 //!
 //! Contract: a question has a channel of its own until its answer has come; then the channel is
-//! idle and serves the next question. [`try_ask`] never waits, so it may be called while Lua is
-//! held; the answer has usually come when a thread begins to wait for it. A zygote must close its
-//! channels ([`close_idle`]) before it forks, because two processes with one channel would read
-//! each other's answers.
+//! idle and serves the next question. The supervisor makes every channel, and hands it out when it
+//! is asked to ([`Opener`]). [`try_ask`] never waits, so it may be called while Lua is held; the
+//! answer has usually come when a thread begins to wait for it. A zygote must close its channels
+//! ([`close_idle`]) before it forks, because two processes with one channel would read each other's
+//! answers.
 //!
 //! # Failure
 //! [`AskError`]. A channel is closed if it failed, or if no thread waited for its answer.
@@ -17,7 +18,9 @@ use nix::errno::Errno;
 use nix::sys::socket::{setsockopt, sockopt};
 use parking_lot::Mutex;
 use qrelay_shared::deadline::Deadline;
-use qrelay_shared::dictionary::{Answer, FromDictionary, Operation, Request, ToDictionary};
+use qrelay_shared::dictionary::{
+    Answer, FromDictionary, FromOpener, Opened, Operation, Request, ToDictionary, ToOpener, Wish,
+};
 use qrelay_shared::ipc::channel::{Channel, RecvBuffer, RecvError, SendError};
 use qrelay_shared::sys::wait::socket_timeout;
 
@@ -41,8 +44,52 @@ impl AskError {
     }
 }
 
-/// Passes the supervisor its end of a new channel.
-pub(crate) type Opener = Box<dyn Fn(OwnedFd) -> Result<(), SendError> + Send + Sync>;
+/// The channel on which this process asks the supervisor for channels.
+#[derive(Debug, Default)]
+pub(crate) struct Opener(Option<Mutex<Channel<ToOpener, FromOpener>>>);
+
+impl Opener {
+    /// Takes the channel that the supervisor has passed; without one, no dictionary can be reached.
+    pub(crate) fn new(fd: Option<OwnedFd>) -> Self {
+        Self(fd.map(|fd| Mutex::new(Channel::from_fd(fd))))
+    }
+
+    /// Asks for a channel, and waits for it until the deadline or for [`PATIENCE`].
+    ///
+    /// An answer that comes later is taken by the next wish, which is as good as its own.
+    fn open(&self, deadline: Deadline) -> Result<DictionaryChannel, AskError> {
+        let Some(channel) = &self.0 else { return Err(AskError::because(SendError::Closed)) };
+        let wait = deadline.at_most(PATIENCE);
+        let Some(channel) = channel.try_lock_until(wait.instant()) else {
+            return Err(no_answer(deadline));
+        };
+        let timeout = socket_timeout(wait).ok_or_else(|| no_answer(deadline))?;
+        setsockopt(&channel.as_fd(), sockopt::ReceiveTimeout, &timeout)
+            .map_err(AskError::because)?;
+        channel.send(&Wish::Channel, &[]).map_err(AskError::because)?;
+        let mut buffer = RecvBuffer::small();
+        let mut received = match channel.recv(&mut buffer) {
+            Ok(received) => received,
+            Err(RecvError::Empty) => return Err(no_answer(deadline)),
+            Err(error) => return Err(AskError::because(error)),
+        };
+        match (received.message, received.fds.take()) {
+            (Opened::Channel, Some(fd)) => {
+                Ok(DictionaryChannel { inner: Channel::from_fd(fd), patient: false })
+            }
+            (Opened::Channel, None) => Err(AskError::because(RecvError::DescriptorLost)),
+            (Opened::Refused(cause), _) => Err(AskError::because(cause)),
+        }
+    }
+}
+
+/// Returns the error when no answer has come in time.
+fn no_answer(deadline: Deadline) -> AskError {
+    match deadline.expired() {
+        true => AskError::Expired,
+        false => AskError::because("no answer"),
+    }
+}
 
 /// A channel to the dictionary server.
 struct DictionaryChannel {
@@ -117,11 +164,15 @@ pub(crate) fn try_ask(request: &Request<'_>) -> Option<Asked> {
 ///
 /// # Errors
 /// See [`AskError`].
-pub(crate) fn ask(opener: &Opener, request: &Request<'_>) -> Result<Asked, AskError> {
+pub(crate) fn ask(
+    opener: &Opener,
+    request: &Request<'_>,
+    deadline: Deadline,
+) -> Result<Asked, AskError> {
     if let Some(asked) = try_ask(request) {
         return Ok(asked);
     }
-    let channel = DictionaryChannel::open(opener)?;
+    let channel = opener.open(deadline)?;
     channel.inner.send(request, &[]).map_err(AskError::because)?;
     Ok(Asked::new(channel, request))
 }
@@ -148,8 +199,7 @@ impl Asked {
         let mut buffer = buffers.take().unwrap_or_else(new);
         let result = match channel.inner.recv(&mut buffer) {
             Ok(received) => Ok(take(received.message)),
-            Err(RecvError::Empty) if deadline.expired() => Err(AskError::Expired),
-            Err(RecvError::Empty) => Err(AskError::because("no answer")),
+            Err(RecvError::Empty) => Err(no_answer(deadline)),
             Err(error) => Err(AskError::because(error)),
         };
         buffers.set(Some(buffer));
@@ -161,12 +211,6 @@ impl Asked {
 }
 
 impl DictionaryChannel {
-    fn open(opener: &Opener) -> Result<Self, AskError> {
-        let (inner, theirs) = Channel::pair().map_err(AskError::because)?;
-        opener(theirs.into()).map_err(AskError::because)?;
-        Ok(Self { inner, patient: false })
-    }
-
     /// Keeps the channel for the next question.
     fn keep_idle(self) {
         let closed = IDLE.lock().keep_idle(self, Instant::now());
@@ -193,6 +237,39 @@ mod tests {
     use std::sync::Arc;
 
     type Theirs = Channel<FromDictionary, ToDictionary>;
+
+    /// Grants every wish, by a thread that keeps its ends of the channels in `opened`.
+    fn opener(opened: Arc<Mutex<Vec<Theirs>>>) -> Opener {
+        let (opener, theirs) = Channel::<ToOpener, FromOpener>::pair().expect("a pair");
+        std::thread::spawn(move || {
+            let mut buffer = RecvBuffer::small();
+            while theirs.recv(&mut buffer).is_ok() {
+                let (ours, asker) = Theirs::pair().expect("a pair");
+                opened.lock().push(ours);
+                let sent = theirs.send(&Opened::Channel, &[asker.as_fd()]);
+                sent.expect("the opener is read");
+            }
+        });
+        Opener::new(Some(opener.into()))
+    }
+
+    #[test]
+    fn a_wish_that_is_not_granted_is_an_error() {
+        let soon = Deadline::after(Duration::from_secs(60));
+        let (opener, theirs) = Channel::<ToOpener, FromOpener>::pair().expect("a pair");
+        let opener = Opener::new(Some(opener.into()));
+        let open = |deadline| opener.open(deadline).map(drop).map_err(|error| error.to_string());
+        let reached = |cause| Err(format!("the shared dictionaries can't be reached: {cause}"));
+        theirs.send(&Opened::Refused("no".into()), &[]).expect("room");
+        assert_eq!(open(soon), reached("no"));
+        theirs.send(&Opened::Channel, &[]).expect("room");
+        assert_eq!(open(soon), reached("a descriptor was lost: too many open files"));
+        let over = Deadline::after(Duration::from_millis(1));
+        assert_eq!(open(over), Err("the time for this mail is over".into()));
+        drop(theirs);
+        assert!(open(soon).is_err());
+        assert!(Opener::default().open(soon).is_err());
+    }
 
     fn question(key: &[u8]) -> Request<'_> {
         Request { dictionary: "d", key, operation: Operation::Delete }
@@ -245,12 +322,9 @@ mod tests {
     #[test]
     fn one_channel_for_each_question_at_a_time() {
         let opened = Arc::new(Mutex::new(Vec::<Theirs>::new()));
-        let keep = Arc::clone(&opened);
-        let opener: Opener = Box::new(move |fd| {
-            keep.lock().push(Theirs::from_fd(fd));
-            Ok(())
-        });
-        let asks = |key| ask(&opener, &question(key)).expect("asked");
+        let opener = opener(Arc::clone(&opened));
+        let later = Deadline::after(Duration::from_secs(60));
+        let asks = |key| ask(&opener, &question(key), later).expect("asked");
         assert!(try_ask(&question(b"0")).is_none(), "it would have to open a channel");
         let (first, second) = (asks(b"1"), asks(b"2"));
         assert_eq!(opened.lock().len(), 2);

@@ -161,7 +161,7 @@ impl Operation for Ask {
         }
         let Self { name, opener, key, question } = *self;
         let request = Request { dictionary: &name, key: &key, operation: question };
-        let asked = ask(&opener.read(), &request);
+        let asked = ask(&opener.read(), &request, deadline);
         told(asked.and_then(|asked| asked.answer(deadline, outcome)))
     }
 }
