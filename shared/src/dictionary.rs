@@ -19,6 +19,8 @@ pub const MAX_KEY: usize = 256;
 pub const MAX_VALUE: usize = 64 * 1024;
 /// Longest name of a dictionary in bytes; a name consists of `a-z`, `0-9` and `_`.
 pub const MAX_NAME: usize = 64;
+/// Highest number of dictionaries, because a script that makes names up must not fill the memory.
+pub const MAX_DICTIONARIES: usize = 256;
 /// Highest number of keys that one `keys()` returns. The supervisor also limits their bytes, so
 /// that an answer fits a message.
 pub const MAX_KEYS: usize = 10_000;

@@ -56,6 +56,9 @@ pub struct Settings {
     pub mail_memory: usize,
     /// Limit of a shared dictionary in bytes.
     pub shared_memory: usize,
+    /// Limit of all shared dictionaries together in bytes; a value below `shared_memory` counts as
+    /// `shared_memory`.
+    pub shared_memory_total: usize,
     /// Highest number of connections at once per user id; 0 means no limit.
     pub max_connections_per_uid: u32,
     /// Largest part of all credits that one client may hold, 0 < x ≤ 1.
@@ -89,6 +92,7 @@ impl Default for Settings {
             lua_memory_limit: 256 << 20,
             mail_memory: 512 << 20,
             shared_memory: 16 << 20,
+            shared_memory_total: 256 << 20,
             max_connections_per_uid: 0,
             client_share: 0.75,
             max_hops: 50,
@@ -227,6 +231,8 @@ pub struct Declaration {
     pub settings: Settings,
     /// Address of the Pond log server, if log datagrams are wanted.
     pub log_server: Option<Endpoint>,
+    /// Names of the shared dictionaries that the script has made handles for.
+    pub dictionaries: Vec<String>,
     /// What holds for the generation's processes. The zygote fills this in after the script.
     pub separation: Separation,
 }

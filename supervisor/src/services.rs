@@ -75,7 +75,7 @@ impl Services {
 
     /// Learns what a generation has declared, before its workers start.
     pub(crate) fn declared(&mut self, generation: GenerationId, declaration: &Declaration) {
-        self.dictionaries.declared(generation, &declaration.settings);
+        self.dictionaries.declared(generation, declaration);
     }
 
     /// Forgets a generation of which nothing is left.
@@ -107,7 +107,7 @@ impl Services {
     pub(crate) fn switch(&mut self, generation: GenerationId, declaration: &Declaration) {
         let workers = declaration.settings.workers;
         self.serving = Some((generation, workers));
-        self.dictionaries.set_limit(declaration.settings.shared_memory);
+        self.dictionaries.set_bounds(&declaration.settings);
         self.mails.send_to(declaration.log_server.clone());
         let separation = declaration.separation;
         self.announcements.switch(&self.log, separation);
@@ -145,14 +145,16 @@ impl Services {
 
     /// Does what is due.
     pub(crate) fn tick(&mut self, now: Instant) {
-        self.dictionaries.begin_turn();
+        self.dictionaries.begin_turn(now);
         self.systemd.tick(now);
         self.mails.tick(now);
     }
 
     /// Returns when [`Self::tick`] has something to do, if ever.
     pub(crate) fn next_deadline(&self) -> Option<Instant> {
-        self.systemd.next_tick().into_iter().chain(self.mails.next_tick()).min()
+        let deadlines =
+            [self.systemd.next_tick(), self.mails.next_tick(), self.dictionaries.next_turn()];
+        deadlines.into_iter().flatten().min()
     }
 
     /// Returns one line for `systemctl status`.

@@ -108,13 +108,72 @@ fn a_dictionary_outlives_workers_and_generations() {
     println!("{sum} counted by {tried} mails, {accepted} of them accepted");
     assert!(daemon.count_log("worker died") > 0);
     assert!(accepted * PER_MAIL <= sum && sum <= tried * PER_MAIL, "{accepted} {sum} {tried}");
-    // The dictionary survives a generation that doesn't use it.
-    daemon.site().configure("qmqp_listen('$DIR/in', function(m) return m:discard('none') end)");
-    assert!(daemon.reload());
+    // The dictionary survives a generation that names it and doesn't use it.
+    let none = "qmqp_listen('$DIR/in', function(m) return m:discard('none') end)";
+    daemon.site().configure(&format!("shared:new('d') {none}"));
+    reload_and_end(&daemon);
     assert_eq!(submit(daemon.path("in"), &Mail::new("x")), "Knone");
     daemon.site().configure(&counter("workers=3", COUNT));
-    assert!(daemon.reload());
+    reload_and_end(&daemon);
     assert_eq!(self::sum(&daemon), sum);
+}
+
+/// Reloads, and waits until the generation before has ended.
+#[track_caller]
+fn reload_and_end(daemon: &Daemon) {
+    let ended = daemon.count_log("generation has ended") + 1;
+    assert!(daemon.reload(), "{}", daemon.text());
+    // Generations before that one may be ending, too.
+    let begun = daemon.count_log(" ready generation=") - 1;
+    let ended = ended.max(begun);
+    eventually("the end", || (daemon.count_log("generation has ended") >= ended).then_some(()));
+}
+
+#[test]
+fn a_dictionary_ends_with_the_last_generation_that_names_or_uses_it() {
+    let none = "qmqp_listen('$DIR/in', function(m) return m:discard('none') end)";
+    let in_handler = "qmqp_listen('$DIR/in', function(m)
+           return m:discard(shared:new('d'):incr('count'))
+         end)";
+    for script in [counter("workers=2", "return m:discard(d:incr('count'))"), in_handler.into()] {
+        let daemon = Daemon::start(&script);
+        for expected in ["K1", "K2"] {
+            assert_eq!(submit(daemon.path("in"), &Mail::new("x")), expected);
+        }
+        daemon.site().configure(none);
+        reload_and_end(&daemon);
+        daemon.site().configure(&script);
+        reload_and_end(&daemon);
+        assert_eq!(submit(daemon.path("in"), &Mail::new("x")), "K1");
+    }
+}
+
+#[test]
+fn all_dictionaries_together_stay_within_their_bound() {
+    const BOUND: u64 = 4 << 20;
+    let daemon = Daemon::start(
+        "settings{workers=1, shared_memory=2^20, shared_memory_total=2^22, handler_timeout=20,
+           hang_timeout=30}
+         qmqp_listen('$DIR/in', function(m)
+           for i = 1, 200 do
+             local d = shared:new('d' .. i)
+             for j = 1, 12 do assert(d:set(m.id .. j, ('v'):rep(60000))) end
+           end
+           local d = shared:new('d1')
+           assert(d:set('last', 1) and d:get('last') == 1)
+           return m:discard('done')
+         end)",
+    );
+    let flood = || submit(daemon.path("in"), &Mail::new("x")).to_string();
+    assert_eq!(flood(), "Kdone", "{}", daemon.text());
+    let before = processes::memory(daemon.pid(), "status", "VmRSS");
+    // Each flood has 137 MiB of values.
+    for _ in 0..2 {
+        assert_eq!(flood(), "Kdone");
+    }
+    let after = processes::memory(daemon.pid(), "status", "VmRSS");
+    println!("supervisor: {} KiB, then {} KiB resident", before / 1024, after / 1024);
+    assert!(after <= before + BOUND && after < 10 * BOUND, "{before} {after}");
 }
 
 #[test]

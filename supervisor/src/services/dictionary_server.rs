@@ -19,7 +19,7 @@ use qrelay_shared::dictionary::{
     FromDictionary, FromOpener, Opened, Operation, ToDictionary, ToOpener,
 };
 use qrelay_shared::ipc::channel::{Channel, RecvBuffer, RecvError, SendError};
-use qrelay_shared::settings::Settings;
+use qrelay_shared::settings::{Declaration, Settings};
 use rustc_hash::{FxHashMap, FxHashSet};
 
 use crate::event::{Asker, Event, Events, NewAsker};
@@ -50,8 +50,6 @@ type OpenerChannel = Channel<FromOpener, ToOpener>;
 pub(super) struct DictionaryServer {
     watcher: Watcher,
     dictionaries: Dictionaries,
-    /// Bound of a dictionary in bytes.
-    limit: usize,
     lines: FxHashMap<ChannelId, Line>,
     askers: FxHashMap<Asker, Budget>,
     /// Highest number of channels for each worker of a generation.
@@ -59,6 +57,8 @@ pub(super) struct DictionaryServer {
     last: ChannelId,
     /// The number of this turn of the loop.
     turn: u64,
+    /// The beginning of this turn, if there is something to free in the next one.
+    busy: Option<Instant>,
     buffer: RecvBuffer,
 }
 
@@ -123,35 +123,44 @@ impl DictionaryServer {
         Self {
             watcher,
             dictionaries: Dictionaries::default(),
-            limit: Settings::default().shared_memory,
             lines: FxHashMap::default(),
             askers: FxHashMap::default(),
             allowed: BTreeMap::new(),
             last: ChannelId::default(),
             turn: 0,
+            busy: None,
             buffer: RecvBuffer::new(),
         }
     }
 
-    /// Sets the bound of a dictionary in bytes.
-    pub(super) fn set_limit(&mut self, limit: usize) {
-        self.limit = limit;
+    /// Follows these settings' bounds on memory.
+    pub(super) fn set_bounds(&mut self, settings: &Settings) {
+        self.dictionaries.set_bounds(settings);
     }
 
-    /// Learns how many mails each worker of a generation may have.
-    pub(super) fn declared(&mut self, generation: GenerationId, settings: &Settings) {
-        let channels = settings.worker_connections as usize + SPARE_CHANNELS;
+    /// Learns which dictionaries a generation's script has named, and how many mails each of its
+    /// workers may have.
+    pub(super) fn declared(&mut self, generation: GenerationId, declaration: &Declaration) {
+        let channels = declaration.settings.worker_connections as usize + SPARE_CHANNELS;
         self.allowed.insert(generation, channels);
+        self.dictionaries.declared(generation, &declaration.dictionaries);
     }
 
-    /// Forgets a generation of which no process is left.
+    /// Forgets a generation of which no process is left, and frees what only that one needed.
     pub(super) fn generation_ended(&mut self, generation: GenerationId) {
         self.allowed.remove(&generation);
+        self.dictionaries.generation_ended(generation);
     }
 
     /// Begins a turn of the loop, in which each process has its share again.
-    pub(super) fn begin_turn(&mut self) {
+    pub(super) fn begin_turn(&mut self, now: Instant) {
         self.turn += 1;
+        self.busy = self.dictionaries.free_some().then_some(now);
+    }
+
+    /// Returns when [`Self::begin_turn`] has something to do, if ever.
+    pub(super) fn next_turn(&self) -> Option<Instant> {
+        self.busy
     }
 
     /// Lets a process ask. If its opener can't be watched, it is closed, which the process sees.
@@ -195,9 +204,10 @@ impl DictionaryServer {
         if budget.left == 0 {
             return;
         }
+        let generation = budget.generation;
         let outcome = match &line.end {
             End::Opener(_) => self.on_wish(id, asker),
-            End::Questions(_) => self.on_question(id, now),
+            End::Questions(_) => self.on_question(id, generation, now),
         };
         match outcome {
             Outcome::Served(cost) => {
@@ -218,7 +228,7 @@ impl DictionaryServer {
         }
     }
 
-    fn on_question(&mut self, id: ChannelId, now: Instant) -> Outcome {
+    fn on_question(&mut self, id: ChannelId, generation: GenerationId, now: Instant) -> Outcome {
         let Some(Line { end: End::Questions(channel), .. }) = self.lines.get(&id) else {
             return Outcome::Closed;
         };
@@ -231,7 +241,7 @@ impl DictionaryServer {
             Operation::Keys { .. } => SHARE,
             _ => 1,
         };
-        let answer = self.dictionaries.answer(request, self.limit, now);
+        let answer = self.dictionaries.answer(generation, request, now);
         match channel.try_send(&answer, &[]) {
             Ok(()) => Outcome::Served(cost),
             Err(error) => Outcome::not_sent(&error),
@@ -307,7 +317,7 @@ pub fn alone() -> Option<OwnedFd> {
 /// A script that has one question at a time needs another channel only when it has closed the last
 /// one.
 fn serve_alone(opener: &OpenerChannel) {
-    let limit = Settings::default().shared_memory;
+    let generation = GenerationId::default();
     let (mut dictionaries, mut buffer) = (Dictionaries::default(), RecvBuffer::new());
     while opener.recv(&mut buffer).is_ok() {
         let Ok((channel, theirs)) = QuestionChannel::pair() else { return };
@@ -317,7 +327,7 @@ fn serve_alone(opener: &OpenerChannel) {
         }
         drop(theirs);
         while let Ok(received) = channel.recv(&mut buffer) {
-            let answer = dictionaries.answer(received.message, limit, Instant::now());
+            let answer = dictionaries.answer(generation, received.message, Instant::now());
             if channel.send(&answer, &[]).is_err() {
                 break;
             }

@@ -32,7 +32,7 @@ impl Site {
         let poller = Poller::new().expect("epoll");
         let mut server = DictionaryServer::new(poller.watcher());
         let settings = Settings { worker_connections: 2, ..Settings::default() };
-        server.declared(FIRST, &settings);
+        server.declared(FIRST, &Declaration { settings, ..Declaration::default() });
         Self { server, poller, events: Events::new() }
     }
 
@@ -46,7 +46,7 @@ impl Site {
     fn turn(&mut self) -> usize {
         let mut sources = Vec::new();
         self.poller.wait(Duration::ZERO, &mut sources).expect("epoll_wait");
-        self.server.begin_turn();
+        self.server.begin_turn(Instant::now());
         for source in &sources {
             let Source::Dictionary(channel) = *source else { panic!("{source:?}") };
             self.server.on_ready(channel, Instant::now(), &mut self.events);
@@ -230,7 +230,7 @@ fn a_process_that_floods_has_its_share_of_a_turn() {
     let add = Operation::Increment { by: Value::Integer(1), ttl: None };
     for (operation, most) in [(add, SHARE as usize), (Operation::Keys { max: 1 }, 1)] {
         let mut site = Site::new();
-        site.server.declared(FIRST, &Settings::default());
+        site.server.declared(FIRST, &Declaration::default());
         let (opener, other) = (site.process(WORKER), site.process(OTHER));
         let channels: Vec<_> = (0..200).map(|_| site.open(&opener).expect("one")).collect();
         let others = site.open(&other).expect("a channel");

@@ -65,7 +65,7 @@ pub(crate) fn register(lua: &Lua, with: &Libraries<'_>) -> mlua::Result<()> {
     action_object::register(lua)?;
     cgroup::register(lua)?;
     mail::register(lua)?;
-    shared::register(lua, with.dictionaries)?;
+    shared::register(lua, with.dictionaries, with.draft)?;
     sodium::register(lua)?;
     json::register(lua)?;
     jwt::register(lua)?;

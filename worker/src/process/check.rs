@@ -99,6 +99,7 @@ fn push_settings(text: &mut String, settings: &Settings) {
         ("lua_memory_limit", settings.lua_memory_limit.to_string()),
         ("mail_memory", settings.mail_memory.to_string()),
         ("shared_memory", settings.shared_memory.to_string()),
+        ("shared_memory_total", settings.shared_memory_total.to_string()),
         ("max_connections_per_uid", settings.max_connections_per_uid.to_string()),
         ("client_share", settings.client_share.to_string()),
         ("max_hops", settings.max_hops.to_string()),

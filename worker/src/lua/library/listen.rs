@@ -9,12 +9,14 @@
 //! Wrong arguments raise in the script. A mistake that only shows at the end (no listener at all, a
 //! wrong `log_server`) is an error of [`Draft::finish`].
 
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use mlua::{Function, Lua, UserDataMethods as _, Value};
 use nix::unistd::{Group, User};
 use parking_lot::Mutex;
+use qrelay_shared::dictionary::MAX_DICTIONARIES;
 use qrelay_shared::endpoint::{self, Endpoint, POND_PORT, Parsed};
 use qrelay_shared::network::Network;
 use qrelay_shared::settings::{
@@ -56,6 +58,8 @@ pub(crate) struct Draft {
     settings: Settings,
     /// Whether the script has set `mail_memory` itself.
     own_mail_memory: bool,
+    /// Names of the shared dictionaries that the script has made handles for.
+    dictionaries: BTreeSet<String>,
     /// FileDescriptorNames of the sockets that systemd passed.
     systemd: Vec<String>,
 }
@@ -75,6 +79,7 @@ impl Draft {
             handlers: Vec::new(),
             settings: Settings::default(),
             own_mail_memory: false,
+            dictionaries: BTreeSet::new(),
             systemd,
         }))
     }
@@ -101,9 +106,18 @@ impl Draft {
             listeners: self.listeners.clone(),
             settings: self.settings.clone(),
             log_server: log_server(lua)?,
+            dictionaries: std::mem::take(&mut self.dictionaries).into_iter().collect(),
             separation: Separation::default(),
         };
         Ok((declaration, std::mem::take(&mut self.handlers)))
+    }
+
+    /// Notes a shared dictionary that the script has made a handle for, so that the dictionary is
+    /// kept before its first use. No use can follow beyond [`MAX_DICTIONARIES`].
+    pub(crate) fn name_dictionary(&mut self, name: &str) {
+        if self.phase != Phase::Finished && self.dictionaries.len() < MAX_DICTIONARIES {
+            self.dictionaries.insert(name.to_owned());
+        }
     }
 
     /// Whether the script listens on `systemd`, but no socket is left for it.

@@ -54,6 +54,7 @@ const KEYS: &[(&str, Kind)] = &[
     ("lua_memory_limit", Kind::Bytes(MIN_LUA_MEMORY, |s| &mut s.lua_memory_limit)),
     ("mail_memory", Kind::Bytes(1 << 20, |s| &mut s.mail_memory)),
     ("shared_memory", Kind::Bytes(1 << 16, |s| &mut s.shared_memory)),
+    ("shared_memory_total", Kind::Bytes(1 << 16, |s| &mut s.shared_memory_total)),
     ("max_connections_per_uid", Kind::Small(0, 1 << 20, |s| &mut s.max_connections_per_uid)),
     ("client_share", Kind::Share(|s| &mut s.client_share)),
     ("max_hops", Kind::Small(1, 1000, |s| &mut s.max_hops)),

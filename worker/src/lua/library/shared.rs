@@ -24,6 +24,7 @@ use crate::lua::binding::error::Raise;
 use crate::lua::binding::function::{self, Call, Class};
 use crate::lua::binding::operation::{Completion, Operation};
 use crate::lua::library::dictionary_client::{AskError, Asked, Opener, ask, try_ask};
+use crate::lua::library::listen::SharedDraft;
 
 /// Longest life of a key in seconds: about thirty years.
 const MAX_TTL: f64 = 1e9;
@@ -47,7 +48,7 @@ struct Dictionary {
 ///
 /// # Errors
 /// Lua is out of memory.
-pub(crate) fn register(lua: &Lua, opener: &SharedOpener) -> mlua::Result<()> {
+pub(crate) fn register(lua: &Lua, opener: &SharedOpener, draft: &SharedDraft) -> mlua::Result<()> {
     let mut class = Class::new(lua, "shared dictionary")?;
     class.blocking_method("get", |_, (this, key): (LuaValue, LuaValue)| {
         question(&this, "get", &key, Question::Get)
@@ -77,7 +78,7 @@ pub(crate) fn register(lua: &Lua, opener: &SharedOpener) -> mlua::Result<()> {
     class.register::<Dictionary>(|_| {})?;
 
     let library = lua.create_table()?;
-    let opener = Arc::clone(opener);
+    let (opener, draft) = (Arc::clone(opener), Arc::clone(draft));
     let new =
         function::function(lua, "shared:new", move |lua, (_, name): (LuaValue, LuaValue)| {
             let argument = Argument::new("new", 1, "name");
@@ -87,6 +88,7 @@ pub(crate) fn register(lua: &Lua, opener: &SharedOpener) -> mlua::Result<()> {
                 let expected = format!("1 to {MAX_NAME} of a-z, 0-9 and _");
                 return Err(argument.wrong(&expected, &name));
             };
+            draft.lock().name_dictionary(name);
             let dictionary = Dictionary { name: name.into(), opener: Arc::clone(&opener) };
             Ok(lua.create_any_userdata(dictionary)?)
         })?;
