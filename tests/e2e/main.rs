@@ -26,6 +26,7 @@ mod exec_end;
 mod files;
 mod flood;
 mod full_log;
+mod hostile;
 mod inherited;
 mod isolation;
 mod journal;

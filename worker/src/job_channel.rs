@@ -124,9 +124,8 @@ impl Reports {
 
     /// Sends what has gathered.
     pub(crate) fn flush(&self) {
-        if self.has_gathered() {
-            self.send_finished(&mut self.finished.lock());
-        }
+        // Another thread may have added a report without this thread's seeing `gathered`.
+        self.send_finished(&mut self.finished.lock());
     }
 
     fn send_finished(&self, finished: &mut Finished) {

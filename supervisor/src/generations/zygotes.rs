@@ -127,8 +127,10 @@ impl Rollout {
             }
         }
         self.buffer = Some(buffer);
-        if let Some(error) = fault {
-            self.distrust(id, &error.to_string(), now, events);
+        match fault {
+            Some(RecvError::Closed) => self.distrust(id, "end of channel", now, events),
+            Some(error) => self.zygote_lied(id, &error.to_string(), now, events),
+            None => {}
         }
     }
 

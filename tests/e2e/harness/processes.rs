@@ -93,12 +93,12 @@ pub fn descriptors(pid: i32) -> Vec<(u32, PathBuf)> {
     found
 }
 
-/// Returns the number of jobs that a worker is relaying. Apart from its two channels to the
+/// Returns the number of jobs that a worker is relaying. Apart from its three channels to the
 /// supervisor, a worker has two sockets per such job, the client's and the next hop's.
 pub fn relaying(worker: i32) -> usize {
     let is_socket = |path: &PathBuf| path.to_string_lossy().starts_with("socket:");
     let sockets = descriptors(worker).iter().filter(|(_, path)| is_socket(path)).count();
-    sockets.saturating_sub(2) / 2
+    sockets.saturating_sub(3) / 2
 }
 
 /// Returns a number of bytes from a file such as `status` or `smaps_rollup` of a process.
