@@ -13,13 +13,13 @@
 use std::collections::HashSet;
 use std::fmt;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::sys::signal::Signal;
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use nix::unistd::Pid;
-use parking_lot::Mutex;
+use parking_lot::{Mutex, RwLock};
 use qrelay_shared::deadline::Deadline;
 use qrelay_shared::ids::JobId;
 use qrelay_shared::sys::process::reap;
@@ -28,11 +28,17 @@ use qrelay_shared::sys::spawn::{Program, spawn};
 
 use crate::job_channel::Reports;
 
+/// How long [`Children::kill_all`] waits for programs that are just being started.
+const START: Duration = Duration::from_secs(1);
+
 /// The programs of a worker.
 #[derive(Debug)]
 pub(crate) struct Children {
     reports: Arc<Reports>,
     running: Mutex<Vec<Group>>,
+    /// Shared by the threads that start a program and list it; exclusive, for good, once all
+    /// programs have been killed.
+    starting: RwLock<()>,
     scan: Mutex<Scan>,
 }
 
@@ -82,7 +88,7 @@ impl Children {
     pub(crate) fn new(reports: Arc<Reports>) -> Arc<Self> {
         let now = Instant::now();
         let scan = Mutex::new(Scan { began: now, next: now, living: None });
-        Arc::new(Self { reports, running: Mutex::default(), scan })
+        Arc::new(Self { reports, running: Mutex::default(), starting: RwLock::default(), scan })
     }
 
     /// Whether members of a process group may be left. The answer can be late, but "gone" is never
@@ -101,6 +107,8 @@ impl Children {
     /// Starts a program for a mail. The program's standard input names the mail, so that the
     /// supervisor recognizes the program if the worker dies before it has reported it.
     ///
+    /// After [`Self::kill_all`] this waits for ever.
+    ///
     /// # Errors
     /// See [`spawn`].
     pub(crate) fn start(
@@ -108,17 +116,21 @@ impl Children {
         job: JobId,
         program: &Program<'_>,
     ) -> Result<Child, Errno> {
+        let starting = self.starting.read();
         let pid = spawn(program)?;
         // A new process has a number above 1 that isn't our group's, so this doesn't fail.
         let group = Group::led_by(pid).ok_or(Errno::ESRCH)?;
         self.running.lock().push(group);
+        drop(starting);
         self.reports.child(job, pid);
         Ok(Child { children: Arc::clone(self), job, group, reaped: false })
     }
 
-    /// Kills all listed programs with their process groups, for a process that ends right
-    /// afterwards: from now on no program can be reaped, and no other one is listed.
+    /// Kills all programs with their process groups, for a process that ends right afterwards: from
+    /// now on no program can be started or reaped. A program that takes longer than [`START`] to be
+    /// executed, from a disk that is gone for example, is not waited for.
     pub(crate) fn kill_all(&self) {
+        std::mem::forget(self.starting.try_write_for(START));
         let running = self.running.lock();
         for group in &*running {
             let _ = group.signal(Signal::SIGKILL);
@@ -199,6 +211,63 @@ impl Drop for Child {
         if !self.reaped {
             self.signal_group(Signal::SIGKILL);
             self.finish();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::{self, File};
+    use std::os::fd::AsFd;
+
+    use qrelay_shared::ipc::channel::{Channel, RecvBuffer};
+    use qrelay_shared::ipc::message::{ToJobs, ToReports};
+
+    use super::*;
+
+    /// A number of seconds that no other program sleeps.
+    const SLEEP: &str = "543.21";
+
+    /// Returns how many of this test's programs live.
+    fn alive() -> usize {
+        let entries = fs::read_dir("/proc").expect("/proc").flatten();
+        let runs = entries.filter(|entry| {
+            // A zombie has no command line.
+            let line = fs::read(entry.path().join("cmdline")).unwrap_or_default();
+            line.split(|&byte| byte == 0).any(|word| word == SLEEP.as_bytes())
+        });
+        runs.count()
+    }
+
+    #[test]
+    fn no_program_is_started_after_the_last_one_was_killed() {
+        let (channel, supervisor) = Channel::<ToReports, ToJobs>::pair().expect("a pair");
+        std::thread::spawn(move || {
+            let mut buffer = RecvBuffer::new();
+            while supervisor.recv(&mut buffer).is_ok() {}
+        });
+        let reports = Reports::new(channel, Duration::from_secs(60)).expect("a socket");
+        let children = Children::new(Arc::new(reports));
+        for _ in 0..8 {
+            let children = Arc::clone(&children);
+            std::thread::spawn(move || {
+                let null = File::options().read(true).write(true).open("/dev/null").expect("open");
+                let arguments = [c"/bin/sleep".to_owned(), c"543.21".to_owned()];
+                let stdio = [null.as_fd(); 3];
+                let program = Program { arguments: &arguments, environment: &[], stdio };
+                loop {
+                    std::mem::forget(children.start(JobId(1), &program).expect("started"));
+                }
+            });
+        }
+        let limit = Instant::now() + Duration::from_secs(60);
+        while alive() < 20 {
+            assert!(Instant::now() < limit, "no programs");
+        }
+        children.kill_all();
+        while alive() > 0 {
+            assert!(Instant::now() < limit, "{} programs are left", alive());
+            std::thread::sleep(Duration::from_millis(10));
         }
     }
 }
