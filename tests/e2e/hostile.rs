@@ -78,8 +78,8 @@ impl Before {
         Self { workers, descriptors, memory: memory(daemon) }
     }
 
-    /// Checks that other clients' mails are served, and what the supervisor needs meanwhile. Returns
-    /// how many of the mails' handlers could use a dictionary.
+    /// Checks that other clients' mails are served, and what the supervisor needs meanwhile.
+    /// Returns how many of the mails' handlers could use a dictionary.
     #[track_caller]
     fn assert_served(&self, daemon: &Daemon, attack: &str) -> usize {
         let mut counted = 0;
@@ -122,6 +122,7 @@ fn assert_ended(daemon: &Daemon, attacks: &[(&str, &str)]) {
         assert_eq!(before.workers.iter().filter(alive).count(), 1, "{name}: one was replaced");
     }
     assert_eq!(daemon.count_log("worker died: "), attacks.len(), "nobody else: {}", daemon.text());
+    assert_eq!(daemon.count_log("worker died with"), 0, "named once: {}", daemon.text());
 }
 
 /// The number of lines that a flood may leave in the log.

@@ -2,8 +2,8 @@
 //!
 //! Every dictionary has a bound on its memory, and so have all of them together. Beyond its own
 //! bound a dictionary loses the keys that were not used for longest; beyond the common bound the
-//! largest dictionary does. A key whose time is over counts as absent, and is removed when an operation
-//! comes across it.
+//! largest dictionary does. A key whose time is over counts as absent, and is removed when an
+//! operation comes across it.
 //!
 //! A dictionary is kept for the generations whose scripts have named it while they were loaded, or
 //! have used it. It is freed when the last of these generations has ended.

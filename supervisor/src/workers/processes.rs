@@ -53,6 +53,8 @@ pub(super) struct Process {
     pub(super) ready: bool,
     /// Pings that the worker has not answered.
     pub(super) pings: u32,
+    /// The worker has lied: it is killed, and not listened to.
+    pub(super) lied: bool,
 }
 
 impl Process {
@@ -66,6 +68,7 @@ impl Process {
             limited: BTreeSet::new(),
             ready: false,
             pings: 0,
+            lied: false,
         }
     }
 
@@ -271,7 +274,7 @@ impl Workers {
         events: &mut Events,
     ) -> Option<Fault> {
         for _ in 0..PER_TURN {
-            let process = self.processes.get_mut(&worker)?;
+            let process = self.processes.get_mut(&worker).filter(|process| !process.lied)?;
             let pong = match process.control.try_recv(buffer) {
                 Ok(received) => received.message,
                 Err(error) => return fault(error),
@@ -358,7 +361,8 @@ impl Workers {
         events: &mut Events,
     ) -> Option<Fault> {
         for _ in 0..most {
-            let reports = match self.processes.get(&worker)?.jobs.try_recv_batch(buffer) {
+            let process = self.processes.get(&worker).filter(|process| !process.lied)?;
+            let reports = match process.jobs.try_recv_batch(buffer) {
                 Ok(reports) => reports,
                 Err(error) => {
                     return match fault(error) {
@@ -499,13 +503,15 @@ impl Workers {
 
     /// Has a worker killed that has closed a channel or sent nonsense, unless it is ending anyway.
     fn distrust(&mut self, worker: WorkerId, fault: &Fault, now: Instant, events: &mut Events) {
-        let Some(process) = self.processes.get(&worker) else { return };
+        let process = self.processes.get_mut(&worker);
+        let Some(process) = process.filter(|process| !process.lied) else { return };
         self.watcher.remove(&process.jobs);
         self.watcher.remove(&process.control);
         match fault {
             Fault::Closed if self.pool.is_retiring(worker) => {}
             Fault::Closed => self.pool.condemn(worker, now + CLOSED_GRACE),
             Fault::Malformed(complaint) => {
+                process.lied = true;
                 error!(self.log, "worker killed: {complaint}"; "worker" => worker);
                 events.push_back(Event::AskerGone(Asker::Worker(worker)));
                 self.pool.condemn(worker, now);
