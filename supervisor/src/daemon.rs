@@ -153,6 +153,7 @@ impl Daemon {
         info!(log, "qrelay {} starts", env!("CARGO_PKG_VERSION");
             "config" => options.config.display());
         let watcher = poller.watcher();
+        let descriptors = system.descriptor_limit();
         let instance = instance();
         let loading = Loading {
             config: options.config.clone(),
@@ -172,7 +173,7 @@ impl Daemon {
                 Rc::clone(&system),
             ),
             rollout: Rollout::new(log.clone(), loading, watcher.clone(), system),
-            services: Services::new(log.clone(), instance, watcher, now),
+            services: Services::new(log.clone(), instance, watcher, descriptors, now),
             log,
             started: now,
             next_look: now + LOOK_AGAIN,

@@ -15,6 +15,13 @@ const OWN: u64 = 28;
 /// and while the successor's ends of the channels are on their way.
 const PER_WORKER: u64 = 6;
 
+/// Descriptors of the part for dictionaries that a worker's opener and its successor's take.
+const OPENERS: u64 = 3;
+
+/// Channels to the shared dictionaries that a worker may have beside one for each mail: for
+/// functions that `every` and `db:listen` run, and for questions whose time was over.
+const SPARE_CHANNELS: u64 = 16;
+
 /// Descriptors of a worker for a job: the client, the next hop, and a program's input and output.
 const PER_JOB: u64 = 4;
 
@@ -29,6 +36,8 @@ pub(crate) struct Allotment {
     pub(crate) held: usize,
     /// Most jobs of a worker.
     pub(crate) credit: usize,
+    /// Most channels of a worker to the shared dictionaries.
+    pub(crate) channels: usize,
 }
 
 /// Divides `limit` descriptors (RLIMIT_NOFILE, which is the workers' limit as well): half of what
@@ -39,7 +48,12 @@ pub(crate) fn allot(limit: u64, settings: &Settings) -> Allotment {
     let credit = u64::from(settings.worker_connections)
         .min(free / 2 / workers)
         .min(limit.saturating_sub(OWN) / PER_JOB);
-    Allotment { held: (free / 4).clamp(1, MAX_HELD) as usize, credit: credit.max(1) as usize }
+    let channels = (credit + SPARE_CHANNELS).min((free / 4 / workers).saturating_sub(OPENERS));
+    Allotment {
+        held: (free / 4).clamp(1, MAX_HELD) as usize,
+        credit: credit.max(1) as usize,
+        channels: channels.max(1) as usize,
+    }
 }
 
 #[cfg(test)]
@@ -55,20 +69,20 @@ mod tests {
         };
         let table = [
             // As the unit has it, everything that is asked for fits.
-            (65_536, settings(2, 256), 4096, 256),
-            (65_536, settings(64, 256), 4096, 256),
-            (u64::MAX, settings(2, 256), 4096, 256),
-            (1024, settings(2, 256), 246, 246),
-            (128, settings(2, 256), 22, 22),
-            (128, settings(2, 4), 22, 4),
+            (65_536, settings(2, 256), 4096, 256, 272),
+            (65_536, settings(64, 256), 4096, 256, 251),
+            (u64::MAX, settings(2, 256), 4096, 256, 272),
+            (1024, settings(2, 256), 246, 246, 120),
+            (128, settings(2, 256), 22, 22, 8),
+            (128, settings(2, 4), 22, 4, 8),
             // A worker needs more for a job than the supervisor.
-            (1024, settings(1, 4096), 247, 249),
-            (48, settings(1, 256), 3, 5),
-            (0, settings(1, 256), 1, 1),
+            (1024, settings(1, 4096), 247, 249, 244),
+            (48, settings(1, 256), 3, 5, 1),
+            (0, settings(1, 256), 1, 1, 1),
         ];
-        for (limit, settings, held, credit) in table {
+        for (limit, settings, held, credit, channels) in table {
             let shown = (limit, settings.workers, settings.worker_connections);
-            assert_eq!(allot(limit, &settings), Allotment { held, credit }, "{shown:?}");
+            assert_eq!(allot(limit, &settings), Allotment { held, credit, channels }, "{shown:?}");
         }
     }
 }

@@ -40,13 +40,20 @@ pub(crate) struct Services {
 }
 
 impl Services {
-    /// Reads what systemd wants from the environment.
-    pub(crate) fn new(log: Logger, instance: String, watcher: Watcher, now: Instant) -> Self {
+    /// Reads what systemd wants from the environment. This process may have `descriptors`
+    /// descriptors.
+    pub(crate) fn new(
+        log: Logger,
+        instance: String,
+        watcher: Watcher,
+        descriptors: u64,
+        now: Instant,
+    ) -> Self {
         Self {
             systemd: Systemd::new(&log, now),
             mails: MailLog::new(log.clone(), instance),
             log,
-            dictionaries: DictionaryServer::new(watcher),
+            dictionaries: DictionaryServer::new(watcher, descriptors),
             announcements: Announcements::default(),
             serving: None,
         }

@@ -28,7 +28,8 @@ const MEMORY: u64 = 64 << 20;
 const DICTIONARIES: u64 = 16 << 20;
 
 /// A configuration whose handler loads the attack that the sender names, and then serves the mail
-/// as any other, or keeps it if the sender says `stays`. `load` runs while the script loads.
+/// as any other. If the sender has a second word, the mail creates the file of that name and stays
+/// until there is a file with `.end` behind that name. `load` runs while the script loads.
 fn script(load: &str) -> String {
     format!(
         "settings{{workers=2, worker_connections={CREDIT}, handler_timeout=0.5, hang_timeout=3,
@@ -41,9 +42,10 @@ fn script(load: &str) -> String {
          qmqp_listen('$DIR/in', function(m)
            local name = m.sender:match('^%l+')
            if name ~= 'mail' then attack(name) end
-           if m.sender:find('stays') then
-             io.open('$DIR/begun', 'w'):close()
-             sleep(1000)
+           local file = m.sender:match('%.(%l+)')
+           if file then
+             io.open('$DIR/' .. file, 'w'):close()
+             repeat sleep(0.01) until io.open('$DIR/' .. file .. '.end')
            end
            return m:discard(tostring(math.type(counts:incr('mails'))))
          end)"
@@ -195,21 +197,27 @@ fn a_worker_that_only_asks_too_much_gets_its_share() {
     for name in ["hoard", "openandclose", "dear"] {
         let daemon = site().start();
         let before = Before::look(&daemon);
-        // The mail stays with the hostile worker, so that the other worker gets the next ones.
-        let mut client = Client::connect(daemon.path("in"));
-        client.send(&Mail::new("x").from(&format!("{name}.stays@x")).request());
-        eventually("the attack", || daemon.path("begun").exists().then_some(()));
-        // The hostile worker still gets some mails, and their handlers may get no channel.
+        // The first worker is busy when the attack begins, and free afterwards. The second one is
+        // hostile and stays busy, so that it gets no other mails.
+        let mut clients = ["mail.first", &format!("{name}.second")].map(|sender| {
+            let mut client = Client::connect(daemon.path("in"));
+            client.send(&Mail::new("x").from(&format!("{sender}@x")).request());
+            let file = sender.rsplit('.').next().expect("a name");
+            eventually(sender, || daemon.path(file).exists().then_some(()));
+            client
+        });
+        fs::write(daemon.path("first.end"), "").expect("file");
+        assert_eq!(clients[0].outcome(), "Kinteger", "{name}: {}", daemon.text());
         let counted = before.assert_served(&daemon, name) + before.assert_served(&daemon, name);
-        assert!(counted >= MAILS, "{name}: {counted}: {}", daemon.text());
+        assert_eq!(counted, 2 * MAILS, "{name}: {}", daemon.text());
         assert_eq!(daemon.count_log("worker died: "), 0, "{name}: {}", daemon.text());
         assert_quiet(&daemon, 1);
         // What the worker had is gone with it.
         let workers = daemon.wait_for_workers(2, &[]);
         workers.iter().for_each(|&pid| processes::signal(pid, Signal::SIGKILL));
         daemon.wait_for_workers(2, &workers);
-        assert_eq!(client.outcome(), "Ztry again later");
-        drop(client);
+        assert_eq!(clients[1].outcome(), "Ztry again later");
+        drop(clients);
         assert!(daemon.idle_fd_count(2) <= before.descriptors, "{name}");
     }
 }

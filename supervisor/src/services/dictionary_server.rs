@@ -22,6 +22,7 @@ use qrelay_shared::ipc::channel::{Channel, RecvBuffer, RecvError, SendError};
 use qrelay_shared::settings::{Declaration, Settings};
 use rustc_hash::{FxHashMap, FxHashSet};
 
+use crate::descriptors::allot;
 use crate::event::{Asker, Event, Events, NewAsker};
 use crate::ids::{ChannelId, GenerationId};
 use crate::services::dictionaries::Dictionaries;
@@ -30,9 +31,6 @@ use crate::watch::{Source, Watcher};
 /// Highest number of channels of a zygote. Its script asks one question at a time; the others are
 /// for questions whose time was over, until the end of their channels is seen.
 const ZYGOTE_CHANNELS: usize = 8;
-/// Channels that a worker may have beside one for each mail: for functions that `every` and
-/// `db:listen` run, and for questions whose time was over.
-const SPARE_CHANNELS: usize = 16;
 
 /// Cost of what is answered to one process before everybody else has a turn. What is left wakes the
 /// loop again.
@@ -49,6 +47,8 @@ type OpenerChannel = Channel<FromOpener, ToOpener>;
 #[derive(Debug)]
 pub(super) struct DictionaryServer {
     watcher: Watcher,
+    /// The limit of this process's descriptors.
+    descriptors: u64,
     dictionaries: Dictionaries,
     lines: FxHashMap<ChannelId, Line>,
     askers: FxHashMap<Asker, Budget>,
@@ -118,10 +118,12 @@ impl Outcome {
 }
 
 impl DictionaryServer {
-    /// Starts with no channel, and with the usual bound.
-    pub(super) fn new(watcher: Watcher) -> Self {
+    /// Starts with no channel, and with the usual bounds. This process may have `descriptors`
+    /// descriptors.
+    pub(super) fn new(watcher: Watcher, descriptors: u64) -> Self {
         Self {
             watcher,
+            descriptors,
             dictionaries: Dictionaries::default(),
             lines: FxHashMap::default(),
             askers: FxHashMap::default(),
@@ -141,8 +143,8 @@ impl DictionaryServer {
     /// Learns which dictionaries a generation's script has named, and how many mails each of its
     /// workers may have.
     pub(super) fn declared(&mut self, generation: GenerationId, declaration: &Declaration) {
-        let channels = declaration.settings.worker_connections as usize + SPARE_CHANNELS;
-        self.allowed.insert(generation, channels);
+        let allotment = allot(self.descriptors, &declaration.settings);
+        self.allowed.insert(generation, allotment.channels);
         self.dictionaries.declared(generation, &declaration.dictionaries);
     }
 

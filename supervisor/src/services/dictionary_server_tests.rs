@@ -30,7 +30,7 @@ impl Site {
     /// A server for workers that may have two mails each.
     fn new() -> Self {
         let poller = Poller::new().expect("epoll");
-        let mut server = DictionaryServer::new(poller.watcher());
+        let mut server = DictionaryServer::new(poller.watcher(), 20_000);
         let settings = Settings { worker_connections: 2, ..Settings::default() };
         server.declared(FIRST, &Declaration { settings, ..Declaration::default() });
         Self { server, poller, events: Events::new() }
@@ -125,7 +125,7 @@ fn a_channel_that_its_process_closes_makes_room_for_another() {
 
 #[test]
 fn a_process_has_no_more_channels_than_it_needs() {
-    for (asker, most) in [(WORKER, 2 + SPARE_CHANNELS), (ZYGOTE, ZYGOTE_CHANNELS)] {
+    for (asker, most) in [(WORKER, 2 + 16), (ZYGOTE, ZYGOTE_CHANNELS)] {
         let mut site = Site::new();
         let opener = site.process(asker);
         let mut channels: Vec<_> = (0..most).map(|_| site.open(&opener).expect("one")).collect();

@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::sys::socket::{setsockopt, sockopt};
-use parking_lot::Mutex;
+use parking_lot::{Condvar, Mutex};
 use qrelay_shared::deadline::Deadline;
 use qrelay_shared::dictionary::{
     Answer, FromDictionary, FromOpener, Opened, Operation, Request, ToDictionary, ToOpener, Wish,
@@ -36,6 +36,9 @@ pub(crate) enum AskError {
     /// The dictionary server can't be reached.
     #[error("the shared dictionaries can't be reached: {0}")]
     Unreachable(String),
+    /// This process has as many channels as it may have.
+    #[error("the shared dictionaries can't be reached: {0}")]
+    Refused(String),
 }
 
 impl AskError {
@@ -78,7 +81,7 @@ impl Opener {
                 Ok(DictionaryChannel { inner: Channel::from_fd(fd), patient: false })
             }
             (Opened::Channel, None) => Err(AskError::because(RecvError::DescriptorLost)),
-            (Opened::Refused(cause), _) => Err(AskError::because(cause)),
+            (Opened::Refused(cause), _) => Err(AskError::Refused(cause.into_owned())),
         }
     }
 }
@@ -100,6 +103,9 @@ struct DictionaryChannel {
 
 /// The idle channels of this process.
 static IDLE: Mutex<Idle<DictionaryChannel>> = Mutex::new(Idle(Vec::new()));
+
+/// A channel has become idle.
+static BECAME_IDLE: Condvar = Condvar::new();
 
 /// A list of idle channels; the last used one is at the end. Generic, so that tests need no
 /// channels.
@@ -160,7 +166,8 @@ pub(crate) fn try_ask(request: &Request<'_>) -> Option<Asked> {
     None
 }
 
-/// Asks on an idle channel, or on a new one.
+/// Asks on an idle channel, or on a new one. If there can't be a new one, this waits until a
+/// channel becomes idle, for [`PATIENCE`] at most.
 ///
 /// # Errors
 /// See [`AskError`].
@@ -172,9 +179,30 @@ pub(crate) fn ask(
     if let Some(asked) = try_ask(request) {
         return Ok(asked);
     }
-    let channel = opener.open(deadline)?;
+    let channel = match opener.open(deadline) {
+        Err(AskError::Refused(cause)) => {
+            wait_for_idle(deadline).ok_or(match deadline.expired() {
+                true => AskError::Expired,
+                false => AskError::Refused(cause),
+            })?
+        }
+        opened => opened?,
+    };
     channel.inner.send(request, &[]).map_err(AskError::because)?;
     Ok(Asked::new(channel, request))
+}
+
+fn wait_for_idle(deadline: Deadline) -> Option<DictionaryChannel> {
+    let until = deadline.at_most(PATIENCE).instant();
+    let mut idle = IDLE.lock();
+    loop {
+        if let Some(channel) = idle.take() {
+            return Some(channel);
+        }
+        if BECAME_IDLE.wait_until(&mut idle, until).timed_out() {
+            return idle.take();
+        }
+    }
 }
 
 impl Asked {
@@ -214,6 +242,7 @@ impl DictionaryChannel {
     /// Keeps the channel for the next question.
     fn keep_idle(self) {
         let closed = IDLE.lock().keep_idle(self, Instant::now());
+        BECAME_IDLE.notify_one();
         drop(closed);
     }
 
@@ -353,5 +382,27 @@ mod tests {
 
         close_idle();
         assert!(opened.lock().iter().all(closed));
+
+        // Without a further channel a question waits until one is idle.
+        let (refusing, theirs) = Channel::<ToOpener, FromOpener>::pair().expect("a pair");
+        let refusing = Opener::new(Some(refusing.into()));
+        let held = asks(b"9");
+        theirs.send(&Opened::Refused("no more".into()), &[]).expect("room");
+        std::thread::scope(|scope| {
+            let waiting = scope.spawn(|| ask(&refusing, &question(b"10"), later).map(changed));
+            assert_eq!(
+                theirs.recv(&mut RecvBuffer::small()).expect("a wish").message,
+                Wish::Channel
+            );
+            assert_eq!(answer(&opened.lock()[1]), b"9");
+            assert!(changed(held));
+            assert_eq!(answer(&opened.lock()[1]), b"10");
+            assert!(waiting.join().expect("no panic").expect("asked"));
+        });
+        let over = Deadline::after(Duration::from_millis(1));
+        let _held = asks(b"11");
+        theirs.send(&Opened::Refused("no more".into()), &[]).expect("room");
+        let refused = ask(&refusing, &question(b"12"), over);
+        assert!(matches!(refused, Err(AskError::Expired)));
     }
 }
