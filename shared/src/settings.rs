@@ -1,9 +1,9 @@
 //! The configuration of one generation: the typed form of `settings{}`, of the listeners and of the
 //! globals that the script leaves behind.
 //!
-//! The zygote builds these values and sends them to the supervisor inside a [`Declaration`]. The
-//! supervisor doesn't check them again, so the zygote enforces the limits named below where it
-//! converts the script's values.
+//! The zygote builds these values and sends them to the supervisor inside a [`Declaration`]. It
+//! enforces the limits named below where it converts the script's values. The supervisor checks
+//! those again that it depends on ([`Settings::out_of_limits`]).
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -13,6 +13,18 @@ use serde::{Deserialize, Serialize};
 
 use crate::endpoint::Endpoint;
 use crate::network::Network;
+
+/// Highest number of worker processes.
+pub const MAX_WORKERS: u32 = 256;
+
+/// Highest number of mails that a worker handles at once.
+pub const MAX_WORKER_CONNECTIONS: u32 = 4096;
+
+/// Longest duration of a setting: a day.
+pub const MAX_DURATION: Duration = Duration::from_secs(86_400);
+
+/// Largest memory limits: 1 TiB, beyond any machine's use for mail.
+pub const MAX_MEMORY: usize = 1 << 40;
 
 /// Default of `max_size` in bytes: 16 MiB, as in the original program.
 pub const DEFAULT_MAX_SIZE: usize = 16 * 1024 * 1024;
@@ -100,6 +112,31 @@ impl Default for Settings {
             user: None,
             group: None,
         }
+    }
+}
+
+impl Settings {
+    /// Returns the name of a setting that is out of its limits, if there is one. Only settings that
+    /// the supervisor acts on are looked at.
+    pub fn out_of_limits(&self) -> Option<&'static str> {
+        let lasts = |duration: Duration| duration <= MAX_DURATION;
+        let fits = |bytes: usize| bytes <= MAX_MEMORY;
+        let share = self.client_share;
+        let checks = [
+            ("workers", (1..=MAX_WORKERS).contains(&self.workers)),
+            ("worker_connections", (1..=MAX_WORKER_CONNECTIONS).contains(&self.worker_connections)),
+            ("client_timeout", lasts(self.client_timeout)),
+            ("request_timeout", lasts(self.request_timeout)),
+            ("relay_timeout", lasts(self.relay_timeout)),
+            ("handler_timeout", lasts(self.handler_timeout)),
+            ("connect_timeout", lasts(self.connect_timeout)),
+            ("hang_timeout", lasts(self.hang_timeout)),
+            ("drain_timeout", lasts(self.drain_timeout)),
+            ("shared_memory", fits(self.shared_memory)),
+            ("shared_memory_total", fits(self.shared_memory_total)),
+            ("client_share", share > 0.0 && share <= 1.0),
+        ];
+        checks.into_iter().find(|(_, within)| !within).map(|(name, _)| name)
     }
 }
 

@@ -11,8 +11,9 @@ use std::time::Instant;
 
 use nix::unistd::Pid;
 use qrelay_shared::client::Client;
+use qrelay_shared::dictionary::{FromOpener, ToOpener};
 use qrelay_shared::exit::Exit;
-use qrelay_shared::ipc::channel::SendError;
+use qrelay_shared::ipc::channel::{Channel, SendError};
 use qrelay_shared::ipc::message::{MailRecord, Peer};
 
 use crate::ids::{GenerationId, JobId, WorkerId, ZygoteId};
@@ -137,6 +138,9 @@ pub(crate) enum Asker {
     Zygote(ZygoteId),
 }
 
+/// The supervisor's end of a channel on which a process asks for channels to the dictionaries.
+pub(crate) type OpenerChannel = Channel<FromOpener, ToOpener>;
+
 /// The way of a new process to the shared dictionaries.
 #[derive(Debug)]
 pub(crate) struct NewAsker {
@@ -144,8 +148,8 @@ pub(crate) struct NewAsker {
     pub(crate) asker: Asker,
     /// The generation of the process.
     pub(crate) generation: GenerationId,
-    /// The supervisor's end of the channel on which the process asks for others.
-    pub(crate) opener: OwnedFd,
+    /// The channel on which the process asks for others.
+    pub(crate) opener: OpenerChannel,
 }
 
 /// Why a generation is loaded.

@@ -17,14 +17,13 @@ use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
-use qrelay_shared::dictionary::{FromOpener, ToOpener};
 use qrelay_shared::exit::Exit;
-use qrelay_shared::ipc::channel::{Channel, RecvBuffer};
+use qrelay_shared::ipc::channel::RecvBuffer;
 use qrelay_shared::ipc::message::ZygoteOrder;
 use qrelay_shared::settings::{Account, Declaration};
 use slog::{Logger, error, info};
 
-use crate::event::{Asker, Cause, Event, Events, NewAsker};
+use crate::event::{Asker, Cause, Event, Events, NewAsker, OpenerChannel};
 use crate::generations::reload::{Command, Generations};
 use crate::generations::zygotes::{Order, Zygote};
 use crate::ids::{GenerationId, ZygoteId};
@@ -253,10 +252,11 @@ impl Rollout {
             instance: self.loading.instance.clone(),
             account: self.loading.account.clone(),
         };
-        let opener = Channel::<FromOpener, ToOpener>::pair();
+        let opener = OpenerChannel::pair();
         let sent = opener.map_err(|error| error.to_string()).and_then(|(opener, theirs)| {
+            let opener = opener.foreign();
             let sent = channel.try_send(&order, &[theirs.as_fd()]);
-            sent.map(|()| opener.into()).map_err(|error| error.to_string())
+            sent.map(|()| opener).map_err(|error| error.to_string())
         });
         let id = self.add_zygote(Zygote::new(generation, Some(pid), channel));
         if let Some(entry) = self.loaded.get_mut(&generation) {

@@ -117,6 +117,7 @@ impl System for Linux {
     /// Executes this same binary anew, with the zygote's end of the channel as standard input.
     fn spawn_zygote(&self) -> io::Result<(Pid, ZygoteChannel)> {
         let (ours, theirs) = ZygoteChannel::pair()?;
+        let ours = ours.foreign();
         let mut command = Command::new(Path::new("/proc/self/exe"));
         command
             .args(["--log-level", self.level.as_str(), "zygote", "--limits"])

@@ -5,9 +5,9 @@
 //! [`Messages`]). Under load one system call and one wake-up then serve all of them. The
 //! descriptors of a datagram belong to those of its messages that have one, in their order.
 //!
-//! A channel to a process that isn't trusted ([`Channel::foreign`]) may have descriptors in its
-//! queue whose close waits. The closer closes such a channel, and messages with descriptors are
-//! [`RecvError::Rights`].
+//! A channel to a process that isn't trusted ([`Channel::foreign`]) has no descriptors in its
+//! queue. Where the kernel can't refuse them, their close may wait: the closer closes such a
+//! channel, and messages with descriptors are [`RecvError::Rights`].
 //!
 //! # Failure
 //! [`SendError::Full`] is the result of a send without waiting when the other side doesn't read;
@@ -133,11 +133,14 @@ impl<Out: Direction, In: Direction> Channel<Out, In> {
         Self { fd: GuardedFd::from(fd), looks: false, directions: PhantomData }
     }
 
-    /// Trusts the other process no more than a client: the closer closes this end, and no message
-    /// that comes has descriptors. The kernel refuses them, or each message is looked at first.
+    /// Trusts the process that the other end is for no more than a client: no message that comes
+    /// has descriptors, because the kernel refuses them. If it can't, each message is looked at
+    /// first, and the closer closes this end. To be called before anybody else has the other end.
     pub fn foreign(mut self) -> Self {
-        self.fd.leave_to_closer();
-        self.looks = refuse(self.as_fd()) == Rights::Possible;
+        if refuse(self.as_fd()) == Rights::Possible {
+            self.looks = true;
+            self.fd.leave_to_closer();
+        }
         self
     }
 

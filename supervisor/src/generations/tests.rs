@@ -430,3 +430,33 @@ fn a_zygote_may_ask_the_dictionaries_until_its_script_has_run() {
         assert!(gone(&site));
     }
 }
+
+#[test]
+fn a_zygote_that_declares_what_no_script_can_is_killed() {
+    let settings = Settings::default;
+    let cases = [
+        Settings { workers: 0, ..settings() },
+        Settings { workers: u32::MAX, ..settings() },
+        Settings { worker_connections: u32::MAX, ..settings() },
+        Settings { client_timeout: Duration::MAX, ..settings() },
+        Settings { request_timeout: Duration::MAX, ..settings() },
+        Settings { relay_timeout: Duration::MAX, ..settings() },
+        Settings { handler_timeout: Duration::MAX, ..settings() },
+        Settings { hang_timeout: Duration::MAX, ..settings() },
+        Settings { drain_timeout: Duration::MAX, ..settings() },
+        Settings { shared_memory: usize::MAX, ..settings() },
+        Settings { shared_memory_total: usize::MAX, ..settings() },
+        Settings { client_share: f64::NAN, ..settings() },
+    ];
+    for settings in cases {
+        let mut site = Site::new();
+        site.rollout.boot(site.now, &mut site.events);
+        let zygote = site.zygote();
+        site.events();
+        let declaration = Declaration { settings, ..Declaration::default() };
+        zygote.report(&ZygoteReport::Declared(Box::new(declaration)));
+        site.read(&zygote);
+        assert_eq!(site.fake.signals(), [(zygote.pid, Signal::SIGKILL)]);
+        assert!(site.events().is_empty());
+    }
+}

@@ -92,8 +92,7 @@ impl Rollout {
     }
 
     /// Adds a zygote and watches its channel.
-    pub(super) fn add_zygote(&mut self, mut zygote: Zygote) -> ZygoteId {
-        zygote.channel = zygote.channel.foreign();
+    pub(super) fn add_zygote(&mut self, zygote: Zygote) -> ZygoteId {
         let id = self.last_zygote.advance();
         if let Err(error) = self.watcher.add(&zygote.channel, Source::Zygote(id)) {
             error!(self.log, "epoll_ctl: {error}");
@@ -207,6 +206,13 @@ impl Rollout {
             }
             _ => None,
         };
+        let complaint = match &report {
+            ZygoteReport::Declared(declaration) => {
+                let name = declaration.settings.out_of_limits();
+                name.map(|name| format!("it declared {name} out of its limits"))
+            }
+            _ => complaint,
+        };
         if let Some(complaint) = complaint {
             return self.zygote_lied(id, &complaint, now, events);
         }
@@ -253,6 +259,7 @@ impl Rollout {
         let Some(zygote) = self.zygotes.get(&asked) else { return };
         let sent =
             ZygoteChannel::pair().map_err(|error| error.to_string()).and_then(|(ours, theirs)| {
+                let ours = ours.foreign();
                 zygote
                     .channel
                     .try_send(&ZygoteOrder::Standby, &[theirs.as_fd()])

@@ -15,15 +15,13 @@ use std::collections::BTreeMap;
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::Instant;
 
-use qrelay_shared::dictionary::{
-    FromDictionary, FromOpener, Opened, Operation, ToDictionary, ToOpener,
-};
+use qrelay_shared::dictionary::{FromDictionary, Opened, Operation, ToDictionary};
 use qrelay_shared::ipc::channel::{Channel, RecvBuffer, RecvError, SendError};
 use qrelay_shared::settings::{Declaration, Settings};
 use rustc_hash::{FxHashMap, FxHashSet};
 
 use crate::descriptors::allot;
-use crate::event::{Asker, Event, Events, NewAsker};
+use crate::event::{Asker, Event, Events, NewAsker, OpenerChannel};
 use crate::ids::{ChannelId, GenerationId};
 use crate::services::dictionaries::Dictionaries;
 use crate::watch::{Source, Watcher};
@@ -40,8 +38,6 @@ const CHANNEL_COST: u32 = 8;
 
 /// The supervisor's end of a channel for questions.
 type QuestionChannel = Channel<FromDictionary, ToDictionary>;
-/// The supervisor's end of a channel on which other channels are asked for.
-type OpenerChannel = Channel<FromOpener, ToOpener>;
 
 /// The dictionaries and the channels to them.
 #[derive(Debug)]
@@ -168,7 +164,6 @@ impl DictionaryServer {
     /// Lets a process ask. If its opener can't be watched, it is closed, which the process sees.
     pub(super) fn asker_came(&mut self, new: NewAsker) {
         let NewAsker { asker, generation, opener } = new;
-        let opener = OpenerChannel::from_fd(opener).foreign();
         let id = self.last.advance();
         if self.watcher.add(&opener, Source::Dictionary(id)).is_ok() {
             let channels = FxHashSet::default();

@@ -4,7 +4,7 @@ use std::fs::File;
 use std::time::Duration;
 
 use nix::errno::Errno;
-use qrelay_shared::dictionary::{Answer, Request, Value, Wish};
+use qrelay_shared::dictionary::{Answer, FromOpener, Request, ToOpener, Value, Wish};
 
 use super::*;
 use crate::ids::{WorkerId, ZygoteId};
@@ -38,7 +38,7 @@ impl Site {
 
     fn process(&mut self, asker: Asker) -> Opener {
         let (ours, theirs) = OpenerChannel::pair().expect("a pair");
-        self.server.asker_came(NewAsker { asker, generation: FIRST, opener: ours.into() });
+        self.server.asker_came(NewAsker { asker, generation: FIRST, opener: ours.foreign() });
         theirs
     }
 

@@ -8,14 +8,13 @@ use nix::sys::signal::Signal;
 use nix::sys::socket::{Shutdown, shutdown};
 use nix::sys::wait::WaitStatus;
 use nix::unistd::Pid;
-use qrelay_shared::dictionary::{FromOpener, ToOpener};
 use qrelay_shared::ipc::channel::{Channel, RecvBuffer, RecvError};
 use qrelay_shared::ipc::message::{
     Control, FromControl, Report, ToControl, ToJobs, ToReports, mail_id,
 };
 use slog::{debug, error, warn};
 
-use crate::event::{Asker, Event, Events, NewAsker, NewWorker, Recorder, Teller};
+use crate::event::{Asker, Event, Events, NewAsker, NewWorker, OpenerChannel, Recorder, Teller};
 use crate::ids::{GenerationId, JobId, WorkerId};
 use crate::system::describe;
 use crate::watch::Source;
@@ -111,7 +110,7 @@ impl Workers {
         let socketpair = |error| format!("socketpair: {error}");
         let (jobs, their_jobs) = Channel::pair().map_err(socketpair)?;
         let (control, their_control) = Channel::pair().map_err(socketpair)?;
-        let (opener, their_opener) = Channel::<FromOpener, ToOpener>::pair().map_err(socketpair)?;
+        let (opener, their_opener) = OpenerChannel::pair().map_err(socketpair)?;
         let jobs = jobs.foreign();
         let control = control.foreign();
         self.watcher
@@ -119,7 +118,7 @@ impl Workers {
             .and_then(|()| self.watcher.add(&control, Source::Control(worker)))
             .map_err(|error| format!("epoll_ctl: {error}"))?;
         self.processes.insert(worker, Process::new(jobs, control));
-        let (asker, opener) = (Asker::Worker(worker), opener.into());
+        let (asker, opener) = (Asker::Worker(worker), opener.foreign());
         events.push_back(Event::AskerCame(NewAsker { asker, generation, opener }));
         Ok(NewWorker {
             generation,

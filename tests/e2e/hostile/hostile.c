@@ -21,6 +21,9 @@ enum { ORDERS, ZYGOTE_OPENER };
 /* More than any process gets. */
 enum { MOST = 1024, MESSAGE = 128 * 1024 };
 
+/* Small entries that fill a dictionary. */
+enum { FULL = 1 << 16 };
+
 static int sockets[SOCKETS];
 static char bytes[2 * MESSAGE];
 
@@ -92,22 +95,23 @@ static const char SET_ONE[] = {1, 1, 2, 0};           /* Set{Integer(1), None} *
 static const char KEYS[] = {5, (char)0x90, 0x4e};     /* Keys{10000} */
 static const char SET_LONG[] = {1, 0, (char)0xe0, (char)0xd4, 3}; /* Set{String(60000 bytes… */
 
-/* Asks the dearest questions on every channel that it can get, and reads the answers. */
+/* Asks the dearest questions on every channel that it can get, one at a time on each, and reads the
+ * answers. */
 static void ask_dearly(int opener) {
   static int channels[MOST];
-  static char answer[MESSAGE];
+  static char answer[MESSAGE], waits[MOST];
   int count = get_all(opener, channels);
-  for (unsigned number = 0;; number++) {
+  for (unsigned number = 0;;) {
     for (int at = 0; at < count; at++) {
-      size_t length = question(bytes, number * (unsigned)count + (unsigned)at, SET_ONE, 4);
-      if (number > 4000 && at % 2) {
+      if (waits[at] && recv(channels[at], answer, sizeof answer, MSG_DONTWAIT) < 0) continue;
+      size_t length = question(bytes, number++, SET_ONE, sizeof SET_ONE);
+      if (number > FULL && at % 2) {
         length = question(bytes, number, SET_LONG, sizeof SET_LONG) + 60000;
         bytes[length++] = 0;
-      } else if (number > 4000) {
+      } else if (number > FULL) {
         length = question(bytes, 0, KEYS, sizeof KEYS);
       }
-      send(channels[at], bytes, length, MSG_DONTWAIT | MSG_NOSIGNAL);
-      while (recv(channels[at], answer, sizeof answer, MSG_DONTWAIT) > 0) {}
+      waits[at] = send(channels[at], bytes, length, MSG_DONTWAIT | MSG_NOSIGNAL) > 0;
     }
   }
 }

@@ -9,19 +9,17 @@
 use std::time::Duration;
 
 use mlua::{Table, Value};
-use qrelay_shared::settings::{ListenerDecl, Settings};
+use qrelay_shared::settings::{
+    ListenerDecl, MAX_DURATION, MAX_MEMORY, MAX_WORKER_CONNECTIONS, MAX_WORKERS, Settings,
+};
 
 use crate::lua::binding::convert::{self, Argument};
 use crate::lua::binding::error::Raise;
 
-/// Longest duration of a setting: a day, in seconds.
-const MAX_DURATION: f64 = 86_400.0;
 /// Integers up to here are the same in Lua's integers and floats.
 const MAX_INTEGER: u64 = 1 << 53;
 /// Smallest memory for Lua: its libraries and a small script need some 0.3 MiB.
 const MIN_LUA_MEMORY: u64 = 1 << 20;
-/// Largest memory limits: 1 TiB, beyond any machine's use for mail.
-const MAX_MEMORY: u64 = 1 << 40;
 /// Largest id of a user or group. The next one, (uid_t)-1, means "no change" to setresuid(2).
 const MAX_ID: u64 = u32::MAX as u64 - 1;
 /// Bytes of a request beside its message (see the limits of QMQP in the documentation).
@@ -40,8 +38,11 @@ enum Kind {
 
 /// The settings, in the order of the documentation.
 const KEYS: &[(&str, Kind)] = &[
-    ("workers", Kind::Small(1, 256, |s| &mut s.workers)),
-    ("worker_connections", Kind::Small(1, 4096, |s| &mut s.worker_connections)),
+    ("workers", Kind::Small(1, MAX_WORKERS as u64, |s| &mut s.workers)),
+    (
+        "worker_connections",
+        Kind::Small(1, MAX_WORKER_CONNECTIONS as u64, |s| &mut s.worker_connections),
+    ),
     ("client_timeout", Kind::Duration(|s| &mut s.client_timeout)),
     ("request_timeout", Kind::Duration(|s| &mut s.request_timeout)),
     ("request_min_rate", Kind::Count(MAX_INTEGER, |s| &mut s.request_min_rate)),
@@ -88,13 +89,15 @@ fn set(
     settings: &mut Settings,
 ) -> Result<(), Raise> {
     match kind {
-        Kind::Duration(field) => *field(settings) = argument.duration(value, MAX_DURATION)?,
+        Kind::Duration(field) => {
+            *field(settings) = argument.duration(value, MAX_DURATION.as_secs_f64())?;
+        }
         Kind::Small(min, max, field) => {
             *field(settings) = argument.integer(value, *min, *max)? as u32;
         }
         Kind::Count(max, field) => *field(settings) = argument.integer(value, 0, *max)?,
         Kind::Bytes(min, field) => {
-            *field(settings) = argument.integer(value, *min, MAX_MEMORY)? as usize;
+            *field(settings) = argument.integer(value, *min, MAX_MEMORY as u64)? as usize;
         }
         Kind::Share(field) => {
             let share = argument.number(value, 0.0, 1.0)?;
