@@ -13,6 +13,7 @@ pub mod machine;
 pub mod mail;
 pub mod network;
 pub mod notify;
+pub mod pooler;
 pub mod postgres;
 pub mod processes;
 pub mod record;

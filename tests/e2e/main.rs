@@ -36,6 +36,7 @@ mod lua;
 mod passed_descriptors;
 mod pg;
 mod pg_connection;
+mod pg_pooler;
 mod pg_trouble;
 mod pond;
 mod postfix;

@@ -1,6 +1,7 @@
 //! Connections to PostgreSQL: when they are made, where a connection string leads, their number,
 //! and TLS.
 
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use crate::harness::daemon::command;
@@ -114,6 +115,88 @@ fn queries_of_different_mails_run_at_the_same_time() {
     assert!(connections <= 8, "{connections}");
 }
 
+/// Makes a key and a certificate of version 1 for a server in `cluster`, as `openssl x509 -req`
+/// does unless it is told otherwise, and returns the signer's certificate.
+fn make_old_certificate(cluster: &Cluster, dir: &Path) -> PathBuf {
+    let script = "set -e; cd \"$1\"
+        openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=ca -keyout ca.key -out ca.crt
+        openssl req -newkey rsa:2048 -nodes -subj /CN=localhost -keyout old.key -out old.csr
+        openssl x509 -req -in old.csr -CA ca.crt -CAkey ca.key -CAcreateserial -days 2 -out old.crt
+        openssl x509 -in old.crt -noout -text | grep -q 'Version: 1 '";
+    let output = command("sh").args(["-c", script, "sh"]).arg(dir).output().expect("sh runs");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    for (from, to) in [("old.key", "server.key"), ("old.crt", "server.crt")] {
+        std::fs::copy(dir.join(from), cluster.data().join(to)).expect("copy");
+        let mode = std::os::unix::fs::PermissionsExt::from_mode(0o600);
+        std::fs::set_permissions(cluster.data().join(to), mode).expect("mode");
+        cluster.give_to_server(&cluster.data().join(to));
+    }
+    dir.join("ca.crt")
+}
+
+#[test]
+fn certificates_of_version_1_encrypt_and_cannot_be_verified() {
+    let cluster =
+        Cluster::prepare(&["ssl=on", "ssl_cert_file=server.crt", "ssl_key_file=server.key"]);
+    let certificates = Site::new();
+    let root = make_old_certificate(&cluster, certificates.dir());
+    let hba = "local all all trust\nhost all all 127.0.0.1/32 trust\n";
+    std::fs::write(cluster.data().join("pg_hba.conf"), hba).expect("pg_hba.conf");
+    for limit in ["TLSv1.2", "TLSv1.3"] {
+        cluster.restart_with(&[&format!("ssl_max_protocol_version={limit}")]);
+        let site = Site::with(
+            "qmqp_listen('$DIR/in', function(m)
+               local db = pg:new('user=postgres dbname=postgres ' .. m:header('X-Conninfo'))
+               local r, e = db:execute('SELECT ssl FROM pg_stat_ssl WHERE pid = pg_backend_pid()')
+               return m:discard(r and r:fetch(nil, 'n')[1] or e)
+             end)",
+        );
+        let passwd = format!("tester:x:{}:0::/nonexistent:/bin/sh\n", nix::unistd::geteuid());
+        let daemon = site.launch().with_etc(&[("passwd", &passwd)]).ready();
+        let old = "the server's certificate is of X.509 version 1 or 2, which can't be verified";
+        for (mode, expected) in
+            [("prefer", "Kt"), ("require", "Kt"), ("verify-ca", old), ("verify-full", old)]
+        {
+            let mut mail = Mail::new("x");
+            let root = if mode.starts_with("verify") {
+                format!("sslrootcert={}", root.display())
+            } else {
+                String::new()
+            };
+            let conninfo = format!(
+                "X-Conninfo: host=localhost hostaddr=127.0.0.1 port={} sslmode={mode} {root}\n",
+                cluster.port()
+            );
+            mail.message.splice(0..0, conninfo.into_bytes());
+            let told = submit(daemon.path("in"), &mail).to_string();
+            assert!(told.contains(expected), "{limit} {mode}: {told}\n{}", daemon.text());
+        }
+        assert_eq!(daemon.count_log("not encrypted"), 0, "{}", daemon.text());
+    }
+}
+
+#[test]
+fn plain_text_instead_of_tls_is_a_warning() {
+    let cluster = Cluster::shared();
+    let daemon = Daemon::start(&format!(
+        "settings{{workers=1}}
+         local db = pg:new('host=127.0.0.1 port={} user=postgres dbname=postgres', nil,
+           {{max_connections=1}})
+         qmqp_listen('$DIR/in', function(m)
+           local r = assert(db:execute('SELECT ssl FROM pg_stat_ssl WHERE pid = pg_backend_pid()'))
+           assert(db:execute('SELECT pg_terminate_backend(pg_backend_pid())') == nil)
+           return m:discard(r:fetch(nil, 'n')[1])
+         end)",
+        cluster.port()
+    ));
+    for _ in 0..3 {
+        assert_eq!(submit(daemon.path("in"), &Mail::new("x")), "Kf", "{}", daemon.text());
+    }
+    let line = daemon.wait_for_log("not encrypted");
+    assert!(line.contains(" warn ") && line.contains("does not support TLS"), "{line}");
+    assert_eq!(daemon.count_log("not encrypted"), 1, "{}", daemon.text());
+}
+
 #[test]
 fn tls_as_sslmode_says() {
     let cluster =
@@ -175,6 +258,8 @@ fn tls_as_sslmode_says() {
     for (conninfo, expected) in &cases {
         let told = try_it(conninfo);
         assert!(told.starts_with(expected), "{conninfo}: {told}\n{}", daemon.text());
+        assert!(!expected.contains("cannot") || told.contains("certificate "), "{told}");
+        assert!(!told.contains("UnknownIssuer"), "a name of the library: {told}");
     }
     // This server has no TLS.
     let plain = Cluster::shared();

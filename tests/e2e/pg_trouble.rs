@@ -119,6 +119,10 @@ fn a_mail_that_gives_up_cancels_its_statement() {
         cluster.conninfo()
     ));
     assert_eq!(submit(daemon.path("in"), &Mail::new("x")), "Zrelay failed");
+    let line = daemon.wait_for_log("a mail's time is over");
+    assert!(line.contains("statement=\"SELECT pg_sleep(300) /* forgotten */\""), "{line}");
+    let id = line.split(" id=").nth(1).and_then(|rest| rest.split(' ').next()).expect("an id");
+    daemon.wait_for_log(&format!("mail id={id} "));
     let running = "SELECT count(*) FROM pg_stat_activity WHERE query LIKE 'SELECT pg_sleep(300)%'";
     eventually("the end of the statement", || (cluster.psql(running) == "0\n").then_some(()));
 }

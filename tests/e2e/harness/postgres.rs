@@ -52,7 +52,7 @@ fn program(name: &str) -> PathBuf {
 }
 
 /// Returns a command that runs as the server's user.
-fn as_server(program: &Path) -> Command {
+pub fn as_server(program: &Path) -> Command {
     let Some(user) = server_user() else { return command(program) };
     let mut command = command("setpriv");
     let (uid, gid) = (user.uid.to_string(), user.gid.to_string());
@@ -135,12 +135,18 @@ impl Cluster {
     /// Starts or restarts the server, and waits until it accepts connections.
     #[track_caller]
     pub fn restart(&self) {
+        self.restart_with(&[]);
+    }
+
+    /// Restarts the server with these settings beside its own.
+    #[track_caller]
+    pub fn restart_with(&self, more: &[&str]) {
         self.stop();
         let mut command = as_server(&program("postgres"));
         command.arg("-D").arg(self.data()).arg("-k").arg(self.dir());
         command.args(["-p", &self.port.to_string(), "-h", "127.0.0.1", "-c", "fsync=off"]);
         command.args(["-c", "max_connections=200", "-c", "log_min_messages=panic"]);
-        for option in &self.options {
+        for option in self.options.iter().map(String::as_str).chain(more.iter().copied()) {
             command.args(["-c", option]);
         }
         let log = std::fs::File::create(self.dir().join("log")).expect("log file");

@@ -3,8 +3,8 @@
 //! From the script down: [`database`] and [`result`] are what a script sees, [`listen`] runs its
 //! callbacks. [`pool`] gives a [`task`] to a [`connection`], which is a thread with a [`session`];
 //! [`extended`] is for what a session can't prepare, and both return [`rows`]. [`mod@target`] and
-//! [`tls`] connect. [`conninfo`] and [`uri`] read [`parameters`], [`passfile`] the passwords.
-//! [`statement`] and [`mod@array`] are a script's values as text.
+//! [`tls`] connect, and [`pooler`] finds out to what. [`conninfo`] and [`uri`] read [`parameters`],
+//! [`passfile`] the passwords. [`statement`] and [`mod@array`] are a script's values as text.
 //!
 //! Contract: connections are opened when they are needed, in each worker. Those that were opened
 //! while the script was loaded are closed, and their threads have ended, before anything forks.
@@ -21,6 +21,7 @@ mod listen;
 mod parameters;
 mod passfile;
 mod pool;
+mod pooler;
 mod result;
 mod rows;
 mod session;

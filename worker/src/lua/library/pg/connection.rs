@@ -14,7 +14,7 @@ use std::sync::Arc;
 use qrelay_shared::sys::thread::spawn;
 
 use crate::lua::library::pg::session::{Answer, Request, Session};
-use crate::lua::library::pg::target::{Cancel, Target};
+use crate::lua::library::pg::target::{Cancel, Connection, Target};
 use crate::lua::library::pg::task::{Stage, Task};
 
 /// Virtual memory of a connection's thread: a TLS handshake of an unoptimised build takes less than
@@ -114,12 +114,12 @@ impl<T: Tasks> Worker<T> {
         let connection = match self.connection.take() {
             Some(connection) => connection,
             None => {
-                let (client, cancel) = self.tasks.target().connect()?;
+                let Connection { client, cancel, pooling } = self.tasks.target().connect()?;
                 let cancel = Arc::new(cancel);
                 if !stage.run(Some(&cancel)) {
                     return Err("nobody waits any more".into());
                 }
-                (Session::new(client), cancel)
+                (Session::new(client, pooling), cancel)
             }
         };
         Ok(&mut self.connection.insert(connection).0)

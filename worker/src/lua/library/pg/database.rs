@@ -13,6 +13,7 @@ use std::sync::{Arc, Weak};
 use mlua::{Function, IntoLua, Lua, Value};
 use parking_lot::Mutex;
 use qrelay_shared::deadline::Deadline;
+use qrelay_shared::ipc::message::MailId;
 
 use crate::lua::binding::arguments::{self, Arguments, Name};
 use crate::lua::binding::convert::{self, Argument};
@@ -86,13 +87,18 @@ pub(super) fn register(lua: &Lua, watch: &Arc<Watch>, library: &Arc<Library>) ->
     class.register::<TransactionObject>(|_| ())?;
 
     let mut class = Class::new(lua, "database")?;
-    class.blocking_method("execute", |_, (this, sql, parameters): (Value, Value, Value)| {
-        let pool = with(&this, |database| Ok(Arc::clone(&database.pool)))?;
-        Ok(match request(&sql, &parameters)? {
-            Ok(request) => Call::Later(Box::new(Execute { pool, request })),
-            Err(message) => Call::Now((None::<ResultObject>, Some(message))),
-        })
-    })?;
+    let running = Arc::clone(watch);
+    class.blocking_method(
+        "execute",
+        move |_, (this, sql, parameters): (Value, Value, Value)| {
+            let pool = with(&this, |database| Ok(Arc::clone(&database.pool)))?;
+            let id = running.mail().and_then(|mail| mail.id());
+            Ok(match request(&sql, &parameters)? {
+                Ok(request) => Call::Later(Box::new(Execute { pool, request, id })),
+                Err(message) => Call::Now((None::<ResultObject>, Some(message))),
+            })
+        },
+    )?;
     class.lua_method("transaction", transaction_function(lua, watch)?)?;
     let library = Arc::clone(library);
     class.method("listen", move |_, (this, name, callback): (Value, Value, Value)| {
@@ -180,11 +186,12 @@ fn outcome<R: IntoLua + Send + 'static>(
 struct Execute {
     pool: Arc<Pool>,
     request: Request,
+    id: Option<MailId>,
 }
 
 impl Operation for Execute {
     fn run(self: Box<Self>, deadline: Deadline) -> Completion {
-        outcome(self.pool.ask(self.request, deadline), ResultObject::new)
+        outcome(self.pool.ask(self.request, self.id, deadline), ResultObject::new)
     }
 }
 
@@ -192,11 +199,12 @@ impl Operation for Execute {
 struct Begin {
     pool: Arc<Pool>,
     scope: Option<Arc<Scope>>,
+    id: Option<MailId>,
 }
 
 impl Operation for Begin {
     fn run(self: Box<Self>, deadline: Deadline) -> Completion {
-        match self.pool.begin(deadline) {
+        match self.pool.begin(self.id, deadline) {
             Ok(lease) => {
                 let transaction = Arc::new(Transaction(Mutex::new(Some(lease))));
                 if let Some(scope) = self.scope {
@@ -255,7 +263,8 @@ fn transaction_function(lua: &Lua, watch: &Arc<Watch>) -> mlua::Result<Function>
         "transaction",
         move |_, this: Value| -> Result<Call<()>, Raise> {
             let pool = with(&this, |database| Ok(Arc::clone(&database.pool)))?;
-            Ok(Call::Later(Box::new(Begin { pool, scope: watch.scope() })))
+            let id = watch.mail().and_then(|mail| mail.id());
+            Ok(Call::Later(Box::new(Begin { pool, scope: watch.scope(), id })))
         },
     )?;
     let ending = |request: Request| {

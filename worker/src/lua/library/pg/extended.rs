@@ -13,7 +13,6 @@
 use std::error::Error as StdError;
 
 use bytes::BytesMut;
-use postgres::error::SqlState;
 use postgres::fallible_iterator::FallibleIterator as _;
 use postgres::types::{Format, FromSql, IsNull, Kind, ToSql, Type, to_sql_checked};
 use postgres::{Client, Error, Row};
@@ -112,6 +111,13 @@ impl<'a> FromSql<'a> for Binary<'a> {
     }
 }
 
+/// Returns why a statement can't be sent. After a COPY the server would wait for data, and no other
+/// message would end the data.
+pub(super) fn unsendable(sql: &str) -> Option<&'static str> {
+    let is_copy = first_word(sql).eq_ignore_ascii_case("COPY");
+    is_copy.then_some("COPY takes no parameters, not even an empty list")
+}
+
 /// Runs a statement to its end.
 ///
 /// # Errors
@@ -122,11 +128,6 @@ pub(super) fn run(
     sql: &str,
     parameters: &[Parameter],
 ) -> Result<Result<Rows, String>, Error> {
-    if first_word(sql).eq_ignore_ascii_case("COPY") {
-        // The server would wait for data, and no other message would end the data.
-        return Ok(Err("COPY takes no parameters, not even an empty list".into()));
-    }
-    learn_types(client, sql, parameters.len())?;
     let parameters = parameters.iter().map(|parameter| (Text(parameter), UNTYPED));
     let parameters: Vec<_> = parameters.collect();
     let borrowed = parameters.iter().map(|(text, kind)| (text as &dyn ToSql, kind.clone()));
@@ -143,12 +144,11 @@ pub(super) fn run(
 /// Lets the client library learn the types of the result before the result comes. The library asks
 /// the server for types that are new to it. In the middle of a result it would wait for an answer
 /// behind more rows than it buffers.
-fn learn_types(client: &mut Client, sql: &str, parameters: usize) -> Result<(), Error> {
-    match client.prepare_typed(sql, &vec![UNTYPED; parameters]) {
-        // Behind a pooler another client may have left a statement of the library's name.
-        Err(error) if error.code() != Some(&SqlState::DUPLICATE_PSTATEMENT) => Err(error),
-        _ => Ok(()),
-    }
+///
+/// # Errors
+/// The server's or the connection's.
+pub(super) fn learn_types(client: &mut Client, sql: &str, parameters: usize) -> Result<(), Error> {
+    client.prepare_typed(sql, &vec![UNTYPED; parameters]).map(drop)
 }
 
 fn result_row(row: &Row) -> Result<Result<ResultRow, String>, Error> {

@@ -8,7 +8,8 @@
 //!
 //! # Failure
 //! A connection that breaks is logged and made again, after a pause that doubles from [`PAUSE_MIN`]
-//! to [`PAUSE_MAX`]; so is one that can't be made.
+//! to [`PAUSE_MAX`]; so is one that can't be made. Behind a pooler in transaction mode no
+//! notification would ever come: the log says so, and nobody listens.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -19,10 +20,11 @@ use crossbeam_channel::{Receiver, Sender, bounded};
 use mlua::{Function, Value};
 use postgres::fallible_iterator::FallibleIterator as _;
 use qrelay_shared::sys::thread::{LUA_STACK, spawn};
-use slog::{info, warn};
+use slog::{error, info, warn};
 
 use crate::lua::engine::background::Background;
 use crate::lua::library::pg::connection;
+use crate::lua::library::pg::pooler::Pooling;
 use crate::lua::library::pg::statement::quote_identifier;
 use crate::lua::library::pg::target::{Target, describe};
 
@@ -119,7 +121,15 @@ impl Subscription {
         let (mut pause, mut broken) = (PAUSE_MIN, false);
         loop {
             let reason = match self.target.connect() {
-                Ok((client, _)) => self.follow(client, &mut broken, &mut pause),
+                Ok(connection) if connection.pooling == Pooling::Transaction => {
+                    let names = self.callbacks.iter().map(|callback| callback.name.as_str());
+                    error!(logger, "pg: LISTEN can't work behind a pooler in transaction mode: \
+                        name the server itself, or a pool in session mode";
+                        "server" => self.target.name(),
+                        "channels" => names.collect::<Vec<_>>().join(", "));
+                    return;
+                }
+                Ok(connection) => self.follow(connection.client, &mut broken, &mut pause),
                 Err(reason) => reason,
             };
             if !std::mem::replace(&mut broken, true) {

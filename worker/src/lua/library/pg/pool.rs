@@ -15,6 +15,7 @@ use std::time::Duration;
 use crossbeam_channel::{Receiver, RecvTimeoutError, SendTimeoutError, Sender, bounded, unbounded};
 use parking_lot::{Condvar, Mutex};
 use qrelay_shared::deadline::Deadline;
+use qrelay_shared::ipc::message::MailId;
 use slog::Logger;
 
 use crate::lua::library::pg::connection::{self, Tasks};
@@ -28,6 +29,27 @@ pub(super) const CLOSE_TIME: Duration = Duration::from_secs(5);
 
 /// The log's name for what a mail waits for until a thread has begun with its task.
 const FREE: &str = "a free connection";
+
+/// Longest part of a statement in the log, in bytes.
+const SHOWN: usize = 60;
+
+/// Where a request comes from, for the log.
+#[derive(Debug, Clone)]
+pub(super) struct Origin {
+    /// The mail whose handler asks, if a handler asks.
+    pub id: Option<MailId>,
+    /// The beginning of the statement.
+    statement: String,
+}
+
+impl Origin {
+    /// Returns the origin of a request that this mail's handler makes.
+    pub(super) fn new(id: Option<MailId>, request: &Request) -> Self {
+        let statement = request.statement();
+        let shown = &statement.as_bytes()[..statement.len().min(SHOWN)];
+        Self { id, statement: String::from_utf8_lossy(shown).into_owned() }
+    }
+}
 
 /// Why there is no result.
 #[derive(Debug)]
@@ -79,9 +101,10 @@ struct State {
 
 impl Shared {
     /// Logs what a mail waited for when its time was over.
-    fn given_up(&self, waiting_for: &str) {
-        slog::warn!(self.logger, "pg: a mail's time is over"; "waited_for" => waiting_for,
-            "server" => self.target.name());
+    fn given_up(&self, waiting_for: &str, origin: &Origin) {
+        slog::warn!(self.logger, "pg: a mail's time is over"; "id" => origin.id.as_deref(),
+            "waited_for" => waiting_for, "server" => self.target.name(),
+            "statement" => &origin.statement);
     }
 
     /// Starts a thread if there is work for it and there may be one more.
@@ -176,27 +199,34 @@ impl Pool {
     ///
     /// # Errors
     /// See [`Refusal`].
-    pub(super) fn ask(&self, request: Request, deadline: Deadline) -> Result<Rows, Refusal> {
+    pub(super) fn ask(
+        &self,
+        request: Request,
+        id: Option<MailId>,
+        deadline: Deadline,
+    ) -> Result<Rows, Refusal> {
+        let origin = Origin::new(id, &request);
         let (answers, answered) = bounded(0);
         let stage = Arc::new(Stage::default());
         let task = Task { request, more: None, answers, stage: Arc::clone(&stage) };
-        self.enqueue(task, deadline)?;
-        self.caller(stage, answered).wait(deadline)
+        self.enqueue(task, &origin, deadline)?;
+        self.caller(stage, answered).wait(&origin, deadline)
     }
 
     /// Begins a transaction.
     ///
     /// # Errors
     /// See [`Refusal`].
-    pub(super) fn begin(&self, deadline: Deadline) -> Result<Lease, Refusal> {
+    pub(super) fn begin(&self, id: Option<MailId>, deadline: Deadline) -> Result<Lease, Refusal> {
+        let origin = Origin::new(id, &Request::Begin);
         let ((answers, answered), (requests, more)) = (bounded(0), bounded(0));
         let stage = Arc::new(Stage::default());
         let more = Some(more);
         let task = Task { request: Request::Begin, more, answers, stage: Arc::clone(&stage) };
-        self.enqueue(task, deadline)?;
+        self.enqueue(task, &origin, deadline)?;
         let caller = self.caller(stage, answered);
-        caller.wait(deadline)?;
-        Ok(Lease { requests, caller })
+        caller.wait(&origin, deadline)?;
+        Ok(Lease { requests, caller, id: origin.id })
     }
 
     /// Ends every thread as soon as it is idle, and waits for the ends.
@@ -212,12 +242,12 @@ impl Pool {
 
     /// Puts a task into the queue. While no thread exists and none may be started, waits for the
     /// end of an abandoned thread.
-    fn enqueue(&self, task: Task, deadline: Deadline) -> Result<(), Refusal> {
+    fn enqueue(&self, task: Task, origin: &Origin, deadline: Deadline) -> Result<(), Refusal> {
         let shared = &self.shared;
         let mut state = shared.state.lock();
         while state.threads == 0 && state.abandoned >= shared.max {
             if shared.ended.wait_until(&mut state, deadline.instant()).timed_out() {
-                shared.given_up(FREE);
+                shared.given_up(FREE, origin);
                 return Err(Refusal::Expired);
             }
         }
@@ -250,7 +280,7 @@ struct Caller {
 }
 
 impl Caller {
-    fn wait(&self, deadline: Deadline) -> Result<Rows, Refusal> {
+    fn wait(&self, origin: &Origin, deadline: Deadline) -> Result<Rows, Refusal> {
         match self.answers.recv_deadline(deadline.instant()) {
             Ok(Answer::Done(rows)) => Ok(rows),
             Ok(Answer::Failed(message) | Answer::Lost { message, .. }) => {
@@ -260,19 +290,20 @@ impl Caller {
                 Err(Refusal::Failed("the connection's thread has ended".into()))
             }
             Err(RecvTimeoutError::Timeout) => {
-                self.abandon();
+                self.abandon(origin);
                 Err(Refusal::Expired)
             }
         }
     }
 
-    fn abandon(&self) {
+    fn abandon(&self, origin: &Origin) {
         // The state is locked first, so that the thread's end is counted afterwards.
         let mut state = self.shared.state.lock();
         let Abandoned::Working(cancel) = self.stage.abandon() else {
-            return self.shared.given_up(FREE);
+            return self.shared.given_up(FREE, origin);
         };
-        self.shared.given_up(if cancel.is_some() { "an answer" } else { "a new connection" });
+        let waited_for = if cancel.is_some() { "an answer" } else { "a new connection" };
+        self.shared.given_up(waited_for, origin);
         state.threads -= 1;
         state.outstanding -= 1;
         state.abandoned += 1;
@@ -289,6 +320,7 @@ impl Caller {
 pub(super) struct Lease {
     requests: Sender<Request>,
     caller: Caller,
+    id: Option<MailId>,
 }
 
 impl Lease {
@@ -297,8 +329,9 @@ impl Lease {
     /// # Errors
     /// See [`Refusal`].
     pub(super) fn ask(&self, request: Request, deadline: Deadline) -> Result<Rows, Refusal> {
+        let origin = Origin::new(self.id, &request);
         match self.requests.send_deadline(request, deadline.instant()) {
-            Ok(()) => self.caller.wait(deadline),
+            Ok(()) => self.caller.wait(&origin, deadline),
             Err(SendTimeoutError::Timeout(_)) => Err(Refusal::Expired),
             Err(SendTimeoutError::Disconnected(_)) => {
                 Err(Refusal::Failed("the connection is gone".into()))

@@ -4,7 +4,9 @@
 //! protocol. A statement with parameters is prepared first, by a `PREPARE` through the extended
 //! protocol, which refuses several statements in one text. The statement stays prepared, so the
 //! next time it costs one round trip. Statements that can't be prepared go through [`extended`]. A
-//! session stays in a transaction only between [`Request::Begin`] and its end.
+//! session stays in a transaction only between [`Request::Begin`] and its end. Behind a pooler in
+//! transaction mode a statement with parameters has a transaction of its own, and no prepared
+//! statement lasts longer than the transaction.
 //!
 //! # Failure
 //! [`Answer::Failed`] with the server's message while the connection can go on, [`Answer::Lost`]
@@ -18,6 +20,7 @@ use postgres::error::{Severity, SqlState};
 use postgres::{Client, Error, SimpleQueryMessage};
 
 use crate::lua::library::pg::extended;
+use crate::lua::library::pg::pooler::Pooling;
 use crate::lua::library::pg::rows::{ResultRow, Rows};
 use crate::lua::library::pg::statement::{self, Parameter};
 use crate::lua::library::pg::target::describe;
@@ -25,6 +28,10 @@ use crate::lua::library::pg::target::describe;
 /// Most statements that stay prepared per connection; beyond, the least recently used one is
 /// dropped.
 const PREPARED_MAX: usize = 128;
+
+/// Most names that are tried for a statement of the client library behind a pooler: each client may
+/// have left one in a session of the server.
+const NAMES_MAX: usize = 1000;
 
 /// A connection that was idle for longer is tested before the next statement, because the server or
 /// a router may have closed it. With so little traffic the time of another round trip doesn't
@@ -54,6 +61,18 @@ pub(super) enum Request {
     Rollback,
 }
 
+impl Request {
+    /// Returns the statement, for the log.
+    pub(super) fn statement(&self) -> &str {
+        match self {
+            Self::Query(sql) | Self::Execute { sql, .. } => sql,
+            Self::Begin => "BEGIN",
+            Self::Commit => "COMMIT",
+            Self::Rollback => "ROLLBACK",
+        }
+    }
+}
+
 /// How a request ended.
 #[derive(Debug)]
 pub(super) enum Answer {
@@ -81,12 +100,15 @@ pub(super) struct Session {
     prefix: String,
     counter: u64,
     in_transaction: bool,
+    /// Value of `counter` when the transaction began.
+    began: u64,
+    pooling: Pooling,
     last_used: Instant,
 }
 
 impl Session {
     /// A fresh connection's session.
-    pub(super) fn new(client: Client) -> Self {
+    pub(super) fn new(client: Client, pooling: Pooling) -> Self {
         let unique = RandomState::new().build_hasher().finish();
         Self {
             client,
@@ -94,6 +116,8 @@ impl Session {
             prefix: format!("qrelay_{unique:x}"),
             counter: 0,
             in_transaction: false,
+            began: 0,
+            pooling,
             last_used: Instant::now(),
         }
     }
@@ -178,31 +202,101 @@ impl Session {
 
     fn execute(&mut self, sql: &str, parameters: &[Parameter]) -> Result<Answer, Error> {
         if !extended::is_preparable(sql) {
+            if let Some(message) = extended::unsendable(sql) {
+                return Ok(Answer::Failed(message.into()));
+            }
+            if let Some(lost) = self.learn_types(sql, parameters.len())? {
+                return Ok(lost);
+            }
             let result = extended::run(&mut self.client, sql, parameters);
             return self.finish(sql, result);
         }
         let parameters = &statement::literals(parameters);
-        let known = self.prepared.contains_key(sql);
-        let result = self.execute_prepared(sql, parameters);
-        let messages = match result {
-            // The prepared statement is gone, or a table has changed. Nothing was done yet.
-            Err(error) if known && is_outdated(&error) => {
-                self.forget(sql)?;
-                if self.in_transaction {
-                    return Err(error);
+        let rows = match (self.in_transaction, self.pooling) {
+            (true, _) => self.execute_within(sql, parameters)?,
+            (false, Pooling::Transaction) => self.execute_alone(sql, parameters)?,
+            (false, Pooling::Session) => match self.execute_prepared(sql, parameters) {
+                // The prepared statement is gone, or a table has changed. Nothing was done yet.
+                Err(error) if is_outdated(&error) => {
+                    self.forget(sql)?;
+                    self.execute_alone(sql, parameters)?
                 }
-                self.execute_prepared(sql, parameters)?
-            }
-            other => other?,
+                other => other?,
+            },
         };
-        Ok(Answer::Done(last_result(messages)))
+        Ok(Answer::Done(rows))
     }
 
-    fn execute_prepared(
-        &mut self,
-        sql: &str,
-        parameters: &str,
-    ) -> Result<Vec<SimpleQueryMessage>, Error> {
+    /// Executes a statement in a transaction of its own, in which it is prepared anew. Behind a
+    /// pooler, only a transaction keeps the server's session from changing between the two steps.
+    fn execute_alone(&mut self, sql: &str, parameters: &str) -> Result<Rows, Error> {
+        self.begin()?;
+        let result = self.execute_prepared(sql, parameters);
+        match &result {
+            Ok(_) => self.commit()?,
+            Err(error) if is_refusal(error) => self.rollback()?,
+            Err(_) => return result,
+        };
+        result
+    }
+
+    /// Executes a statement in the transaction that the script has begun. A statement that was
+    /// prepared before may be outdated, and an error would spoil the transaction. So its first use
+    /// has a savepoint.
+    fn execute_within(&mut self, sql: &str, parameters: &str) -> Result<Rows, Error> {
+        let older = self.prepared.get(sql).is_some_and(|(_, used)| *used <= self.began);
+        if !older {
+            return self.execute_prepared(sql, parameters);
+        }
+        let execute = self.execution(sql, parameters)?;
+        let guarded = format!("SAVEPOINT qrelay; {execute}; RELEASE qrelay");
+        match self.client.simple_query(&guarded) {
+            Err(error) if is_outdated(&error) => {
+                self.client.batch_execute("ROLLBACK TO qrelay; RELEASE qrelay")?;
+                self.forget(sql)?;
+                self.execute_prepared(sql, parameters)
+            }
+            Err(error) => Err(error),
+            Ok(mut messages) => {
+                // The last message is about RELEASE.
+                messages.pop();
+                Ok(last_result(messages))
+            }
+        }
+    }
+
+    /// Lets the client library learn the types of a result before the result comes. Behind a pooler
+    /// that takes a transaction, because the library prepares statements, each under a new name,
+    /// which another client may have left in this session of the server. The connection is of no
+    /// use any more if an earlier such statement is in another session.
+    fn learn_types(&mut self, sql: &str, parameters: usize) -> Result<Option<Answer>, Error> {
+        if self.in_transaction || self.pooling == Pooling::Session {
+            return extended::learn_types(&mut self.client, sql, parameters).map(|()| None);
+        }
+        for _ in 0..NAMES_MAX {
+            self.begin()?;
+            let result = extended::learn_types(&mut self.client, sql, parameters);
+            self.rollback()?;
+            match result {
+                Ok(()) => return Ok(None),
+                Err(error) if error.code() == Some(&SqlState::DUPLICATE_PSTATEMENT) => {}
+                Err(error) if error.code() != Some(&SqlState::INVALID_SQL_STATEMENT_NAME) => {
+                    return Err(error);
+                }
+                Err(_) => break,
+            }
+        }
+        let message = "the pooler mixes the sessions of its clients up";
+        Ok(Some(Answer::Lost { message: message.into(), unsent: true }))
+    }
+
+    fn execute_prepared(&mut self, sql: &str, parameters: &str) -> Result<Rows, Error> {
+        let execute = self.execution(sql, parameters)?;
+        self.client.simple_query(&execute).map(last_result)
+    }
+
+    /// Returns the command that executes a prepared statement, which is prepared if need be.
+    fn execution(&mut self, sql: &str, parameters: &str) -> Result<String, Error> {
         self.counter += 1;
         let number = match self.prepared.get_mut(sql) {
             Some((number, used)) => {
@@ -211,7 +305,7 @@ impl Session {
             }
             None => self.prepare(sql)?,
         };
-        self.client.simple_query(&format!("EXECUTE {}_{number}{parameters}", self.prefix))
+        Ok(format!("EXECUTE {}_{number}{parameters}", self.prefix))
     }
 
     fn prepare(&mut self, sql: &str) -> Result<u64, Error> {
@@ -233,7 +327,7 @@ impl Session {
     fn forget(&mut self, sql: &str) -> Result<(), Error> {
         let Some((number, _)) = self.prepared.remove(sql) else { return Ok(()) };
         if self.in_transaction {
-            // A failed transaction takes no further commands.
+            // If the statement is gone, dropping it would spoil the transaction.
             return Ok(());
         }
         match self.client.batch_execute(&format!("DEALLOCATE {}_{number}", self.prefix)) {
@@ -245,26 +339,46 @@ impl Session {
     fn begin(&mut self) -> Result<Answer, Error> {
         self.client.batch_execute("BEGIN")?;
         self.in_transaction = true;
+        self.began = self.counter;
         Ok(Answer::Done(Rows::default()))
     }
 
     /// A failed transaction would answer COMMIT with ROLLBACK, and no error; but it refuses
     /// everything else. Whatever is refused here, COMMIT may not have been reached.
     fn commit(&mut self) -> Result<Answer, Error> {
-        let result = self.client.batch_execute("SELECT; COMMIT");
+        let last = self.last_words();
+        let result = self.client.batch_execute(&format!("SELECT; {last}COMMIT"));
         if let Err(error) = &result
             && is_refusal(error)
         {
-            self.client.batch_execute("ROLLBACK")?;
+            self.end_badly(&last)?;
         }
         self.in_transaction = false;
         result.map(|()| Answer::Done(Rows::default()))
     }
 
     fn rollback(&mut self) -> Result<Answer, Error> {
-        self.client.batch_execute("ROLLBACK")?;
+        let last = self.last_words();
+        self.end_badly(&last)?;
         self.in_transaction = false;
         Ok(Answer::Done(Rows::default()))
+    }
+
+    /// Returns the commands that drop the statements that must not outlast their transaction.
+    fn last_words(&mut self) -> String {
+        if self.pooling == Pooling::Session {
+            return String::new();
+        }
+        let numbers = self.prepared.drain().map(|(_, (number, _))| number);
+        numbers.map(|number| format!("DEALLOCATE {}_{number}; ", self.prefix)).collect()
+    }
+
+    /// Rolls back; the statements of `last` may be gone already.
+    fn end_badly(&mut self, last: &str) -> Result<(), Error> {
+        match self.client.batch_execute(&format!("ROLLBACK; {last}")) {
+            Err(error) if error.code() != Some(&SqlState::INVALID_SQL_STATEMENT_NAME) => Err(error),
+            _ => Ok(()),
+        }
     }
 }
 

@@ -10,6 +10,8 @@
 
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use nix::unistd::{User, geteuid};
@@ -22,6 +24,7 @@ use tokio_postgres_rustls::MakeRustlsConnect;
 
 use crate::lua::library::pg::parameters::{ConnInfoError, Parameters};
 use crate::lua::library::pg::passfile::{self, Access};
+use crate::lua::library::pg::pooler::{self, Pooling};
 use crate::lua::library::pg::statement;
 use crate::lua::library::pg::tls::{self, Check};
 
@@ -49,6 +52,7 @@ pub(super) struct Target {
     servers: Vec<Server>,
     /// Sets the search path, if one was given.
     prologue: Option<String>,
+    logger: Logger,
 }
 
 #[derive(Debug)]
@@ -57,6 +61,20 @@ struct Server {
     name: String,
     config: Config,
     encryption: Encryption,
+    /// What connections lead to, once one was made.
+    pooling: OnceLock<Pooling>,
+    /// Whether the log says that connections aren't encrypted.
+    plain: AtomicBool,
+}
+
+/// A connection to the first server that accepted.
+pub(super) struct Connection {
+    /// The client library's end.
+    pub client: Client,
+    /// Cancels the connection's statement.
+    pub cancel: Cancel,
+    /// What the connection leads to.
+    pub pooling: Pooling,
 }
 
 #[derive(Clone)]
@@ -134,12 +152,18 @@ impl Target {
             place.ask_for_password(&mut config, &passwords);
             config.ssl_mode(match encryption {
                 Encryption::Never => SslMode::Disable,
-                Encryption::IfPossible(_) => SslMode::Prefer,
-                Encryption::Always(_) => SslMode::Require,
+                Encryption::IfPossible(_) | Encryption::Always(_) => SslMode::Require,
             });
-            servers.push(Server { name: std::mem::take(&mut place.name), config, encryption });
+            servers.push(Server {
+                name: std::mem::take(&mut place.name),
+                config,
+                encryption,
+                pooling: OnceLock::new(),
+                plain: AtomicBool::new(false),
+            });
         }
-        Ok(Self { servers, prologue: schema.map(prologue) })
+        let prologue = schema.filter(|schema| !schema.is_empty()).map(prologue);
+        Ok(Self { servers, prologue, logger: logger.clone() })
     }
 
     /// The servers, for messages.
@@ -152,17 +176,15 @@ impl Target {
     ///
     /// # Errors
     /// The last server's error.
-    pub(super) fn connect(&self) -> Result<(Client, Cancel), String> {
+    pub(super) fn connect(&self) -> Result<Connection, String> {
         let mut failure = String::new();
         for server in &self.servers {
-            match server.connect() {
-                Ok(mut client) => {
-                    if let Some(prologue) = &self.prologue {
-                        client.batch_execute(prologue).map_err(|error| describe(&error))?;
-                    }
+            match server.connect(&self.logger) {
+                Ok((mut client, pooling)) => {
+                    self.begin(&mut client, pooling, &server.name)?;
                     let encryption = server.encryption.clone();
                     let cancel = Cancel { token: client.cancel_token(), encryption };
-                    return Ok((client, cancel));
+                    return Ok(Connection { client, cancel, pooling });
                 }
                 Err(error) => {
                     failure = format!("cannot connect to {}: {}", server.name, describe(&error));
@@ -171,36 +193,75 @@ impl Target {
         }
         Err(failure)
     }
+
+    /// Sets the search path of a new connection, if one was given.
+    fn begin(&self, client: &mut Client, pooling: Pooling, server: &str) -> Result<(), String> {
+        let Some(prologue) = &self.prologue else { return Ok(()) };
+        if pooling == Pooling::Transaction {
+            return Err(format!(
+                "schema can't work behind {server}, which pools connections in transaction mode: \
+                 name the schema in each statement, or set search_path by ALTER ROLE"
+            ));
+        }
+        client.batch_execute(prologue).map_err(|error| describe(&error))
+    }
 }
 
 impl Server {
-    fn connect(&self) -> Result<Client, Error> {
+    fn connect(&self, logger: &Logger) -> Result<(Client, Pooling), Error> {
+        if let Some(pooling) = self.pooling.get() {
+            return Ok((self.open(&self.config, logger)?, *pooling));
+        }
+        let (mut client, pooling) = match self.open(&pooler::marked(&self.config), logger) {
+            Ok(mut client) => match pooler::is_direct(&mut client)? {
+                true => (client, Some(Pooling::Session)),
+                false => (client, None),
+            },
+            Err(error) if pooler::is_refusal(&error) => (self.open(&self.config, logger)?, None),
+            Err(error) => return Err(error),
+        };
+        let pooling = match pooling {
+            Some(pooling) => pooling,
+            None => pooler::pooling(&mut client, &mut self.open(&self.config, logger)?)?,
+        };
+        Ok((client, *self.pooling.get_or_init(|| pooling)))
+    }
+
+    fn open(&self, config: &Config, logger: &Logger) -> Result<Client, Error> {
         match &self.encryption {
-            Encryption::Never => self.config.connect(NoTls),
-            Encryption::Always(tls) => self.config.connect(tls.clone()),
-            Encryption::IfPossible(tls) => match self.config.connect(tls.clone()) {
+            Encryption::Never => config.connect(NoTls),
+            Encryption::Always(tls) => config.connect(tls.clone()),
+            Encryption::IfPossible(tls) => match config.connect(tls.clone()) {
                 Err(error) if may_work_without_tls(&error) => {
-                    self.config.clone().ssl_mode(SslMode::Disable).connect(NoTls)
+                    let client = config.clone().ssl_mode(SslMode::Disable).connect(NoTls)?;
+                    if !self.plain.swap(true, Ordering::Relaxed) {
+                        slog::warn!(logger, "pg: connections are not encrypted (sslmode=prefer)";
+                            "server" => &self.name, "cause" => describe(&error));
+                    }
+                    Ok(client)
                 }
-                other => other,
+                Ok(client) => {
+                    self.plain.store(false, Ordering::Relaxed);
+                    Ok(client)
+                }
+                Err(error) => Err(error),
             },
         }
     }
 }
 
-/// Whether `sslmode=prefer` tries again without TLS, as libpq does: after a failed handshake, and
-/// when no line of pg_hba.conf allows the connection with TLS.
+/// Whether `sslmode=prefer` tries again without TLS, as libpq does: where the server has no TLS,
+/// after a failed handshake, and when no line of pg_hba.conf allows the connection with TLS.
 fn may_work_without_tls(error: &Error) -> bool {
-    let handshake = std::error::Error::source(error)
-        .and_then(|cause| cause.downcast_ref::<std::io::Error>())
-        .and_then(std::io::Error::get_ref)
-        .is_some_and(|cause| cause.is::<rustls::Error>());
-    handshake || error.code() == Some(&SqlState::INVALID_AUTHORIZATION_SPECIFICATION)
+    tls::is_refusal(error) || error.code() == Some(&SqlState::INVALID_AUTHORIZATION_SPECIFICATION)
 }
 
 /// Returns the error of the server or the system in one line, with SQLSTATE.
 pub(super) fn describe(error: &Error) -> String {
     let Some(db) = error.as_db_error() else {
+        if let Some(reason) = tls::reason(error) {
+            return reason;
+        }
         let mut text = error.to_string();
         let mut cause = std::error::Error::source(error);
         while let Some(inner) = cause {
