@@ -34,6 +34,7 @@ fn path_and_parents() {
     let daemon = handler(
         "local c = m.cgroup
          assert(c.parent.path == c.path:match('^(.*)/[^/]*$') and c.parent.parent == nil)
+         assert(rawequal(c, m.cgroup) and rawequal(m.cgroup, m.cgroup))
          assert(c == m.cgroup and c ~= c.parent and c.parent == m.cgroup.parent)
          assert(c ~= c.path and c.xattr == m.cgroup.xattr and c.xattr ~= c.parent.xattr)
          assert(tostring(c) == c.path and type(c) == 'userdata')

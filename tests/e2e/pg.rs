@@ -203,6 +203,12 @@ fn misuse_raises_and_failure_returns() {
         "pg:new('', nil, {max_connections=0})",
         "pg:encode_array('x')",
         "pg:encode_array{print}",
+        "pg:encode_array{1, nil, 3}",
+        "pg:encode_array{[2]='b'}",
+        "pg:encode_array{1, x=1}",
+        "pg:encode_array{1, [1.5]=1}",
+        "pg:encode_array{1, 2, n=1}",
+        "pg:encode_array{{1}, {2, x=1}}",
         "pg:decode_array({})",
     ] {
         let code = format!("return pcall(function() {wrong} end)");
@@ -439,6 +445,34 @@ fn transactions() {
     let connections = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'ledger'";
     assert_ne!(cluster.psql(connections), "0\n");
     assert_eq!(cluster.psql(&format!("{connections} AND state LIKE 'idle in%'")), "0\n");
+    // Inside of a transaction nothing else begins or ends it, and a refusal leaves it as it was.
+    let control =
+        ["COMMIT", "/* c */ commit", "-- c\\n ROLLBACK", "BEGIN", "SELECT 1; end", "END;", "Abort"];
+    for word in control {
+        for parameters in ["", ", {}"] {
+            if word.contains("; ") && !parameters.is_empty() {
+                continue;
+            }
+            let code = format!(
+                "local told local r = db:transaction(function(tx) {insert} \
+                   local r, e = tx:execute('{word}'{parameters}) told = tostring(r) .. ' ' .. e \
+                   return assert(tx:execute('SELECT 1')) end) \
+                 return told .. (r and ' committed' or ' lost')"
+            );
+            let told = evaluator.run(&code);
+            let hint = "Knil db:transaction itself";
+            assert!(told.starts_with(hint) && told.ends_with(" committed"), "{word}: {told}");
+        }
+    }
+    assert_eq!(count(), "15\n");
+    evaluator.expect(
+        &format!(
+            "return db:transaction(function(tx) assert(tx:execute('SAVEPOINT a')) {insert} \
+             return assert(tx:execute('ROLLBACK TO a')):affected() end)"
+        ),
+        "0",
+    );
+    assert_eq!(count(), "15\n");
     cluster.psql("DROP TABLE ledger");
 }
 
@@ -478,6 +512,18 @@ fn statements_survive_changes() {
     evaluator.expect(select, "1");
     evaluator.expect("return db:execute('DISCARD ALL') ~= nil", "true");
     evaluator.expect(select, "1");
+    // In a transaction, too, whatever the transaction has done before.
+    let within = "return db:transaction(function(tx) \
+        assert(tx:execute('INSERT INTO changing (x) VALUES ($1)', {2})) \
+        local r = assert(tx:execute('SELECT * FROM changing WHERE x = $1', {1})) \
+        return r:fetch(nil, 'n')[1] end)";
+    evaluator.expect(within, "1");
+    cluster.psql("ALTER TABLE changing ADD z int");
+    evaluator.expect(within, "1");
+    evaluator.expect("return db:execute('DEALLOCATE ALL') ~= nil", "true");
+    evaluator.expect(within, "1");
+    evaluator.expect(select, "1");
+    assert_eq!(cluster.psql("SELECT count(*) FROM changing WHERE x = 2"), "3\n");
     // There are more different statements than stay prepared.
     let many = "for i = 1, 300 do assert(db:execute('SELECT $1 + ' .. i, {1})) end \
                 local r = db:execute('SELECT count(*) FROM pg_prepared_statements') \

@@ -1,7 +1,7 @@
 //! The behaviours of a next hop, and what the client is told in each case. The client is told `K`
 //! only if the next hop sent `K` after it had received the whole request.
 
-use std::net::SocketAddr;
+use std::net::{SocketAddr, UdpSocket};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
@@ -247,10 +247,59 @@ fn relay_to_every_kind_of_address() {
 }
 
 #[test]
-fn a_host_name_needs_qmqp_resolve() {
-    let daemon = relay("", "'mail.example.com'");
-    assert_eq!(submit(daemon.path("in"), &Mail::new("x")), "Zscript failed");
-    daemon.wait_for_log("qmqp_resolve");
+fn a_host_name_is_looked_up_when_a_mail_is_relayed() {
+    let port = Target::free_port().port();
+    let sink =
+        Sink::start(SocketAddr::from(([127, 0, 0, 9], port)), answer(|_| Reply::text("Kok")));
+    let site = Site::with(&format!(
+        "local kept
+         qmqp_listen('$DIR/in', function(m)
+           if m.sender == 'list@x' then
+             return m:connect({{'other.test', 'several.test:{port}'}}, {{timeout = 10}})
+           end
+           kept = kept or m:connect('next.test:{port}')
+           return m.sender == 'none@x' and m:connect('other.test') or kept
+         end)"
+    ));
+    // The first address of the second name accepts no connection.
+    let names = "127.0.0.9 next.test\n127.0.0.8 several.test\n127.0.0.9 several.test\n";
+    let names =
+        [("hosts", names), ("nsswitch.conf", "hosts: files\n"), ("host.conf", "multi on\n")];
+    let daemon = site.launch().with_etc(&names).ready();
+    for _ in 0..2 {
+        assert_eq!(submit(daemon.path("in"), &Mail::new("x")), "Kok", "{}", daemon.text());
+    }
+    daemon.wait_for_log(&format!("next_hop=127.0.0.9:{port} "));
+    let told = submit(daemon.path("in"), &Mail::new("x").from("list@x"));
+    assert_eq!(told, "Kok", "{}", daemon.text());
+    assert_eq!(sink.mails().len(), 3);
+    let told = submit(daemon.path("in"), &Mail::new("x").from("none@x"));
+    assert_eq!(told, "Zconnect failed");
+    let line = daemon.wait_for_log("connect failed");
+    assert!(line.contains("cannot resolve 'other.test': "), "{line}");
+}
+
+/// The resolver waits for a name server that never answers.
+#[test]
+fn a_look_up_that_is_never_answered_holds_up_its_own_mail_only() {
+    in_own_network(|| {
+        let _server = UdpSocket::bind("127.0.0.1:53").expect("bind");
+        let site = Site::with(
+            "settings{workers=1, relay_timeout=1}
+             qmqp_listen('$DIR/in', function(m)
+               if m.sender == 'slow@x' then return m:connect('slow.test') end
+               return m:discard('quick')
+             end)",
+        );
+        let resolver = "nameserver 127.0.0.1\noptions timeout:30\n";
+        let files = [("resolv.conf", resolver), ("nsswitch.conf", "hosts: dns\n")];
+        let daemon = site.launch().with_etc(&files).ready();
+        let mut slow = Client::connect(daemon.path("in"));
+        slow.send(&Mail::new("x").from("slow@x").request());
+        assert_eq!(submit(daemon.path("in"), &Mail::new("x")), "Kquick");
+        assert_eq!(slow.outcome(), "Zrelay failed", "{}", daemon.text());
+        daemon.wait_for_log("the look-up takes too long");
+    });
 }
 
 #[test]

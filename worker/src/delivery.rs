@@ -9,6 +9,7 @@ mod exchange;
 pub(crate) mod exec;
 pub(crate) mod exec_raw;
 pub(crate) mod program;
+pub(crate) mod resolve;
 
 use std::sync::Arc;
 

@@ -117,7 +117,7 @@ fn failures_are_logged_with_their_cause() {
     failure("function(m) error({}) end", "script failed: table: 0x");
     failure("function(m) error() end", "script failed: nil");
     failure("function(m) local x = nil; x.y = 1 end", "attempt to index a nil value (local 'x')");
-    failure("function(m) return m:connect('a.host') end", "config.lua:1: bad argument #1");
+    failure("function(m) return m:connect('a.host:x') end", "config.lua:1: bad argument #1");
     failure("function(m) coroutine.yield() end", "yielded, but there is nobody");
     failure("function(m) coroutine.yield(m) end", "yielded, but there is nobody");
     failure("function(m) sleep('x') end", "config.lua:1: bad argument #1 to 'sleep'");

@@ -30,7 +30,7 @@ pub enum Action {
 #[derive(Debug)]
 pub struct Connect {
     /// Tried in this order until one accepts the connection; never empty.
-    pub addresses: Vec<NextHop>,
+    pub places: Vec<Place>,
     /// Try them in random order instead.
     pub random: bool,
     /// Replaces the mail's deadline, for all addresses together.
@@ -40,6 +40,26 @@ pub struct Connect {
 }
 
 /// Where a mail may go.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub enum Place {
+    /// An address.
+    Address(NextHop),
+    /// A name whose addresses are looked up for each mail.
+    Name {
+        /// The host's name.
+        host: Arc<str>,
+        /// The port.
+        port: u16,
+    },
+}
+
+impl From<Endpoint> for Place {
+    fn from(endpoint: Endpoint) -> Self {
+        Self::Address(endpoint.into())
+    }
+}
+
+/// An address to which a mail may go.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct NextHop {
     /// The address.

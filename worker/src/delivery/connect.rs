@@ -1,8 +1,9 @@
 //! The action `connect`: relaying a mail to another QMQP server.
 //!
 //! Contract: the next address is tried only if connecting to the previous one fails, and never
-//! after the request began to go out, because it might have arrived. Everything ends at the mail's
-//! deadline, or at the action's timeout if it has one.
+//! after the request began to go out, because it might have arrived. A name is looked up when it is
+//! its turn, and stands for its addresses. Everything ends at the mail's deadline, or at the
+//! action's timeout if it has one.
 //!
 //! # Failure
 //! Always a reply: `connect failed`, `relay failed`, `malformed relay response`, or `timeout` if it
@@ -13,17 +14,19 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use qrelay_shared::deadline::Deadline;
+use qrelay_shared::endpoint::Endpoint;
 use qrelay_shared::qmqp::Reply;
 use qrelay_shared::sys::rights::PeerSocket;
 use qrelay_shared::texts;
 use slog::{Logger, warn};
 
 use crate::delivery::Delivery;
-use crate::delivery::action::{Connect, NextHop};
+use crate::delivery::action::{Connect, NextHop, Place};
 use crate::delivery::dial::dial;
 use crate::delivery::envelope::Envelope;
 use crate::delivery::exchange::ExchangeError;
 use crate::delivery::exchange::exchange;
+use crate::delivery::resolve::{self, LookupError};
 use crate::mail::Mail;
 
 /// Relays the mail. `deadline` is the mail's, `connect_timeout` the setting.
@@ -45,32 +48,27 @@ pub(crate) fn relay(
         late: if action.timeout.is_some() { texts::TIMEOUT } else { texts::RELAY_FAILED },
     };
     let mut last = None;
-    let hops: &mut dyn Iterator<Item = &NextHop> = match action.random {
-        true => &mut mixed(&action.addresses).into_iter(),
-        false => &mut action.addresses.iter(),
+    let places: &mut dyn Iterator<Item = &Place> = match action.random {
+        true => &mut mixed(&action.places).into_iter(),
+        false => &mut action.places.iter(),
     };
-    for hop in hops {
-        match attempt.dial(hop) {
-            Ok(socket) => {
-                let reply = attempt.exchange(mail, &socket, &hop.name);
-                let next_hop = Some(Arc::clone(&hop.name));
+    for place in places {
+        match attempt.reach(place) {
+            Ok((socket, name)) => {
+                let reply = attempt.exchange(mail, &socket, &name);
+                let next_hop = Some(name);
                 let delivery = Delivery { reply, next_hop, attempted: true, canceled: false };
                 return (delivery, Some(socket));
             }
-            Err(DialFailure::Failed) => last = Some(hop),
-            Err(DialFailure::Late) => return (unsent(attempt.late, Some(hop)), None),
+            Err((DialFailure::Failed, name)) => last = Some(name),
+            Err((DialFailure::Late, name)) => return (unsent(attempt.late, Some(name)), None),
         }
     }
     (unsent(texts::CONNECT_FAILED, last), None)
 }
 
-fn unsent(text: &str, hop: Option<&NextHop>) -> Delivery {
-    Delivery {
-        reply: Reply::temporary(text),
-        next_hop: hop.map(|hop| Arc::clone(&hop.name)),
-        attempted: false,
-        canceled: false,
-    }
+fn unsent(text: &str, next_hop: Option<Arc<str>>) -> Delivery {
+    Delivery { reply: Reply::temporary(text), next_hop, attempted: false, canceled: false }
 }
 
 /// The terms of one mail's relay.
@@ -90,7 +88,42 @@ enum DialFailure {
     Late,
 }
 
+/// A connection and the name of the address, or why there is none.
+type Reached = Result<(PeerSocket, Arc<str>), (DialFailure, Arc<str>)>;
+
 impl Attempt<'_> {
+    fn reach(&self, place: &Place) -> Reached {
+        match place {
+            Place::Address(hop) => self.reach_address(hop),
+            Place::Name { host, port } => self.reach_name(host, *port),
+        }
+    }
+
+    fn reach_address(&self, hop: &NextHop) -> Reached {
+        let name = Arc::clone(&hop.name);
+        match self.dial(hop) {
+            Ok(socket) => Ok((socket, name)),
+            Err(failure) => Err((failure, name)),
+        }
+    }
+
+    fn reach_name(&self, host: &Arc<str>, port: u16) -> Reached {
+        let addresses = resolve::addresses(host, port, self.deadline).map_err(|error| {
+            warn!(self.logger, "connect failed"; "id" => self.id,
+                "next_hop" => &**host, "error" => %error);
+            let late = error == LookupError::TimedOut;
+            (if late { DialFailure::Late } else { DialFailure::Failed }, Arc::clone(host))
+        })?;
+        let mut last = (DialFailure::Failed, Arc::clone(host));
+        for address in addresses {
+            match self.reach_address(&Endpoint::Inet(address).into()) {
+                Err(failure @ (DialFailure::Failed, _)) => last = failure,
+                reached => return reached,
+            }
+        }
+        Err(last)
+    }
+
     fn dial(&self, hop: &NextHop) -> Result<PeerSocket, DialFailure> {
         dial(&hop.endpoint, self.deadline.at_most(self.connect_timeout)).map_err(|error| {
             warn!(self.logger, "connect failed"; "id" => self.id,
@@ -114,9 +147,9 @@ impl Attempt<'_> {
     }
 }
 
-/// Returns the addresses in random order.
-fn mixed(addresses: &[NextHop]) -> Vec<&NextHop> {
-    let mut order: Vec<&NextHop> = addresses.iter().collect();
+/// Returns the places in random order.
+fn mixed(places: &[Place]) -> Vec<&Place> {
+    let mut order: Vec<&Place> = places.iter().collect();
     for left in (2..=order.len()).rev() {
         order.swap(left - 1, random_below(left));
     }
@@ -135,7 +168,6 @@ fn random_below(bound: usize) -> usize {
 mod tests {
     use super::*;
     use crate::mail::test::mail;
-    use qrelay_shared::endpoint::Endpoint;
     use std::collections::HashSet;
     use std::io::{Read, Write};
     use std::net::TcpListener;
@@ -151,8 +183,8 @@ mod tests {
     }
 
     fn action(addresses: Vec<Endpoint>, timeout: Option<Duration>) -> Connect {
-        let addresses = addresses.into_iter().map(NextHop::from).collect();
-        Connect { addresses, random: false, timeout, connect_timeout: None }
+        let places = addresses.into_iter().map(Place::from).collect();
+        Connect { places, random: false, timeout, connect_timeout: None }
     }
 
     fn text(delivery: &Delivery) -> String {
@@ -241,13 +273,13 @@ mod tests {
 
     #[test]
     fn random_order_has_everything() {
-        let addresses: Vec<NextHop> =
+        let places: Vec<Place> =
             (b'a'..=b'e').map(|n| Endpoint::Abstract(vec![n]).into()).collect();
-        let first: HashSet<Arc<str>> = (0..1000)
+        let first: HashSet<&Place> = (0..1000)
             .map(|_| {
-                let order = mixed(&addresses);
+                let order = mixed(&places);
                 assert_eq!(order.iter().collect::<HashSet<_>>().len(), 5);
-                Arc::clone(&order[0].name)
+                order[0]
             })
             .collect();
         assert_eq!(first.len(), 5);

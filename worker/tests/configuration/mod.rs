@@ -163,6 +163,15 @@ fn mail_memory_fits_the_largest_message_unless_it_is_set() {
 }
 
 #[test]
+fn max_size_is_preset() {
+    let script = "max_size = max_size * 2 qmqp_listen('/a', print) max_size = nil
+        qmqp_listen('/b', print) assert(max_size == nil)";
+    let script = Script::load_with(script, Options::default()).0.expect("a good configuration");
+    let sizes = script.declaration.listeners.iter().map(|listener| listener.max_size);
+    assert_eq!(sizes.collect::<Vec<_>>(), [32 << 20, 16 << 20]);
+}
+
+#[test]
 fn reload_runs_after_the_script() {
     let reload = || Options { reload: true, ..Options::default() };
     let source = "qmqp_listen('/a', print) function reload() print('reloaded') end";

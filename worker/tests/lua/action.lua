@@ -18,8 +18,10 @@ qmqp_listen('/connect', function(m)
   end
   m:connect({'/a', '/b'}, {timeout = 1.5, connect_timeout = '2', order = 'random'})
 
-  raises("qmqp_resolve('mail.example.net') makes an address object",
-    m.connect, m, 'mail.example.net')
+  -- A host name is looked up when the mail is relayed.
+  assert(tostring(m:connect('mail.example.net')) == 'connect')
+  m:connect({'mail.example.net:6280', '/a', 'other'}, {order = 'random'})
+  raises("bad argument #1 to 'connect' (address: 'mail_1!.example'", m.connect, m, 'mail_1!.example')
   raises("bad argument #1 to 'connect' (address: expected a string or an address object, got nil)",
     m.connect, m)
   raises("expected a string or an address object, got a table", m.connect, m, {{}})

@@ -113,3 +113,15 @@ assert(not pcall(json.parse))
 assert(not pcall(json.parse, {}))
 assert(not pcall(json.parse, '1', {nul = true}))
 assert(not pcall(json.parse, '1', {null = 1}))
+
+-- The limit of 16 MiB holds before the text is made: the refusal takes no memory to speak of, and
+-- what just fits is accepted.
+local limit = 16 << 20
+assert(#json.dump(('x'):rep(limit - 64)) == limit - 62)
+for _, large in ipairs{('x'):rep(limit), ('\1'):rep(limit // 6 + 1), ('"'):rep(limit // 2)} do
+  local held = {large, ('y'):rep(100)}
+  for _, value in ipairs{large, {large}, {k = large}, {[large] = 1}, held} do
+    local ok, message = pcall(json.dump, value)
+    assert(not ok and message:find('longer than 16 MiB', 1, true), tostring(message):sub(1, 200))
+  end
+end

@@ -3,7 +3,7 @@
 local seed = '9d61b19deffd5a60ba844af492ec2cc44449c5697b326919703bac031cae7f60'
 local pk = sodium.hex2bin('d75a980182b10ab7d54bfed3c964073a0ee172f3daa62325af021a68f707511a')
 local sk = sodium.hex2bin(seed) .. pk
-local head, json_head = 'eyJhbGciOiJFZERTQSJ9.', '{"alg":"EdDSA"}'
+local json_head = '{"alg":"EdDSA"}'
 
 local function raises(expected, f, ...)
   local ok, message = pcall(f, ...)
@@ -30,7 +30,15 @@ local token = jwt.sign(sk, {kid = '7'}, {sub = 'bob', exp = 4102444800, nbf = 0}
 assert(token == jwt.sign(sk, {kid = '7'}, {nbf = 0, exp = 4102444800, sub = 'bob'}))
 payload, header = assert(jwt.verify(token, pk))
 assert(payload.sub == 'bob' and header.kid == '7' and header.alg == 'EdDSA')
-assert(jwt.sign(sk, nil, {}):find(head .. 'e30.', 1, true) == 1)
+-- The header's type is JWT unless it is given.
+local typed = '{"alg":"EdDSA","typ":"JWT"}'
+local function head_of(header)
+  local _, told = assert(jwt.verify(jwt.sign(sk, header, {}), pk))
+  return json.dump(told)
+end
+assert(head_of(nil) == typed and head_of{} == typed and head_of{typ = 'JWT'} == typed)
+assert(head_of{typ = 'at+jwt'} == '{"alg":"EdDSA","typ":"at+jwt"}')
+assert(jwt.sign(sk, nil, {}):find('%.e30%.') == #head_of(nil) // 3 * 4 + 1)
 assert(jwt.sign(sk, {alg = 'EdDSA'}, {}) == jwt.sign(sk, {}, {}))
 
 -- Tokens of another key, and damaged tokens.
@@ -68,7 +76,7 @@ local function signed(header, payload)
   return text .. '.' .. base64url(sodium.crypto_sign_detached(text, sk))
 end
 
-assert(signed(json_head, '{"sub":"x"}') == jwt.sign(sk, nil, {sub = 'x'}))
+assert(signed(typed, '{"sub":"x"}') == jwt.sign(sk, nil, {sub = 'x'}))
 assert(jwt.verify(signed(json_head, ' {"exp":4102444800.5}'), pk))
 for _, header in ipairs{
   '{}', '{"alg":"none"}', '{"alg":"eddsa"}', '{"alg":null}', '{"alg":["EdDSA"]}',

@@ -218,7 +218,7 @@ fn relays_and_announces_long_timeouts() {
     let next_hop = TcpListener::bind("127.0.0.1:0").expect("bind");
     let address = next_hop.local_addr().expect("address");
     let connect = Arc::new(Connect {
-        addresses: vec![Endpoint::Inet(address).into()],
+        places: vec![Endpoint::Inet(address).into()],
         random: false,
         timeout: Some(Duration::from_secs(61)),
         connect_timeout: None,

@@ -9,10 +9,10 @@ use std::sync::Arc;
 use mlua::{AnyUserData, Lua, Value};
 use parking_lot::Mutex;
 use qrelay_shared::address::printable;
-use qrelay_shared::endpoint::QMQP_PORT;
+use qrelay_shared::endpoint::{self, Parsed, QMQP_PORT};
 
-use crate::delivery::action::{Action, Connect, NextHop};
-use crate::lua::binding::convert::{Argument, MAX_TIMEOUT, Options};
+use crate::delivery::action::{Action, Connect, Place};
+use crate::lua::binding::convert::{self, Argument, MAX_TIMEOUT, Options};
 use crate::lua::binding::error::Raise;
 use crate::lua::binding::function::Class;
 use crate::lua::library::action_object::ActionObject;
@@ -94,16 +94,16 @@ fn connect(lua: &Lua, to: &Value, options: &Value) -> Result<AnyUserData, Raise>
 fn connect_to(to: &Value, options: &Value) -> Result<Connect, Raise> {
     let argument = Argument::new("connect", 1, "address");
     let mut connect =
-        Connect { addresses: Vec::new(), random: false, timeout: None, connect_timeout: None };
+        Connect { places: Vec::new(), random: false, timeout: None, connect_timeout: None };
     match to {
         Value::Table(_) => {
             for one in argument.list(to)? {
-                add_addresses(&argument, &one, &mut connect.addresses)?;
+                add_places(&argument, &one, &mut connect.places)?;
             }
         }
-        one => add_addresses(&argument, one, &mut connect.addresses)?,
+        one => add_places(&argument, one, &mut connect.places)?,
     }
-    if connect.addresses.is_empty() {
+    if connect.places.is_empty() {
         return Err(argument.invalid("expected at least one address, got an empty list"));
     }
     let options = Options::new("connect", 2, options, &["timeout", "connect_timeout", "order"])?;
@@ -122,12 +122,22 @@ fn connect_to(to: &Value, options: &Value) -> Result<Connect, Raise> {
     Ok(connect)
 }
 
-fn add_addresses(
-    argument: &Argument<'_>,
-    value: &Value,
-    to: &mut Vec<NextHop>,
-) -> Result<(), Raise> {
-    let endpoints = address::endpoints(argument, value, QMQP_PORT, "qmqp_resolve")?;
-    to.extend(endpoints.into_iter().map(NextHop::from));
+/// Adds the places that a value names. A host name is looked up when a mail is relayed, without
+/// Lua.
+fn add_places(argument: &Argument<'_>, value: &Value, to: &mut Vec<Place>) -> Result<(), Raise> {
+    if let Some(object) = address::object(value) {
+        to.extend(object.endpoints().iter().cloned().map(Place::from));
+        return Ok(());
+    }
+    let Some(text) = convert::text(value)? else {
+        return Err(argument.wrong("a string or an address object", value));
+    };
+    to.push(match endpoint::parse(&text, QMQP_PORT) {
+        Ok(Parsed::Endpoint(endpoint)) => endpoint.into(),
+        Ok(Parsed::Host { host, port }) => Place::Name { host: host.into(), port },
+        Err(error) => {
+            return Err(argument.invalid(&format!("{}: {error}", convert::quoted(&text))));
+        }
+    });
     Ok(())
 }

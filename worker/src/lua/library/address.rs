@@ -8,14 +8,13 @@
 //! # Failure
 //! A text that is no address, or a look-up that fails, raises.
 
-use std::net::{SocketAddr, ToSocketAddrs as _};
 use std::sync::OnceLock;
-use std::thread;
 
 use mlua::{AnyUserData, IntoLua, Lua, UserDataMethods as _, Value};
 use qrelay_shared::deadline::Deadline;
 use qrelay_shared::endpoint::{self, CONTROL_PORT, Endpoint, POND_PORT, Parsed, QMQP_PORT};
 
+use crate::delivery::resolve::{LookupError, look_up, look_up_until};
 use crate::lua::binding::convert::{self, Argument};
 use crate::lua::binding::error::Raise;
 use crate::lua::binding::function::{self, Call, Class};
@@ -34,6 +33,11 @@ impl AddressObject {
     /// An address of these endpoints; at least one.
     fn new(endpoints: Vec<Endpoint>) -> Self {
         Self { endpoints, connect: OnceLock::new() }
+    }
+
+    /// Returns the endpoints.
+    pub(super) fn endpoints(&self) -> &[Endpoint] {
+        &self.endpoints
     }
 }
 
@@ -138,51 +142,19 @@ struct Lookup {
     here: bool,
 }
 
-impl Lookup {
-    fn ask(&self) -> Result<Vec<SocketAddr>, String> {
-        let failed = |cause: &str| format!("cannot resolve '{}': {cause}", self.host);
-        let found = (self.host.as_str(), self.port).to_socket_addrs();
-        let found: Vec<_> = found.map_err(|e| failed(&reason(&e)))?.collect();
-        if found.is_empty() { Err(failed("it has no address")) } else { Ok(found) }
-    }
-}
-
-/// Returns the resolver's own words, without Rust's prefix.
-fn reason(error: &std::io::Error) -> String {
-    let text = error.to_string();
-    let prefix = "failed to lookup address information: ";
-    text.strip_prefix(prefix).unwrap_or(&text).to_owned()
-}
-
-fn outcome(found: Result<Vec<SocketAddr>, String>) -> Completion {
-    match found {
-        Ok(found) => {
-            Completion::values(AddressObject::new(found.into_iter().map(Endpoint::Inet).collect()))
-        }
-        Err(message) => Completion::raise(message),
-    }
-}
-
 impl Operation for Lookup {
     fn run(self: Box<Self>, deadline: Deadline) -> Completion {
-        if self.here {
-            return outcome(self.ask());
-        }
-        let (answer, answered) = crossbeam_channel::bounded(1);
-        let name = self.host.clone();
-        let thread = thread::Builder::new().name("resolve".into()).spawn(move || {
-            // Nobody listens any more when the deadline has passed.
-            let _ = answer.send(self.ask());
-        });
-        if let Err(error) = thread {
-            return Completion::raise(format!("cannot resolve '{name}': no thread: {error}"));
-        }
-        match answered.recv_deadline(deadline.instant()) {
-            Ok(found) => outcome(found),
-            Err(crossbeam_channel::RecvTimeoutError::Timeout) => Completion::Expired,
-            Err(crossbeam_channel::RecvTimeoutError::Disconnected) => {
-                Completion::raise(format!("cannot resolve '{name}': the look-up failed"))
+        let found = match self.here {
+            true => look_up(&self.host, self.port),
+            false => look_up_until(&self.host, self.port, deadline),
+        };
+        match found {
+            Ok(found) => {
+                let endpoints = found.into_iter().map(Endpoint::Inet).collect();
+                Completion::values(AddressObject::new(endpoints))
             }
+            Err(LookupError::TimedOut) => Completion::Expired,
+            Err(LookupError::Failed(message)) => Completion::raise(message),
         }
     }
 }

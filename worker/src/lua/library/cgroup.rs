@@ -84,9 +84,14 @@ impl Handle {
 /// # Errors
 /// Lua is out of memory.
 pub(crate) fn attribute(class: &mut Class<'_>) -> mlua::Result<()> {
-    class.getter("cgroup", |_, this: &MailObject| {
-        let path = this.slot().with(client)?;
-        Ok(path.map(|path| CgroupObject(Handle { slot: Arc::clone(this.slot()), path })))
+    class.getter("cgroup", |lua, this: &MailObject| {
+        let Some(path) = this.slot().with(client)? else { return Ok(None) };
+        if let Some(object) = this.cgroup.get() {
+            return Ok(Some(object.clone()));
+        }
+        let object = CgroupObject(Handle { slot: Arc::clone(this.slot()), path });
+        let object = lua.create_any_userdata(object)?;
+        Ok(Some(this.cgroup.get_or_init(|| object).clone()))
     })
 }
 

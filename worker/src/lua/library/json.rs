@@ -31,6 +31,10 @@ const MAX_TEXT: usize = 16 << 20;
 /// table that is in many places of a larger one could make any number of values.
 const MAX_VALUES: usize = 1 << 20;
 
+/// Longest text of a value that is neither a string nor a table, with the punctuation beside it, in
+/// bytes.
+const SHORT: usize = 32;
+
 /// The value `json.null`.
 #[derive(Debug, Clone, Copy)]
 struct Null;
@@ -117,6 +121,16 @@ pub(super) fn dump(value: &Value) -> Result<Vec<u8>, DumpError> {
     Ok(writer.text)
 }
 
+/// Returns the length of a string in JSON, with its quotes.
+fn escaped_length(bytes: &[u8]) -> usize {
+    let length = |byte: &u8| match byte {
+        b'"' | b'\\' | b'\n' | b'\r' | b'\t' | 8 | 12 => 2,
+        0..0x20 => 6,
+        _ => 1,
+    };
+    2 + bytes.iter().map(length).sum::<usize>()
+}
+
 /// A step on the path from the outermost value to the value that is being written.
 enum Step {
     Index(usize),
@@ -133,11 +147,9 @@ struct Writer {
 impl Writer {
     fn value(&mut self, value: &Value) -> Result<(), DumpError> {
         self.values += 1;
+        self.reserve(SHORT)?;
         if self.values > MAX_VALUES {
             return Err(self.wrong(&format!("more than {MAX_VALUES} values")));
-        }
-        if self.text.len() > MAX_TEXT {
-            return Err(self.wrong("the text would be longer than 16 MiB"));
         }
         match value {
             Value::Nil => self.text.extend_from_slice(b"null"),
@@ -154,9 +166,20 @@ impl Writer {
         Ok(())
     }
 
+    /// Checks that there is room for this many bytes, and for the end of every open table.
+    fn reserve(&mut self, bytes: usize) -> Result<(), DumpError> {
+        if self.text.len() + bytes + self.path.len() <= MAX_TEXT {
+            return Ok(());
+        }
+        Err(self.wrong("the text would be longer than 16 MiB"))
+    }
+
     fn string(&mut self, bytes: &[u8]) -> Result<(), DumpError> {
         match str::from_utf8(bytes) {
-            Ok(text) => self.serialize(text),
+            Ok(text) => {
+                self.reserve(escaped_length(bytes))?;
+                self.serialize(text)
+            }
             Err(_) => Err(self.wrong(&format!("{} is not UTF-8", convert::quoted(bytes)))),
         }
     }

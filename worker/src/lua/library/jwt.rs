@@ -46,7 +46,7 @@ fn sign(lua: &Lua, (sk, header, payload): (Value, Value, Value)) -> Result<Strin
     Ok(compact(&sk, &header, &payload))
 }
 
-/// A copy of the script's header with the algorithm.
+/// Returns a copy of the script's header with the algorithm, and with the type if it has none.
 fn signed_header(lua: &Lua, value: &Value) -> Result<Table, Raise> {
     let argument = Argument::new("jwt.sign", 2, "header");
     let header = lua.create_table()?;
@@ -64,6 +64,9 @@ fn signed_header(lua: &Lua, value: &Value) -> Result<Table, Raise> {
         return Err(argument.invalid("crit is not supported"));
     }
     header.raw_set("alg", ALGORITHM)?;
+    if !header.contains_key("typ")? {
+        header.raw_set("typ", "JWT")?;
+    }
     Ok(header)
 }
 

@@ -156,6 +156,7 @@ pub(crate) fn register(lua: &Lua, draft: &SharedDraft) -> mlua::Result<()> {
         Ok(())
     })?;
     globals.set("settings", settings)?;
+    globals.set("max_size", DEFAULT_MAX_SIZE)?;
     systemd(lua, draft)
 }
 

@@ -6,9 +6,9 @@
 //! # Failure
 //! A stale object, or another value in its place, raises.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
-use mlua::Either;
+use mlua::{AnyUserData, Either};
 
 use crate::lua::binding::convert;
 use crate::lua::binding::error::Raise;
@@ -17,12 +17,16 @@ use crate::lua::engine::slot::Slot;
 use crate::mail::Mail;
 
 /// A mail as userdata.
-pub(crate) struct MailObject(Arc<Slot>);
+pub(crate) struct MailObject {
+    slot: Arc<Slot>,
+    /// The object of the client's control group, made at the first use.
+    pub(super) cgroup: OnceLock<AnyUserData>,
+}
 
 impl MailObject {
     /// Makes the object of the mail in this slot.
     pub(crate) fn new(slot: Arc<Slot>) -> Self {
-        Self(slot)
+        Self { slot, cgroup: OnceLock::new() }
     }
 }
 
@@ -53,11 +57,11 @@ impl MailObject {
         &self,
         f: impl FnOnce(&mut Mail) -> Result<R, Raise>,
     ) -> Result<R, Raise> {
-        self.0.with(|mail, _| f(mail))
+        self.slot.with(|mail, _| f(mail))
     }
 
     /// Returns the slot of the mail.
     pub(crate) fn slot(&self) -> &Arc<Slot> {
-        &self.0
+        &self.slot
     }
 }

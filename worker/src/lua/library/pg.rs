@@ -2,7 +2,8 @@
 //!
 //! From the script down: [`database`] and [`result`] are what a script sees, [`listen`] runs its
 //! callbacks. [`pool`] gives a [`task`] to a [`connection`], which is a thread with a [`session`];
-//! [`extended`] is for what a session can't prepare, and both return [`rows`]. [`mod@target`] and
+//! [`extended`] is for what a session can't prepare, and both return [`rows`]. [`text`] knows where
+//! a statement begins. [`mod@target`] and
 //! [`tls`] connect, and [`pooler`] finds out to what. [`conninfo`] and [`uri`] read [`parameters`],
 //! [`passfile`] the passwords. [`statement`] and [`mod@array`] are a script's values as text.
 //!
@@ -28,6 +29,7 @@ mod session;
 mod statement;
 mod target;
 mod task;
+mod text;
 mod tls;
 mod uri;
 

@@ -55,8 +55,10 @@ fn encode_list(
     if depth > MAX_DIMENSIONS {
         return Err(argument.invalid(&format!("more than {MAX_DIMENSIONS} dimensions")));
     }
+    let length = statement::length(argument, table)?;
+    only_elements(argument, table, length)?;
     text.push(b'{');
-    for index in 1..=statement::length(argument, table)? {
+    for index in 1..=length {
         if index > 1 {
             text.push(b',');
         }
@@ -76,6 +78,30 @@ fn encode_list(
     }
     text.push(b'}');
     Ok(())
+}
+
+/// Checks that a table is a list of this length. A list without `n` has no holes.
+fn only_elements(argument: &Argument<'_>, table: &Table, length: u64) -> Result<(), Raise> {
+    let mut elements = 0;
+    let mut counted = false;
+    for pair in table.pairs::<Value, Value>() {
+        let (key, _) = pair?;
+        match &key {
+            Value::Integer(index) if (1..=length.cast_signed()).contains(index) => elements += 1,
+            Value::String(name) if *name.as_bytes() == *b"n" => counted = true,
+            other => {
+                let got = convert::describe(other);
+                return Err(argument.invalid(&format!(
+                    "expected a list, got a table with holes or with the key {got}; \
+                     a list with nils needs its length in 'n'"
+                )));
+            }
+        }
+    }
+    if counted || elements == length {
+        return Ok(());
+    }
+    Err(argument.invalid("expected a list, got a table with holes; its length belongs in 'n'"))
 }
 
 /// Writes an element in quotes, which every element may have, and which distinguish the word NULL

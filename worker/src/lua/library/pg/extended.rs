@@ -19,6 +19,7 @@ use postgres::{Client, Error, Row};
 
 use crate::lua::library::pg::rows::{ResultRow, Rows};
 use crate::lua::library::pg::statement::Parameter;
+use crate::lua::library::pg::text::first_word;
 
 /// The type of parameters whose types the server is to find.
 const UNTYPED: Type = Type::UNKNOWN;
@@ -29,47 +30,6 @@ pub(super) fn is_preparable(sql: &str) -> bool {
         ["SELECT", "INSERT", "UPDATE", "DELETE", "MERGE", "VALUES", "WITH", "TABLE"];
     let first = first_word(sql);
     QUERIES.iter().any(|word| first.eq_ignore_ascii_case(word))
-}
-
-fn first_word(sql: &str) -> &str {
-    let sql = after_prefix(sql);
-    let end = sql.find(|c: char| !c.is_ascii_alphabetic()).unwrap_or(sql.len());
-    &sql[..end]
-}
-
-/// Skips white space, parentheses and comments before a statement. (Comments in `/*` and `*/` can
-/// be nested.)
-fn after_prefix(mut sql: &str) -> &str {
-    loop {
-        sql = sql.trim_start_matches(|c: char| c.is_whitespace() || c == '(');
-        if let Some(comment) = sql.strip_prefix("--") {
-            sql = comment.split_once(['\n', '\r']).map_or("", |(_, rest)| rest);
-        } else if sql.starts_with("/*") {
-            sql = after_comment(sql);
-        } else {
-            return sql;
-        }
-    }
-}
-
-fn after_comment(sql: &str) -> &str {
-    let mut depth = 0;
-    let mut at = 0;
-    while let Some(two) = sql.as_bytes().get(at..at + 2) {
-        match two {
-            b"/*" => depth += 1,
-            b"*/" => depth -= 1,
-            _ => {
-                at += 1;
-                continue;
-            }
-        }
-        at += 2;
-        if depth == 0 {
-            return &sql[at..];
-        }
-    }
-    ""
 }
 
 /// A parameter as the server's text.

@@ -24,6 +24,7 @@ use crate::lua::library::pg::pooler::Pooling;
 use crate::lua::library::pg::rows::{ResultRow, Rows};
 use crate::lua::library::pg::statement::{self, Parameter};
 use crate::lua::library::pg::target::describe;
+use crate::lua::library::pg::text;
 
 /// Most statements that stay prepared per connection; beyond, the least recently used one is
 /// dropped.
@@ -147,6 +148,9 @@ impl Session {
     }
 
     fn query(&mut self, sql: &str) -> Result<Answer, Error> {
+        if self.in_transaction && text::controls_transaction(sql) {
+            return Ok(Answer::Failed(HELD.into()));
+        }
         let result = self.client.simple_query(sql);
         self.finish(sql, result.map(|messages| Ok(last_result(messages))))
     }
@@ -202,6 +206,9 @@ impl Session {
 
     fn execute(&mut self, sql: &str, parameters: &[Parameter]) -> Result<Answer, Error> {
         if !extended::is_preparable(sql) {
+            if self.in_transaction && text::controls_transaction(sql) {
+                return Ok(Answer::Failed(HELD.into()));
+            }
             if let Some(message) = extended::unsendable(sql) {
                 return Ok(Answer::Failed(message.into()));
             }
@@ -385,6 +392,10 @@ impl Session {
 /// The message for a script that leaves a transaction open.
 const HINT: &str = "a transaction can't be left open, it was rolled back; \
                     use db:transaction(function(tx) … end)";
+
+/// The message for a script that ends or begins a transaction inside of one.
+const HELD: &str = "db:transaction itself begins and ends the transaction: return commits, \
+                    error() rolls back; a SAVEPOINT can be rolled back to";
 
 const NO_COPY: &str = "COPY from or to the client isn't possible";
 
