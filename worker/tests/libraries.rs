@@ -141,7 +141,7 @@ fn misuse_of_sockets_raises() {
          end
          raises('expected a port', socket.connect, socket, '127.0.0.1')
          raises('qmqp_resolve', socket.connect, socket, 'localhost:1')
-         raises('got nil', socket.connect, '127.0.0.1:1')
+         raises('with a colon, as in socket:connect(…)', socket.connect, '127.0.0.1:1')
          raises(\"'stream', 'dgram' or 'seqpacket'\", socket.connect, socket, '@x', {type = 'raw'})
          raises('did you mean', socket.connect, socket, '@x', {typ = 'dgram'})
          raises('got nil', control_client.new, control_client)

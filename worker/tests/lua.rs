@@ -106,12 +106,63 @@ fn failure(handler: &str, reason: &str) {
     let log = script.log();
     assert!(log.contains(reason), "{reason:?} is not in:\n{log}");
     assert!(log.contains("id=id-1"), "{log}");
+    assert!(!log.contains("[qrelay]"), "{log}");
+}
+
+/// A traceback has what the script wrote, and nothing of what qrelay has in Lua itself.
+#[test]
+fn tracebacks_are_the_scripts() {
+    let script = Script::load(
+        "local function deep() local co = coroutine.wrap(function() sleep('x') end) co() end
+         qmqp_listen('/a', function(m) deep() end)
+         qmqp_listen('/b', function(m)
+           local ok, trace = xpcall(function() socket:connect({}) end, debug.traceback)
+           assert(not trace:find('[qrelay]', 1, true) and trace:find('config.lua:4: in', 1, true))
+           assert(trace:find('connect', 1, true), trace)
+           assert(debug.traceback('x', 1):find('^x\\nstack traceback:\\n\\t.*config.lua:7: in'))
+           assert(debug.traceback({}) ~= nil and type(debug.traceback({})) == 'table')
+           return m:discard()
+         end)
+         qmqp_listen('/c', function(m) m.foo = 5 end)",
+    );
+    assert!(script.handle(0, mail()).1.is_err());
+    assert!(script.handle(1, mail()).1.is_ok(), "{}", script.log());
+    assert!(script.handle(2, mail()).1.is_err());
+    let log = script.log();
+    assert!(log.contains("config.lua:1: in ") && !log.contains("[qrelay]"), "{log}");
+    assert!(!log.contains("upvalue 'unknown'"), "{log}");
 }
 
 #[test]
 fn failures_are_logged_with_their_cause() {
     failure("function(m) end", "returned nil, expected an action");
     failure("function(m) return 5 end", "returned 5, expected an action");
+    let place = "config.lua:2: the handler returned";
+    let nil = "nil, expected an action such as m:connect(address); did you forget 'return'?";
+    failure("\nfunction(m)\nm:discard() end", &format!("{place} {nil}"));
+    let function = "a function, expected an action such as m:connect(address); did you forget to";
+    failure("\nfunction(m)\nreturn m.discard end", &format!("{place} {function} call it?"));
+    failure("\nfunction(m)\nreturn 'x' end", &format!("{place} 'x', expected an action"));
+    failure(
+        "function(m) error({code = 5, text = 'a\\nb', [1] = {}}) end",
+        "{[1] = table, code = 5, text =",
+    );
+    failure(
+        "function(m) error(setmetatable({}, {__tostring = function() return 'mine' end})) end",
+        "script failed: mine",
+    );
+    failure("function(m) shared.new('x') end", "as in shared:new(…); got 'x'");
+    failure("function(m) socket.connect('/x') end", "as in socket:connect(…); got '/x'");
+    failure("function(m) control_client.new('/x') end", "as in control_client:new(…); got");
+    failure("function(m) shared:new('x').get('k') end", "call 'get' with a colon, as in d:get(…)");
+    failure("function(m) m:exec_raw({'/bin/cat'}) end", "as in m:exec_raw('/usr/sbin/sendmail'");
+    failure("function(m) m:exec({}) end", "got a table, expected the program and its arguments");
+    failure("function(m) qmpq_listen() end", "(global 'qmpq_listen'); did you mean 'qmqp_listen'?");
+    failure("function(m) sodium.randmbytes(5) end", "; did you mean 'randombytes'?");
+    failure(
+        "function(m) nothing_like_it() end",
+        "a nil value (global 'nothing_like_it') listener=",
+    );
     failure("function(m) return m:discard(), 'x' end", "returned 'x', expected an action");
     failure("function(m) error('boom') end", "config.lua:1: boom");
     failure("function(m) error({}) end", "script failed: table: 0x");

@@ -12,6 +12,7 @@ use thiserror::Error;
 
 use crate::lua::binding::convert;
 use crate::lua::binding::error;
+use crate::lua::binding::function;
 use crate::lua::library::listen::SharedDraft;
 
 /// Why a configuration can't be used. The administrator can repair each by editing the file, except
@@ -79,11 +80,11 @@ pub(crate) fn run(
     std::env::set_current_dir(directory)
         .map_err(|cause| ConfigError::Unreadable { path: directory.to_owned(), cause })?;
     let name = format!("@{}", config.display());
-    let failed = |e: mlua::Error| ConfigError::Script(located(&e, config));
+    let failed = |e: mlua::Error| ConfigError::Script(located(lua, &e, config));
     lua.load(without_shebang(&source)).set_name(name).exec().map_err(failed)?;
     if reload {
         draft.lock().enter_reload();
-        run_reload(lua).map_err(|e| ConfigError::Reload(located(&e, config)))?;
+        run_reload(lua).map_err(|e| ConfigError::Reload(located(lua, &e, config)))?;
     }
     Ok(())
 }
@@ -128,8 +129,9 @@ fn without_shebang(source: &[u8]) -> &[u8] {
 }
 
 /// The message with file and line; Lua's own usually has them.
-fn located(error: &mlua::Error, config: &Path) -> String {
+fn located(lua: &Lua, error: &mlua::Error, config: &Path) -> String {
     let (message, traceback) = error::describe(error);
+    let message = function::with_fields(lua, message);
     // `config.lua:12: …`, or `lua: config.lua:12: …` where a module failed to load.
     let has_position = message.split(": ").next().is_some_and(|position| {
         position.rsplit(':').next().is_some_and(|line| line.parse::<u32>().is_ok())

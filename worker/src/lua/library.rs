@@ -28,9 +28,10 @@ pub(crate) mod sodium;
 
 use std::sync::Arc;
 
-use mlua::Lua;
+use mlua::{Lua, Value};
 use slog::Logger;
 
+use crate::lua::binding::error::{self, Names};
 use crate::lua::engine::output::Output;
 use crate::lua::engine::watch::Watch;
 use crate::lua::library::listen::SharedDraft;
@@ -74,5 +75,23 @@ pub(crate) fn register(lua: &Lua, with: &Libraries<'_>) -> mlua::Result<()> {
     log::register(lua, with.logger, with.watch)?;
     every::register(lua, with.watch)?;
     pg::register(lua, with.watch, with.pg)?;
-    sleep::register(lua)
+    sleep::register(lua)?;
+    error::set_names(names(lua)?);
+    Ok(())
+}
+
+/// Returns the names of the global variables, and of the functions in global tables.
+fn names(lua: &Lua) -> mlua::Result<Names> {
+    let mut names = Names { globals: Vec::new(), fields: Vec::new() };
+    for pair in lua.globals().pairs::<Value, Value>() {
+        let (Value::String(name), value) = pair? else { continue };
+        names.globals.push(name.to_string_lossy());
+        let Value::Table(table) = value else { continue };
+        for pair in table.pairs::<Value, Value>() {
+            if let (Value::String(name), Value::Function(_)) = pair? {
+                names.fields.push(name.to_string_lossy());
+            }
+        }
+    }
+    Ok(names)
 }

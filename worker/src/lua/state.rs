@@ -66,13 +66,32 @@ pub struct State {
     watch: Arc<Watch>,
     output: Arc<Output>,
     logger: Logger,
-    handlers: Vec<Function>,
+    handlers: Vec<Handler>,
     settings: Settings,
     randomseed: Function,
     worker: AtomicU64,
     exhausted: AtomicBool,
     dictionaries: SharedOpener,
     pg: Arc<pg::Library>,
+}
+
+/// A listener's handler.
+struct Handler {
+    function: Function,
+    /// File and line of the function.
+    place: String,
+}
+
+impl Handler {
+    fn new(function: Function) -> Self {
+        let info = function.info();
+        let place =
+            match (info.source.as_deref().and_then(|s| s.strip_prefix('@')), info.line_defined) {
+                (Some(file), Some(line)) => format!("{file}:{line}"),
+                _ => "handler".to_owned(),
+            };
+        Self { function, place }
+    }
 }
 
 /// Makes a state with Lua's whole standard library. mlua marks the call as unsafe, because the
@@ -133,7 +152,7 @@ impl State {
             watch,
             output,
             logger,
-            handlers,
+            handlers: handlers.into_iter().map(Handler::new).collect(),
             settings,
             randomseed,
             worker: AtomicU64::new(0),
@@ -174,7 +193,7 @@ impl State {
         mail: Box<Mail>,
         deadline: Deadline,
     ) -> Handling {
-        let Some(function) = self.handlers.get(listener) else {
+        let Some(handler) = self.handlers.get(listener) else {
             slog::error!(self.logger, "no handler for listener {}", listener; "id" => &*mail.id());
             return Handling::Decided((mail, Err(HandlerError::Script)));
         };
@@ -184,25 +203,33 @@ impl State {
         let job = RunContext { number, mail: Some(Arc::clone(&slot)), deadline, budget };
         let object = MailObject::new(Arc::clone(&slot));
         let argument = |lua: &Lua| lua.create_any_userdata(object).map(Value::UserData);
-        match self.monitor.start(&job, function, argument, action_object::decision) {
+        match self.monitor.start(&job, &handler.function, argument, action_object::decision) {
             Ok(Progress::Waits(suspended)) => Handling::Waits(Box::new(move || {
                 let result = self.monitor.finish(&job, suspended, action_object::decision);
-                self.decided(&slot, result)
+                self.decided(listener, &slot, result)
             })),
             Ok(Progress::Finished(decision)) => {
-                Handling::Decided(self.decided(&slot, Ok(decision)))
+                Handling::Decided(self.decided(listener, &slot, Ok(decision)))
             }
-            Err(stop) => Handling::Decided(self.decided(&slot, Err(stop))),
+            Err(stop) => Handling::Decided(self.decided(listener, &slot, Err(stop))),
         }
     }
 
     /// Takes the mail back from a handler that has ended, and logs a failure.
-    fn decided(&self, slot: &Slot, result: Result<Result<Action, String>, Stop>) -> Decision {
+    fn decided(
+        &self,
+        listener: usize,
+        slot: &Slot,
+        result: Result<Result<Action, String>, Stop>,
+    ) -> Decision {
         let mail = slot.take().expect("nobody else takes the mail out of its slot");
         self.output.flush(Some(&mail.id()));
         let result = match result {
             Ok(Ok(action)) => Ok(action),
-            Ok(Err(message)) => Err(Stop::Error { message, traceback: None }),
+            Ok(Err(message)) => {
+                let place = self.handlers.get(listener).map_or("handler", |h| h.place.as_str());
+                Err(Stop::Error { message: format!("{place}: {message}"), traceback: None })
+            }
             Err(stop) => Err(stop),
         };
         let result = result.map_err(|stop| self.failed(&mail, stop));

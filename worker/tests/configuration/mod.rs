@@ -60,6 +60,9 @@ fn bad_configurations_name_file_line_and_cause() {
         ("#!/usr/bin/lua\nerror('boom')", "config.lua:2: boom"),
         ("\nerror({})", "config.lua:2: table: 0x"),
         ("error('bare', 0)", "config.lua:1: bare"),
+        ("\nerror({code = 7})", "{code = 7}"),
+        ("qmpq_listen('/a', print)", "'qmpq_listen'); did you mean 'qmqp_listen'?"),
+        ("\nlocal function f() error('here', 2) end\nf()", "config.lua:3: here"),
         ("qmqp_listen()", "config.lua:1: bad argument #1 to 'qmqp_listen' (where: expected"),
         (
             "qmqp_listen('/a')",

@@ -249,6 +249,19 @@ pub(crate) fn quoted(text: &[u8]) -> String {
     format!("'{shown}{dots}'")
 }
 
+/// Checks that a function of a library was called with a colon, as its name is written.
+///
+/// # Errors
+/// The first argument is no library.
+pub(crate) fn library(this: &Value, name: &str) -> Result<(), Raise> {
+    match this {
+        Value::Table(_) => Ok(()),
+        other => {
+            Err(format!("call it with a colon, as in {name}(…); got {}", describe(other)).into())
+        }
+    }
+}
+
 /// A table of options, whose keys are all known.
 pub(crate) struct Options<'a> {
     function: &'a str,

@@ -6,7 +6,11 @@
 //! # Failure
 //! None: this module defines the failures.
 
+use std::sync::OnceLock;
+
 use thiserror::Error;
+
+use crate::lua::binding::convert::nearest;
 
 /// Why a function of qrelay raises an error in the script that called it.
 #[derive(Debug)]
@@ -55,20 +59,103 @@ const TRACEBACK: &str = "\nstack traceback:\n";
 /// The name, in a traceback, of qrelay's own code in Lua.
 pub(crate) const CHUNK: &str = "[qrelay]";
 
+/// The names that a script finds, for messages about a name that is near one of them.
+#[derive(Debug)]
+pub(crate) struct Names {
+    /// Global variables.
+    pub globals: Vec<String>,
+    /// Functions in the global tables.
+    pub fields: Vec<String>,
+}
+
+/// The same names in every Lua state.
+static NAMES: OnceLock<Names> = OnceLock::new();
+
+/// Keeps the names; only the first call has an effect, because all states have the same names.
+pub(crate) fn set_names(names: Names) {
+    let _ = NAMES.set(names);
+}
+
+/// Adds, to Lua's message about a name that has no value, the nearest name that has one.
+fn with_near_name(message: String) -> String {
+    let Some(names) = NAMES.get().filter(|_| message.contains(" a nil value (")) else {
+        return message;
+    };
+    for (kind, known) in [
+        (" (global '", &names.globals),
+        (" (field '", &names.fields),
+        (" (method '", &names.fields),
+    ] {
+        let rest = message.split_once(kind).map(|(_, rest)| rest);
+        let Some(name) = rest.and_then(|rest| rest.strip_suffix("')")) else { continue };
+        let known: Vec<&str> = known.iter().map(String::as_str).collect();
+        if let Some(near) = nearest(name, &known).filter(|near| *near != name) {
+            return format!("{message}; did you mean '{near}'?");
+        }
+    }
+    message
+}
+
+/// Leaves out of a traceback what is qrelay's own: the frames of its code in Lua, and what they
+/// called. The outermost of such frames stays, without its position, if it has the name by which
+/// the script called it.
+fn script_frames(traceback: &str) -> String {
+    let frames: Vec<&str> = traceback.lines().map(str::trim).collect();
+    let own = |frame: &&str| frame.starts_with(CHUNK);
+    let mut shown = Vec::new();
+    for (index, frame) in frames.iter().enumerate() {
+        let (next, before) = (frames.get(index + 1), index.checked_sub(1).map(|i| &frames[i]));
+        let is_inner = next.is_some_and(own) && (own(frame) || frame.starts_with("[C]"));
+        let is_call = *frame == "(...tail calls...)"
+            && before.is_some_and(|before| own(before) || before.starts_with("[C]"));
+        let nameless = own(frame) && frame.contains(": in function <");
+        if is_inner || is_call || nameless || *frame == "[C]: in ?" {
+            continue;
+        }
+        match frame.split_once(": in ").filter(|_| own(frame)) {
+            Some((_, name)) => shown.push(format!("[C]: in {name}")),
+            None => shown.push((*frame).to_owned()),
+        }
+    }
+    shown.join("\n")
+}
+
 /// An error's message as Lua would print it, position included, and the traceback if there is one.
 pub(crate) fn describe(error: &mlua::Error) -> (String, Option<String>) {
+    let (message, traceback) = parts(error);
+    (with_near_name(message), traceback.map(|frames| script_frames(&frames)))
+}
+
+/// Returns the frames of a traceback as Lua writes it, without what is qrelay's own.
+pub(crate) fn frames(traceback: &str) -> Option<String> {
+    traceback.split_once('\n').map(|(_, frames)| script_frames(frames))
+}
+
+/// Returns a text with a traceback at its end, without the frames that are qrelay's own.
+pub(crate) fn without_own_frames(text: &str) -> String {
+    let (message, head) = match text.strip_prefix(&TRACEBACK[1..]) {
+        Some(_) => ("", &TRACEBACK[1..]),
+        None => (text.split_once(TRACEBACK).map_or(text, |(message, _)| message), TRACEBACK),
+    };
+    let Some(traceback) = text[message.len()..].strip_prefix(head) else { return text.to_owned() };
+    let frames = script_frames(traceback);
+    let frames = frames.lines().map(|frame| format!("\t{frame}"));
+    format!("{message}{head}{}", frames.collect::<Vec<_>>().join("\n"))
+}
+
+fn parts(error: &mlua::Error) -> (String, Option<String>) {
     match error {
         mlua::Error::RuntimeError(text)
         | mlua::Error::MemoryError(text)
         | mlua::Error::GarbageCollectorError(text) => split(text),
         mlua::Error::SyntaxError { message, .. } => split(message),
         mlua::Error::CallbackError { traceback, cause } => {
-            let (message, inner) = describe(cause);
+            let (message, inner) = parts(cause);
             let traceback = traceback.strip_prefix(&TRACEBACK[1..]).unwrap_or(traceback);
             let message = if is_ours(cause) { with_position(&message, traceback) } else { message };
             (message, inner.or_else(|| Some(traceback.to_owned())))
         }
-        mlua::Error::WithContext { cause, .. } => describe(cause),
+        mlua::Error::WithContext { cause, .. } => parts(cause),
         other => (other.to_string(), None),
     }
 }
@@ -116,6 +203,18 @@ fn without_string(message: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_traceback_has_no_frames_of_qrelay() {
+        let traceback = "\t[C]: in function 'error'\n\t[qrelay]:129: in function <[qrelay]:124>\n\
+            \t(...tail calls...)\n\tconfig.lua:6: in function <config.lua:4>\n\t[C]: in ?";
+        assert_eq!(script_frames(traceback), "config.lua:6: in function <config.lua:4>");
+        let traceback = "[C]: in upvalue 'f'\n[qrelay]:31: in field 'connect'\n\
+            config.lua:18: in function <config.lua:4>\n(...tail calls...)";
+        let shown = "[C]: in field 'connect'\nconfig.lua:18: in function <config.lua:4>\n\
+            (...tail calls...)";
+        assert_eq!(script_frames(traceback), shown);
+    }
 
     #[test]
     fn a_syntax_error_quotes_no_string() {

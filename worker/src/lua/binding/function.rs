@@ -36,6 +36,7 @@ struct Prelude {
     awaiting: Function,
     class: Function,
     list: Function,
+    raised: Function,
 }
 
 /// Keeps the wrappers that `prelude.lua` returned; without them no class and no function that waits
@@ -48,6 +49,7 @@ pub(crate) fn set_wrappers(lua: &Lua, exports: &Table) -> mlua::Result<()> {
         awaiting: exports.get("awaiting")?,
         class: exports.get("class")?,
         list: exports.get("list")?,
+        raised: exports.get("raised")?,
     });
     Ok(())
 }
@@ -55,6 +57,16 @@ pub(crate) fn set_wrappers(lua: &Lua, exports: &Table) -> mlua::Result<()> {
 fn prelude(lua: &Lua) -> mlua::Result<mlua::AppDataRef<'_, Prelude>> {
     lua.app_data_ref::<Prelude>()
         .ok_or_else(|| mlua::Error::RuntimeError("the prelude is not installed".into()))
+}
+
+/// Returns the message of an error, with the table's fields if a script raised a table. Called while
+/// Lua is held.
+pub(crate) fn with_fields(lua: &Lua, message: String) -> String {
+    if !message.starts_with("table: 0x") {
+        return message;
+    }
+    let shown = prelude(lua).map(|prelude| prelude.raised.clone());
+    shown.and_then(|shown| shown.call::<String>(message.as_str())).unwrap_or(message)
 }
 
 /// The result of a function that may have to wait.

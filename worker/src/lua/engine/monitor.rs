@@ -19,6 +19,7 @@ use qrelay_shared::deadline::Deadline;
 use qrelay_shared::ids::JobId;
 
 use crate::lua::binding::error;
+use crate::lua::binding::function;
 use crate::lua::binding::operation::{Completion, Operation, Pending};
 use crate::lua::engine::scope::Ending;
 use crate::lua::engine::slot::Slot;
@@ -265,12 +266,13 @@ impl Hold<'_> {
 
     fn failed(&self, thread: &Thread, error: &mlua::Error) -> Stop {
         let (message, traceback) = error::describe(error);
+        let message = function::with_fields(&self.monitor.lua, message);
         Stop::Error { message, traceback: traceback.or_else(|| self.traceback(thread)) }
     }
 
     fn traceback(&self, thread: &Thread) -> Option<String> {
         let text = self.monitor.traceback.call::<String>(thread.clone()).ok()?;
-        text.split_once('\n').map(|(_, frames)| frames.to_owned())
+        error::frames(&text)
     }
 }
 

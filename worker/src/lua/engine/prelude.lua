@@ -76,6 +76,66 @@ local function caught(ok, ...)
   return ok, reason
 end
 
+-- The table that was raised last, so that a message can show its fields.
+local raised
+local raise, tostring = error, tostring
+local concat, format, sort = table.concat, string.format, table.sort
+
+function _G.error(value, level)
+  if type(value) == 'table' then
+    raised = value
+  end
+  level = level or 1
+  raise(value, level == 0 and 0 or level + 1)
+end
+
+local FIELDS, LENGTH = 16, 80
+
+local function shown(value)
+  if type(value) == 'string' then
+    return format('%q', #value > LENGTH and value:sub(1, LENGTH) .. '…' or value)
+  elseif type(value) == 'number' or type(value) == 'boolean' then
+    return tostring(value)
+  end
+  return type(value)
+end
+
+-- Lua's text for a raised table, with the table's fields.
+function prelude.raised(text)
+  local value = raised
+  raised = nil
+  local meta = type(value) == 'table' and debug.getmetatable(value)
+  if not value or meta and rawget(meta, '__tostring') or tostring(value) ~= text then
+    return text
+  end
+  local fields = {}
+  for key, field in next, value do
+    if #fields == FIELDS then
+      fields[FIELDS + 1] = '…'
+      break
+    end
+    local name = type(key) == 'string' and #key <= LENGTH and key or '[' .. shown(key) .. ']'
+    fields[#fields + 1] = name .. ' = ' .. shown(field)
+  end
+  if #fields == 0 then
+    return text
+  end
+  sort(fields)
+  return text .. ' {' .. concat(fields, ', ') .. '}'
+end
+
+-- A traceback without qrelay's own frames.
+local traceback, frames = debug.traceback, native.frames
+
+function debug.traceback(first, message, level)
+  if type(first) == 'thread' then
+    local text = traceback(first, message, level)
+    return type(text) == 'string' and frames(text) or text
+  end
+  local text = traceback(first, (message or 1) + 1)
+  return type(text) == 'string' and frames(text) or text
+end
+
 local protected, protected_with = pcall, xpcall
 
 function pcall(f, ...)

@@ -67,6 +67,10 @@ fn natives(lua: &Lua, watch: &Arc<Watch>) -> mlua::Result<Table> {
         other => Ok(other),
     })?;
     native.raw_set("message", message)?;
+    let frames = lua.create_function(|lua, text: mlua::LuaString| {
+        lua.create_string(error::without_own_frames(&text.to_string_lossy()))
+    })?;
+    native.raw_set("frames", frames)?;
     let clock = Arc::clone(watch);
     native.raw_set("stop", lua.create_function(move |lua, ()| clock.stop(lua))?)?;
     native.raw_set("flags", watch.flags(lua)?)?;

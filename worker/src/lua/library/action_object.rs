@@ -48,5 +48,10 @@ pub(crate) fn decision(values: MultiValue) -> Result<Action, String> {
         return Ok(object.0.clone());
     }
     let got = convert::describe(last);
-    Err(format!("the handler returned {got}, expected an action such as m:connect(address)"))
+    let hint = match last {
+        Value::Nil => "; did you forget 'return'?",
+        Value::Function(_) => "; did you forget to call it?",
+        _ => "",
+    };
+    Err(format!("the handler returned {got}, expected an action such as m:connect(address){hint}"))
 }

@@ -52,7 +52,8 @@ pub(crate) fn register(lua: &Lua, watch: &Arc<Watch>) -> mlua::Result<()> {
     client(lua)?;
     let watch = Arc::clone(watch);
     let library = lua.create_table()?;
-    let new = function(lua, "control_client:new", move |lua, (_, address): (Value, Value)| {
+    let new = function(lua, "control_client:new", move |lua, (this, address): (Value, Value)| {
+        convert::library(&this, "control_client:new")?;
         let argument = Argument::new("control_client:new", 1, "address");
         let endpoints = address::endpoints(&argument, &address, CONTROL_PORT, "control_resolve")?;
         let socket = if watch.is_loading() {

@@ -46,6 +46,13 @@ fn method(
 }
 
 fn exec(function: &str, mut values: MultiValue) -> Result<Exec, Raise> {
+    if let [Value::Table(_)] = values.as_slices().0 {
+        return Err(format!(
+            "{function}: got a table, expected the program and its arguments one by one, as in \
+             m:{function}('/usr/sbin/sendmail', '-t')"
+        )
+        .into());
+    }
     let position = values.len();
     let options = match values.back() {
         Some(Value::Table(_)) => values.pop_back().unwrap_or(Value::Nil),

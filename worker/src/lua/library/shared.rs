@@ -12,7 +12,7 @@ use std::borrow::Cow;
 use std::sync::Arc;
 use std::time::Duration;
 
-use mlua::{IntoLua, Lua, MultiValue, Value as LuaValue};
+use mlua::{IntoLua, Lua, MultiValue, UserDataRef, Value as LuaValue};
 use parking_lot::RwLock;
 use qrelay_shared::deadline::Deadline;
 use qrelay_shared::dictionary::{
@@ -80,7 +80,8 @@ pub(crate) fn register(lua: &Lua, opener: &SharedOpener, draft: &SharedDraft) ->
     let library = lua.create_table()?;
     let (opener, draft) = (Arc::clone(opener), Arc::clone(draft));
     let new =
-        function::function(lua, "shared:new", move |lua, (_, name): (LuaValue, LuaValue)| {
+        function::function(lua, "shared:new", move |lua, (this, name): (LuaValue, LuaValue)| {
+            convert::library(&this, "shared:new")?;
             let argument = Argument::new("new", 1, "name");
             let text = argument.text(&name)?;
             let valid = str::from_utf8(&text).ok().filter(|name| is_name(name.as_bytes()));
@@ -105,6 +106,7 @@ fn question(
     key: &LuaValue,
     question: Question<'static>,
 ) -> Result<Call<()>, Raise> {
+    dictionary(this, method)?;
     let argument = Argument::new(method, 1, "key");
     let text = argument.text(key)?;
     if text.len() > MAX_KEY {
@@ -114,16 +116,18 @@ fn question(
     ask_about(this, method, &text, question)
 }
 
+fn dictionary(this: &LuaValue, method: &str) -> Result<UserDataRef<Dictionary>, Raise> {
+    let object = this.as_userdata().and_then(|object| object.borrow::<Dictionary>().ok());
+    object.ok_or_else(|| format!("call '{method}' with a colon, as in d:{method}(…)").into())
+}
+
 fn ask_about(
     this: &LuaValue,
     method: &str,
     key: &[u8],
     question: Question<'static>,
 ) -> Result<Call<()>, Raise> {
-    let dictionary = this
-        .as_userdata()
-        .and_then(|object| object.borrow::<Dictionary>().ok())
-        .ok_or_else(|| Raise::Text(format!("call '{method}' with a colon, as in d:{method}(…)")))?;
+    let dictionary = dictionary(this, method)?;
     let (name, opener) = (&dictionary.name, &dictionary.opener);
     let asked = is_short(&question)
         .then(|| try_ask(&Request { dictionary: name, key, operation: question.clone() }));

@@ -98,9 +98,10 @@ fn socket_of(value: &Value) -> Result<Arc<OutgoingSocket>, Raise> {
 
 fn connect(
     lua: &Lua,
-    (_, address, options): (Value, Value, Value),
+    (this, address, options): (Value, Value, Value),
     loading: bool,
 ) -> Result<Call<AnyUserData>, Raise> {
+    convert::library(&this, "socket:connect")?;
     let argument = Argument::new("socket:connect", 1, "address");
     // No default port.
     let endpoints = address::endpoints(&argument, &address, 0, "qmqp_resolve")?;
