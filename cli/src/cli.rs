@@ -39,9 +39,6 @@ Exit status: 0 success, 64 usage, 71 system error, 78 configuration error;
 struct Cli {
     #[command(flatten)]
     common: Common,
-    /// How long the script may take to load, in seconds.
-    #[arg(long, value_name = "SECONDS", default_value = "30", value_parser = seconds)]
-    boot_timeout: Duration,
     /// Started as root: run the script, workers and programs as this user (name or number).
     #[arg(long, value_name = "USER")]
     user: Option<String>,
@@ -60,6 +57,11 @@ struct Common {
     /// Log records of this level and above.
     #[arg(long, global = true, value_name = "LEVEL", default_value = "info", ignore_case = true)]
     log_level: LogLevel,
+    /// How long the script may take to load, in seconds.
+    #[arg(
+        long, global = true, value_name = "SECONDS", default_value = "30", value_parser = seconds
+    )]
+    boot_timeout: Duration,
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -142,8 +144,8 @@ enum Answer {
 pub enum Command {
     /// Run the daemon.
     Run(Options),
-    /// Load the script at this absolute path, and print what it declares.
-    Check(PathBuf, Level),
+    /// Load the script at this absolute path, within this time, and print what it declares.
+    Check(PathBuf, Level, Duration),
     /// Submit a mail.
     Send(SendOptions),
     /// Run a server that shows or stores mails.
@@ -164,13 +166,14 @@ pub fn parse() -> Result<Command, Exit> {
         if error.use_stderr() { Exit::Usage } else { Exit::Success }
     })?;
     let level = Level::from(cli.common.log_level);
+    let boot_timeout = cli.common.boot_timeout;
     let config = absolute(cli.common.config)?;
     Ok(match cli.command {
         None => {
             let account = cli.user.map(|user| Account { user, group: cli.group });
-            Command::Run(Options { config, level, boot_timeout: cli.boot_timeout, account })
+            Command::Run(Options { config, level, boot_timeout, account })
         }
-        Some(Verb::Check) => Command::Check(config, level),
+        Some(Verb::Check) => Command::Check(config, level, boot_timeout),
         Some(Verb::Zygote { limits }) => Command::Zygote(level, limits),
         Some(Verb::Send { to, sender, timeout, recipients }) => {
             Command::Send(SendOptions { to, sender, recipients, timeout })

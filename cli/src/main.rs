@@ -10,7 +10,10 @@
 
 #![forbid(unsafe_code)]
 
+use std::io::{self, Write as _};
+use std::path::Path;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use qrelay_shared::exit::Exit;
 use qrelay_shared::log::Patience;
@@ -36,23 +39,48 @@ fn main() -> ExitCode {
         Err(exit) => exit,
         Ok(Command::Run(options)) => daemon::run(options),
         Ok(Command::Zygote(level, limits)) => qrelay_worker::process::zygote::main(level, limits),
-        Ok(Command::Check(config, level)) => check(&config, level),
+        Ok(Command::Check(config, level, limit)) => check(&config, level, limit),
         Ok(Command::Send(options)) => send::run(&options),
         Ok(Command::Sink(options)) => sink::run(&options),
     };
     exit.into()
 }
 
-fn check(config: &std::path::Path, level: slog::Level) -> Exit {
+/// Checks the script, for at most `limit`, as long as the daemon would let it load.
+fn check(config: &Path, level: slog::Level, limit: Duration) -> Exit {
+    let shown = config.display().to_string();
+    std::thread::spawn(move || {
+        std::thread::sleep(limit);
+        eprintln!(
+            "qrelay: {shown}: the script has run for {} s and would not be loaded \
+             (--boot-timeout)",
+            limit.as_secs_f64()
+        );
+        std::process::exit(Exit::Config as i32);
+    });
     let logger = qrelay_shared::log::init(level, "qrelay", Patience::Unlimited);
     match qrelay_worker::process::check::check(config, logger, dictionary_server::alone()) {
-        Ok(text) => {
-            print!("{text}");
-            Exit::Success
+        Ok(checked) => {
+            if let Some(note) = checked.note {
+                eprintln!("qrelay: note: {note}");
+            }
+            print(&checked.text)
         }
         Err(error) => {
             eprintln!("qrelay: {error}");
             Exit::Config
         }
+    }
+}
+
+/// Prints a text. A reader that has read enough and is gone is no failure.
+fn print(text: &str) -> Exit {
+    let mut out = io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
+            eprintln!("qrelay: standard output: {error}");
+            Exit::System
+        }
+        _ => Exit::Success,
     }
 }

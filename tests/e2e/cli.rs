@@ -338,3 +338,131 @@ fn send_daemon_and_sink_work_together() {
     let (shown, _) = sink.end();
     assert!(shown.contains("hello") && shown.contains("Received: from PID="), "{shown}");
 }
+
+/// Returns a command that checks a script.
+fn check(site: &Site) -> std::process::Command {
+    let mut check = command(QRELAY);
+    check.args(["check", "--config", text(&site.path("config.lua"))]);
+    check
+}
+
+const LISTEN: &str = "qmqp_listen('$DIR/in', function(m) return m:discard() end)";
+
+#[test]
+fn check_ends_within_the_boot_timeout() {
+    for endless in ["while true do end", "sleep(3600)"] {
+        let site = Site::with(&format!("{LISTEN}\n{endless}"));
+        for before in [true, false] {
+            let mut check = command(QRELAY);
+            let (timeout, verb) = (["--boot-timeout", "0.3"], ["check"]);
+            match before {
+                true => check.args(timeout).args(verb),
+                false => check.args(verb).args(timeout),
+            };
+            check.args(["--config", text(&site.path("config.lua"))]);
+            let output = check.output().expect("runs");
+            assert_eq!(output.status.code(), Some(78), "{endless}: {}", stderr(&output));
+            let told = stderr(&output);
+            assert!(told.contains("config.lua") && told.contains("--boot-timeout"), "{told}");
+            assert_eq!(stdout(&output), "");
+        }
+    }
+}
+
+#[test]
+fn check_refuses_a_script_that_calls_os_exit() {
+    for leave in ["os.exit(0)", "os.exit()", "pcall(os.exit, 0)"] {
+        let site = Site::with(&format!("{LISTEN}\n{leave}"));
+        let output = check(&site).output().expect("runs");
+        assert_eq!(output.status.code(), Some(78), "{leave}: {}", stderr(&output));
+        assert!(stderr(&output).contains("os.exit"), "{leave}: {}", stderr(&output));
+        assert!(leave.contains("pcall") || stderr(&output).contains("config.lua:2"), "{leave}");
+    }
+}
+
+#[test]
+fn check_takes_the_sockets_of_systemd_as_given() {
+    let site = Site::with(
+        "qmqp_listen(systemd, function(m) return m:discard() end)
+         qmqp_listen(systemd['web'], function(m) return m:discard() end)",
+    );
+    let output = check(&site).env_remove("LISTEN_FDNAMES").output().expect("runs");
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    assert!(stdout(&output).contains("listener systemd['web']"), "{}", stdout(&output));
+    assert!(!stderr(&output).contains("listens on systemd"), "{}", stderr(&output));
+    // Under systemd the names are known.
+    let output = check(&site).env("LISTEN_FDNAMES", "wob").output().expect("runs");
+    assert_eq!(output.status.code(), Some(78), "{}", stderr(&output));
+    assert!(stderr(&output).contains("no socket named 'web'"), "{}", stderr(&output));
+}
+
+#[test]
+fn check_survives_a_reader_that_is_gone() {
+    let site = Site::with(LISTEN);
+    let (reader, writer) = std::io::pipe().expect("pipe");
+    drop(reader);
+    let output = check(&site).stdout(writer).stderr(Stdio::piped()).output().expect("runs");
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    assert!(!stderr(&output).contains("panicked"), "{}", stderr(&output));
+    let full = std::fs::OpenOptions::new().write(true).open("/dev/full").expect("/dev/full");
+    let output = check(&site).stdout(full).stderr(Stdio::piped()).output().expect("runs");
+    assert_eq!(output.status.code(), Some(71), "{}", stderr(&output));
+    assert!(stderr(&output).contains("No space left"), "{}", stderr(&output));
+}
+
+#[test]
+fn check_by_root_says_what_that_means() {
+    let site = Site::with(&format!("settings{{user='nobody'}}\n{LISTEN}"));
+    let told = stderr(&check(&site).output().expect("runs"));
+    assert!(told.contains("as root") && told.contains("'nobody'"), "{told}");
+    let mut as_nobody = command("setpriv");
+    as_nobody.args(["--reuid", "65534", "--regid", "65534", "--clear-groups", QRELAY, "check"]);
+    let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+    std::fs::set_permissions(site.dir(), mode).expect("mode");
+    let output = as_nobody.args(["--config", text(&site.path("config.lua"))]).output();
+    let told = stderr(&output.expect("runs"));
+    assert!(!told.contains("as root"), "{told}");
+}
+
+#[test]
+fn check_warns_of_globals_that_have_no_effect() {
+    let site = Site::with(&format!(
+        "{LISTEN}
+         settings = {{workers=4}}
+         max_size = 1 << 20
+         reload = 'now'
+         drain_timeout = 5"
+    ));
+    let output = check(&site).output().expect("runs");
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    let told = stderr(&output);
+    for part in [
+        "settings was assigned, so it set nothing: call it, as in settings{…}",
+        "max_size was set to 1048576 after the last qmqp_listen",
+        "reload is 'now', but must be a function",
+        "the global variable drain_timeout sets nothing: write settings{drain_timeout = 5}",
+    ] {
+        assert!(told.contains(part), "{part:?} is not in:\n{told}");
+    }
+    let quiet = Site::with(&format!("max_size = max_size * 2\n{LISTEN}\nmax_size = nil"));
+    let output = check(&quiet).output().expect("runs");
+    assert!(!stderr(&output).contains("warn"), "{}", stderr(&output));
+}
+
+#[test]
+fn sink_writes_to_devices() {
+    let site = Site::new();
+    for output in ["/dev/null", "/dev/stdout"] {
+        let at = site.path("sink");
+        let mut sink = command(QRELAY);
+        sink.args(["sink", "--listen", text(&at), "--output", output]);
+        let mut sink = sink.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("runs");
+        crate::harness::eventually("the sink", || {
+            std::os::unix::net::UnixStream::connect(&at).ok()
+        });
+        assert_eq!(submit(at.clone(), &Mail::new("x")).status(), 'K', "{output}");
+        signal(sink.id().cast_signed(), Signal::SIGTERM);
+        sink.wait().expect("ends");
+        let _ = std::fs::remove_file(&at);
+    }
+}

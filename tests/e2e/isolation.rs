@@ -362,6 +362,7 @@ fn a_to_string_that_never_ends() {
 fn exit_in_a_handler() {
     assert_isolated("os.exit()", Cost::Worker, "worker died: exit status 0");
     assert_isolated("os.exit(3)", Cost::Worker, "worker died: exit status 3");
+    assert_isolated("os.exit(3)", Cost::Worker, "os.exit ends this worker");
 }
 
 #[test]

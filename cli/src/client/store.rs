@@ -81,11 +81,15 @@ fn file_name(serial: u64) -> String {
 }
 
 fn append(file: &mut File, text: &[u8]) -> io::Result<()> {
-    let before = file.metadata()?.len();
+    let before = file.metadata()?;
+    if !before.is_file() {
+        // A device or a pipe has nothing to sync, and no content that a partial mail could spoil.
+        return file.write_all(text);
+    }
     let result = file.write_all(text).and_then(|()| file.sync_data());
     if result.is_err() {
-        // A pipe or a terminal can't be cut, but has no content that a partial mail could spoil.
-        let _ = file.set_len(before);
+        // The file keeps the partial mail only if the disk refuses even that.
+        let _ = file.set_len(before.len());
     }
     result
 }

@@ -9,6 +9,7 @@ pub(crate) mod control_client;
 pub(crate) mod dictionary_client;
 pub(crate) mod every;
 pub(crate) mod exec;
+pub(crate) mod exit;
 pub(crate) mod json;
 pub(crate) mod jwt;
 pub(crate) mod listen;
@@ -61,6 +62,7 @@ pub(crate) fn register(lua: &Lua, with: &Libraries<'_>) -> mlua::Result<()> {
     output::register(lua, with.output)?;
     compat::register(lua)?;
     shell::register(lua)?;
+    exit::register(lua, with.watch, with.logger, with.draft)?;
     listen::register(lua, with.draft)?;
     address::register(lua, with.watch)?;
     action_object::register(lua)?;

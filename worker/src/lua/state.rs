@@ -50,8 +50,11 @@ pub struct LoadOptions {
     pub config: PathBuf,
     /// Call the script's `reload` afterwards.
     pub reload: bool,
-    /// FileDescriptorNames of the sockets that systemd passed, one entry each.
-    pub systemd: Vec<String>,
+    /// FileDescriptorNames of the sockets that systemd passed, one entry each; `None` if any socket
+    /// counts as passed.
+    pub systemd: Option<Vec<String>>,
+    /// The script is only tried: it must not end the process.
+    pub trial: bool,
     /// Where the script's output and its errors go.
     pub logger: Logger,
     /// The channel on which channels to the shared dictionaries are asked for while the script
@@ -111,11 +114,11 @@ impl State {
     /// # Errors
     /// See [`ConfigError`].
     pub fn load(options: LoadOptions) -> Result<(Self, Declaration), ConfigError> {
-        let LoadOptions { config, reload, systemd, logger, dictionaries } = options;
+        let LoadOptions { config, reload, systemd, trial, logger, dictionaries } = options;
         let dictionaries = Arc::new(RwLock::new(Opener::new(dictionaries)));
         let watch = Watch::new();
         let output = Output::new(logger.clone(), Arc::clone(&watch));
-        let draft = Draft::new(systemd);
+        let draft = Draft::new(systemd, trial);
         let pg = pg::Library::new(logger.clone());
         let libraries = Libraries {
             watch: &watch,
@@ -142,6 +145,9 @@ impl State {
             .map_err(|message| ConfigError::Declaration { path: config, message })?;
         if draft.lock().listens_in_vain() {
             slog::warn!(logger, "the script listens on systemd, which passed no sockets for it");
+        }
+        for warning in draft.lock().oddities(&lua).map_err(internal)? {
+            slog::warn!(logger, "{}", warning);
         }
         let settings = declaration.settings.clone();
         collector::limit_memory(&lua, settings.lua_memory_limit).map_err(internal)?;

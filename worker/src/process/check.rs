@@ -1,9 +1,10 @@
 //! `qrelay check`: loads config.lua as a zygote would, and shows what it declares.
 //!
-//! Contract: nothing is bound, forked or sent. The script's own side effects happen.
+//! Contract: nothing is bound, forked or sent. The script's own side effects happen. Outside of
+//! systemd every socket of systemd counts as passed.
 //!
 //! # Failure
-//! The script's error, with file and line.
+//! The script's error, with file and line; or the script takes longer than the daemon would let it.
 
 use std::fmt::Write;
 use std::os::fd::OwnedFd;
@@ -11,6 +12,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
+use nix::unistd::geteuid;
 use qrelay_shared::settings::{Declaration, ListenAddress, ListenerDecl, Settings};
 use qrelay_shared::sys::signals::disregard;
 use slog::Logger;
@@ -20,8 +22,9 @@ use crate::lua::state::{LoadOptions, State};
 use crate::process::account;
 
 /// Loads the script at an absolute path, and describes what the script declares, one line per item.
-/// The variable `LISTEN_FDNAMES` says which names `systemd['…']` may have, as for the daemon.
-/// On `dictionaries` the script gets channels to shared dictionaries, which only this check sees.
+/// If there is a variable `LISTEN_FDNAMES`, it says which names `systemd['…']` may have, as for the
+/// daemon. On `dictionaries` the script gets channels to shared dictionaries, which only this check
+/// sees.
 ///
 /// # Errors
 /// See [`ConfigError`].
@@ -29,14 +32,17 @@ pub fn check(
     config: &Path,
     logger: Logger,
     dictionaries: Option<OwnedFd>,
-) -> Result<String, ConfigError> {
+) -> Result<Checked, ConfigError> {
     // Rust's runtime ignores the signal, and so would the script's programs.
     disregard(Signal::SIGPIPE);
-    let names = std::env::var("LISTEN_FDNAMES").unwrap_or_default();
+    let names = std::env::var("LISTEN_FDNAMES").ok();
+    let split =
+        |names: String| names.split(':').filter(|n| !n.is_empty()).map(str::to_owned).collect();
     let (_state, declaration) = State::load(LoadOptions {
         config: config.to_owned(),
         reload: false,
-        systemd: names.split(':').filter(|name| !name.is_empty()).map(str::to_owned).collect(),
+        systemd: names.map(split),
+        trial: true,
         logger,
         dictionaries,
     })?;
@@ -44,7 +50,29 @@ pub fn check(
         account::check(&account)
             .map_err(|message| ConfigError::Declaration { path: config.to_owned(), message })?;
     }
-    Ok(describe(&declaration))
+    let note = geteuid().is_root().then(|| note(&declaration.settings));
+    Ok(Checked { text: describe(&declaration), note })
+}
+
+/// The result of a check.
+pub struct Checked {
+    /// What the script declares, one line per item.
+    pub text: String,
+    /// What the result doesn't say, if there is something.
+    pub note: Option<String>,
+}
+
+/// Returns what a check by root says about the daemon.
+fn note(settings: &Settings) -> String {
+    let who = match &settings.user {
+        Some(user) => format!("as user '{user}'"),
+        None => "as the user that its unit or --user names".to_owned(),
+    };
+    format!(
+        "the script was checked as root, but the daemon runs it {who}, who may not be allowed to \
+         read, write or connect to everything that root may: runuser -u USER -- qrelay check shows \
+         that"
+    )
 }
 
 fn describe(declaration: &Declaration) -> String {

@@ -201,7 +201,14 @@ fn execute(
         ZygoteOrder::Load { config, reload, systemd, instance, account } => {
             let logger = logger.logger();
             let dictionaries = fds.take();
-            let options = LoadOptions { config, reload, systemd, logger, dictionaries };
+            let options = LoadOptions {
+                config,
+                reload,
+                systemd: Some(systemd),
+                trial: false,
+                logger,
+                dictionaries,
+            };
             ControlFlow::Continue(load(options, instance, account.as_ref(), loaded))
         }
         ZygoteOrder::Fork { worker } => {

@@ -222,7 +222,8 @@ fn files_that_cannot_be_read() {
         let options = LoadOptions {
             config: path.into(),
             reload: false,
-            systemd: Vec::new(),
+            systemd: Some(Vec::new()),
+            trial: false,
             logger: log.clone(),
             dictionaries: None,
         };

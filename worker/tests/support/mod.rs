@@ -56,8 +56,14 @@ impl Script {
         let log = Arc::new(Mutex::new(String::new()));
         let logger = Logger::root(Lines(Arc::clone(&log)), slog::o!());
         let Options { reload, systemd } = options;
-        let loaded =
-            State::load(LoadOptions { config, reload, systemd, logger, dictionaries: None });
+        let loaded = State::load(LoadOptions {
+            config,
+            reload,
+            systemd: Some(systemd),
+            trial: false,
+            logger,
+            dictionaries: None,
+        });
         let text = log.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let script = loaded.map(|(state, declaration)| Self {
             state: Arc::new(state),

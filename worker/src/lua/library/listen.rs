@@ -60,8 +60,15 @@ pub(crate) struct Draft {
     own_mail_memory: bool,
     /// Names of the shared dictionaries that the script has made handles for.
     dictionaries: BTreeSet<String>,
-    /// FileDescriptorNames of the sockets that systemd passed.
-    systemd: Vec<String>,
+    /// FileDescriptorNames of the sockets that systemd passed; `None` if any socket counts as
+    /// passed, because the script is only tried.
+    systemd: Option<Vec<String>>,
+    /// The script is only tried.
+    trial: bool,
+    /// The place of a call of `os.exit` in a trial.
+    left: Option<String>,
+    /// The global `max_size` at the last listener.
+    max_size: Value,
 }
 
 /// The draft, shared with the functions that add to it.
@@ -72,7 +79,7 @@ struct Systemd(Option<String>);
 
 impl Draft {
     /// Returns a draft without declarations.
-    pub(crate) fn new(systemd: Vec<String>) -> SharedDraft {
+    pub(crate) fn new(systemd: Option<Vec<String>>, trial: bool) -> SharedDraft {
         Arc::new(Mutex::new(Self {
             phase: Phase::Loading,
             listeners: Vec::new(),
@@ -81,7 +88,22 @@ impl Draft {
             own_mail_memory: false,
             dictionaries: BTreeSet::new(),
             systemd,
+            trial,
+            left: None,
+            max_size: Value::Nil,
         }))
+    }
+
+    /// Notes that the script calls `os.exit`.
+    ///
+    /// # Errors
+    /// The script is only tried, so it must go on.
+    pub(super) fn leave(&mut self, place: &str) -> Result<(), Raise> {
+        if !self.trial {
+            return Ok(());
+        }
+        self.left = Some(place.to_owned());
+        Err("os.exit would end the daemon".into())
     }
 
     /// Enters the phase in which the script's function `reload` runs.
@@ -95,6 +117,9 @@ impl Draft {
     /// A text that names what is missing or wrong.
     pub(crate) fn finish(&mut self, lua: &Lua) -> Result<(Declaration, Vec<Function>), String> {
         self.phase = Phase::Finished;
+        if let Some(place) = &self.left {
+            return Err(format!("os.exit at {place} would end the daemon"));
+        }
         if self.listeners.is_empty() {
             return Err("no listener: the script must call qmqp_listen() at least once".into());
         }
@@ -122,12 +147,50 @@ impl Draft {
 
     /// Whether the script listens on `systemd`, but no socket is left for it.
     pub(crate) fn listens_in_vain(&self) -> bool {
+        let Some(passed) = &self.systemd else { return false };
         let claimed = |name: &String| {
             let by_name = ListenAddress::Systemd(Some(name.clone()));
             self.listeners.iter().any(|listener| listener.address == by_name)
         };
         self.listeners.iter().any(|listener| listener.address == ListenAddress::Systemd(None))
-            && self.systemd.iter().all(claimed)
+            && passed.iter().all(claimed)
+    }
+
+    /// Returns warnings about globals that have no effect, or not the one that was meant.
+    ///
+    /// # Errors
+    /// Lua is out of memory.
+    pub(crate) fn oddities(&self, lua: &Lua) -> mlua::Result<Vec<String>> {
+        let globals = lua.globals();
+        let mut warnings = Vec::new();
+        if !globals.raw_get::<Value>("settings")?.is_function() {
+            warnings.push(
+                "settings was assigned, so it set nothing: call it, as in settings{…}".into(),
+            );
+        }
+        let max_size: Value = globals.raw_get("max_size")?;
+        if !max_size.is_nil() && max_size != self.max_size {
+            warnings.push(format!(
+                "max_size was set to {} after the last qmqp_listen, so no listener has it: set it \
+                 before",
+                convert::describe(&max_size)
+            ));
+        }
+        let reload: Value = globals.raw_get("reload")?;
+        if !reload.is_nil() && !reload.is_function() {
+            let got = convert::describe(&reload);
+            warnings.push(format!("reload is {got}, but must be a function: SIGHUP will fail"));
+        }
+        for name in settings::plain_names() {
+            let value: Value = globals.raw_get(name)?;
+            if matches!(value, Value::Integer(_) | Value::Number(_) | Value::Boolean(_)) {
+                warnings.push(format!(
+                    "the global variable {name} sets nothing: write settings{{{name} = {}}}",
+                    convert::describe(&value)
+                ));
+            }
+        }
+        Ok(warnings)
     }
 }
 
@@ -166,7 +229,7 @@ fn systemd(lua: &Lua, draft: &SharedDraft) -> mlua::Result<()> {
     let index = function::internal(lua, move |_, (_, key): (Value, Value)| {
         let passed = passed.lock().systemd.clone();
         let name = key.as_string().map(mlua::LuaString::to_string_lossy).unwrap_or_default();
-        if !passed.contains(&name) {
+        if let Some(passed) = passed.filter(|passed| !passed.contains(&name)) {
             let known: Vec<&str> = passed.iter().map(String::as_str).collect();
             return Err(convert::unknown_name("systemd", "socket named", &key, &known).into());
         }
@@ -222,6 +285,7 @@ fn qmqp_listen(
     let max_size = global_max_size(lua)?;
     let listener = listener(address, &options, max_size)?;
     let mut draft = draft.lock();
+    draft.max_size = lua.globals().raw_get("max_size")?;
     draft.listeners.push(listener);
     draft.handlers.push(handler);
     Ok(())

@@ -82,6 +82,11 @@ pub(crate) fn apply(table: &Table, settings: &mut Settings) -> Result<(), Raise>
     Ok(())
 }
 
+/// Returns the names that are unlikely to be a script's own variables.
+pub(crate) fn plain_names() -> impl Iterator<Item = &'static str> {
+    KEYS.iter().map(|(name, _)| *name).filter(|name| name.contains('_') || *name == "workers")
+}
+
 fn set(
     argument: &Argument<'_>,
     kind: &Kind,
