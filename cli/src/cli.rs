@@ -13,6 +13,7 @@ use qrelay_shared::exit::Exit;
 use qrelay_shared::qmqp::Status;
 use qrelay_shared::settings::Account;
 use qrelay_shared::sys::limits::Limits;
+use qrelay_shared::system_error::shown;
 use qrelay_supervisor::daemon::Options;
 use slog::Level;
 
@@ -192,7 +193,7 @@ pub fn parse() -> Result<Command, Exit> {
 /// Makes a path absolute, because the zygote changes its working directory.
 fn absolute(path: PathBuf) -> Result<PathBuf, Exit> {
     std::path::absolute(&path).map_err(|error| {
-        eprintln!("qrelay: {}: {error}", path.display());
+        eprintln!("qrelay: {}: {}", path.display(), shown(&error));
         Exit::Usage
     })
 }

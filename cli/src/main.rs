@@ -18,6 +18,7 @@ use std::time::Duration;
 use qrelay_shared::exit::Exit;
 use qrelay_shared::log::Patience;
 use qrelay_shared::sys::signals::Held;
+use qrelay_shared::system_error::shown;
 use qrelay_supervisor::daemon;
 use qrelay_supervisor::services::dictionary_server;
 
@@ -48,11 +49,11 @@ fn main() -> ExitCode {
 
 /// Checks the script, for at most `limit`, as long as the daemon would let it load.
 fn check(config: &Path, level: slog::Level, limit: Duration) -> Exit {
-    let shown = config.display().to_string();
+    let path = config.display().to_string();
     std::thread::spawn(move || {
         std::thread::sleep(limit);
         eprintln!(
-            "qrelay: {shown}: the script has run for {} s and would not be loaded \
+            "qrelay: {path}: the script has run for {} s and would not be loaded \
              (--boot-timeout)",
             limit.as_secs_f64()
         );
@@ -67,7 +68,7 @@ fn check(config: &Path, level: slog::Level, limit: Duration) -> Exit {
             print(&checked.text)
         }
         Err(error) => {
-            eprintln!("qrelay: {error}");
+            eprintln!("qrelay: {}", shown(&error));
             Exit::Config
         }
     }
@@ -78,7 +79,7 @@ fn print(text: &str) -> Exit {
     let mut out = io::stdout().lock();
     match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
         Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
-            eprintln!("qrelay: standard output: {error}");
+            eprintln!("qrelay: standard output: {}", shown(&error));
             Exit::System
         }
         _ => Exit::Success,

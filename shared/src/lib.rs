@@ -3,9 +3,9 @@
 //! The protocols ([`netstring`], [`qmqp`], [`address`], [`header`], [`endpoint`], [`network`],
 //! [`pond`], [`beng_control`]) take bytes and return values, and do no I/O. [`ipc`] is the
 //! communication between the processes, with [`mod@ids`], [`settings`], [`client`] and
-//! [`dictionary`] as its vocabulary. [`texts`] has every reply text, [`log`] the log of every
-//! process, [`exit`] the exit statuses. [`sys`] is the operating system, and the only place with
-//! unsafe code in the whole project.
+//! [`dictionary`] as its vocabulary. [`texts`] has every reply text, [`system_error`] shows the
+//! system's errors, [`log`] is the log of every process, [`exit`] has the exit statuses. [`sys`] is
+//! the operating system, and the only place with unsafe code in the whole project.
 
 #![warn(unreachable_pub)]
 
@@ -29,4 +29,5 @@ pub mod pond;
 pub mod qmqp;
 pub mod settings;
 pub mod sys;
+pub mod system_error;
 pub mod texts;

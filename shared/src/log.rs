@@ -26,6 +26,7 @@ use std::time::{Duration, UNIX_EPOCH};
 use slog::{Drain, KV, Key, Level, Logger, OwnedKVList, Record, Serializer};
 
 use crate::log::stderr::Stderr;
+use crate::system_error::without_numbers;
 
 /// Longest line in bytes: PIPE_BUF, up to which writes to a pipe are atomic (pipe(7)).
 pub(crate) const LINE_MAX: usize = 4096;
@@ -171,6 +172,8 @@ const QUOTED: u8 = 1;
 const BACKSLASHED: u8 = 2;
 /// Flag of a byte that is not printable ASCII.
 const UNPRINTABLE: u8 = 4;
+/// Flag of a byte that begins what Rust appends to a system error's text.
+const NUMBERED: u8 = 8;
 
 /// The flags of each byte. Control characters have [`BACKSLASHED`], because they become text with a
 /// backslash.
@@ -182,6 +185,7 @@ const FLAGS: [u8; 256] = {
             b' ' | b'=' => QUOTED,
             b'"' => QUOTED | BACKSLASHED,
             b'\\' => BACKSLASHED,
+            b'(' => NUMBERED,
             _ => 0,
         };
         byte += 1;
@@ -189,12 +193,14 @@ const FLAGS: [u8; 256] = {
     flags
 };
 
-/// Returns the text with its control characters escaped, and the flags of all its bytes.
+/// Returns the text with its control characters escaped and without the numbers of system errors,
+/// and the flags of all its bytes.
 fn printable(text: &str) -> (Cow<'_, str>, u8) {
     let flags = text.bytes().fold(0, |flags, byte| flags | FLAGS[usize::from(byte)]);
     match flags & UNPRINTABLE {
+        0 if flags & NUMBERED != 0 => (without_numbers(text), flags),
         0 => (Cow::Borrowed(text), flags),
-        _ => (Cow::Owned(escape(text)), flags),
+        _ => (Cow::Owned(escape(&without_numbers(text))), flags),
     }
 }
 

@@ -5,6 +5,7 @@
 use std::os::unix::fs::MetadataExt;
 
 use crate::harness::daemon::{is_socket, send_as_nobody};
+use crate::harness::network::in_own_network;
 use crate::harness::target::make_stale;
 use crate::harness::{Daemon, Mail, Sink, Site, Target, eventually, submit};
 
@@ -138,7 +139,10 @@ fn unwritable_directory() {
     std::fs::write(site.path("file"), "").expect("file");
     site.configure(&listen("$DIR/file/in"));
     fails(site, SYSTEM, &["file/in"]);
-    fails(Site::with(&listen("$DIR/missing/in")), SYSTEM, &["missing/in"]);
+    let missing = Site::with(&listen("$DIR/missing/in"));
+    let parts = ["/missing doesn't exist", "missing/in", "RuntimeDirectory="];
+    let daemon = fails(missing, SYSTEM, &parts);
+    assert!(!daemon.text().contains(".lock") && !daemon.text().contains("os error"));
     fails(Site::with(&listen("/proc/self/in")), SYSTEM, &["/proc/self/in"]);
 }
 
@@ -265,4 +269,45 @@ fn a_script_that_never_ends() {
 #[test]
 fn a_script_that_leaves_by_itself() {
     fails(Site::with("os.exit(0)"), CONFIG, &["zygote ended", "os.exit"]).assert_nothing_left();
+}
+
+#[test]
+fn a_port_that_only_root_may_bind() {
+    in_own_network(|| {
+        let listen = listen("127.0.0.1:625");
+        let without =
+            ["setpriv", "--bounding-set", "-net_bind_service", "--inh-caps", "-net_bind_service"];
+        let launch = Site::with(&listen).launch().through(&without);
+        ended(launch.spawn(), SYSTEM, &["127.0.0.1:625", "CAP_NET_BIND_SERVICE", "socket unit"]);
+    });
+}
+
+/// Whatever fails, the message has the system's words and no number.
+#[test]
+fn messages_have_no_error_numbers() {
+    let site = Site::new();
+    let (long, socket) = (site.path("none/x"), site.path("s"));
+    let (long, socket) = (long.to_str().expect("UTF-8"), socket.to_str().expect("UTF-8"));
+    for arguments in [
+        &["send", "--to", socket, "--sender", "a@x", "b@x"][..],
+        &["sink", "--listen", long],
+        &["sink", "--listen", socket, "--output", long],
+        &["check", "--config", long],
+        &["--config", long],
+    ] {
+        let output = crate::harness::run(arguments);
+        let told = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(!output.status.success() && told.contains("No such file"), "{arguments:?}: {told}");
+        assert!(!told.contains("os error"), "{arguments:?}: {told}");
+    }
+    let daemon = Daemon::start(
+        "qmqp_listen('$DIR/in', function(m)
+           local r, e = pg:new('host=127.0.0.1 port=1'):execute('SELECT 1')
+           log.warn(e)
+           return m:discard(e)
+         end)",
+    );
+    let told = submit(daemon.path("in"), &Mail::new("x")).to_string();
+    assert!(told.contains("Connection refused") && !told.contains("os error"), "{told}");
+    assert!(!daemon.text().contains("os error"), "{}", daemon.text());
 }

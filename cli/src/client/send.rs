@@ -17,6 +17,7 @@ use qrelay_shared::address::{is_valid, is_valid_sender, printable};
 use qrelay_shared::endpoint::Endpoint;
 use qrelay_shared::exit::Exit;
 use qrelay_shared::qmqp::{self, Reply, ReplyProgress, Status};
+use qrelay_shared::system_error::shown;
 use thiserror::Error;
 
 use crate::client::stream::Stream;
@@ -98,7 +99,7 @@ pub fn run(options: &SendOptions) -> Exit {
             exit_status(reply.status)
         }
         Err(error) => {
-            eprintln!("qrelay send: {error}");
+            eprintln!("qrelay send: {}", shown(&error));
             error.exit()
         }
     }

@@ -19,6 +19,7 @@ use qrelay_shared::address::escape_for_log;
 use qrelay_shared::endpoint::Endpoint;
 use qrelay_shared::exit::Exit;
 use qrelay_shared::qmqp::{self, Limits, Progress, Reply, Status};
+use qrelay_shared::system_error::shown;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use thiserror::Error;
@@ -76,7 +77,7 @@ pub fn run(options: &SinkOptions) -> Exit {
     match serve(options) {
         Ok(never) => match never {},
         Err(error) => {
-            eprintln!("qrelay sink: {error}");
+            eprintln!("qrelay sink: {}", shown(&error));
             Exit::System
         }
     }
@@ -107,7 +108,7 @@ fn serve(options: &SinkOptions) -> Result<std::convert::Infallible, SinkError> {
 /// Prints one line on stderr. A failure is ignored, because the sink also works if nobody reads
 /// stderr.
 fn say(text: fmt::Arguments<'_>) {
-    let _ = writeln!(io::stderr(), "qrelay sink: {text}");
+    let _ = writeln!(io::stderr(), "qrelay sink: {}", shown(&text));
 }
 
 /// Starts a thread that removes the socket file and ends the process on SIGINT or SIGTERM. Mails in

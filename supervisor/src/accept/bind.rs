@@ -19,7 +19,7 @@ use nix::sys::socket::{
     bind, listen, setsockopt, socket, sockopt,
 };
 use nix::sys::stat::{Mode, fchmod};
-use qrelay_shared::settings::ListenerDecl;
+use qrelay_shared::settings::{ListenAddress, ListenerDecl};
 
 use crate::accept::bind_error::{BindError, os};
 use crate::accept::socket_file::{PathLock, Place, SocketFile, unix_socket};
@@ -125,6 +125,9 @@ fn bind_and_listen(
     let shown = declared.address.to_string();
     match bind(socket.as_raw_fd(), address) {
         Err(Errno::EADDRINUSE) => return Err(BindError::InUse(shown)),
+        Err(Errno::EACCES) if matches!(declared.address, ListenAddress::Inet(_)) => {
+            return Err(BindError::Privileged(shown));
+        }
         other => other.map_err(os("bind", &shown))?,
     }
     listen(socket, backlog(declared)).map_err(os("listen on", shown))

@@ -3,6 +3,8 @@
 use std::io;
 use std::path::PathBuf;
 
+use qrelay_shared::system_error::shown;
+
 /// Why there is no socket.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum BindError {
@@ -24,8 +26,26 @@ pub(crate) enum BindError {
         can do that"
     )]
     Replaced(PathBuf),
+    /// There is no directory for the socket's file.
+    #[error(
+        "cannot bind {path}: the directory {directory} doesn't exist; create it, for instance by \
+        RuntimeDirectory= in the unit or by systemd-tmpfiles",
+        path = path.display(), directory = directory.display()
+    )]
+    NoDirectory {
+        /// Where the socket is to be.
+        path: PathBuf,
+        /// Its directory.
+        directory: PathBuf,
+    },
+    /// The port is one of those that not everybody may bind.
+    #[error(
+        "cannot bind {0}: ports below 1024 need CAP_NET_BIND_SERVICE, for instance by \
+        AmbientCapabilities= in the unit; or let a socket unit of systemd bind the port"
+    )]
+    Privileged(String),
     /// The named step failed.
-    #[error("cannot {0} {1}: {2}")]
+    #[error("cannot {0} {1}: {text}", text = shown(.2))]
     Os(&'static str, String, io::Error),
 }
 

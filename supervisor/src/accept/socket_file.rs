@@ -57,7 +57,13 @@ impl Place {
             return Err(failed(Errno::EINVAL));
         };
         let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
-        let directory = openat(AT_FDCWD, directory, flags, Mode::empty()).map_err(failed)?;
+        let directory = match openat(AT_FDCWD, directory, flags, Mode::empty()) {
+            Err(Errno::ENOENT) => {
+                let (path, directory) = (path.to_owned(), directory.to_owned());
+                return Err(BindError::NoDirectory { path, directory });
+            }
+            other => other.map_err(failed)?,
+        };
         Ok(Self { directory, name: name.to_owned(), path: path.to_owned() })
     }
 

@@ -2,7 +2,6 @@
 //! the steps.
 
 use std::fs;
-use std::io::ErrorKind;
 use std::os::unix::fs::{MetadataExt, symlink};
 use std::os::unix::net::UnixListener;
 
@@ -219,6 +218,6 @@ fn only_a_stale_socket_is_removed() {
     assert!(matches!(scene.place().remove_stale(), Err(BindError::NotASocket(_))));
     assert_eq!(scene.names(), ["in", "victim"]);
     let nowhere = Place::of(&scene.path("none/in")).map(drop);
-    let Err(BindError::Os(_, _, error)) = nowhere else { panic!("{nowhere:?}") };
-    assert_eq!(error.kind(), ErrorKind::NotFound);
+    let Err(BindError::NoDirectory { directory, .. }) = nowhere else { panic!("{nowhere:?}") };
+    assert_eq!(directory, scene.path("none"));
 }

@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 use qrelay_shared::deadline::Deadline;
 use qrelay_shared::sys::thread::spawn;
+use qrelay_shared::system_error::shown;
 use thiserror::Error;
 
 /// How long the addresses of a name are used again.
@@ -62,7 +63,8 @@ pub(crate) fn look_up_until(
         let _ = answer.send(look_up(&name, port));
     };
     let failed = |cause: &str| LookupError::Failed(format!("cannot resolve '{host}': {cause}"));
-    spawn("resolve", STACK_SIZE, ask).map_err(|error| failed(&format!("no thread: {error}")))?;
+    spawn("resolve", STACK_SIZE, ask)
+        .map_err(|error| failed(&format!("no thread: {}", shown(&error))))?;
     match answered.recv_deadline(deadline.instant()) {
         Ok(found) => found,
         Err(crossbeam_channel::RecvTimeoutError::Timeout) => Err(LookupError::TimedOut),
@@ -72,7 +74,7 @@ pub(crate) fn look_up_until(
 
 /// Returns the resolver's own words, without Rust's prefix.
 fn reason(error: &std::io::Error) -> String {
-    let text = error.to_string();
+    let text = shown(error);
     let prefix = "failed to lookup address information: ";
     text.strip_prefix(prefix).unwrap_or(&text).to_owned()
 }

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use mlua::{Lua, Value};
 use nix::unistd::geteuid;
 use qrelay_shared::sys::safe_path::{self, Unsafe};
+use qrelay_shared::system_error::shown;
 use thiserror::Error;
 
 use crate::lua::binding::convert;
@@ -20,7 +21,7 @@ use crate::lua::library::listen::SharedDraft;
 #[derive(Debug, Error)]
 pub enum ConfigError {
     /// The file can't be read.
-    #[error("cannot read {}: {}", path.display(), reason(cause))]
+    #[error("cannot read {}: {}", path.display(), shown(cause))]
     Unreadable {
         /// The file.
         path: PathBuf,
@@ -53,14 +54,6 @@ pub enum ConfigError {
     /// The working directory can't be changed, or Lua can't be set up.
     #[error("{0}")]
     Internal(String),
-}
-
-/// Returns the system's text without the number that Rust appends.
-fn reason(cause: &std::io::Error) -> String {
-    match cause.raw_os_error() {
-        Some(code) => nix::errno::Errno::from_raw(code).desc().to_owned(),
-        None => cause.to_string(),
-    }
 }
 
 /// Runs the script in its directory, and then its `reload` if that is asked for.

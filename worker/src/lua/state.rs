@@ -20,6 +20,7 @@ use parking_lot::RwLock;
 use qrelay_shared::deadline::Deadline;
 use qrelay_shared::ids::WorkerId;
 use qrelay_shared::settings::{Declaration, Settings};
+use qrelay_shared::system_error::shown;
 use slog::Logger;
 
 use crate::delivery::action::Action;
@@ -138,7 +139,7 @@ impl State {
         result?;
         socket::release(&lua);
         std::env::set_current_dir("/")
-            .map_err(|e| ConfigError::Internal(format!("cannot change to /: {e}")))?;
+            .map_err(|e| ConfigError::Internal(format!("cannot change to /: {}", shown(&e))))?;
         let (declaration, handlers) = draft
             .lock()
             .finish(&lua)

@@ -59,8 +59,8 @@ fn prelude(lua: &Lua) -> mlua::Result<mlua::AppDataRef<'_, Prelude>> {
         .ok_or_else(|| mlua::Error::RuntimeError("the prelude is not installed".into()))
 }
 
-/// Returns the message of an error, with the table's fields if a script raised a table. Called while
-/// Lua is held.
+/// Returns the message of an error, with the table's fields if a script raised a table. Called
+/// while Lua is held.
 pub(crate) fn with_fields(lua: &Lua, message: String) -> String {
     if !message.starts_with("table: 0x") {
         return message;

@@ -16,6 +16,7 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, SendTimeoutError, Sender, bo
 use parking_lot::{Condvar, Mutex};
 use qrelay_shared::deadline::Deadline;
 use qrelay_shared::ipc::message::MailId;
+use qrelay_shared::system_error::shown;
 use slog::Logger;
 
 use crate::lua::library::pg::connection::{self, Tasks};
@@ -46,8 +47,8 @@ impl Origin {
     /// Returns the origin of a request that this mail's handler makes.
     pub(super) fn new(id: Option<MailId>, request: &Request) -> Self {
         let statement = request.statement();
-        let shown = &statement.as_bytes()[..statement.len().min(SHOWN)];
-        Self { id, statement: String::from_utf8_lossy(shown).into_owned() }
+        let start = &statement.as_bytes()[..statement.len().min(SHOWN)];
+        Self { id, statement: String::from_utf8_lossy(start).into_owned() }
     }
 }
 
@@ -257,7 +258,7 @@ impl Pool {
             && state.threads == 0
         {
             state.outstanding -= 1;
-            return Err(Refusal::Failed(format!("no thread for a connection: {error}")));
+            return Err(Refusal::Failed(format!("no thread for a connection: {}", shown(&error))));
         }
         drop(state);
         // The queue has a receiver of its own.

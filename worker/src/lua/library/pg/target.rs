@@ -18,6 +18,7 @@ use nix::unistd::{User, geteuid};
 use postgres::config::{LoadBalanceHosts, SslMode, TargetSessionAttrs};
 use postgres::error::SqlState;
 use postgres::{Client, Config, Error, NoTls};
+use qrelay_shared::system_error::without_numbers;
 use rustls::pki_types::CertificateDer;
 use slog::Logger;
 use tokio_postgres_rustls::MakeRustlsConnect;
@@ -268,7 +269,7 @@ pub(super) fn describe(error: &Error) -> String {
             text.push_str(&format!(": {inner}"));
             cause = inner.source();
         }
-        return text;
+        return without_numbers(&text).into_owned();
     };
     let mut text = format!("{} {}: {}", db.severity(), db.code().code(), db.message());
     for (label, part) in [("DETAIL", db.detail()), ("HINT", db.hint())] {

@@ -14,6 +14,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use qrelay_shared::system_error::shown;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::client::{Resumption, verify_server_cert_signed_by_trust_anchor, verify_server_name};
 use rustls::crypto::{CryptoProvider, verify_tls12_signature, verify_tls13_signature};
@@ -42,8 +43,8 @@ pub(super) enum Check {
 /// # Errors
 /// The reason why the file can't be used.
 pub(super) fn read_roots(path: &Path) -> Result<Vec<CertificateDer<'static>>, String> {
-    let certificates = CertificateDer::pem_file_iter(path).map_err(|error| error.to_string())?;
-    let certificates = certificates.collect::<Result<Vec<_>, _>>().map_err(|e| e.to_string())?;
+    let certificates = CertificateDer::pem_file_iter(path).map_err(|error| shown(&error))?;
+    let certificates = certificates.collect::<Result<Vec<_>, _>>().map_err(|e| shown(&e))?;
     if certificates.is_empty() { Err("it has no certificate".into()) } else { Ok(certificates) }
 }
 
