@@ -13,6 +13,7 @@ use std::time::Duration;
 use mlua::{BorrowedBytes, Table, Value};
 
 use crate::lua::binding::error::Raise;
+use crate::lua::binding::nearest::nearest;
 
 /// The integers that a float holds exactly: up to 2^53.
 pub(crate) const EXACT: f64 = 9_007_199_254_740_992.0;
@@ -322,28 +323,6 @@ pub(crate) fn unknown_name(subject: &str, what: &str, key: &Value, known: &[&str
     message
 }
 
-/// The known word that differs from this one by the fewest edits, if they are few.
-pub(crate) fn nearest<'a>(word: &str, known: &[&'a str]) -> Option<&'a str> {
-    let (best, distance) =
-        known.iter().map(|known| (*known, distance(word, known))).min_by_key(|(_, d)| *d)?;
-    (distance <= 1 + best.len().min(word.len()) / 4).then_some(best)
-}
-
-/// Levenshtein's distance in bytes, over one row.
-fn distance(a: &str, b: &str) -> usize {
-    let mut row: Vec<usize> = (0..=b.len()).collect();
-    for (i, x) in a.bytes().take(64).enumerate() {
-        let mut diagonal = row[0];
-        row[0] = i + 1;
-        for (j, y) in b.bytes().enumerate() {
-            let replaced = diagonal + usize::from(x != y);
-            diagonal = row[j + 1];
-            row[j + 1] = replaced.min(row[j] + 1).min(diagonal + 1);
-        }
-    }
-    row[b.len()]
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -395,14 +374,5 @@ mod tests {
         for (text, expected) in table {
             assert_eq!(parse_number(text.as_bytes()), expected, "{text:?}");
         }
-    }
-
-    #[test]
-    fn the_nearest_word_is_suggested_only_if_near() {
-        let known = ["workers", "worker_connections", "drain_timeout"];
-        assert_eq!(nearest("worker", &known), Some("workers"));
-        assert_eq!(nearest("drain_timout", &known), Some("drain_timeout"));
-        assert_eq!(nearest("colour", &known), None);
-        assert_eq!(nearest("x", &[]), None);
     }
 }

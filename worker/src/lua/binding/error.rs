@@ -10,7 +10,7 @@ use std::sync::OnceLock;
 
 use thiserror::Error;
 
-use crate::lua::binding::convert::nearest;
+use crate::lua::binding::nearest::nearest;
 
 /// Why a function of qrelay raises an error in the script that called it.
 #[derive(Debug)]

@@ -11,7 +11,7 @@ use std::collections::BTreeMap;
 
 use thiserror::Error;
 
-use crate::lua::binding::convert::nearest;
+use crate::lua::binding::nearest::nearest;
 
 /// The parameters that are understood, each with libpq's environment variable for it (PostgreSQL
 /// documentation, 34.1.2 and 34.15).
