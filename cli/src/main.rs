@@ -62,6 +62,9 @@ fn check(config: &Path, level: slog::Level, limit: Duration) -> Exit {
     let logger = qrelay_shared::log::init(level, "qrelay", Patience::Unlimited);
     match qrelay_worker::process::check::check(config, logger, dictionary_server::alone()) {
         Ok(checked) => {
+            for hint in checked.hints {
+                eprintln!("qrelay: hint: {hint}");
+            }
             if let Some(note) = checked.note {
                 eprintln!("qrelay: note: {note}");
             }

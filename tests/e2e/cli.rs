@@ -466,3 +466,18 @@ fn sink_writes_to_devices() {
         let _ = std::fs::remove_file(&at);
     }
 }
+
+#[test]
+fn check_hints_at_what_works_differently_here() {
+    let site = Site::with(&format!(
+        "{LISTEN}\nlocal n = 0\nfunction count(m)\n  n = n + 1\n  return 'mail ' .. n / 2\nend"
+    ));
+    let output = check(&site).output().expect("runs");
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    let told = stderr(&output);
+    assert!(told.contains("config.lua:4: n is changed in a function"), "{told}");
+    assert!(told.contains("config.lua:5: the result of '/' is a float"), "{told}");
+    let quiet = Site::with(LISTEN);
+    let told = stderr(&check(&quiet).output().expect("runs"));
+    assert!(!told.contains("hint"), "{told}");
+}

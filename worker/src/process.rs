@@ -5,6 +5,7 @@
 mod account;
 pub mod check;
 mod control;
+mod hints;
 mod logging;
 mod sandbox;
 mod worker;

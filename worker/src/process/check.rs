@@ -20,6 +20,7 @@ use slog::Logger;
 use crate::lua::config::ConfigError;
 use crate::lua::state::{LoadOptions, State};
 use crate::process::account;
+use crate::process::hints::hints;
 
 /// Loads the script at an absolute path, and describes what the script declares, one line per item.
 /// If there is a variable `LISTEN_FDNAMES`, it says which names `systemd['…']` may have, as for the
@@ -51,13 +52,20 @@ pub fn check(
             .map_err(|message| ConfigError::Declaration { path: config.to_owned(), message })?;
     }
     let note = geteuid().is_root().then(|| note(&declaration.settings));
-    Ok(Checked { text: describe(&declaration), note })
+    // The script has been read a moment ago; without its text there is nothing to hint at.
+    let source = std::fs::read(config).unwrap_or_default();
+    let hints = hints(&String::from_utf8_lossy(&source));
+    let hints =
+        hints.into_iter().map(|(line, hint)| format!("{}:{line}: {hint}", config.display()));
+    Ok(Checked { text: describe(&declaration), note, hints: hints.collect() })
 }
 
 /// The result of a check.
 pub struct Checked {
     /// What the script declares, one line per item.
     pub text: String,
+    /// What may be meant otherwise than it works here, each with file and line.
+    pub hints: Vec<String>,
     /// What the result doesn't say, if there is something.
     pub note: Option<String>,
 }
