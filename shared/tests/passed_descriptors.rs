@@ -169,7 +169,14 @@ type Ours = Channel<ToControl, FromControl>;
 #[test]
 fn a_channel_leaves_descriptors_to_the_closer() {
     let (ours, theirs) = Ours::pair().expect("pair");
-    let pong = Pong { sequence: 1, held: 0, stuck: 0, job: JobId(0), exhausted: false };
+    let pong = Pong {
+        sequence: 1,
+        held: 0,
+        stuck: 0,
+        job: JobId(0),
+        place: String::new(),
+        exhausted: false,
+    };
     let mut buffer = RecvBuffer::new();
     // Received with a message, which nobody takes them from; then instead of a message.
     let (socket, with_message) = stuck();

@@ -244,7 +244,7 @@ impl Workers {
     pub(crate) fn tick(&mut self, now: Instant, events: &mut Events) {
         let (commands, hangs) = self.pool.tick(now);
         for (worker, hang) in hangs {
-            self.log_hang(worker, hang, None);
+            self.log_hang(worker, hang, None, "");
         }
         self.carry_out(commands, now, events);
         self.tick_orphans(now, events);

@@ -388,6 +388,12 @@ fn a_hang_names_its_mail() {
     let id = line.split(' ').find(|word| word.starts_with("id=")).expect("an id");
     let lost = daemon.wait_for_log("mail lost its worker");
     assert!(lost.contains(id), "{line}\n{lost}");
+    let handler = line.split(' ').find_map(|word| word.strip_prefix("handler=")).expect("a place");
+    let (file, number) = handler.rsplit_once(':').expect("a line");
+    assert_eq!(file, daemon.path("config.lua").to_str().expect("UTF-8"));
+    let script = std::fs::read_to_string(file).expect("the script");
+    let number: usize = number.parse().expect("a number");
+    assert!(script.lines().nth(number - 1).is_some_and(|line| line.contains("function")), "{line}");
 }
 
 /// Returns the number of descriptors of the only worker.

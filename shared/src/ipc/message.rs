@@ -205,6 +205,9 @@ impl Direction for FromControl {
     type Message<'a> = Pong;
 }
 
+/// Longest place in a [`Pong`], which must fit into a small buffer.
+pub const MAX_PLACE: usize = 512;
+
 /// The state of a worker. The control thread of the worker sends it without taking any lock.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Pong {
@@ -217,6 +220,8 @@ pub struct Pong {
     /// Milliseconds for which the leader, the thread that receives and begins jobs, has made no
     /// progress although there is a job; 0 while it waits for Lua.
     pub stuck: u64,
+    /// File and line of the handler that holds Lua, at most [`MAX_PLACE`] bytes; empty when unknown.
+    pub place: String,
     /// Whether the Lua state has hit its memory limit even after a collection. Such a worker has to
     /// be replaced.
     pub exhausted: bool,

@@ -286,7 +286,7 @@ impl Workers {
             let stuck = Duration::from_millis(pong.stuck);
             let health = Health { held, stuck, exhausted: pong.exhausted };
             if let Some(hang) = self.pool.pong(worker, health, now) {
-                self.log_hang(worker, hang, Some(pong.job));
+                self.log_hang(worker, hang, Some(pong.job), &pong.place);
                 self.abort(worker, now, events);
             }
         }
@@ -573,15 +573,17 @@ impl Workers {
         }
     }
 
-    /// Logs why a worker is ended; `job` is the mail that held Lua, if that is known.
-    pub(super) fn log_hang(&self, worker: WorkerId, hang: Hang, job: Option<JobId>) {
+    /// Logs why a worker is ended; `job` is the mail that held Lua, if that is known, and `place`
+    /// the handler's file and line.
+    pub(super) fn log_hang(&self, worker: WorkerId, hang: Hang, job: Option<JobId>, place: &str) {
         let mail = job
             .filter(|&job| job != JobId::default())
             .map(|job| mail_id(&self.instance, job))
             .unwrap_or_default();
         match hang {
             Hang::Held(held) => error!(self.log, "worker hangs in Lua: killing it";
-                "worker" => worker, "held_seconds" => held.as_secs_f64(), "id" => &*mail),
+                "worker" => worker, "held_seconds" => held.as_secs_f64(), "id" => &*mail,
+                "handler" => place),
             Hang::Stuck(stuck) => error!(self.log, "worker begins no mail: killing it";
                 "worker" => worker, "stuck_seconds" => stuck.as_secs_f64(),
                 "in_flight" => self.pool.jobs_of(worker)),

@@ -358,7 +358,14 @@ fn a_worker_that_passes_descriptors_for_no_reason_is_killed() {
     }
     let mut site = Site::new();
     let others = site.serving(1, 4);
-    let pong = Pong { sequence: 1, held: 0, stuck: 0, job: JobId(0), exhausted: false };
+    let pong = Pong {
+        sequence: 1,
+        held: 0,
+        stuck: 0,
+        job: JobId(0),
+        place: String::new(),
+        exhausted: false,
+    };
     match others[0].control.try_send(&pong, &[file.as_fd()]) {
         Ok(()) => {
             site.workers.on_pong(others[0].id, site.now, &mut site.events);
@@ -375,7 +382,8 @@ fn a_worker_whose_leader_makes_no_progress_is_aborted() {
     let mut site = Site::new();
     let others = site.serving(1, 4);
     let stuck = Settings::default().hang_timeout.as_millis() as u64 + 1;
-    let pong = Pong { sequence: 1, held: 0, stuck, job: JobId(0), exhausted: false };
+    let pong =
+        Pong { sequence: 1, held: 0, stuck, job: JobId(0), place: String::new(), exhausted: false };
     site.workers.ping(others[0].id, 1);
     others[0].control.try_send(&pong, &[]).expect("the supervisor reads");
     site.workers.on_pong(others[0].id, site.now, &mut site.events);
@@ -387,7 +395,8 @@ fn a_worker_that_hangs_in_lua_is_aborted() {
     let mut site = Site::new();
     let others = site.serving(1, 4);
     let held = Settings::default().hang_timeout.as_millis() as u64 + 1;
-    let pong = Pong { sequence: 1, held, stuck: 0, job: JobId(0), exhausted: false };
+    let pong =
+        Pong { sequence: 1, held, stuck: 0, job: JobId(0), place: String::new(), exhausted: false };
     site.workers.ping(others[0].id, 1);
     others[0].control.try_send(&pong, &[]).expect("the supervisor reads");
     site.workers.on_pong(others[0].id, site.now, &mut site.events);

@@ -20,6 +20,10 @@ impl Script for State {
         (held.duration, held.job)
     }
 
+    fn place(&self) -> &str {
+        State::place(self)
+    }
+
     fn exhausted(&self) -> bool {
         State::exhausted(self)
     }

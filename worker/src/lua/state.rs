@@ -207,7 +207,13 @@ impl State {
         let number = mail.job();
         let slot = Slot::new(mail);
         let budget = self.settings.handler_timeout;
-        let job = RunContext { number, mail: Some(Arc::clone(&slot)), deadline, budget };
+        let job = RunContext {
+            number,
+            handler: Some(listener),
+            mail: Some(Arc::clone(&slot)),
+            deadline,
+            budget,
+        };
         let object = MailObject::new(Arc::clone(&slot));
         let argument = |lua: &Lua| lua.create_any_userdata(object).map(Value::UserData);
         match self.monitor.start(&job, &handler.function, argument, action_object::decision) {
@@ -246,6 +252,12 @@ impl State {
     /// Returns how long Lua has been held, and by which job. Takes no lock.
     pub fn held(&self) -> Held {
         self.watch.held()
+    }
+
+    /// Returns file and line of the handler that holds Lua, empty if none does. Takes no lock.
+    pub fn place(&self) -> &str {
+        let handler = self.watch.handler().and_then(|index| self.handlers.get(index));
+        handler.map_or("", |handler| handler.place.as_str())
     }
 
     /// Whether the memory limit was reached even after a full collection; the process should then

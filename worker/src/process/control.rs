@@ -10,7 +10,7 @@
 use std::time::{Duration, Instant};
 
 use qrelay_shared::ipc::channel::{Channel, RecvBuffer, RecvError, SendError};
-use qrelay_shared::ipc::message::{Control, FromControl, Pong, ToControl};
+use qrelay_shared::ipc::message::{Control, FromControl, MAX_PLACE, Pong, ToControl};
 use slog::debug;
 
 use crate::session::Context;
@@ -48,8 +48,12 @@ fn pong(sequence: u64, context: &Context, observer: &mut Observer) -> Pong {
     let Context { script, leader, reports, .. } = context;
     let stuck = observer.look(leader.read(), || reports.has_job(), Instant::now());
     let (held, job) = script.held();
+    let place = match held.is_zero() {
+        true => String::new(),
+        false => script.place().chars().take(MAX_PLACE / 4).collect(),
+    };
     let (held, stuck) = (milliseconds(held), milliseconds(stuck));
-    Pong { sequence, held, stuck, job, exhausted: script.exhausted() }
+    Pong { sequence, held, stuck, job, place, exhausted: script.exhausted() }
 }
 
 fn milliseconds(duration: Duration) -> u64 {

@@ -59,6 +59,12 @@ pub trait Script: Send + Sync {
     /// call runs. Takes no lock.
     fn held(&self) -> (Duration, JobId);
 
+    /// Returns file and line of the handler that the running call belongs to; empty if that isn't
+    /// known. Takes no lock.
+    fn place(&self) -> &str {
+        ""
+    }
+
     /// Returns whether the script's memory limit was hit even after a full garbage collection.
     fn exhausted(&self) -> bool;
 }

@@ -55,7 +55,8 @@ impl Background {
     ) {
         let deadline = Deadline::after(self.settings.relay_timeout);
         let budget = self.settings.handler_timeout;
-        let job = RunContext { number: JobId::default(), mail: None, deadline, budget };
+        let job =
+            RunContext { number: JobId::default(), handler: None, mail: None, deadline, budget };
         let run = || match self.monitor.start(&job, function, argument, drop)? {
             Progress::Finished(()) => Ok(()),
             Progress::Waits(suspended) => self.monitor.finish(&job, suspended, drop),

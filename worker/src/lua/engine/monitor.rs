@@ -46,6 +46,8 @@ pub(crate) enum Stop {
 pub(crate) struct RunContext {
     /// The supervisor's number of the job, 0 if there is none.
     pub number: JobId,
+    /// Index of the handler, if one runs.
+    pub handler: Option<usize>,
     /// The mail, if it is for one.
     pub mail: Option<Arc<Slot>>,
     /// Ends waiting.
@@ -244,7 +246,7 @@ impl Hold<'_> {
         budget: &mut Duration,
     ) -> Result<Step, Stop> {
         let Monitor { lua, watch, .. } = self.monitor;
-        let turn = watch.begin(job.number, job.mail.clone(), scope, *budget);
+        let turn = watch.begin(job.number, job.handler, job.mail.clone(), scope, *budget);
         let result = arguments(lua).and_then(|arguments| thread.resume::<MultiValue>(arguments));
         let (lasted, expired) = turn.end();
         *budget = budget.saturating_sub(lasted);

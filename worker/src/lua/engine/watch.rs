@@ -13,7 +13,7 @@
 //! A loop inside a C function or in an `xpcall` message handler is not reached by the hook; it
 //! shows in [`Watch::held`], and the supervisor ends the worker.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
@@ -29,6 +29,8 @@ const COUNT: u32 = 10_000;
 
 /// No limit on the running turn.
 const NEVER: u64 = u64::MAX;
+/// No handler runs.
+const NO_HANDLER: usize = usize::MAX;
 
 /// How long Lua has been held, and for which job.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -46,6 +48,8 @@ pub(crate) struct Watch {
     /// Nanoseconds after the epoch, 0 when Lua is free.
     since: AtomicU64,
     job: AtomicU64,
+    /// Index of the handler, [`NO_HANDLER`] if none runs.
+    handler: AtomicUsize,
     /// Nanoseconds after the epoch.
     limit: AtomicU64,
     /// Whether the limit of the running turn has passed.
@@ -67,6 +71,7 @@ impl Watch {
             epoch: Instant::now(),
             since: AtomicU64::new(0),
             job: AtomicU64::new(0),
+            handler: AtomicUsize::new(NO_HANDLER),
             limit: AtomicU64::new(NEVER),
             expired: AtomicBool::new(false),
             tightened: AtomicBool::new(false),
@@ -85,6 +90,7 @@ impl Watch {
     pub(crate) fn begin<'a>(
         &'a self,
         job: JobId,
+        handler: Option<usize>,
         mail: Option<Arc<Slot>>,
         scope: &'a Ending,
         budget: Duration,
@@ -94,6 +100,7 @@ impl Watch {
         self.expired.store(false, Ordering::Relaxed);
         self.limit.store(now.saturating_add(budget), Ordering::Relaxed);
         self.job.store(job.0, Ordering::Relaxed);
+        self.handler.store(handler.unwrap_or(NO_HANDLER), Ordering::Relaxed);
         *self.mail.lock() = mail;
         *self.scope.lock() = scope.0.get().cloned();
         self.since.store(now, Ordering::Release);
@@ -108,6 +115,11 @@ impl Watch {
         }
         let duration = Duration::from_nanos(self.now().saturating_sub(since));
         Held { duration, job: JobId(self.job.load(Ordering::Relaxed)) }
+    }
+
+    /// Returns the index of the handler that runs.
+    pub(crate) fn handler(&self) -> Option<usize> {
+        Some(self.handler.load(Ordering::Relaxed)).filter(|index| *index != NO_HANDLER)
     }
 
     /// Whether Lua, asking this, runs outside of any turn: the script loads.
@@ -209,6 +221,7 @@ impl Drop for Turn<'_> {
     fn drop(&mut self) {
         self.watch.since.store(0, Ordering::Release);
         self.watch.job.store(0, Ordering::Relaxed);
+        self.watch.handler.store(NO_HANDLER, Ordering::Relaxed);
         self.watch.limit.store(NEVER, Ordering::Relaxed);
         *self.watch.mail.lock() = None;
         if let Some(scope) = self.watch.scope.lock().take() {
