@@ -220,7 +220,8 @@ pub struct Pong {
     /// Milliseconds for which the leader, the thread that receives and begins jobs, has made no
     /// progress although there is a job; 0 while it waits for Lua.
     pub stuck: u64,
-    /// File and line of the handler that holds Lua, at most [`MAX_PLACE`] bytes; empty when unknown.
+    /// File and line of the handler that holds Lua, at most [`MAX_PLACE`] bytes; empty when
+    /// unknown.
     pub place: String,
     /// Whether the Lua state has hit its memory limit even after a collection. Such a worker has to
     /// be replaced.
