@@ -978,7 +978,14 @@ fn a_worker_whose_datagrams_have_more_reports_than_any_workers_is_ended() {
 #[test]
 fn a_worker_that_answers_more_pings_than_it_got_is_ended() {
     let (mut site, other, lines) = Site::with_a_job();
-    let pong = Pong { sequence: 1, held: 0, stuck: 0, job: JobId(0), exhausted: false };
+    let pong = Pong {
+        sequence: 1,
+        held: 0,
+        stuck: 0,
+        job: JobId(0),
+        place: String::new(),
+        exhausted: false,
+    };
     site.workers.ping(other.id, 1);
     other.control.try_send(&pong, &[]).expect("the supervisor reads");
     site.workers.on_pong(other.id, site.now, &mut site.events);
