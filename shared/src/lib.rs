@@ -19,6 +19,7 @@ pub mod deadline;
 pub mod dictionary;
 pub mod endpoint;
 pub mod exit;
+pub mod flight;
 pub mod header;
 pub mod ids;
 pub mod ipc;

@@ -41,6 +41,8 @@ ORDER = {
         "delivery",
         "mail",
         "client job_channel",
+        "flight",
+        "clock",
     ],
     "worker::lua": [
         "script",

@@ -25,6 +25,8 @@ use qrelay_shared::ipc::channel::{
 };
 use qrelay_shared::ipc::message::{MailRecord, Report, ToJobs, ToReports};
 
+use crate::flight::Slot;
+
 /// How long to wait if the kernel has no memory for a report.
 const PAUSE: Duration = Duration::from_millis(10);
 
@@ -46,6 +48,8 @@ pub struct Reports {
 struct Finished {
     batch: Batch<ToReports>,
     jobs: Vec<JobId>,
+    /// The places of these jobs in the flight recorder.
+    slots: Vec<Slot>,
 }
 
 impl Reports {
@@ -102,8 +106,9 @@ impl Reports {
         self.send(&Report::Timeout { job, milliseconds });
     }
 
-    /// Reports that a job is finished. The report may wait for others, until [`Self::flush`].
-    pub(crate) fn done(&self, job: JobId, record: Option<MailRecord<'_>>) {
+    /// Reports that a job is finished, and then frees its slot. The report may wait for others,
+    /// until [`Self::flush`].
+    pub(crate) fn done(&self, job: JobId, record: Option<MailRecord<'_>>, slot: Option<Slot>) {
         let mut finished = self.finished.lock();
         // A record is far smaller than the room that is left in a datagram. If one isn't, its log
         // line is lost, but not the end of its job.
@@ -111,6 +116,7 @@ impl Reports {
             return self.send(&Report::Done { job, record: None });
         }
         finished.jobs.push(job);
+        finished.slots.extend(slot);
         self.gathered.store(true, Ordering::Relaxed);
         if finished.jobs.len() >= MAX_BATCH || finished.batch.size() > MAX_FINISHED {
             self.send_finished(&mut finished);
@@ -141,6 +147,7 @@ impl Reports {
                 self.send(&Report::Done { job, record: None });
             }
         }
+        finished.slots.clear();
     }
 
     fn send(&self, report: &Report<'_>) {

@@ -100,6 +100,11 @@ impl Mail {
         &self.buffer[self.request.message.clone()]
     }
 
+    /// Bytes of the message with inserted lines, but without qrelay's own `Received` line.
+    pub(crate) fn relayed_length(&self) -> usize {
+        self.message().len() + self.inserted().text().len()
+    }
+
     /// Bytes of message and envelope as received.
     pub(crate) fn payload_length(&self) -> usize {
         self.request.payload.len()

@@ -12,7 +12,6 @@
 //! A session that fails answers `Z` or `D`, or nothing if its client is gone. A panic is logged
 //! and costs its own mail: the client gets `Zinternal server error` unless it has been answered.
 
-mod clock;
 mod context;
 pub(crate) mod progress;
 mod readings;
@@ -30,24 +29,25 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use qrelay_shared::deadline::Deadline;
+use qrelay_shared::flight::{Envelope, Phase};
 use qrelay_shared::header::received_count;
 use qrelay_shared::ipc::message::{Job, MailRecord, mail_id};
 use qrelay_shared::qmqp::{Limits, Reply, Request, RequestError, parse};
 use qrelay_shared::sys::rights::{MoreInput, PeerSocket};
 use qrelay_shared::texts;
-use slog::{error, info};
+use slog::{error, info, warn};
 
-pub(crate) use self::clock::now;
 pub use self::context::Context;
 
 use crate::client::socket::ClientSocket;
+use crate::clock::age;
 use crate::delivery::action::Action;
 use crate::delivery::connect;
 use crate::delivery::exec;
 use crate::delivery::exec_raw;
 use crate::delivery::program::ProgramContext;
+use crate::flight::Flight;
 use crate::mail::{Mail, Origin};
-use crate::session::clock::age;
 use crate::session::context::Listener;
 use crate::session::progress::Step;
 use crate::session::record::{Outcome, record, refusal};
@@ -75,13 +75,15 @@ pub(crate) struct Session {
     /// The connection to the next hop, closed when the client has its answer.
     spent: Option<PeerSocket>,
     client: Arc<PeerSocket>,
+    flight: Flight,
 }
 
 impl Session {
     /// Returns the session of a job that has been received, with the client's socket.
-    pub(crate) fn new(job: Job, client: OwnedFd) -> Self {
+    pub(crate) fn new(context: &Context, job: Job, client: OwnedFd) -> Self {
+        let flight = Flight::new(&context.recorder, &job);
         let client = Arc::new(PeerSocket::prepared(client, job.rights));
-        Self { job, stage: Stage::untouched(), due: Due::Answer, spent: None, client }
+        Self { job, stage: Stage::untouched(), due: Due::Answer, spent: None, client, flight }
     }
 
     /// Returns when the client's first byte was there: nanoseconds of CLOCK_BOOTTIME.
@@ -109,6 +111,7 @@ impl Session {
         let Some((listener, terms)) = self.terms(context) else {
             return Stage::failed();
         };
+        self.flight.enter(Phase::Reading);
         let mut buffer = context.buffers.take();
         match terms.try_read(&self.client, &mut buffer) {
             Some(incoming) => {
@@ -258,22 +261,44 @@ impl Session {
         if hops > context.settings.max_hops as usize {
             return Stage::Settled(mail, Reply::permanent(texts::TOO_MANY_HOPS), unread);
         }
+        if deadline.expired() {
+            warn!(context.logger, "no worker was free in time"; "id" => &*mail.id(),
+                "queue_seconds" => age(self.job.spoke).as_secs_f64());
+            return Stage::Settled(mail, Reply::temporary(texts::TRY_AGAIN), unread);
+        }
+        self.note(&mail);
+        self.flight.enter(Phase::Lua);
         let listener = self.job.listener as usize;
         let script = Arc::clone(&context.script);
-        Stage::Handled(script.start(listener, mail, deadline), deadline, unread)
+        let handling = script.start(listener, mail, deadline);
+        if let Handling::Waits(_) = handling {
+            self.flight.enter(Phase::LuaWaits);
+        }
+        Stage::Handled(handling, deadline, unread)
+    }
+
+    /// Notes a mail's envelope.
+    fn note(&self, mail: &Mail) {
+        self.flight.envelope(Envelope {
+            sender: mail.sender(),
+            recipients: mail.recipients(),
+            account: mail.account().unwrap_or_default(),
+            size: mail.relayed_length() as u64,
+            received: mail.payload_length() as u64,
+        });
     }
 
     /// Answers the mail's client, and reports the mail to the supervisor.
     fn conclude(&mut self, context: &Context, mail: Box<Mail>, outcome: &Outcome, unread: Unread) {
         self.answer(&outcome.reply, unread);
-        self.done(context, Some(record(&mail, outcome)));
+        self.done(context, Some(record(&mail, outcome, self.flight.times())));
         context.buffers.give(mail.into_buffer());
     }
 
     /// Reports the end of the job to the supervisor, unless that was done before a panic.
     fn done(&mut self, context: &Context, record: Option<MailRecord<'_>>) {
         if self.due != Due::Nothing {
-            context.reports.done(self.job.job, record);
+            context.reports.done(self.job.job, record, self.flight.land());
             self.due = Due::Nothing;
         }
     }
@@ -286,11 +311,17 @@ impl Session {
         deadline: Deadline,
     ) -> Outcome {
         self.announce_timeout(context, action);
+        self.note(mail);
         let name = action.name();
         let text =
             |own: &Option<Arc<str>>, default: &str| own.as_deref().unwrap_or(default).to_owned();
-        let host =
-            ProgramContext { children: &context.children, deadline, logger: &context.logger };
+        let flight = &self.flight;
+        let host = ProgramContext {
+            children: &context.children,
+            deadline,
+            logger: &context.logger,
+            flight,
+        };
         match action {
             Action::Discard(own) => {
                 Outcome::own(name, Reply::accepted(text(own, texts::DISCARDED)))
@@ -300,7 +331,7 @@ impl Session {
             Action::Connect(target) => {
                 let limit = context.settings.connect_timeout;
                 let (delivery, spent) =
-                    connect::relay(mail, target, limit, deadline, &context.logger);
+                    connect::relay(mail, target, limit, deadline, &context.logger, flight);
                 self.spent = spent;
                 Outcome::delivery(name, delivery)
             }
@@ -324,7 +355,7 @@ impl Session {
     fn refuse(&mut self, context: &Context, reply: &Reply, unread: Unread) {
         self.answer(reply, unread);
         let accepted = self.job.accepted;
-        self.done(context, Some(refusal(reply, accepted)));
+        self.done(context, Some(refusal(reply, accepted, self.flight.times())));
     }
 
     /// Answers the client, unless that was done before a panic.
@@ -337,7 +368,9 @@ impl Session {
             Unread::Unknown => MoreInput::Unlikely,
             Unread::Some => MoreInput::Likely,
         };
+        self.flight.enter(Phase::Answering(reply.status));
         answer(&self.client, reply, input);
+        self.flight.enter(Phase::Answered(reply.status));
         match unread {
             Unread::Unknown => drop_surplus(&self.client),
             Unread::Some => {
@@ -371,6 +404,7 @@ mod tests {
     use qrelay_shared::sys::rights::Rights;
     use slog::{Discard, Logger};
 
+    use crate::flight::Recorder;
     use crate::job_channel::Reports;
     use crate::session::script::Script;
 
@@ -399,7 +433,14 @@ mod tests {
         let (supervisor, theirs) = Channel::<ToJobs, ToReports>::pair().expect("pair");
         let reports = Reports::new(theirs, Duration::ZERO).expect("socket");
         let (declaration, logger) = (Declaration::default(), Logger::root(Discard, slog::o!()));
-        let context = Context::new(&declaration, "test".into(), Arc::new(Unasked), reports, logger);
+        let context = Context::new(
+            &declaration,
+            "test".into(),
+            Arc::new(Unasked),
+            reports,
+            Recorder::new(&[]),
+            logger,
+        );
         let rejected = Reply::permanent("rejected");
         let failed = "22:Zinternal server error,";
         let table: [(&str, Step, &str); 3] = [
@@ -422,7 +463,7 @@ mod tests {
             let (job, listening) = (JobId(1), ListenerId(1));
             let rights = Rights::Refused;
             let job = Job { job, listener: 0, listening, peer, rights, accepted: 0, spoke: 0 };
-            let mut session = Session::new(job, server.into());
+            let mut session = Session::new(&context, job, server.into());
             before(&mut session, &context, &rejected);
             // As after a panic.
             session.serve(&context, Stage::failed());

@@ -142,6 +142,19 @@ pub enum Report<'a> {
     },
 }
 
+/// What a mail's time went by with, in microseconds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Times {
+    /// Waiting for a worker and a thread.
+    pub queue: u64,
+    /// Waiting for the client's bytes, and reading them.
+    pub read: u64,
+    /// The handler, with all that it waited for.
+    pub lua: u64,
+    /// The next hop or the program.
+    pub hop: u64,
+}
+
 /// A finished mail, as the supervisor logs it.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct MailRecord<'a> {
@@ -177,6 +190,8 @@ pub struct MailRecord<'a> {
     pub sent: u64,
     /// Microseconds from accept to answer.
     pub duration: u64,
+    /// What that time went by with.
+    pub times: Times,
     /// Whether the handler never ran. A mail that was refused in this way has no Pond record.
     pub refused: bool,
 }

@@ -9,13 +9,13 @@
 //! Every error is the errno of the failed call, and nothing is left behind.
 
 use crate::ids::JobId;
+use crate::sys::memfd;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
-use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::unistd::Pid;
 
 /// Start of the name of such a file as the kernel shows it, before the number of the job.
@@ -28,7 +28,7 @@ const NOWHERE: &str = " (deleted)";
 /// # Errors
 /// As memfd_create(2), pwrite(2), fcntl(2): usually a lack of descriptors or memory.
 pub fn sealed(job: JobId, pieces: &[&[u8]]) -> Result<File, Errno> {
-    let file = create(job)?;
+    let file = File::from(memfd::create(&format!("qrelay-mail-{job}"))?);
     let mut at = 0;
     for piece in pieces {
         // The file is written by position, because the program shares the offset of the file, which
@@ -43,18 +43,6 @@ pub fn sealed(job: JobId, pieces: &[&[u8]]) -> Result<File, Errno> {
         | SealFlag::F_SEAL_WRITE;
     fcntl(&file, FcntlArg::F_ADD_SEALS(seals))?;
     Ok(file)
-}
-
-fn create(job: JobId) -> Result<File, Errno> {
-    let name = format!("qrelay-mail-{job}");
-    let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
-    // A system may require this flag (vm.memfd_noexec=2); Linux before 6.3 doesn't know it.
-    let never_executed = MFdFlags::from_bits_retain(libc::MFD_NOEXEC_SEAL);
-    let fd = memfd_create(name.as_str(), flags | never_executed).or_else(|error| match error {
-        Errno::EINVAL => memfd_create(name.as_str(), flags),
-        other => Err(other),
-    })?;
-    Ok(File::from(fd))
 }
 
 /// Returns the job whose mail a process has on its standard input, if the input is one of these

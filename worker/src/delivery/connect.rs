@@ -15,6 +15,7 @@ use std::time::Duration;
 
 use qrelay_shared::deadline::Deadline;
 use qrelay_shared::endpoint::Endpoint;
+use qrelay_shared::flight::Phase;
 use qrelay_shared::qmqp::Reply;
 use qrelay_shared::sys::rights::PeerSocket;
 use qrelay_shared::texts;
@@ -27,6 +28,7 @@ use crate::delivery::envelope::Envelope;
 use crate::delivery::exchange::ExchangeError;
 use crate::delivery::exchange::exchange;
 use crate::delivery::resolve::{self, LookupError};
+use crate::flight::Flight;
 use crate::mail::Mail;
 
 /// Relays the mail. `deadline` is the mail's, `connect_timeout` the setting.
@@ -39,8 +41,10 @@ pub(crate) fn relay(
     connect_timeout: Duration,
     deadline: Deadline,
     logger: &Logger,
+    flight: &Flight,
 ) -> (Delivery, Option<PeerSocket>) {
     let attempt = Attempt {
+        flight,
         logger,
         id: &mail.id(),
         deadline: action.timeout.map_or(deadline, Deadline::after),
@@ -52,9 +56,11 @@ pub(crate) fn relay(
         true => &mut mixed(&action.places).into_iter(),
         false => &mut action.places.iter(),
     };
+    flight.enter(Phase::Connecting);
     for place in places {
         match attempt.reach(place) {
             Ok((socket, name)) => {
+                flight.enter(Phase::NextHop);
                 let reply = attempt.exchange(mail, &socket, &name);
                 let next_hop = Some(name);
                 let delivery = Delivery { reply, next_hop, attempted: true, canceled: false };
@@ -73,6 +79,7 @@ fn unsent(text: &str, next_hop: Option<Arc<str>>) -> Delivery {
 
 /// The terms of one mail's relay.
 struct Attempt<'a> {
+    flight: &'a Flight,
     logger: &'a Logger,
     id: &'a str,
     deadline: Deadline,
@@ -125,6 +132,7 @@ impl Attempt<'_> {
     }
 
     fn dial(&self, hop: &NextHop) -> Result<PeerSocket, DialFailure> {
+        self.flight.next_hop(&hop.name);
         dial(&hop.endpoint, self.deadline.at_most(self.connect_timeout)).map_err(|error| {
             warn!(self.logger, "connect failed"; "id" => self.id,
                 "next_hop" => &*hop.name, "error" => error.desc());
@@ -193,7 +201,8 @@ mod tests {
 
     fn run(action: &Connect, remaining: Duration) -> Delivery {
         let mail = mail(b"A: b\n\n", b"s@x", &[b"r@x"]);
-        relay(&mail, action, Duration::from_secs(5), Deadline::after(remaining), &logger()).0
+        let limit = Duration::from_secs(5);
+        relay(&mail, action, limit, Deadline::after(remaining), &logger(), &Flight::unrecorded()).0
     }
 
     const LONG: Duration = Duration::from_secs(5);

@@ -31,6 +31,7 @@ use nix::sys::time::TimeSpec;
 use nix::unistd::pipe2;
 use qrelay_shared::address::printable;
 use qrelay_shared::deadline::Deadline;
+use qrelay_shared::flight::Phase;
 use qrelay_shared::ipc::message::MailId;
 use qrelay_shared::qmqp::{MAX_REPLY, Reply, Status};
 use qrelay_shared::sys::process_group::{self, Ending, Others, Step};
@@ -41,6 +42,7 @@ use slog::{Logger, error, warn};
 use crate::delivery::Delivery;
 use crate::delivery::action::Exec;
 use crate::delivery::children::{Child, Children, ProgramExit};
+use crate::flight::Flight;
 use crate::mail::Mail;
 
 /// How long output is awaited from processes that a program left behind, such as `| logger`.
@@ -63,6 +65,8 @@ pub(crate) struct ProgramContext<'a> {
     pub deadline: Deadline,
     /// The log, for causes that the client isn't told.
     pub logger: &'a Logger,
+    /// The mail's notes.
+    pub flight: &'a Flight,
 }
 
 /// The difference between the actions that run a program.
@@ -96,7 +100,10 @@ pub(crate) fn deliver(
 ) -> Delivery {
     let late = if action.timeout.is_some() { texts::TIMEOUT } else { texts::RELAY_FAILED };
     let deadline = action.timeout.map_or(host.deadline, Deadline::after);
-    let program = action.arguments.first().map(|path| printable(path.as_bytes()).into());
+    let program: Option<Arc<str>> =
+        action.arguments.first().map(|path| printable(path.as_bytes()).into());
+    host.flight.next_hop(program.as_deref().unwrap_or_default());
+    host.flight.enter(Phase::Program);
     let delivery = |reply, attempted, canceled| Delivery {
         reply,
         next_hop: program.clone(),

@@ -7,6 +7,7 @@ use qrelay_shared::settings::{Declaration, Settings};
 use slog::Logger;
 
 use crate::delivery::children::Children;
+use crate::flight::Recorder;
 use crate::job_channel::Reports;
 use crate::mail::memory::Budget;
 use crate::session::progress::Progress;
@@ -38,6 +39,8 @@ pub struct Context {
     pub(crate) readings: Readings,
     /// Buffers that requests are read into.
     pub(crate) buffers: Buffers,
+    /// What each mail is doing.
+    pub(crate) recorder: Arc<Recorder>,
     /// How far the leader is.
     pub(crate) leader: Progress,
     /// The supervisor's end of every job.
@@ -55,6 +58,7 @@ impl Context {
         instance: String,
         script: Arc<dyn Script>,
         reports: Reports,
+        recorder: Arc<Recorder>,
         logger: Logger,
     ) -> Self {
         let listeners = declaration.listeners.iter().map(|listener| Listener {
@@ -68,6 +72,7 @@ impl Context {
             budget: Budget::new(settings.mail_memory, Share::new(settings.client_share)),
             readings: Readings::new(settings.worker_connections as usize),
             buffers: Buffers::default(),
+            recorder,
             leader: Progress::default(),
             settings,
             instance,

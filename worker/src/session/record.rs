@@ -7,13 +7,13 @@
 use std::sync::Arc;
 
 use qrelay_shared::address::{escape_for_log, printable};
-use qrelay_shared::ipc::message::MailRecord;
+use qrelay_shared::ipc::message::{MailRecord, Times};
 use qrelay_shared::pond;
 use qrelay_shared::qmqp::Reply;
 
+use crate::clock::age;
 use crate::delivery::Delivery;
 use crate::mail::Mail;
-use crate::session::clock::age;
 
 /// Stands for the action when there was none.
 const NO_ACTION: &str = "-";
@@ -64,7 +64,7 @@ impl Outcome {
 }
 
 /// Returns the record of a mail.
-pub(crate) fn record<'m>(mail: &'m Mail, outcome: &'m Outcome) -> MailRecord<'m> {
+pub(crate) fn record<'m>(mail: &'m Mail, outcome: &'m Outcome, times: Times) -> MailRecord<'m> {
     let sender = escape_for_log(mail.sender());
     let text = match outcome.canceled {
         true => CANCELED.into(),
@@ -84,16 +84,17 @@ pub(crate) fn record<'m>(mail: &'m Mail, outcome: &'m Outcome) -> MailRecord<'m>
         next_hop: outcome.next_hop.as_deref(),
         status: (!outcome.canceled).then_some(outcome.reply.status),
         text,
-        size: mail.message().len() as u64 + inserted,
+        size: mail.relayed_length() as u64,
         received,
         sent: if outcome.attempted { received + inserted } else { 0 },
         duration: since(mail.socket().accepted),
+        times,
         refused: outcome.refused,
     }
 }
 
 /// Returns the record of a request that was refused before there was a mail.
-pub(crate) fn refusal(reply: &Reply, accepted: u64) -> MailRecord<'_> {
+pub(crate) fn refusal(reply: &Reply, accepted: u64, times: Times) -> MailRecord<'_> {
     MailRecord {
         sender: "".into(),
         recipients: "".into(),
@@ -108,6 +109,7 @@ pub(crate) fn refusal(reply: &Reply, accepted: u64) -> MailRecord<'_> {
         received: 0,
         sent: 0,
         duration: since(accepted),
+        times,
         refused: true,
     }
 }
@@ -169,7 +171,7 @@ mod tests {
             canceled: false,
         };
         let outcome = Outcome::delivery("connect", delivery);
-        let record = record(&mail, &outcome);
+        let record = record(&mail, &outcome, Times::default());
         assert_eq!((record.size, record.received, record.sent), (26, 77, 85));
         assert_eq!(record.recipients, "<r1@example.org>,<r2@example.org>");
         assert_eq!((record.recipient_count, record.recipients_cut), (2, 0));
@@ -182,7 +184,7 @@ mod tests {
     fn what_was_not_relayed_was_not_sent() {
         let mail = mail(b"", b"", &[b"r@x"]);
         let outcome = Outcome::own("reject", Reply::permanent("rejected"));
-        let record = record(&mail, &outcome);
+        let record = record(&mail, &outcome, Times::default());
         assert_eq!((record.sent, record.action, &*record.sender), (0, "reject", ""));
     }
 
@@ -192,7 +194,7 @@ mod tests {
         let delivery = Delivery { reply, next_hop: None, attempted: true, canceled: true };
         let mail = mail(b"", b"", &[b"r@x"]);
         let outcome = Outcome::delivery("exec", delivery);
-        let record = record(&mail, &outcome);
+        let record = record(&mail, &outcome, Times::default());
         assert_eq!((record.status, &*record.text), (None, "canceled"));
     }
 
@@ -212,7 +214,7 @@ mod tests {
         let mut mail = mail(b"", b"s@x", &[b"r@x"]);
         mail.set_recipients(recipients.iter().map(|r| r.to_vec()).collect());
         let outcome = Outcome::own("discard", Reply::accepted(vec![b'x'; 4000]));
-        let record = record(&mail, &outcome);
+        let record = record(&mail, &outcome, Times::default());
         let whole = format!("from=<{}> to={} {}", record.sender, record.recipients, record.text);
         assert!(whole.len() + 20 < pond::MAX_MESSAGE);
         assert!(record.recipients.len() > 20_000);

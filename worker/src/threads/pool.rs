@@ -20,8 +20,9 @@ use qrelay_shared::ipc::channel::{RecvBuffer, RecvError};
 use qrelay_shared::sys::thread::{LUA_STACK, spawn};
 use slog::{error, warn};
 
+use crate::clock::now;
 use crate::session::progress::Step;
-use crate::session::{Context, Session, now};
+use crate::session::{Context, Session};
 use crate::threads::scheduler::{
     Answer, Event, Left, Next, NextJob, Orders, Place, Reports, Scheduler, Stuck, Task, Threads,
 };
@@ -205,7 +206,7 @@ impl Pool {
                 lost = true;
                 continue;
             };
-            let mut session = Session::new(job, client);
+            let mut session = Session::new(&self.context, job, client);
             if next == NextJob::Begin {
                 session.begin(&self.context);
                 leader.note(Step::Begins);
