@@ -24,6 +24,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use qrelay_shared::client::Client;
+use qrelay_shared::flight::{Flight, Phase};
 use qrelay_shared::ipc::message::{Job, Peer};
 use qrelay_shared::qmqp::Reply;
 use qrelay_shared::settings::{Declaration, ListenAddress, ListenerDecl, Settings};
@@ -453,23 +454,35 @@ impl Acceptor {
         self.resume(now);
     }
 
-    /// Answers a client whose worker died, unless a program of the job still runs.
+    /// Answers a client whose worker died, unless the worker has answered or a program of the job
+    /// still runs.
     pub(crate) fn orphaned(
         &mut self,
         (job, worker): (JobId, WorkerId),
         program: ProgramState,
+        flight: Option<Box<Flight>>,
         now: Instant,
         events: &mut Events,
     ) {
         let Some(connection) = self.connections.get(job) else { return };
         let (peer, accepted) = (connection.peer, connection.accepted);
-        let answer = match program {
-            ProgramState::Runs => LostAnswer::TryAgain,
-            ProgramState::Ended => {
+        let answer = match (flight.as_ref().map(|flight| flight.phase), program) {
+            (Some(Phase::Answered(status)), _) => {
+                self.connections.linger(job, now);
+                LostAnswer::Given(status)
+            }
+            // The client may have the answer, or a part of it. An end without an answer means to
+            // every client that it is to try again.
+            (Some(Phase::Answering(_)), _) => {
+                self.connections.linger(job, now);
+                LostAnswer::Unknown
+            }
+            (_, ProgramState::Runs) => LostAnswer::TryAgain,
+            (_, ProgramState::Ended) => {
                 self.connections.answer(job, &Reply::temporary(texts::TRY_AGAIN), now)
             }
         };
-        let mail = LostMail { worker, job, peer, accepted, answer };
+        let mail = LostMail { worker, job, peer, accepted, answer, flight };
         events.push_back(Event::MailLost(Box::new(mail)));
     }
 

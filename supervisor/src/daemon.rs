@@ -293,11 +293,11 @@ impl Daemon {
             Event::DispatchFailed(error) => acceptor.dispatch_failed(&error.to_string(), now),
             Event::Done(job) => acceptor.done(job, now),
             Event::SocketLost(job) | Event::ProgramEnded(job) => acceptor.worker_failed(job, now),
-            Event::Orphaned { job, worker } => {
-                acceptor.orphaned((job, worker), ProgramState::Ended, now, events);
+            Event::Orphaned { job, worker, flight } => {
+                acceptor.orphaned((job, worker), ProgramState::Ended, flight, now, events);
             }
-            Event::ProgramRuns { job, worker } => {
-                acceptor.orphaned((job, worker), ProgramState::Runs, now, events);
+            Event::ProgramRuns { job, worker, flight } => {
+                acceptor.orphaned((job, worker), ProgramState::Runs, flight, now, events);
             }
             Event::MailLost(mail) => services.mail_lost(&mail, now),
             Event::TimeLimitSet(until) => self.extend_drain(until),

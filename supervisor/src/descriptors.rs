@@ -11,9 +11,9 @@ use qrelay_shared::settings::Settings;
 /// a moment.
 const OWN: u64 = 28;
 
-/// Descriptors for a worker: its two channels, and twice as many for its successor while both live
-/// and while the successor's ends of the channels are on their way.
-const PER_WORKER: u64 = 6;
+/// Descriptors for a worker: its two channels and its flight recorder, and as many for its successor
+/// while both live; and some for what the successor gets until that is on its way.
+const PER_WORKER: u64 = 8;
 
 /// Descriptors of the part for dictionaries that a worker's opener and its successor's take.
 const OPENERS: u64 = 3;

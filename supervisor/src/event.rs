@@ -13,8 +13,10 @@ use nix::unistd::Pid;
 use qrelay_shared::client::Client;
 use qrelay_shared::dictionary::{FromOpener, ToOpener};
 use qrelay_shared::exit::Exit;
+use qrelay_shared::flight::Flight;
 use qrelay_shared::ipc::channel::{Channel, SendError};
 use qrelay_shared::ipc::message::{MailRecord, Peer};
+use qrelay_shared::qmqp::Status;
 
 use crate::ids::{GenerationId, JobId, WorkerId, ZygoteId};
 
@@ -51,9 +53,9 @@ pub(crate) enum Event {
     /// A worker received the job without its socket.
     SocketLost(JobId),
     /// The connection's worker died, and no program of the job runs.
-    Orphaned { job: JobId, worker: WorkerId },
+    Orphaned { job: JobId, worker: WorkerId, flight: Option<Box<Flight>> },
     /// The connection's worker died, and a program of the job still runs.
-    ProgramRuns { job: JobId, worker: WorkerId },
+    ProgramRuns { job: JobId, worker: WorkerId, flight: Option<Box<Flight>> },
     /// The last program of a job whose worker died has ended.
     ProgramEnded(JobId),
     /// A mail's worker died; the client's part of it is settled.
@@ -185,6 +187,8 @@ pub(crate) struct LostMail {
     pub(crate) accepted: Instant,
     /// The answer that the client gets.
     pub(crate) answer: LostAnswer,
+    /// What the worker has noted of the mail.
+    pub(crate) flight: Option<Box<Flight>>,
 }
 
 /// The answer that the client of a lost mail gets.
@@ -192,7 +196,9 @@ pub(crate) struct LostMail {
 pub(crate) enum LostAnswer {
     /// To try again: now, or when the job's program has ended.
     TryAgain,
-    /// Unknown, since the client is gone or the worker had answered; perhaps with `K`.
+    /// The worker had given the whole answer, which had this status.
+    Given(Status),
+    /// Unknown, since the client is gone or the worker died while it answered; perhaps with `K`.
     Unknown,
 }
 
@@ -209,6 +215,8 @@ pub(crate) struct NewWorker {
     pub(crate) control: OwnedFd,
     /// Wishes for channels to the shared dictionaries out, channels in.
     pub(crate) dictionaries: OwnedFd,
+    /// The memory of its flight recorder.
+    pub(crate) flights: OwnedFd,
 }
 
 /// Events that no owner has acted on yet, oldest first. The memory is kept when it is empty.

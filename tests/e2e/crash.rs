@@ -1,6 +1,8 @@
 //! Crashes of workers and zygotes. The mails of a crashed worker get `Z`, other mails are not
 //! affected, and a moment later everything is as before.
 
+use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
@@ -36,6 +38,118 @@ fn clients_of_a_killed_worker_are_told() {
     daemon.wait_for_log(&workers[0].to_string());
     eventually("as many descriptors as before", || (daemon.fd_count() == fds).then_some(()));
     daemon.stop();
+}
+
+#[test]
+fn the_line_of_a_lost_mail_says_what_it_was_and_where_it_was() {
+    let daemon = Daemon::start(
+        "settings{workers=1}
+         qmqp_listen('$DIR/in', function(m)
+           m.account = 'site'
+           if m.sender == 'lua@x' then while true do sleep(1) end end
+           m.recipients = {'a@x', 'b@x'}
+           return m:connect('$DIR/out')
+         end)",
+    );
+    let (sink, _gate) = Sink::gated(daemon.path("out"));
+    let [mut reads, mut waits, mut relays] = ["reads@x", "lua@x", "relays@x"].map(|sender| {
+        let mut client = Client::connect(daemon.path("in"));
+        let request = Mail::new("lost").from(sender).to(&["r@x"]).request();
+        let length = if sender == "reads@x" { 10 } else { request.len() };
+        client.send(&request[..length]);
+        client
+    });
+    sink.record().wait_for_count(1);
+    let worker = daemon.workers()[0];
+    // A client's socket, and for one mail the next hop's.
+    eventually("all are in the worker", || (relaying_sockets(worker) == 4).then_some(()));
+    signal(worker, Signal::SIGKILL);
+    for client in [&mut reads, &mut waits, &mut relays] {
+        assert_eq!(client.outcome(), "Ztry again later");
+    }
+    let next_hop = daemon.path("out").display().to_string();
+    let all = ["account=site", "status=Z", "reply=\"try again later\""];
+    let line = daemon.wait_for_log("lost_in=next_hop");
+    let own = ["from=<relays@x>", "to=<a@x>", "recipients=2", &format!("next_hop={next_hop}")];
+    assert!(all.iter().chain(&own).all(|field| line.contains(field)), "{line}");
+    assert!(!line.contains("size=0"), "{line}");
+    let line = daemon.wait_for_log("lost_in=lua_waits");
+    let own = ["from=<lua@x>", "to=<r@x>", "recipients=1"];
+    assert!(own.iter().all(|field| line.contains(field)), "{line}");
+    let line = daemon.wait_for_log("lost_in=reading");
+    assert!(line.contains("from=<>") && line.contains("status=Z"), "{line}");
+}
+
+/// Counts the sockets of a worker beside its three channels to the supervisor.
+fn relaying_sockets(worker: i32) -> usize {
+    let is_socket = |path: &std::path::Path| path.to_string_lossy().starts_with("socket:");
+    let all = processes::descriptors(worker);
+    all.iter().filter(|(_, path)| is_socket(path)).count().saturating_sub(3)
+}
+
+/// A worker that dies after it has sent its answer, and before anybody knows, must not make the
+/// supervisor answer a second time.
+#[test]
+fn a_worker_that_dies_while_it_answers_yields_one_answer() {
+    let daemon = relay("workers=1");
+    let sink = Sink::answering(daemon.path("out"), "Kok");
+    let worker = daemon.workers()[0];
+    let trace = ["-f", "-qq", "-o", "/dev/null", "-e", "trace=shutdown"];
+    let mut tracer = Command::new("strace")
+        .args(trace)
+        .args(["-e", "inject=shutdown:signal=SIGKILL", "-p", &worker.to_string()])
+        .spawn()
+        .expect("strace runs");
+    eventually("every thread is traced", || {
+        let tasks = std::fs::read_dir(format!("/proc/{worker}/task")).ok()?;
+        let traced = |status: String| status.contains("\nTracerPid:\t0\n").then_some(());
+        let untraced = tasks
+            .filter_map(|task| std::fs::read_to_string(task.ok()?.path().join("status")).ok())
+            .find_map(traced);
+        untraced.is_none().then_some(())
+    });
+    assert_eq!(submit(daemon.path("in"), &Mail::new("once")), "Kok");
+    let line = daemon.wait_for_log("lost_in=answering");
+    assert!(line.contains("status=-") && line.contains("from=<sender@example.com>"), "{line}");
+    assert_eq!(sink.mails().len(), 1);
+    tracer.wait().expect("strace ends with its process");
+}
+
+/// Workers are killed again and again under load. Every client gets one answer, or sees an end
+/// without any if its worker died in the very act of answering.
+#[test]
+fn kills_under_load_never_give_a_second_answer() {
+    let kills = if full() { 1000 } else { 60 };
+    let daemon = relay("workers=2");
+    let _sink = Sink::answering(daemon.path("out"), "Kok");
+    let path = daemon.path("in");
+    let over = AtomicBool::new(false);
+    let outcomes: Vec<String> = std::thread::scope(|scope| {
+        let clients: Vec<_> = (0..8)
+            .map(|_| {
+                scope.spawn(|| {
+                    let mut odd = Vec::new();
+                    while !over.load(Ordering::Relaxed) {
+                        let outcome = submit(&*path, &Mail::new("x")).to_string();
+                        if outcome != "Kok" && outcome != "Ztry again later" {
+                            odd.push(outcome);
+                        }
+                    }
+                    odd
+                })
+            })
+            .collect();
+        for kill in 0..kills {
+            let workers = daemon.wait_for_workers(2, &[]);
+            signal(workers[kill % 2], Signal::SIGKILL);
+            daemon.wait_for_workers(2, &workers[kill % 2..][..1]);
+        }
+        over.store(true, Ordering::Relaxed);
+        clients.into_iter().flat_map(|client| client.join().expect("client")).collect()
+    });
+    println!("{kills} kills: {outcomes:?}");
+    assert!(outcomes.iter().all(|outcome| outcome == "<silence>"), "{outcomes:?}");
+    assert!(outcomes.len() <= (kills / 100).max(1), "{outcomes:?}");
 }
 
 #[test]

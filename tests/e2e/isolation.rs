@@ -166,7 +166,7 @@ fn assert_named(daemon: &Daemon, cost: Cost, culprit: &str) {
     daemon.wait_for_log(culprit);
     let first = match cost {
         Cost::Mail => daemon.wait_for_log("script failed: "),
-        Cost::Worker => daemon.wait_for_log("mail lost its worker"),
+        Cost::Worker => daemon.wait_for_log("lost_in="),
     };
     let id = first.split(' ').find_map(|word| word.strip_prefix("id=")).expect("an id");
     if cost == Cost::Mail {
@@ -386,7 +386,7 @@ fn a_hang_names_its_mail() {
     assert_eq!(begin(&daemon).outcome(), "Ztry again later");
     let line = daemon.wait_for_log("worker hangs in Lua");
     let id = line.split(' ').find(|word| word.starts_with("id=")).expect("an id");
-    let lost = daemon.wait_for_log("mail lost its worker");
+    let lost = daemon.wait_for_log("lost_in=lua");
     assert!(lost.contains(id), "{line}\n{lost}");
     let handler = line.split(' ').find_map(|word| word.strip_prefix("handler=")).expect("a place");
     let (file, number) = handler.rsplit_once(':').expect("a line");

@@ -23,6 +23,7 @@ use qrelay_shared::ipc::message::{
 use qrelay_shared::qmqp::encode_request;
 use qrelay_shared::settings::Declaration;
 use qrelay_shared::sys::limits::Limits;
+use qrelay_shared::sys::recorder;
 use qrelay_shared::sys::rights::Rights;
 
 /// Environment variable that tells a new process of this program its role.
@@ -114,7 +115,8 @@ impl Zygote {
         let (jobs, their_jobs) = Channel::<ToJobs, ToReports>::pair().expect("pair");
         let (control, their_control) = Channel::<ToControl, FromControl>::pair().expect("pair");
         let (_, dictionaries) = Channel::<FromOpener, ToOpener>::pair().expect("pair");
-        let fds = [their_jobs.into(), their_control.into(), dictionaries.into()];
+        let flights = recorder::create(8).expect("memory");
+        let fds = [their_jobs.into(), their_control.into(), dictionaries.into(), flights];
         match self.order(&ZygoteOrder::Fork { worker }, &fds.each_ref()) {
             ZygoteReport::Forked { worker: same, pid } if same == worker => {
                 Worker { jobs, control, pid: Pid::from_raw(pid) }

@@ -268,8 +268,9 @@ pub enum ZygoteOrder {
         /// one.
         account: Option<Account>,
     },
-    /// Forks a worker. The message carries the worker's job socket, its control socket and its
-    /// opener ([`crate::dictionary`]), in this order.
+    /// Forks a worker. The message carries the worker's job socket, its control socket, its opener
+    /// ([`crate::dictionary`]) and the memory of its flight recorder ([`crate::flight`]), in this
+    /// order.
     Fork {
         /// Number of the new worker.
         worker: WorkerId,

@@ -350,13 +350,22 @@ impl Connections {
         }
     }
 
-    /// Answers for the supervisor and lingers.
+    /// Answers for the supervisor and lingers, unless the client has been answered.
     pub(super) fn answer(&mut self, id: JobId, reply: &Reply, now: Instant) -> LostAnswer {
-        let Some(connection) = self.table.get_mut(&id) else { return LostAnswer::Unknown };
+        let connection = self.table.get(&id).filter(|c| c.state != State::Lingering);
+        let Some(connection) = connection else { return LostAnswer::Unknown };
         let fd = connection.fd.as_fd().as_raw_fd();
         let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
         // The send fails if the client is gone, or if a worker answered just before it died.
         let told = send(fd, &reply.encode(), flags).is_ok();
+        self.linger(id, now);
+        if told { LostAnswer::TryAgain } else { LostAnswer::Unknown }
+    }
+
+    /// Ends the answer to a client, and lets it read the answer: what it still sends is read and
+    /// dropped for a while.
+    pub(super) fn linger(&mut self, id: JobId, now: Instant) {
+        let Some(connection) = self.table.get_mut(&id) else { return };
         connection.fd.end_output(MoreInput::Likely);
         if matches!(connection.state, State::Dispatched(_)) {
             self.dispatched -= 1;
@@ -369,7 +378,6 @@ impl Connections {
         if !watched {
             self.drop_input(id);
         }
-        if told { LostAnswer::TryAgain } else { LostAnswer::Unknown }
     }
 
     /// Reads and drops what an answered client still sends; closes at the end of it.

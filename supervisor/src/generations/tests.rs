@@ -121,8 +121,10 @@ impl Site {
 
 fn new_worker(generation: GenerationId, worker: WorkerId) -> NewWorker {
     let (jobs, control) = std::os::unix::net::UnixStream::pair().expect("a pair");
-    let dictionaries = jobs.try_clone().expect("a descriptor").into();
-    NewWorker { generation, worker, jobs: jobs.into(), control: control.into(), dictionaries }
+    let another = || jobs.try_clone().expect("a descriptor").into();
+    let (dictionaries, flights) = (another(), another());
+    let (jobs, control) = (jobs.into(), control.into());
+    NewWorker { generation, worker, jobs, control, dictionaries, flights }
 }
 
 fn said(events: &[Event]) -> Vec<String> {

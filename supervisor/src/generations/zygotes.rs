@@ -315,7 +315,10 @@ impl Rollout {
         let order = ZygoteOrder::Fork { worker: new.worker };
         zygote
             .channel
-            .try_send(&order, &[&new.jobs, &new.control, &new.dictionaries].map(AsFd::as_fd))
+            .try_send(
+                &order,
+                &[&new.jobs, &new.control, &new.dictionaries, &new.flights].map(AsFd::as_fd),
+            )
             .map_err(|error| error.to_string())?;
         zygote.orders.push_back(Order::Fork(new.worker));
         Ok(())

@@ -2,11 +2,13 @@
 
 use std::time::Instant;
 
+use qrelay_shared::address::{escape_for_log, printable};
 use qrelay_shared::endpoint::Endpoint;
-use qrelay_shared::ipc::message::{MailRecord, Peer, mail_id};
+use qrelay_shared::flight::Phase;
+use qrelay_shared::ipc::message::{MailRecord, Peer, Times, mail_id};
 use qrelay_shared::qmqp::Status;
 use qrelay_shared::texts;
-use slog::{Logger, info, warn};
+use slog::{Logger, info};
 
 use crate::event::{LostAnswer, LostMail};
 use crate::ids::{JobId, WorkerId};
@@ -91,6 +93,19 @@ impl MailLog {
         peer: Option<Peer>,
         mail: &MailRecord<'_>,
     ) {
+        self.write(worker, job, peer, mail, None);
+    }
+
+    /// Writes the line of a mail, and its Pond record. `lost` says what a mail was doing when its
+    /// worker died.
+    fn write(
+        &mut self,
+        worker: WorkerId,
+        job: JobId,
+        peer: Option<Peer>,
+        mail: &MailRecord<'_>,
+        lost: Option<&str>,
+    ) {
         self.answers.count(mail.status);
         let (uid, pid, address) = match peer {
             Some(Peer::Local { pid, uid, .. }) => (Some(uid), pid, None),
@@ -105,9 +120,13 @@ impl MailLog {
         let mut text = String::with_capacity(ROOM);
         text.extend(["<", &mail.sender, ">"]);
         let from = text.len();
-        text.push_str(itoa::Buffer::new().format(mail.duration / 1000));
-        text.push('.');
-        text.push_str(itoa::Buffer::new().format(mail.duration / 100 % 10));
+        let mut ends = [0; 5];
+        let Times { queue, read, lua, hop } = mail.times;
+        for (end, time) in ends.iter_mut().zip([queue, read, lua, hop, mail.duration]) {
+            push_milliseconds(&mut text, time);
+            *end = text.len();
+        }
+        let [queue, read, lua, hop, all] = ends;
         info!(self.log, "mail";
             "id" => &*mail_id(&self.instance, job),
             "from" => &text[..from],
@@ -122,47 +141,79 @@ impl MailLog {
             "status" => status,
             "reply" => &*mail.text,
             "size" => mail.size,
-            "ms" => &text[from..],
+            "queue" => &text[from..queue],
+            "read" => &text[queue..read],
+            "lua" => &text[read..lua],
+            "hop" => &text[lua..hop],
+            "ms" => &text[hop..all],
+            "lost_in" => lost,
             "worker" => worker);
         if let Some(pond) = &mut self.pond {
             pond.send(mail, peer, &self.log);
         }
     }
 
-    /// Logs a mail whose worker died. Nothing is known of the mail itself. If the client can't be
-    /// told to try again, its answer isn't known either: it may have been `K`.
+    /// Logs a mail whose worker died, with what the worker had noted of it.
     pub(super) fn lost(&mut self, mail: &LostMail, now: Instant) {
-        let &LostMail { worker, job, peer, accepted, answer } = mail;
-        let ms = now.saturating_duration_since(accepted).as_secs_f64() * 1000.0;
-        let (outcome, status, text) = match answer {
-            LostAnswer::TryAgain => {
-                let status = Some(Status::Temporary);
-                ("the client is told to try again", status, texts::TRY_AGAIN)
-            }
-            LostAnswer::Unknown => ("the client had been answered or had gone", None, "lost"),
+        let LostMail { worker, job, peer, accepted, answer, flight } = mail;
+        let status = match answer {
+            LostAnswer::TryAgain => Some(Status::Temporary),
+            LostAnswer::Given(status) => Some(*status),
+            LostAnswer::Unknown => None,
         };
-        self.answers.count(status);
-        warn!(self.log, "mail lost its worker, {outcome}";
-            "id" => &*mail_id(&self.instance, job), "peer" => ?peer,
-            "ms" => format_args!("{ms:.1}"), "worker" => worker);
+        let flight = flight.as_deref();
+        let duration = now.saturating_duration_since(*accepted).as_micros();
+        let sent = flight.is_some_and(|flight| match flight.phase {
+            Phase::NextHop | Phase::Program => true,
+            Phase::Answering(_) | Phase::Answered(_) => !flight.next_hop.is_empty(),
+            _ => false,
+        });
+        let received = flight.map_or(0, |flight| flight.received);
+        let mut recipients = String::new();
+        for recipient in flight.iter().flat_map(|flight| &flight.recipients) {
+            let separator = if recipients.is_empty() { "<" } else { ",<" };
+            recipients.extend([separator, &escape_for_log(recipient), ">"]);
+        }
+        let count = flight.map_or(0, |flight| flight.recipient_count);
+        let noted = flight.map_or(0, |flight| flight.recipients.len() as u32);
+        let text = |text: Option<&String>| text.filter(|text| !text.is_empty()).map(printable_text);
+        let (account, next_hop) = (
+            text(flight.map(|flight| &flight.account)),
+            text(flight.map(|flight| &flight.next_hop)),
+        );
         let record = MailRecord {
-            sender: "".into(),
-            recipients: "".into(),
-            recipient_count: 0,
-            recipients_cut: 0,
-            account: None,
+            sender: flight.map_or("".into(), |flight| escape_for_log(&flight.sender)),
+            recipients: recipients.into(),
+            recipient_count: count,
+            recipients_cut: count.saturating_sub(noted),
+            account: account.as_deref(),
             action: "-",
-            next_hop: None,
+            next_hop: next_hop.as_deref(),
             status,
-            text: text.into(),
-            size: 0,
-            received: 0,
-            sent: 0,
-            duration: (ms * 1000.0) as u64,
+            text: match answer {
+                LostAnswer::TryAgain => texts::TRY_AGAIN.into(),
+                LostAnswer::Given(_) | LostAnswer::Unknown => "lost".into(),
+            },
+            size: flight.map_or(0, |flight| flight.size),
+            received,
+            sent: if sent { received } else { 0 },
+            duration: u64::try_from(duration).unwrap_or(u64::MAX),
+            times: Times::default(),
             refused: false,
         };
-        if let Some(pond) = &mut self.pond {
-            pond.send(&record, Some(peer), &self.log);
-        }
+        let lost =
+            Some(flight.map_or_else(|| "unknown".to_owned(), |flight| flight.phase.to_string()));
+        self.write(*worker, *job, Some(*peer), &record, lost.as_deref());
     }
+}
+
+/// Appends a time in milliseconds, to a tenth.
+fn push_milliseconds(text: &mut String, microseconds: u64) {
+    text.push_str(itoa::Buffer::new().format(microseconds / 1000));
+    text.push('.');
+    text.push_str(itoa::Buffer::new().format(microseconds / 100 % 10));
+}
+
+fn printable_text(text: &String) -> String {
+    printable(text.as_bytes()).into_owned()
 }

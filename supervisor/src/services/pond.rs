@@ -224,6 +224,7 @@ fn datagram(mail: &MailRecord<'_>, peer: Option<Peer>) -> Vec<u8> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use qrelay_shared::ipc::message::Times;
     use qrelay_shared::qmqp::Status;
 
     fn relayed() -> MailRecord<'static> {
@@ -240,6 +241,7 @@ mod tests {
             size: 26,
             received: 77,
             sent: 85,
+            times: Times::default(),
             duration: 469,
             refused: false,
         }

@@ -275,6 +275,11 @@ impl Pool {
         self.jobs.len()
     }
 
+    /// Returns how many jobs a worker of this generation takes at a time.
+    pub(super) fn credit(&self, generation: GenerationId) -> usize {
+        self.groups.get(&generation).map_or(0, |group| group.credit)
+    }
+
     /// Counts the jobs that a worker has.
     pub(super) fn jobs_of(&self, worker: WorkerId) -> usize {
         self.workers.get(&worker).map_or(0, |worker| worker.jobs)

@@ -1,7 +1,7 @@
 //! The workers' processes: asked for, watched, pinged, signalled, given up.
 
 use std::collections::BTreeSet;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
@@ -12,6 +12,7 @@ use qrelay_shared::ipc::channel::{Channel, RecvBuffer, RecvError};
 use qrelay_shared::ipc::message::{
     Control, FromControl, Report, ToControl, ToJobs, ToReports, mail_id,
 };
+use qrelay_shared::sys::recorder;
 use slog::{debug, error, warn};
 
 use crate::event::{Asker, Event, Events, NewAsker, NewWorker, OpenerChannel, Recorder, Teller};
@@ -30,6 +31,9 @@ const PER_TURN: usize = 64;
 /// Datagrams that are read of a worker whose end is being settled. More than a socket can hold at
 /// once, so only a process that still writes has more, and that is no honest worker.
 const LAST_WORDS: usize = 4096;
+/// Slots of the flight recorder beyond a worker's credit, for jobs that a generation on its way out
+/// gets whatever its credit.
+const SPARE_SLOTS: usize = 64;
 /// Longest time limit of an action that a drain waits for.
 const LONGEST_LIMIT: Duration = Duration::from_secs(3600);
 
@@ -54,10 +58,16 @@ pub(super) struct Process {
     pub(super) pings: u32,
     /// The worker has lied: it is killed, and not listened to.
     pub(super) lied: bool,
+    /// What the worker notes of its mails.
+    flights: OwnedFd,
 }
 
 impl Process {
-    fn new(jobs: Channel<ToJobs, ToReports>, control: Channel<ToControl, FromControl>) -> Self {
+    fn new(
+        jobs: Channel<ToJobs, ToReports>,
+        control: Channel<ToControl, FromControl>,
+        flights: OwnedFd,
+    ) -> Self {
         Self {
             pid: None,
             jobs,
@@ -68,6 +78,7 @@ impl Process {
             ready: false,
             pings: 0,
             lied: false,
+            flights,
         }
     }
 
@@ -111,13 +122,16 @@ impl Workers {
         let (jobs, their_jobs) = Channel::pair().map_err(socketpair)?;
         let (control, their_control) = Channel::pair().map_err(socketpair)?;
         let (opener, their_opener) = OpenerChannel::pair().map_err(socketpair)?;
+        let slots = self.pool.credit(generation) + SPARE_SLOTS;
+        let flights = recorder::create(slots).map_err(|error| format!("memfd: {error}"))?;
+        let their_flights = flights.try_clone().map_err(|error| format!("dup: {error}"))?;
         let jobs = jobs.foreign();
         let control = control.foreign();
         self.watcher
             .add(&jobs, Source::Jobs(worker))
             .and_then(|()| self.watcher.add(&control, Source::Control(worker)))
             .map_err(|error| format!("epoll_ctl: {error}"))?;
-        self.processes.insert(worker, Process::new(jobs, control));
+        self.processes.insert(worker, Process::new(jobs, control, flights));
         let (asker, opener) = (Asker::Worker(worker), opener.foreign());
         events.push_back(Event::AskerCame(NewAsker { asker, generation, opener }));
         Ok(NewWorker {
@@ -126,6 +140,7 @@ impl Workers {
             jobs: their_jobs.into(),
             control: their_control.into(),
             dictionaries: their_opener.into(),
+            flights: their_flights,
         })
     }
 
@@ -530,7 +545,12 @@ impl Workers {
         let process = self.forget_process(worker, events);
         let end = if status.is_some() { End::Died } else { End::NotForked };
         let Some(death) = self.pool.died(worker, end, now) else { return };
+        let mut flights = Vec::new();
         if let Some(process) = process {
+            if !death.jobs.is_empty() {
+                // Without the notes the clients are answered all the same.
+                flights = recorder::flights(&process.flights).unwrap_or_default();
+            }
             self.log_death(worker, process.pid, status, &death);
             let inherited = |program: &&Program| {
                 told::is_inherited(&*self.system, program) && !self.is_taken(program.pid)
@@ -543,10 +563,12 @@ impl Workers {
             self.orphans.adopt_unreported(&death.jobs, now);
         }
         for &job in &death.jobs {
+            let flight = flights.iter().position(|flight| flight.job == job);
+            let flight = flight.map(|at| Box::new(flights.swap_remove(at)));
             // A client whose program still runs is answered when the program has ended.
             events.push_back(match self.orphans.concerns(job) {
-                true => Event::ProgramRuns { job, worker },
-                false => Event::Orphaned { job, worker },
+                true => Event::ProgramRuns { job, worker, flight },
+                false => Event::Orphaned { job, worker, flight },
             });
         }
         if !death.was_ready {

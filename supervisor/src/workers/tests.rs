@@ -312,7 +312,7 @@ fn a_dead_worker_costs_its_clients_a_retry_and_is_replaced() {
     site.reap(&ZygotePids::default());
     let expected = [
         Event::Done(JobId(1)),
-        Event::Orphaned { job: JobId(2), worker },
+        Event::Orphaned { job: JobId(2), worker, flight: None },
         Event::WorkerEnded(FIRST),
     ];
     assert_eq!(site.events(), said(&expected), "its last report counts");
@@ -501,7 +501,8 @@ fn a_clients_answer_waits_for_the_program_of_a_dead_worker() {
     site.fake.exit(others[0].pid, 1);
     site.reap(&ZygotePids::default());
     assert_eq!(site.fake.signals(), [(program, Signal::SIGTERM)]);
-    let expected = [Event::ProgramRuns { job: JobId(1), worker }, Event::WorkerEnded(FIRST)];
+    let expected =
+        [Event::ProgramRuns { job: JobId(1), worker, flight: None }, Event::WorkerEnded(FIRST)];
     assert_eq!(site.events(), said(&expected));
     assert!(!site.workers.is_idle());
     site.reap(&ZygotePids::default());
@@ -590,7 +591,7 @@ impl Site {
         self.reap(&ZygotePids::default());
         assert_eq!(self.fake.signals(), []);
         let events = self.events();
-        let orphaned = Event::Orphaned { job: JobId(1), worker: other.id };
+        let orphaned = Event::Orphaned { job: JobId(1), worker: other.id, flight: None };
         assert!(events.contains(&format!("{orphaned:?}")), "{events:?}");
     }
 }

@@ -217,10 +217,10 @@ impl Client {
 
 fn judge(received: Vec<u8>, reset: bool) -> Outcome {
     match split(&received) {
-        Some((reply @ [b'K' | b'Z' | b'D', ..], _)) if reset => {
+        Some((reply @ [b'K' | b'Z' | b'D', ..], [])) if reset => {
             Outcome::ReplyThenReset(reply.to_vec())
         }
-        Some((reply @ [b'K' | b'Z' | b'D', ..], _)) => Outcome::Reply(reply.to_vec()),
+        Some((reply @ [b'K' | b'Z' | b'D', ..], [])) => Outcome::Reply(reply.to_vec()),
         _ if reset => Outcome::Reset,
         _ if received.is_empty() => Outcome::Silence,
         _ => Outcome::Garbage(received),

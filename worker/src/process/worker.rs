@@ -9,7 +9,7 @@
 //! A failure to set the process's name or its OOM score is logged, and the worker goes on.
 
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
 use nix::sys::prctl;
@@ -18,8 +18,10 @@ use qrelay_shared::ids::WorkerId;
 use qrelay_shared::ipc::channel::Channel;
 use qrelay_shared::settings::Declaration;
 use qrelay_shared::sys::process::{exit_now, flush_stdio};
+use qrelay_shared::sys::recorder::map;
 use slog::{Logger, debug, error, warn};
 
+use crate::flight::Recorder;
 use crate::job_channel::Reports;
 use crate::lua::state::State;
 use crate::process::{control, sandbox};
@@ -45,6 +47,8 @@ pub(crate) struct Birth {
     pub(crate) control: OwnedFd,
     /// The worker's end of the channel on which it asks for channels to the shared dictionaries.
     pub(crate) dictionaries: OwnedFd,
+    /// The memory of the flight recorder.
+    pub(crate) flights: OwnedFd,
 }
 
 /// Lives as a worker. Returns only if the worker can't start.
@@ -55,7 +59,7 @@ pub(crate) fn run(
     instance: String,
     logger: Logger,
 ) -> Exit {
-    let Birth { worker: id, jobs, control, dictionaries } = birth;
+    let Birth { worker: id, jobs, control, dictionaries, flights } = birth;
     if let Err(error) = sandbox::enter_own(declaration.separation.sandbox) {
         error!(logger, "worker can't start"; "error" => error);
         return Exit::System;
@@ -63,7 +67,9 @@ pub(crate) fn run(
     settle(&logger);
     state.after_fork(id, Some(dictionaries));
     let script: Arc<dyn Script> = Arc::new(state);
-    let pool = match start(jobs, declaration, instance, &script, &logger) {
+    let recorder = recorder(&flights, &logger);
+    drop(flights);
+    let pool = match start(jobs, declaration, instance, &script, recorder, &logger) {
         Ok(pool) => pool,
         Err(error) => {
             error!(logger, "worker can't start"; "error" => %error);
@@ -88,13 +94,25 @@ fn start(
     declaration: &Declaration,
     instance: String,
     script: &Arc<dyn Script>,
+    recorder: Arc<Recorder>,
     logger: &Logger,
 ) -> io::Result<Arc<Pool>> {
     let reports = Reports::new(Channel::from_fd(jobs), IDLE)?;
-    let context = Context::new(declaration, instance, Arc::clone(script), reports, logger.clone());
+    let script = Arc::clone(script);
+    let context = Context::new(declaration, instance, script, reports, recorder, logger.clone());
     let pool = Pool::new(context, || end(0));
     pool.run()?;
     Ok(pool)
+}
+
+/// Maps the memory of the flight recorder. Without it mails are served all the same, and their
+/// times are noted.
+fn recorder(flights: &OwnedFd, logger: &Logger) -> Arc<Recorder> {
+    let memory = map(flights.as_fd()).unwrap_or_else(|errno| {
+        warn!(logger, "what happens to mails can't be noted"; "error" => errno.desc());
+        &[]
+    });
+    Recorder::new(memory)
 }
 
 /// Ends the process without waiting for threads, and without running their exit handlers.

@@ -18,6 +18,7 @@ use qrelay_shared::qmqp::{Status, encode_request};
 use qrelay_shared::settings::{Declaration, ListenAddress, ListenerDecl, Settings};
 use qrelay_shared::sys::rights::Rights;
 use qrelay_worker::delivery::action::Action;
+use qrelay_worker::flight::Recorder;
 use qrelay_worker::job_channel::Reports;
 use qrelay_worker::mail::Mail;
 use qrelay_worker::session::Context;
@@ -94,7 +95,8 @@ impl Harness {
         let (end, ended) = channel();
         let reports = Reports::new(theirs, Duration::from_millis(20)).expect("socket");
         let logger = slog::Logger::root(slog::Discard, slog::o!());
-        let context = Context::new(&declaration, "test".into(), script, reports, logger);
+        let context =
+            Context::new(&declaration, "test".into(), script, reports, Recorder::new(&[]), logger);
         let pool = Pool::new(context, move || {
             let _ = end.send(());
         });
