@@ -48,8 +48,8 @@ pub fn map(fd: BorrowedFd<'_>) -> Result<&'static [AtomicU64], Errno> {
     let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
     // SAFETY: the kernel chooses the address, so that no other mapping is touched.
     let memory = unsafe { mmap(None, size, protection, MapFlags::MAP_SHARED, fd, 0)? };
-    // SAFETY: the mapping has `length` bytes, is aligned to a page, and is never unmapped; the seals
-    // keep its pages there. Whoever else writes to it does so as to atomic words.
+    // SAFETY: the mapping has `length` bytes, is aligned to a page, and is never unmapped. The
+    // seals keep its pages there. Whoever else writes to it does so as to atomic words.
     Ok(unsafe {
         std::slice::from_raw_parts(memory.cast().as_ptr(), length / size_of::<AtomicU64>())
     })
