@@ -310,7 +310,7 @@ impl Daemon {
                 rollout.zygote_lied(zygote, complaint, now, events);
             }
 
-            Event::WorkerMissing(new) => rollout.fork_worker(&new, events),
+            Event::WorkerMissing(new) => rollout.fork_worker(&new, now, events),
             Event::WorkerForked { teller, worker, pid } => {
                 workers.forked(teller, worker, pid, now, events);
             }

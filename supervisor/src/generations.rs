@@ -16,7 +16,7 @@ use std::path::PathBuf;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
-use nix::sys::signal::Signal;
+use nix::unistd::Pid;
 use qrelay_shared::exit::Exit;
 use qrelay_shared::ipc::channel::RecvBuffer;
 use qrelay_shared::ipc::message::ZygoteOrder;
@@ -201,23 +201,21 @@ impl Rollout {
         for generation in standbys.collect::<Vec<_>>() {
             self.fork_standby(generation, now);
         }
+        self.give_up_stuck(now, events);
     }
 
     /// Returns when [`Self::tick`] has something to do, if ever.
     pub(crate) fn next_deadline(&self) -> Option<Instant> {
         let standbys = self.loaded.values().filter_map(|entry| entry.standby_due);
-        self.reload.next_tick().into_iter().chain(standbys).min()
+        let answers = self.next_answer_due();
+        self.reload.next_tick().into_iter().chain(standbys).chain(answers).min()
     }
 
     /// Ends every zygote, and waits for their ends: the daemon ends.
     pub(crate) fn close(&mut self) {
-        for (_, zygote) in std::mem::take(&mut self.zygotes) {
-            if let Some(pid) = zygote.pid {
-                // The process may have ended by itself.
-                self.system.signal(pid, Signal::SIGKILL);
-                self.system.reap(pid);
-            }
-        }
+        let zygotes = std::mem::take(&mut self.zygotes);
+        let pids: Vec<Pid> = zygotes.values().filter_map(|zygote| zygote.pid).collect();
+        self.system.kill_all(&pids);
     }
 
     /// Carries out what the reload's state machine has decided.
@@ -266,7 +264,9 @@ impl Rollout {
             Ok(opener) => {
                 let asker = Asker::Zygote(id);
                 events.push_back(Event::AskerCame(NewAsker { asker, generation, opener }));
-                self.ordered(id, Order::Load);
+                if let Some(zygote) = self.zygotes.get_mut(&id) {
+                    zygote.ordered(Order::Load, now);
+                }
             }
             Err(error) => {
                 let failure = (Exit::System, format!("cannot order the zygote: {error}"));

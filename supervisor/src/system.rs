@@ -9,6 +9,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::sys::signal::{Signal, kill};
@@ -23,6 +24,9 @@ use qrelay_shared::sys::{activation, input, process};
 use slog::Level;
 
 use crate::ids::JobId;
+
+/// How long the daemon's end waits for processes that were killed.
+const LAST_PATIENCE: Duration = Duration::from_secs(1);
 
 /// The supervisor's end of the channel to a zygote.
 pub(crate) type ZygoteChannel = Channel<ToZygote, FromZygote>;
@@ -50,6 +54,23 @@ pub(crate) trait System: Debug {
 
     /// Reaps a child that has ended; `None` if there is no such child.
     fn reap(&self, pid: Pid) -> Option<WaitStatus>;
+
+    /// Kills children, and reaps them when they have ended: the daemon ends. Nobody waits for long
+    /// for a child that the kernel holds (an uninterruptible sleep).
+    fn kill_all(&self, pids: &[Pid]) {
+        for &pid in pids {
+            self.signal(pid, Signal::SIGKILL);
+        }
+        let until = Instant::now() + LAST_PATIENCE;
+        for &pid in pids {
+            while self.ended(Some(pid)).is_none() && self.is_child(pid) && Instant::now() < until {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            if self.ended(Some(pid)).is_some() {
+                self.reap(pid);
+            }
+        }
+    }
 
     /// Returns whether a process is a child of this one that has not been reaped. Such a number
     /// can't become another process' before this process reaps it.

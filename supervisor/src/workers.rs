@@ -21,7 +21,6 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::rc::Rc;
 use std::time::Instant;
 
-use nix::sys::signal::Signal;
 use nix::sys::wait::WaitStatus;
 use nix::unistd::Pid;
 use qrelay_shared::client::Client;
@@ -232,12 +231,7 @@ impl Workers {
     pub(crate) fn close(&mut self) {
         let processes = std::mem::take(&mut self.processes);
         let pids: Vec<Pid> = processes.values().filter_map(|process| process.pid).collect();
-        for &pid in &pids {
-            self.system.signal(pid, Signal::SIGKILL);
-        }
-        for &pid in &pids {
-            self.system.reap(pid);
-        }
+        self.system.kill_all(&pids);
     }
 
     /// Does what is due.

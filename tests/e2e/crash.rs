@@ -339,6 +339,34 @@ fn without_zygotes_the_workers_serve_on() {
     eventually("zygote and standby", || (daemon.zygotes().len() == 2).then_some(()));
 }
 
+/// A zygote that is stopped forks nobody, and its standby takes over; if both are stopped, the
+/// configuration is loaded anew.
+#[test]
+fn a_stopped_zygote_is_given_up() {
+    for stopped in [1, 2] {
+        let mut daemon = Daemon::start(
+            "settings{workers=1}
+             qmqp_listen('$DIR/in', function(m) return m:discard() end)",
+        );
+        // The first zygote has the lower number.
+        let zygotes = daemon.zygotes();
+        for &pid in &zygotes[..stopped] {
+            processes::stop(pid);
+        }
+        let workers = daemon.workers();
+        signal(workers[0], Signal::SIGKILL);
+        // A mail that comes now waits for a worker.
+        assert_eq!(submit(daemon.path("in"), &Mail::new("x")), "Kdiscarded", "{stopped}");
+        daemon.wait_for_log("zygote doesn't fork: killing it");
+        eventually("zygote and standby", || {
+            let now = daemon.zygotes();
+            (now.len() == 2 && now.iter().all(|pid| !zygotes[..stopped].contains(pid)))
+                .then_some(())
+        });
+        daemon.stop();
+    }
+}
+
 #[test]
 fn a_stopped_worker_is_found_out() {
     let daemon = relay("workers=2, handler_timeout=0.5, hang_timeout=1");

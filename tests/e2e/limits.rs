@@ -124,6 +124,33 @@ fn more_mails_than_credits() {
     assert_eq!(sink.mails().len(), 40);
 }
 
+/// The deadline counts from the last byte of the request, wherever the mail waits.
+#[test]
+fn a_mail_whose_time_went_by_in_the_queue_is_never_begun() {
+    let daemon = Daemon::start(
+        "settings{workers=1, relay_timeout=1, client_share=1}
+         qmqp_listen('$DIR/in', function(m)
+           local f = io.open('$DIR/begun', 'a') f:write('x') f:close()
+           local till = os.clock() + 0.7
+           repeat until os.clock() > till
+           return m:discard()
+         end)",
+    );
+    let mut clients: Vec<_> = (0..6).map(|_| Client::connect(daemon.path("in"))).collect();
+    for client in &mut clients {
+        client.send(&Mail::new("x").request());
+    }
+    let answers: Vec<_> = clients.iter_mut().map(|client| client.outcome().to_string()).collect();
+    let late = answers.iter().filter(|answer| *answer == "Ztry again later").count();
+    assert!(late > 0, "{answers:?}");
+    let begun = std::fs::read(daemon.path("begun")).expect("file").len();
+    assert!(begun + late <= clients.len(), "{begun} of {answers:?}");
+    daemon.wait_for_log("no worker was free in time");
+    let line = daemon.wait_for_log("reply=\"try again later\"");
+    let queue = line.split(' ').find_map(|word| word.strip_prefix("queue=")).expect("a time");
+    assert!(queue.parse::<f64>().expect("a number") >= 1000.0, "{line}");
+}
+
 #[test]
 fn silent_clients_cost_no_credit() {
     let daemon = Daemon::start(

@@ -1,5 +1,6 @@
 //! The owner of generations without a process: the test plays the system and the zygotes.
 
+use nix::sys::signal::Signal;
 use qrelay_shared::ipc::message::ZygoteReport;
 use qrelay_shared::settings::Settings;
 
@@ -23,7 +24,7 @@ struct Site {
 
 /// The other end of a zygote's channel.
 struct Other {
-    pid: nix::unistd::Pid,
+    pid: Pid,
     channel: ZygoteEnd,
     /// The number under which the supervisor knows the zygote.
     id: ZygoteId,
@@ -309,13 +310,13 @@ fn a_script_that_takes_too_long_fails() {
 fn workers_are_asked_for_and_refused_without_a_zygote() {
     let (mut site, zygote, standby) = Site::serving();
     let new = new_worker(FIRST, WorkerId(5));
-    site.rollout.fork_worker(&new, &mut site.events);
+    site.rollout.fork_worker(&new, site.now, &mut site.events);
     assert!(site.events().is_empty());
     assert!(matches!(zygote.order(), Some(ZygoteOrder::Fork { worker: WorkerId(5) })));
     site.end(&standby, 1);
     site.end(&zygote, 1);
     site.events();
-    site.rollout.fork_worker(&new, &mut site.events);
+    site.rollout.fork_worker(&new, site.now, &mut site.events);
     assert_eq!(site.events(), said(&[Event::WorkerNotForked(WorkerId(5))]));
 }
 
@@ -330,7 +331,7 @@ fn a_zygote_that_tells_what_cannot_be_is_killed_and_not_listened_to() {
     ];
     for lie in lies {
         let (mut site, zygote, standby) = Site::serving();
-        site.rollout.fork_worker(&new_worker(FIRST, WorkerId(5)), &mut site.events);
+        site.rollout.fork_worker(&new_worker(FIRST, WorkerId(5)), site.now, &mut site.events);
         zygote.report(&lie(&site, &zygote, &standby));
         zygote.report(&ZygoteReport::ForkFailed { worker: WorkerId(6), message: "no".into() });
         site.read(&zygote);
@@ -402,12 +403,31 @@ fn a_zygote_whose_report_answers_no_order_is_killed() {
 fn a_zygote_that_answers_orders_in_another_order_is_killed() {
     let (mut site, zygote, _) = Site::serving();
     for worker in [5, 6].map(WorkerId) {
-        site.rollout.fork_worker(&new_worker(FIRST, worker), &mut site.events);
+        site.rollout.fork_worker(&new_worker(FIRST, worker), site.now, &mut site.events);
     }
     zygote.report(&ZygoteReport::ForkFailed { worker: WorkerId(6), message: "no".into() });
     site.read(&zygote);
     assert_eq!(site.fake.signals(), [(zygote.pid, Signal::SIGKILL)]);
     assert!(site.events().is_empty());
+}
+
+#[test]
+fn a_zygote_that_does_not_fork_is_given_up() {
+    let (mut site, zygote, standby) = Site::serving();
+    site.rollout.fork_worker(&new_worker(FIRST, WorkerId(5)), site.now, &mut site.events);
+    let due = site.rollout.next_deadline().expect("a limit");
+    site.rollout.tick(due - Duration::from_millis(1), &mut site.events);
+    assert!(site.events().is_empty() && site.fake.is_alive(zygote.pid));
+    // A look that comes too late says nothing: this process was stopped, too.
+    site.rollout.tick(due + Duration::from_secs(60), &mut site.events);
+    assert!(site.events().is_empty() && site.fake.is_alive(zygote.pid));
+    let due = site.rollout.next_deadline().expect("a limit");
+    site.rollout.tick(due, &mut site.events);
+    assert_eq!(site.fake.signals(), [(zygote.pid, Signal::SIGKILL)]);
+    assert_eq!(site.events(), [format!("{:?}", Event::ZygoteLost(FIRST))]);
+    site.rollout.fork_worker(&new_worker(FIRST, WorkerId(5)), site.now, &mut site.events);
+    assert!(matches!(standby.order(), Some(ZygoteOrder::Standby)));
+    assert!(matches!(standby.order(), Some(ZygoteOrder::Fork { .. })));
 }
 
 #[test]

@@ -30,6 +30,12 @@ use crate::watch::Source;
 /// How long until a standby that died is forked again.
 const STANDBY_RETRY: Duration = Duration::from_secs(1);
 
+/// How long a zygote may take for a fork: some milliseconds are usual, and a machine that swaps may
+/// need a second. A zygote and its standby that are both stopped are found out one after the other.
+const FORK_LIMIT: Duration = Duration::from_secs(5);
+/// A look that comes this late says that this process was stopped itself.
+const LATE: Duration = Duration::from_secs(1);
+
 /// Reports that are read from one zygote before everybody else has a turn.
 const PER_TURN: usize = 64;
 /// Reports that are read of a zygote that has ended, more than a socket can hold at once.
@@ -70,7 +76,9 @@ pub(super) struct Zygote {
     /// Orders go out, reports come in.
     pub(super) channel: ZygoteChannel,
     /// The orders that the process has not answered. It answers each one once, in their order.
-    pub(super) orders: VecDeque<Order>,
+    orders: VecDeque<Order>,
+    /// When the first of these orders has to be answered, if it is a fork.
+    answer_due: Option<Instant>,
     /// The process id that was told for this standby, before anybody has checked it.
     pub(super) told: Option<Pid>,
     /// The process has lied: it is killed, and not listened to.
@@ -80,7 +88,29 @@ pub(super) struct Zygote {
 impl Zygote {
     /// A zygote whose process id is known, or not yet.
     pub(super) fn new(generation: GenerationId, pid: Option<Pid>, channel: ZygoteChannel) -> Self {
-        Self { generation, pid, channel, orders: VecDeque::new(), told: None, lied: false }
+        let orders = VecDeque::new();
+        Self { generation, pid, channel, orders, answer_due: None, told: None, lied: false }
+    }
+
+    /// Notes an order that was sent, which the process has to answer.
+    pub(super) fn ordered(&mut self, order: Order, now: Instant) {
+        self.orders.push_back(order);
+        if self.orders.len() == 1 {
+            self.begin_to_wait(now);
+        }
+    }
+
+    /// Takes the order that a report answers.
+    fn answered(&mut self, now: Instant) -> Option<Order> {
+        let order = self.orders.pop_front();
+        self.begin_to_wait(now);
+        order
+    }
+
+    fn begin_to_wait(&mut self, now: Instant) {
+        // A script may load for as long as the boot timeout says.
+        let fork = self.orders.front().is_some_and(|&order| order != Order::Load);
+        self.answer_due = fork.then(|| now + FORK_LIMIT);
     }
 }
 
@@ -189,7 +219,7 @@ impl Rollout {
         events: &mut Events,
     ) {
         let Teller { zygote: id, generation } = teller;
-        let order = self.zygotes.get_mut(&id).and_then(|zygote| zygote.orders.pop_front());
+        let order = self.zygotes.get_mut(&id).and_then(|zygote| zygote.answered(now));
         let Some(order) = order.filter(|order| order.is_answered_by(&report)) else {
             return self.zygote_lied(id, "it reported what nobody asked it for", now, events);
         };
@@ -272,19 +302,14 @@ impl Rollout {
                 if let Some(entry) = self.loaded.get_mut(&generation) {
                     entry.standby = Some(id);
                 }
-                self.ordered(asked, Order::Standby(id));
+                if let Some(zygote) = self.zygotes.get_mut(&asked) {
+                    zygote.ordered(Order::Standby(id), now);
+                }
             }
             Err(error) => {
                 warn!(self.log, "cannot ask for a standby: {error}"; "generation" => generation);
                 entry.standby_due = Some(now + STANDBY_RETRY);
             }
-        }
-    }
-
-    /// Notes an order that was sent, which the zygote has to answer.
-    pub(super) fn ordered(&mut self, id: ZygoteId, order: Order) {
-        if let Some(zygote) = self.zygotes.get_mut(&id) {
-            zygote.orders.push_back(order);
         }
     }
 
@@ -301,14 +326,14 @@ impl Rollout {
     }
 
     /// Sends a new worker's sockets to the generation's zygote.
-    pub(crate) fn fork_worker(&mut self, new: &NewWorker, events: &mut Events) {
-        if let Err(error) = self.try_fork_worker(new) {
+    pub(crate) fn fork_worker(&mut self, new: &NewWorker, now: Instant, events: &mut Events) {
+        if let Err(error) = self.try_fork_worker(new, now) {
             debug!(self.log, "cannot ask for a worker: {error}"; "worker" => new.worker);
             events.push_back(Event::WorkerNotForked(new.worker));
         }
     }
 
-    fn try_fork_worker(&mut self, new: &NewWorker) -> Result<(), String> {
+    fn try_fork_worker(&mut self, new: &NewWorker, now: Instant) -> Result<(), String> {
         let entry = self.loaded.get(&new.generation);
         let zygote = entry.and_then(|entry| entry.zygote);
         let zygote = zygote.and_then(|id| self.zygotes.get_mut(&id)).ok_or("no zygote")?;
@@ -320,8 +345,30 @@ impl Rollout {
                 &[&new.jobs, &new.control, &new.dictionaries, &new.flights].map(AsFd::as_fd),
             )
             .map_err(|error| error.to_string())?;
-        zygote.orders.push_back(Order::Fork(new.worker));
+        zygote.ordered(Order::Fork(new.worker), now);
         Ok(())
+    }
+
+    /// Gives up the zygotes that don't fork what they were asked for: they are stopped, or held by
+    /// the kernel. Such a process may not even die, so nobody waits for its end.
+    pub(super) fn give_up_stuck(&mut self, now: Instant, events: &mut Events) {
+        let due = |zygote: &Zygote| zygote.answer_due.filter(|&due| due <= now);
+        let stuck = self.zygotes.iter().filter_map(|(&id, zygote)| Some((id, due(zygote)?)));
+        for (id, due) in stuck.collect::<Vec<_>>() {
+            let Some(zygote) = self.zygotes.get_mut(&id) else { continue };
+            if now.saturating_duration_since(due) > LATE {
+                zygote.begin_to_wait(now);
+                continue;
+            }
+            error!(self.log, "zygote doesn't fork: killing it"; "zygote" => id,
+                "pid" => zygote.pid.map_or(0, Pid::as_raw), "generation" => zygote.generation);
+            self.lose_zygote(id, "it was stuck", now, events);
+        }
+    }
+
+    /// Returns when [`Self::give_up_stuck`] has something to do, if ever.
+    pub(super) fn next_answer_due(&self) -> Option<Instant> {
+        self.zygotes.values().filter_map(|zygote| zygote.answer_due).min()
     }
 
     /// Reaps the zygotes that have ended.

@@ -6,6 +6,7 @@ use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use nix::errno::Errno;
+use nix::sys::signal::Signal;
 use nix::sys::socket::{setsockopt, sockopt};
 use qrelay_shared::ipc::channel::{Batch, Channel, RecvError, SendError};
 use qrelay_shared::ipc::message::{
