@@ -22,6 +22,10 @@ const OPENERS: u64 = 3;
 /// functions that `every` and `db:listen` run, and for questions whose time was over.
 const SPARE_CHANNELS: u64 = 16;
 
+/// Most channels to the shared dictionaries of a worker. A question is answered within
+/// microseconds, so more channels gain nothing; without one, a question waits for one.
+const MAX_CHANNELS: u64 = 128;
+
 /// Descriptors of a worker for a job: the client, the next hop, and a program's input and output.
 const PER_JOB: u64 = 4;
 
@@ -48,7 +52,9 @@ pub(crate) fn allot(limit: u64, settings: &Settings) -> Allotment {
     let credit = u64::from(settings.worker_connections)
         .min(free / 2 / workers)
         .min(limit.saturating_sub(OWN) / PER_JOB);
-    let channels = (credit + SPARE_CHANNELS).min((free / 4 / workers).saturating_sub(OPENERS));
+    let channels = (credit + SPARE_CHANNELS)
+        .min(MAX_CHANNELS)
+        .min((free / 4 / workers).saturating_sub(OPENERS));
     Allotment {
         held: (free / 4).clamp(1, MAX_HELD) as usize,
         credit: credit.max(1) as usize,
@@ -69,14 +75,14 @@ mod tests {
         };
         let table = [
             // As the unit has it, everything that is asked for fits.
-            (65_536, settings(2, 256), 4096, 256, 272),
-            (65_536, settings(64, 256), 4096, 256, 250),
-            (u64::MAX, settings(2, 256), 4096, 256, 272),
+            (65_536, settings(2, 256), 4096, 256, 128),
+            (65_536, settings(64, 256), 4096, 256, 128),
+            (u64::MAX, settings(2, 256), 4096, 256, 128),
             (1024, settings(2, 256), 245, 245, 119),
             (132, settings(2, 256), 22, 22, 8),
             (132, settings(2, 4), 22, 4, 8),
             // A worker needs more for a job than the supervisor.
-            (1024, settings(1, 4096), 247, 249, 244),
+            (1024, settings(1, 4096), 247, 249, 128),
             (48, settings(1, 256), 3, 5, 1),
             (0, settings(1, 256), 1, 1, 1),
         ];

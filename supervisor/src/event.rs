@@ -215,8 +215,8 @@ pub(crate) struct NewWorker {
     pub(crate) control: OwnedFd,
     /// Wishes for channels to the shared dictionaries out, channels in.
     pub(crate) dictionaries: OwnedFd,
-    /// The memory of its flight recorder.
-    pub(crate) flights: OwnedFd,
+    /// The memory of its flight recorder, if there is one.
+    pub(crate) flights: Option<OwnedFd>,
 }
 
 /// Events that no owner has acted on yet, oldest first. The memory is kept when it is empty.

@@ -355,6 +355,7 @@ fn a_stopped_zygote_is_given_up() {
         }
         let workers = daemon.workers();
         signal(workers[0], Signal::SIGKILL);
+        eventually("the worker's end", || processes::look(workers[0]).is_none().then_some(()));
         // A mail that comes now waits for a worker.
         assert_eq!(submit(daemon.path("in"), &Mail::new("x")), "Kdiscarded", "{stopped}");
         daemon.wait_for_log("zygote doesn't fork: killing it");

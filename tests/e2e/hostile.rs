@@ -209,7 +209,8 @@ fn a_worker_that_only_asks_too_much_gets_its_share() {
         fs::write(daemon.path("first.end"), "").expect("file");
         assert_eq!(clients[0].outcome(), "Kinteger", "{name}: {}", daemon.text());
         let counted = before.assert_served(&daemon, name) + before.assert_served(&daemon, name);
-        assert_eq!(counted, 2 * MAILS, "{name}: {}", daemon.text());
+        // While the other worker's reports are on their way, a mail may go to the hostile one.
+        assert!(counted >= 2 * MAILS - 4, "{name}: {counted} {}", daemon.text());
         assert_eq!(daemon.count_log("worker died: "), 0, "{name}: {}", daemon.text());
         assert_quiet(&daemon, 1);
         // What the worker had is gone with it.

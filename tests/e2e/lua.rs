@@ -389,7 +389,9 @@ fn mails_behind_runaways_are_answered_in_time() {
         for _ in 0..12 {
             scope.spawn(|| {
                 let reply = submit(daemon.path("in"), &Mail::new("x"));
-                assert!(reply == "Zscript failed" || reply == "Zrelay failed", "{reply:?}");
+                // Handlers of mails whose time was over before their turn are not asked.
+                let expected = ["Zscript failed", "Zrelay failed", "Ztry again later"];
+                assert!(expected.iter().any(|text| reply == *text), "{reply:?}");
             });
         }
     });

@@ -35,7 +35,7 @@ use qrelay_shared::ipc::message::{Job, MailRecord, mail_id};
 use qrelay_shared::qmqp::{Limits, Reply, Request, RequestError, parse};
 use qrelay_shared::sys::rights::{MoreInput, PeerSocket};
 use qrelay_shared::texts;
-use slog::{error, info, warn};
+use slog::{error, info};
 
 pub use self::context::Context;
 
@@ -155,6 +155,9 @@ impl Session {
                     Err(HandlerError::Script) => {
                         Outcome::failed(Reply::temporary(texts::SCRIPT_FAILED))
                     }
+                    Err(HandlerError::NotBegun) => {
+                        Outcome::refused(Reply::temporary(texts::TRY_AGAIN))
+                    }
                     Err(HandlerError::Deadline) => {
                         Outcome::failed(Reply::temporary(texts::RELAY_FAILED))
                     }
@@ -260,11 +263,6 @@ impl Session {
         let hops = received_count(mail.message());
         if hops > context.settings.max_hops as usize {
             return Stage::Settled(mail, Reply::permanent(texts::TOO_MANY_HOPS), unread);
-        }
-        if deadline.expired() {
-            warn!(context.logger, "no worker was free in time"; "id" => &*mail.id(),
-                "queue_seconds" => age(self.job.spoke).as_secs_f64());
-            return Stage::Settled(mail, Reply::temporary(texts::TRY_AGAIN), unread);
         }
         self.note(&mail);
         self.flight.enter(Phase::Lua);

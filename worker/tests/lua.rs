@@ -358,7 +358,7 @@ fn a_mail_whose_time_is_over_is_not_begun() {
     let script =
         Script::load("qmqp_listen('/a', function(m) print('begun') return m:discard() end)");
     let (_, action) = script.handle_within(0, mail(), Duration::ZERO);
-    assert_eq!(action.err(), Some(HandlerError::Deadline));
+    assert_eq!(action.err(), Some(HandlerError::NotBegun));
     assert!(!script.log().contains("begun"), "{}", script.log());
 }
 

@@ -269,8 +269,8 @@ pub enum ZygoteOrder {
         account: Option<Account>,
     },
     /// Forks a worker. The message carries the worker's job socket, its control socket, its opener
-    /// ([`crate::dictionary`]) and the memory of its flight recorder ([`crate::flight`]), in this
-    /// order.
+    /// ([`crate::dictionary`]) and, if there is one, the memory of its flight recorder
+    /// ([`crate::flight`]), in this order.
     Fork {
         /// Number of the new worker.
         worker: WorkerId,

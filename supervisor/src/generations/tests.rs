@@ -123,7 +123,7 @@ impl Site {
 fn new_worker(generation: GenerationId, worker: WorkerId) -> NewWorker {
     let (jobs, control) = std::os::unix::net::UnixStream::pair().expect("a pair");
     let another = || jobs.try_clone().expect("a descriptor").into();
-    let (dictionaries, flights) = (another(), another());
+    let (dictionaries, flights) = (another(), Some(another()));
     let (jobs, control) = (jobs.into(), control.into());
     NewWorker { generation, worker, jobs, control, dictionaries, flights }
 }

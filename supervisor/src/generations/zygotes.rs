@@ -10,7 +10,7 @@
 //! on meanwhile.
 
 use std::collections::VecDeque;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
@@ -338,13 +338,10 @@ impl Rollout {
         let zygote = entry.and_then(|entry| entry.zygote);
         let zygote = zygote.and_then(|id| self.zygotes.get_mut(&id)).ok_or("no zygote")?;
         let order = ZygoteOrder::Fork { worker: new.worker };
-        zygote
-            .channel
-            .try_send(
-                &order,
-                &[&new.jobs, &new.control, &new.dictionaries, &new.flights].map(AsFd::as_fd),
-            )
-            .map_err(|error| error.to_string())?;
+        let NewWorker { jobs, control, dictionaries, flights, .. } = new;
+        let fds = [jobs, control, dictionaries].into_iter().chain(flights).map(AsFd::as_fd);
+        let fds: Vec<BorrowedFd<'_>> = fds.collect();
+        zygote.channel.try_send(&order, &fds).map_err(|error| error.to_string())?;
         zygote.ordered(Order::Fork(new.worker), now);
         Ok(())
     }

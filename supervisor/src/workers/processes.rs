@@ -1,6 +1,7 @@
 //! The workers' processes: asked for, watched, pinged, signalled, given up.
 
 use std::collections::BTreeSet;
+use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::time::{Duration, Instant};
 
@@ -13,6 +14,7 @@ use qrelay_shared::ipc::message::{
     Control, FromControl, Report, ToControl, ToJobs, ToReports, mail_id,
 };
 use qrelay_shared::sys::recorder;
+use qrelay_shared::system_error::shown;
 use slog::{debug, error, warn};
 
 use crate::event::{Asker, Event, Events, NewAsker, NewWorker, OpenerChannel, Recorder, Teller};
@@ -58,15 +60,15 @@ pub(super) struct Process {
     pub(super) pings: u32,
     /// The worker has lied: it is killed, and not listened to.
     pub(super) lied: bool,
-    /// What the worker notes of its mails.
-    flights: OwnedFd,
+    /// What the worker notes of its mails, if it can.
+    flights: Option<OwnedFd>,
 }
 
 impl Process {
     fn new(
         jobs: Channel<ToJobs, ToReports>,
         control: Channel<ToControl, FromControl>,
-        flights: OwnedFd,
+        flights: Option<OwnedFd>,
     ) -> Self {
         Self {
             pid: None,
@@ -122,9 +124,7 @@ impl Workers {
         let (jobs, their_jobs) = Channel::pair().map_err(socketpair)?;
         let (control, their_control) = Channel::pair().map_err(socketpair)?;
         let (opener, their_opener) = OpenerChannel::pair().map_err(socketpair)?;
-        let slots = self.pool.credit(generation) + SPARE_SLOTS;
-        let flights = recorder::create(slots).map_err(|error| format!("memfd: {error}"))?;
-        let their_flights = flights.try_clone().map_err(|error| format!("dup: {error}"))?;
+        let (flights, their_flights) = self.make_recorder(generation, worker);
         let jobs = jobs.foreign();
         let control = control.foreign();
         self.watcher
@@ -142,6 +142,25 @@ impl Workers {
             dictionaries: their_opener.into(),
             flights: their_flights,
         })
+    }
+
+    /// Makes the memory of a worker's flight recorder: the supervisor's descriptor and the worker's.
+    /// Without it (a limit of file sizes counts for memory, too) the worker serves all the same.
+    fn make_recorder(
+        &self,
+        generation: GenerationId,
+        worker: WorkerId,
+    ) -> (Option<OwnedFd>, Option<OwnedFd>) {
+        let slots = self.pool.credit(generation) + SPARE_SLOTS;
+        let made = recorder::create(slots).map_err(io::Error::from);
+        match made.and_then(|ours| Ok((ours.try_clone()?, ours))) {
+            Ok((theirs, ours)) => (Some(ours), Some(theirs)),
+            Err(error) => {
+                warn!(self.log, "what happens to mails can't be noted"; "worker" => worker,
+                    "error" => shown(&error));
+                (None, None)
+            }
+        }
     }
 
     /// Learns the process id of a worker, which may have ended meanwhile.
@@ -549,7 +568,8 @@ impl Workers {
         if let Some(process) = process {
             if !death.jobs.is_empty() {
                 // Without the notes the clients are answered all the same.
-                flights = recorder::flights(&process.flights).unwrap_or_default();
+                let read = process.flights.as_ref().map(recorder::flights);
+                flights = read.and_then(Result::ok).unwrap_or_default();
             }
             self.log_death(worker, process.pid, status, &death);
             let inherited = |program: &&Program| {

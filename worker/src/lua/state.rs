@@ -270,6 +270,12 @@ impl State {
     fn failed(&self, mail: &Mail, stop: Stop) -> HandlerError {
         self.check_memory();
         match stop {
+            Stop::NotBegun => {
+                slog::warn!(self.logger, "no worker was free in time"; "id" => &*mail.id(),
+                    "worker" => self.worker.load(Ordering::Relaxed),
+                    "listener" => &**mail.listener());
+                HandlerError::NotBegun
+            }
             Stop::Deadline => {
                 slog::warn!(self.logger, "the mail's time was over while its handler waited";
                     "id" => &*mail.id(), "worker" => self.worker.load(Ordering::Relaxed),

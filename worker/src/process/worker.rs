@@ -47,8 +47,8 @@ pub(crate) struct Birth {
     pub(crate) control: OwnedFd,
     /// The worker's end of the channel on which it asks for channels to the shared dictionaries.
     pub(crate) dictionaries: OwnedFd,
-    /// The memory of the flight recorder.
-    pub(crate) flights: OwnedFd,
+    /// The memory of the flight recorder, if the supervisor could make it.
+    pub(crate) flights: Option<OwnedFd>,
 }
 
 /// Lives as a worker. Returns only if the worker can't start.
@@ -67,8 +67,7 @@ pub(crate) fn run(
     settle(&logger);
     state.after_fork(id, Some(dictionaries));
     let script: Arc<dyn Script> = Arc::new(state);
-    let recorder = recorder(&flights, &logger);
-    drop(flights);
+    let recorder = recorder(flights, &logger);
     let pool = match start(jobs, declaration, instance, &script, recorder, &logger) {
         Ok(pool) => pool,
         Err(error) => {
@@ -107,12 +106,12 @@ fn start(
 
 /// Maps the memory of the flight recorder. Without it mails are served all the same, and their
 /// times are noted.
-fn recorder(flights: &OwnedFd, logger: &Logger) -> Arc<Recorder> {
-    let memory = map(flights.as_fd()).unwrap_or_else(|errno| {
+fn recorder(flights: Option<OwnedFd>, logger: &Logger) -> Arc<Recorder> {
+    let memory = flights.map_or(Ok(&[][..]), |flights| map(flights.as_fd()));
+    Recorder::new(memory.unwrap_or_else(|errno| {
         warn!(logger, "what happens to mails can't be noted"; "error" => errno.desc());
         &[]
-    });
-    Recorder::new(memory)
+    }))
 }
 
 /// Ends the process without waiting for threads, and without running their exit handlers.

@@ -212,9 +212,9 @@ fn execute(
             ControlFlow::Continue(load(options, instance, account.as_ref(), loaded))
         }
         ZygoteOrder::Fork { worker } => {
-            let birth = match (fds.take(), fds.take(), fds.take(), fds.take()) {
-                (Some(jobs), Some(control), Some(dictionaries), Some(flights)) => {
-                    Birth { worker, jobs, control, dictionaries, flights }
+            let birth = match (fds.take(), fds.take(), fds.take()) {
+                (Some(jobs), Some(control), Some(dictionaries)) => {
+                    Birth { worker, jobs, control, dictionaries, flights: fds.take() }
                 }
                 _ => return failed(worker, "its sockets did not arrive".into()),
             };

@@ -22,8 +22,11 @@ pub enum HandlerError {
     /// `Zscript failed`.
     #[error("script failed")]
     Script,
-    /// The mail's deadline passed while the handler waited for Lua or in an operation. The mail
-    /// gets `Zrelay failed`.
+    /// The mail's deadline passed before the handler could begin. The mail gets `Ztry again later`.
+    #[error("the deadline passed before the handler began")]
+    NotBegun,
+    /// The mail's deadline passed while the handler waited in an operation. The mail gets
+    /// `Zrelay failed`.
     #[error("the deadline passed before the handler returned")]
     Deadline,
 }

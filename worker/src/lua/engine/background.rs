@@ -72,7 +72,7 @@ impl Background {
     fn failed(&self, what: &str, stop: Stop) {
         let Self { logger, worker, settings, .. } = self;
         match stop {
-            Stop::Deadline => {
+            Stop::Deadline | Stop::NotBegun => {
                 let limit = settings.relay_timeout.as_secs_f64();
                 slog::error!(logger, "{}: given up after waiting for {} s", what, limit;
                     "worker" => worker);

@@ -31,6 +31,8 @@ const POOL: usize = 64;
 /// Why a run ended without results.
 #[derive(Debug)]
 pub(crate) enum Stop {
+    /// The deadline passed before Lua could be had: the run has not begun.
+    NotBegun,
     /// The deadline passed while it waited.
     Deadline,
     /// An error left the function, or it yielded to nobody.
@@ -141,7 +143,7 @@ impl Monitor {
         let scope = Ending::default();
         let mut budget = job.budget;
         let hold = self.hold(job.deadline).filter(|_| !job.deadline.expired());
-        let mut hold = hold.ok_or(Stop::Deadline)?;
+        let mut hold = hold.ok_or(Stop::NotBegun)?;
         let thread = hold.coroutine(function).map_err(|e| stop(&e))?;
         let step = hold.resume(&thread, argument, job, &scope, &mut budget)?;
         Ok(hold.stopped(step, thread, results).suspended(budget, scope))
