@@ -144,8 +144,9 @@ impl Workers {
         })
     }
 
-    /// Makes the memory of a worker's flight recorder: the supervisor's descriptor and the worker's.
-    /// Without it (a limit of file sizes counts for memory, too) the worker serves all the same.
+    /// Makes the memory of a worker's flight recorder: the supervisor's descriptor, and the
+    /// worker's. Without it (a limit of file sizes counts for memory, too) the worker serves all
+    /// the same.
     fn make_recorder(
         &self,
         generation: GenerationId,
