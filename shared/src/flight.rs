@@ -196,14 +196,23 @@ impl<'m> Writer<'m> {
         });
     }
 
+    /// Notes the account that the script sets.
+    pub fn account(self, account: &str) {
+        self.replace(2, ACCOUNT_AT, cut(account.as_bytes(), ACCOUNT));
+    }
+
     /// Notes where the mail goes.
     pub fn next_hop(self, name: &str) {
-        let name = cut(name.as_bytes(), NEXT_HOP);
+        self.replace(3, NEXT_HOP_AT, cut(name.as_bytes(), NEXT_HOP));
+    }
+
+    /// Replaces the text whose length is at `place` among the lengths.
+    fn replace(self, place: usize, at: usize, text: &[u8]) {
         self.write(|slot| {
-            let [sender, recipients, account, _] = unpack(slot[LENGTHS].load(Ordering::Relaxed));
-            let lengths = [sender, recipients, account, name.len() as u64];
+            let mut lengths = unpack(slot[LENGTHS].load(Ordering::Relaxed));
+            lengths[place] = text.len() as u64;
             slot[LENGTHS].store(pack(lengths), Ordering::Relaxed);
-            store(&slot[NEXT_HOP_AT..], name);
+            store(&slot[at..], text);
         });
     }
 
@@ -342,6 +351,7 @@ mod tests {
         slot.envelope(envelope(b"sender@x", &[b"r1@x", b"recipient-2@x"], "site"));
         slot.enter(Phase::NextHop, 200);
         slot.next_hop("192.0.2.1:628");
+        slot.account("another");
         let flight = read(&bytes(&memory, 1)).expect("a mail");
         let expected = Flight {
             job: JobId(9),
@@ -350,7 +360,7 @@ mod tests {
             sender: b"sender@x".to_vec(),
             recipients: vec![b"r1@x".to_vec(), b"recipient-2@x".to_vec()],
             recipient_count: 2,
-            account: "site".into(),
+            account: "another".into(),
             next_hop: "192.0.2.1:628".into(),
             size: 5,
             received: 7,

@@ -74,7 +74,7 @@ fn the_line_of_a_lost_mail_says_what_it_was_and_where_it_was() {
     assert!(all.iter().chain(&own).all(|field| line.contains(field)), "{line}");
     assert!(!line.contains("size=0"), "{line}");
     let line = daemon.wait_for_log("lost_in=lua_waits");
-    let own = ["from=<lua@x>", "to=<r@x>", "recipients=1"];
+    let own = ["from=<lua@x>", "to=<r@x>", "recipients=1", "account=site"];
     assert!(own.iter().all(|field| line.contains(field)), "{line}");
     let line = daemon.wait_for_log("lost_in=reading");
     assert!(line.contains("from=<>") && line.contains("status=Z"), "{line}");

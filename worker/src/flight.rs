@@ -141,6 +141,11 @@ impl Flight {
         }
     }
 
+    /// Returns where the mail's account is to be noted when the script sets it.
+    pub(crate) fn writer(&self) -> Option<Writer<'static>> {
+        self.writer
+    }
+
     /// Notes where the mail goes.
     pub(crate) fn next_hop(&self, name: &str) {
         if let Some(writer) = self.writer {

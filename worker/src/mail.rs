@@ -7,6 +7,7 @@ use std::ops::Range;
 use std::os::fd::{AsFd as _, BorrowedFd};
 use std::sync::Arc;
 
+use qrelay_shared::flight::Writer;
 use qrelay_shared::ids::JobId;
 use qrelay_shared::ipc::message::{MailId, Peer};
 use qrelay_shared::qmqp::Request;
@@ -42,6 +43,7 @@ pub struct Mail {
     /// Whole fields, sorted, disjoint.
     removed: Vec<Range<usize>>,
     client: Option<Arc<Client>>,
+    notes: Option<Writer<'static>>,
 }
 
 impl Mail {
@@ -57,6 +59,7 @@ impl Mail {
             inserted: Inserted::default(),
             removed: Vec::new(),
             client: None,
+            notes: None,
         }
     }
 
@@ -140,8 +143,16 @@ impl Mail {
         self.account.as_deref()
     }
 
+    /// Has the account noted in the flight recorder when it is set.
+    pub(crate) fn note_in(&mut self, notes: Option<Writer<'static>>) {
+        self.notes = notes;
+    }
+
     /// Sets the account, or takes it back.
     pub(crate) fn set_account(&mut self, account: Option<String>) {
+        if let Some(notes) = self.notes {
+            notes.account(account.as_deref().unwrap_or_default());
+        }
         self.account = account;
     }
 

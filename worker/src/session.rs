@@ -249,7 +249,9 @@ impl Session {
                 accepted: self.job.accepted,
             },
         };
-        Box::new(Mail::new(origin, buffer, request))
+        let mut mail = Box::new(Mail::new(origin, buffer, request));
+        mail.note_in(self.flight.writer());
+        mail
     }
 
     /// Asks the handler about a mail.
