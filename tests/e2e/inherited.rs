@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use nix::sys::signal::Signal;
 
 use crate::harness::daemon::Launch;
-use crate::harness::{Daemon, Mail, Site, eventually, submit};
+use crate::harness::{Daemon, Mail, Site, eventually, processes, submit};
 
 const DISCARD: &str = "
     settings{workers=2}
@@ -225,7 +225,8 @@ fn programs_get_the_launchers_limits_and_default_signals() {
     let site = Site::with(PROGRAMS);
     let limits = ["prlimit", "--nofile=300:4000", "--core=51200:unlimited"];
     let daemon = site.launch().through(&limits).ready();
-    assert_eq!(submit(daemon.path("in"), &Mail::new("x")).status(), 'K');
+    let outcome = submit(daemon.path("in"), &Mail::new("x"));
+    assert_eq!(outcome.status(), 'K', "{outcome}: {}", daemon.text());
     for name in ["loading", "execute", "popen", "exec"] {
         let shown = fs::read_to_string(daemon.path(name)).expect(name);
         assert_eq!(field(&shown, "SigBlk"), "0000000000000000", "{name}");
@@ -240,9 +241,10 @@ fn programs_get_the_launchers_limits_and_default_signals() {
         let limits = fs::read_to_string(format!("/proc/{pid}/limits")).expect("limits");
         let line = |name| limits.lines().find(|line| line.starts_with(name)).expect("limit");
         let words: Vec<_> = line("Max core file size").split_whitespace().collect();
-        assert_eq!(words[4..6], ["1", "unlimited"], "{pid}");
+        let process = processes::look(pid);
+        assert_eq!(words[4..6], ["1", "unlimited"], "{process:?}");
         let words: Vec<_> = line("Max open files").split_whitespace().collect();
-        assert_eq!(words[3..5], ["4000", "4000"], "{pid}");
+        assert_eq!(words[3..5], ["4000", "4000"], "{process:?}");
     }
 }
 
