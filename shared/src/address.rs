@@ -2,10 +2,11 @@
 //! programs.
 //!
 //! Contract: an address is `local@domain`, at most 254 bytes (RFC 5321 4.5.3.1.3, less the angle
-//! brackets), split at the last `@`. The local part has at most 64 bytes and is a dot-atom of RFC
-//! 5322 atext, or a quoted string of the bytes 33–126 without `"`. The domain is an address literal
-//! (RFC 5321 4.1.3) or consists of labels of letters, digits, `-` and `_`, because domains with `_`
-//! exist. Every function takes time linear in the length of its input.
+//! brackets), split at the last `@`. The local part is a dot-atom of RFC 5322 atext, or a quoted
+//! string of the bytes 33–126 without `"`. A local part may be longer than the 64 bytes of RFC 5321
+//! 4.5.3.1.1, because senders of SRS, BATV and VERP are, and refusing them would lose mail. The
+//! domain is an address literal (RFC 5321 4.1.3) or consists of labels of letters, digits, `-` and
+//! `_`, because domains with `_` exist. Every function takes time linear in the length of its input.
 //!
 //! # Failure
 //! The checks return a boolean. The functions that make text printable accept any bytes.
@@ -16,8 +17,6 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 
 /// Longest address in bytes.
 pub const MAX_ADDRESS: usize = 254;
-/// Longest local part in bytes, quotes included (RFC 5321 4.5.3.1.1).
-pub(crate) const MAX_LOCAL_PART: usize = 64;
 /// Longest label of a domain name in bytes (RFC 1035 2.3.4).
 const MAX_LABEL: usize = 63;
 
@@ -79,13 +78,34 @@ pub fn is_valid(addr: &[u8]) -> bool {
 }
 
 /// Returns whether `addr` is valid as a sender. The empty sender (the null reverse-path of bounces,
-/// RFC 5321 4.5.5) is valid.
+/// RFC 5321 4.5.5) is valid, and so are the special senders of qmail.
 pub fn is_valid_sender(addr: &[u8]) -> bool {
-    addr.is_empty() || is_valid(addr)
+    addr.is_empty() || is_valid(addr) || is_qmail_sender(addr)
+}
+
+/// Returns whether `addr` is a special sender of qmail: `#@[]` (the bounce of a bounce), or a local
+/// part or address with `-@[]` behind it, of which a next hop makes one sender per recipient (VERP,
+/// <https://cr.yp.to/proto/verp.txt>).
+fn is_qmail_sender(addr: &[u8]) -> bool {
+    let Some(local) = addr.strip_suffix(b"@[]").filter(|_| addr.len() <= MAX_ADDRESS) else {
+        return false;
+    };
+    let list = local.strip_suffix(b"-");
+    local == b"#" || list.is_some_and(|list| is_dot_atom(local) || is_valid(list))
+}
+
+/// Returns `addr` with the default domain, if there is one and `addr` is a local part alone.
+pub fn complete<'a>(addr: &'a [u8], default_domain: Option<&str>) -> Cow<'a, [u8]> {
+    match default_domain {
+        Some(domain) if !addr.is_empty() && !addr.contains(&b'@') => {
+            Cow::Owned([addr, b"@", domain.as_bytes()].concat())
+        }
+        _ => Cow::Borrowed(addr),
+    }
 }
 
 fn is_local_part(local: &[u8]) -> bool {
-    local.len() <= MAX_LOCAL_PART && (is_dot_atom(local) || is_quoted_string(local))
+    is_dot_atom(local) || is_quoted_string(local)
 }
 
 fn is_dot_atom(text: &[u8]) -> bool {
@@ -97,7 +117,8 @@ fn is_quoted_string(text: &[u8]) -> bool {
     !inner.is_empty() && inner.iter().all(|&b| b.is_ascii_graphic() && b != b'"')
 }
 
-fn is_domain(domain: &[u8]) -> bool {
+/// Returns whether `domain` may be the domain of an address.
+pub fn is_domain(domain: &[u8]) -> bool {
     if let [b'[', inner @ .., b']'] = domain {
         is_address_literal(inner)
     } else {
@@ -274,11 +295,11 @@ mod tests {
     #[test]
     fn lengths() {
         let local = |n: usize| format!("{}@b", "a".repeat(n));
-        assert!(is_valid(local(64).as_bytes()));
-        assert!(!is_valid(local(65).as_bytes()));
+        assert!(is_valid(local(252).as_bytes()));
+        assert!(!is_valid(local(253).as_bytes()));
         let quoted = |n: usize| format!("\"{}\"@b", "a".repeat(n));
-        assert!(is_valid(quoted(62).as_bytes()));
-        assert!(!is_valid(quoted(63).as_bytes()));
+        assert!(is_valid(quoted(250).as_bytes()));
+        assert!(!is_valid(quoted(251).as_bytes()));
         let label = |n: usize| format!("a@{}.b", "a".repeat(n));
         assert!(is_valid(label(63).as_bytes()));
         assert!(!is_valid(label(64).as_bytes()));
@@ -286,6 +307,36 @@ mod tests {
         assert_eq!(whole(125).len(), 254);
         assert!(is_valid(whole(125).as_bytes()));
         assert!(!is_valid((whole(125) + "b").as_bytes()));
+    }
+
+    #[test]
+    fn senders_of_qmail_are_senders_only() {
+        let table = ["#@[]", "-@[]", "list-@[]", "a.list-@[]", "list-return-7-@example.com-@[]"];
+        for sender in table {
+            assert!(is_valid_sender(sender.as_bytes()), "{sender}");
+            assert!(!is_valid(sender.as_bytes()), "{sender}");
+        }
+        for other in ["@[]", "##@[]", "list@[]", "a..b-@[]", "a b-@[]", "a@b@c-@[]", "a@-@[]"] {
+            assert!(!is_valid_sender(other.as_bytes()), "{other}");
+        }
+        let verp = |n: usize| format!("{}-@[]", "a".repeat(n));
+        assert!(is_valid_sender(verp(250).as_bytes()));
+        assert!(!is_valid_sender(verp(251).as_bytes()));
+    }
+
+    #[test]
+    fn completes() {
+        for (addr, domain, completed) in [
+            ("root", Some("example.com"), "root@example.com"),
+            ("\"r\"", Some("[192.0.2.1]"), "\"r\"@[192.0.2.1]"),
+            ("root", None, "root"),
+            ("", Some("example.com"), ""),
+            ("root@", Some("example.com"), "root@"),
+            ("a@b", Some("example.com"), "a@b"),
+            ("#@[]", Some("example.com"), "#@[]"),
+        ] {
+            assert_eq!(*complete(addr.as_bytes(), domain), *completed.as_bytes(), "{addr}");
+        }
     }
 
     #[test]

@@ -77,6 +77,8 @@ pub struct Settings {
     pub client_share: f64,
     /// Highest number of `Received` fields; a mail with more is refused as looping.
     pub max_hops: u32,
+    /// The domain of addresses without a domain; `None` means that such addresses are refused.
+    pub default_domain: Option<String>,
     /// Whether zygote and workers separate themselves from other processes by Landlock.
     pub sandbox: bool,
     /// The user that zygote and workers become, as a name or a number.
@@ -108,6 +110,7 @@ impl Default for Settings {
             max_connections_per_uid: 0,
             client_share: 0.75,
             max_hops: 50,
+            default_domain: None,
             sandbox: true,
             user: None,
             group: None,

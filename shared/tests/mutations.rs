@@ -18,7 +18,7 @@ use qrelay_shared::qmqp::{
 };
 use qrelay_shared::{address, header, netstring};
 
-const LIMITS: Limits = Limits { max_size: 1000 };
+const LIMITS: Limits<'_> = Limits { max_size: 1000, default_domain: None };
 const ROUNDS: usize = 30_000;
 
 /// A random number generator: Marsaglia's xorshift64.
@@ -156,7 +156,8 @@ fn check_request(input: &[u8], request: &Request) {
     let insert = |out: &mut Vec<u8>| out.extend_from_slice(b"A: b\r\n");
     let around = outgoing(insert, message.len(), sender, recipients.iter());
     let whole = [around.head(), message, around.tail()].concat();
-    let relayed = parse(&whole, &Limits { max_size: LIMITS.max_size + 6 }).expect("valid");
+    let relayed =
+        parse(&whole, &Limits { max_size: LIMITS.max_size + 6, ..LIMITS }).expect("valid");
     assert_eq!(parts(&whole, &relayed).0, [b"A: b\r\n", message].concat());
     assert_eq!(parts(&whole, &relayed).2, recipients);
 }

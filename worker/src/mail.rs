@@ -3,10 +3,12 @@
 pub(crate) mod memory;
 pub(crate) mod received;
 
+use std::borrow::Cow;
 use std::ops::Range;
 use std::os::fd::{AsFd as _, BorrowedFd};
 use std::sync::Arc;
 
+use qrelay_shared::address::complete;
 use qrelay_shared::flight::Writer;
 use qrelay_shared::ids::JobId;
 use qrelay_shared::ipc::message::{MailId, Peer};
@@ -44,6 +46,7 @@ pub struct Mail {
     removed: Vec<Range<usize>>,
     client: Option<Arc<Client>>,
     notes: Option<Writer<'static>>,
+    default_domain: Option<Arc<str>>,
 }
 
 impl Mail {
@@ -60,7 +63,24 @@ impl Mail {
             removed: Vec::new(),
             client: None,
             notes: None,
+            default_domain: None,
         }
+    }
+
+    /// Adds this domain to the addresses that have none, now and when the handler sets others.
+    pub(crate) fn complete_addresses(&mut self, domain: &Arc<str>) {
+        self.default_domain = Some(Arc::clone(domain));
+        let sender = self.complete(self.sender());
+        let recipients: Vec<_> = self.recipients().map(|address| self.complete(address)).collect();
+        let changed = recipients.iter().any(|address| matches!(address, Cow::Owned(_)));
+        let recipients = changed.then(|| recipients.into_iter().map(Cow::into_owned).collect());
+        self.sender = Some(sender.into_owned());
+        self.recipients = recipients;
+    }
+
+    /// Adds the default domain to an address that has none, if there is a default domain.
+    pub(crate) fn complete<'a>(&self, address: &'a [u8]) -> Cow<'a, [u8]> {
+        complete(address, self.default_domain.as_deref())
     }
 
     /// Unique, in every log line about the mail.
@@ -246,7 +266,8 @@ pub(crate) mod test {
     /// A mail from pid 1, uid 2 whose socket leads nowhere.
     pub(crate) fn mail(message: &[u8], sender: &[u8], recipients: &[&[u8]]) -> Mail {
         let buffer = encode_request(message, sender, recipients);
-        let request = parse(&buffer, &Limits { max_size: 1 << 30 }).expect("valid");
+        let request =
+            parse(&buffer, &Limits { max_size: 1 << 30, default_domain: None }).expect("valid");
         let (socket, _) = std::os::unix::net::UnixStream::pair().expect("pair");
         let origin = Origin {
             id: mail_id("test", JobId(1)),

@@ -172,7 +172,10 @@ impl Session {
         let listener = context.listeners.get(self.job.listener as usize)?;
         let settings = &context.settings;
         let terms = Terms {
-            limits: Limits { max_size: listener.max_size },
+            limits: Limits {
+                max_size: listener.max_size,
+                default_domain: context.default_domain.as_deref(),
+            },
             client_timeout: settings.client_timeout,
             request_timeout: settings.request_timeout,
             min_rate: settings.request_min_rate,
@@ -189,7 +192,7 @@ impl Session {
         &self,
         context: &Context,
         listener: &Listener,
-        limits: &Limits,
+        limits: &Limits<'_>,
         incoming: Incoming,
         mut buffer: Vec<u8>,
     ) -> Stage {
@@ -251,6 +254,9 @@ impl Session {
         };
         let mut mail = Box::new(Mail::new(origin, buffer, request));
         mail.note_in(self.flight.writer());
+        if let Some(domain) = &context.default_domain {
+            mail.complete_addresses(domain);
+        }
         mail
     }
 

@@ -29,7 +29,7 @@ use crate::client::stream::{Listener, Stream};
 
 /// Largest message in bytes: the highest `max_size` of a daemon, and room for the header lines that
 /// the daemon inserts.
-const LIMITS: Limits = Limits { max_size: (1 << 30) + (1 << 16) };
+const LIMITS: Limits<'_> = Limits { max_size: (1 << 30) + (1 << 16), default_domain: None };
 /// Longest wait for the next bytes of a client.
 const CLIENT_TIMEOUT: Duration = Duration::from_secs(60);
 /// Longest time that a client may go on sending after an early reply; the daemon allows the same.

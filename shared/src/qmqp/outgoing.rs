@@ -101,7 +101,8 @@ mod tests {
             let insert = |out: &mut Vec<u8>| out.extend_from_slice(prefix);
             let around = outgoing(insert, len, b"", recipients.iter());
             let whole = [around.head(), &message, around.tail()].concat();
-            let request = parse(&whole, &Limits { max_size: 100_000 }).expect("valid");
+            let request =
+                parse(&whole, &Limits { max_size: 100_000, default_domain: None }).expect("valid");
             assert_eq!(&whole[request.message], [&prefix[..], &message].concat());
             assert!(request.sender.is_empty());
             assert_eq!(request.recipients.len(), 2);

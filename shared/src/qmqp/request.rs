@@ -21,14 +21,16 @@ use crate::netstring::{Head, NetstringError, parse_head};
 use crate::qmqp::{ENVELOPE_ALLOWANCE, MAX_RECIPIENTS};
 use crate::texts;
 
-/// The limits of a listener.
+/// The requests that a listener accepts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Limits {
+pub struct Limits<'d> {
     /// Largest message in bytes.
     pub max_size: usize,
+    /// The domain of addresses without a domain; without it they are refused.
+    pub default_domain: Option<&'d str>,
 }
 
-impl Limits {
+impl Limits<'_> {
     /// Returns the largest payload of the whole request in bytes.
     fn max_payload(&self) -> usize {
         self.max_size.saturating_add(ENVELOPE_ALLOWANCE)
@@ -95,7 +97,7 @@ pub enum Progress {
 /// # Errors
 /// Returns [`RequestError::Malformed`] or [`RequestError::MessageTooLarge`]; [`parse`] finds the
 /// other errors.
-pub fn progress(input: &[u8], limits: &Limits) -> Result<Progress, RequestError> {
+pub fn progress(input: &[u8], limits: &Limits<'_>) -> Result<Progress, RequestError> {
     let Some(payload) = frame(input, limits.max_payload())? else {
         return Ok(Progress::NeedMore { total: None });
     };
@@ -142,11 +144,12 @@ pub struct Request {
     pub payload: Range<usize>,
 }
 
-/// Parses a complete request. Bytes after its netstring are ignored.
+/// Parses a complete request. Bytes after its netstring are ignored. The addresses are those that
+/// the client sent; the caller adds the default domain ([`address::complete`]).
 ///
 /// # Errors
 /// Returns any [`RequestError`]. Errors of the syntax come before errors of the addresses.
-pub fn parse(input: &[u8], limits: &Limits) -> Result<Request, RequestError> {
+pub fn parse(input: &[u8], limits: &Limits<'_>) -> Result<Request, RequestError> {
     let Progress::Complete { total } = progress(input, limits)? else {
         return Err(RequestError::Malformed);
     };
@@ -155,8 +158,10 @@ pub fn parse(input: &[u8], limits: &Limits) -> Result<Request, RequestError> {
     let message = item(input, payload.start..end, limits.max_size)?;
     let sender = item(input, message.end + 1..end, usize::MAX)?;
     let recipients = recipients(input, sender.end + 1..end)?;
-    if !address::is_valid_sender(&input[sender.clone()])
-        || !recipients.iter().all(|r| address::is_valid(&input[r.clone()]))
+    let complete =
+        |addr: &Range<usize>| address::complete(&input[addr.clone()], limits.default_domain);
+    if !address::is_valid_sender(&complete(&sender))
+        || !recipients.iter().all(|recipient| address::is_valid(&complete(recipient)))
     {
         return Err(RequestError::BadAddress);
     }
@@ -197,7 +202,7 @@ mod tests {
     use super::*;
     use crate::qmqp::encode_request;
 
-    const SMALL: Limits = Limits { max_size: 1024 };
+    const SMALL: Limits<'_> = Limits { max_size: 1024, default_domain: None };
 
     fn wrap(payload: &[u8]) -> Vec<u8> {
         let mut out = Vec::new();
@@ -348,8 +353,26 @@ mod tests {
     }
 
     #[test]
+    fn a_default_domain_completes_addresses() {
+        let limits = Limits { default_domain: Some("example.com"), ..SMALL };
+        let input = encode_request(b"m", b"root", [&b"www-data"[..], b"r@x"]);
+        assert_eq!(parse(&input, &SMALL), Err(RequestError::BadAddress));
+        let request = parse(&input, &limits).expect("completed");
+        assert_eq!(&input[request.sender], b"root");
+        let longest = "r".repeat(address::MAX_ADDRESS - "@example.com".len());
+        for (sender, recipient, valid) in
+            [("", longest.clone(), true), ("", longest + "r", false), ("a b", "r".into(), false)]
+        {
+            let input = encode_request(b"m", sender.as_bytes(), [&recipient]);
+            assert_eq!(parse(&input, &limits).is_ok(), valid, "{recipient}");
+        }
+        let input = encode_request(b"m", b"", [b""]);
+        assert_eq!(parse(&input, &limits), Err(RequestError::BadAddress));
+    }
+
+    #[test]
     fn limits_without_bound_do_not_overflow() {
-        let limits = Limits { max_size: usize::MAX };
+        let limits = Limits { max_size: usize::MAX, default_domain: None };
         let input = format!("{}:{}:", usize::MAX, usize::MAX);
         assert_eq!(progress(input.as_bytes(), &limits), Err(RequestError::MessageTooLarge));
     }

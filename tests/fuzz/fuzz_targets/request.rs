@@ -8,7 +8,7 @@ use libfuzzer_sys::fuzz_target;
 use qrelay_shared::qmqp::{Limits, Progress, encode_request, parse, progress};
 
 fuzz_target!(|input: &[u8]| {
-    let limits = Limits { max_size: 1000 };
+    let limits = Limits { max_size: 1000, default_domain: None };
     let judged = progress(input, &limits);
     let parsed = parse(input, &limits);
     match judged {

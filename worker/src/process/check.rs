@@ -144,7 +144,11 @@ fn push_settings(text: &mut String, settings: &Settings) {
     for (name, value) in values {
         push(text, name, &value);
     }
-    for (name, value) in [("user", &settings.user), ("group", &settings.group)] {
+    for (name, value) in [
+        ("default_domain", &settings.default_domain),
+        ("user", &settings.user),
+        ("group", &settings.group),
+    ] {
         if let Some(value) = value {
             push(text, name, value);
         }

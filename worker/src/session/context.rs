@@ -27,6 +27,8 @@ pub(crate) struct Listener {
 pub struct Context {
     /// Indexed by `Job::listener`.
     pub(crate) listeners: Vec<Listener>,
+    /// The domain of addresses without a domain.
+    pub(crate) default_domain: Option<Arc<str>>,
     /// Settings of the worker's generation.
     pub(crate) settings: Settings,
     /// First part of every mail's id.
@@ -74,6 +76,7 @@ impl Context {
             buffers: Buffers::default(),
             recorder,
             leader: Progress::default(),
+            default_domain: settings.default_domain.as_deref().map(Arc::from),
             settings,
             instance,
             script,

@@ -39,7 +39,7 @@ const KEPT_BUFFERS: usize = 16;
 #[derive(Debug)]
 pub(crate) struct Terms<'w> {
     /// Limits of the listener.
-    pub(crate) limits: Limits,
+    pub(crate) limits: Limits<'w>,
     /// Longest silence of the client.
     pub(crate) client_timeout: Duration,
     /// Longest time for the whole request.
@@ -256,7 +256,7 @@ mod tests {
     fn read(budget: &Budget, write: impl FnOnce(UnixStream) + Send) -> (Vec<u8>, String) {
         let readings = Readings::new(10);
         let terms = Terms {
-            limits: Limits { max_size: 1_000_000 },
+            limits: Limits { max_size: 1_000_000, default_domain: None },
             client_timeout: Duration::from_millis(300),
             request_timeout: Duration::from_millis(600),
             min_rate: 0,
@@ -368,7 +368,7 @@ mod tests {
     fn who_sends_too_slowly_is_stopped() {
         let (budget, readings) = (budget(0), Readings::new(10));
         let terms = Terms {
-            limits: Limits { max_size: 1_000_000 },
+            limits: Limits { max_size: 1_000_000, default_domain: None },
             client_timeout: Duration::from_millis(50),
             request_timeout: Duration::from_secs(60),
             min_rate: 10_000,

@@ -51,9 +51,9 @@ fn envelope(class: &mut Class<'_>) -> mlua::Result<()> {
         Ok(lua.create_string(sender)?)
     })?;
     class.setter("sender", |_, this: &MailObject, value| {
-        let sender = valid_sender(&value)?;
+        let text = Argument::Variable("sender").text(&value)?;
         this.with(|mail| {
-            mail.set_sender(sender);
+            mail.set_sender(valid_sender(mail, &text, &value)?);
             Ok(())
         })
     })?;
@@ -61,9 +61,9 @@ fn envelope(class: &mut Class<'_>) -> mlua::Result<()> {
         this.with(|mail| Ok(mail.recipients().map(BString::from).collect()))
     })?;
     class.setter("recipients", |_, this: &MailObject, value| {
-        let recipients = valid_recipients(&value)?;
+        let values = Argument::Variable("recipients").list(&value)?;
         this.with(|mail| {
-            mail.set_recipients(recipients);
+            mail.set_recipients(valid_recipients(mail, &values)?);
             Ok(())
         })
     })?;
@@ -83,26 +83,28 @@ fn string_list(lua: &Lua, items: Vec<Vec<u8>>) -> Result<Table, Raise> {
     Ok(lua.create_sequence_from(items.into_iter().map(BString::from))?)
 }
 
-fn valid_sender(value: &Value) -> Result<Vec<u8>, Raise> {
-    let argument = Argument::Variable("sender");
-    let text = argument.text(value)?;
-    if address::is_valid_sender(&text) {
-        return Ok(text.to_vec());
+fn valid_sender(mail: &Mail, text: &[u8], value: &Value) -> Result<Vec<u8>, Raise> {
+    let sender = mail.complete(text);
+    if address::is_valid_sender(&sender) {
+        return Ok(sender.into_owned());
     }
-    Err(argument.wrong("a valid address or ''", value))
+    Err(Argument::Variable("sender").wrong("a valid address or ''", value))
 }
 
-fn valid_recipients(value: &Value) -> Result<Vec<Vec<u8>>, Raise> {
+fn valid_recipients(mail: &Mail, values: &[Value]) -> Result<Vec<Vec<u8>>, Raise> {
     let argument = Argument::Variable("recipients");
-    let values = argument.list(value)?;
     if values.is_empty() || values.len() > MAX_RECIPIENTS {
         let got = values.len();
         return Err(argument
             .invalid(&format!("expected a list of 1 to {MAX_RECIPIENTS} addresses, got {got}")));
     }
-    let valid = |value: &Value| match convert::text(value)? {
-        Some(text) if address::is_valid(&text) => Ok(text.to_vec()),
-        _ => Err(argument.wrong("valid addresses", value)),
+    let valid = |value: &Value| {
+        let text = convert::text(value)?;
+        let recipient = text.as_ref().map(|text| mail.complete(text));
+        match recipient.filter(|recipient| address::is_valid(recipient)) {
+            Some(recipient) => Ok(recipient.into_owned()),
+            None => Err(argument.wrong("valid addresses", value)),
+        }
     };
     values.iter().map(valid).collect()
 }

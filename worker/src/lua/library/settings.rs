@@ -9,6 +9,7 @@
 use std::time::Duration;
 
 use mlua::{Table, Value};
+use qrelay_shared::address::{MAX_ADDRESS, is_domain};
 use qrelay_shared::settings::{
     ListenerDecl, MAX_DURATION, MAX_MEMORY, MAX_WORKER_CONNECTIONS, MAX_WORKERS, Settings,
 };
@@ -22,6 +23,8 @@ const MAX_INTEGER: u64 = 1 << 53;
 const MIN_LUA_MEMORY: u64 = 1 << 20;
 /// Largest id of a user or group. The next one, (uid_t)-1, means "no change" to setresuid(2).
 const MAX_ID: u64 = u32::MAX as u64 - 1;
+/// Longest default domain in bytes, so that some local part fits in front of it.
+const MAX_DOMAIN: usize = MAX_ADDRESS - "a@".len();
 /// Bytes of a request beside its message (see the limits of QMQP in the documentation).
 const ENVELOPE: usize = 300_000;
 
@@ -34,6 +37,7 @@ enum Kind {
     Share(fn(&mut Settings) -> &mut f64),
     Switch(fn(&mut Settings) -> &mut bool),
     Name(fn(&mut Settings) -> &mut Option<String>),
+    Domain(fn(&mut Settings) -> &mut Option<String>),
 }
 
 /// The settings, in the order of the documentation.
@@ -59,6 +63,7 @@ const KEYS: &[(&str, Kind)] = &[
     ("max_connections_per_uid", Kind::Small(0, 1 << 20, |s| &mut s.max_connections_per_uid)),
     ("client_share", Kind::Share(|s| &mut s.client_share)),
     ("max_hops", Kind::Small(1, 1000, |s| &mut s.max_hops)),
+    ("default_domain", Kind::Domain(|s| &mut s.default_domain)),
     ("sandbox", Kind::Switch(|s| &mut s.sandbox)),
     ("user", Kind::Name(|s| &mut s.user)),
     ("group", Kind::Name(|s| &mut s.group)),
@@ -116,6 +121,7 @@ fn set(
             _ => return Err(argument.wrong("true or false", value)),
         },
         Kind::Name(field) => *field(settings) = Some(name(argument, value)?),
+        Kind::Domain(field) => *field(settings) = Some(domain(argument, value)?),
     }
     Ok(())
 }
@@ -129,6 +135,15 @@ fn name(argument: &Argument<'_>, value: &Value) -> Result<String, Raise> {
     match std::str::from_utf8(&text) {
         Ok(name) if !name.is_empty() && !name.contains('\0') => Ok(name.to_owned()),
         _ => Err(argument.wrong("a name or a number", value)),
+    }
+}
+
+/// Reads the domain of an address.
+fn domain(argument: &Argument<'_>, value: &Value) -> Result<String, Raise> {
+    let text = argument.text(value)?;
+    match std::str::from_utf8(&text) {
+        Ok(domain) if domain.len() <= MAX_DOMAIN && is_domain(&text) => Ok(domain.to_owned()),
+        _ => Err(argument.wrong("a domain, such as example.com", value)),
     }
 }
 
