@@ -6,7 +6,8 @@
 //! string of the bytes 33–126 without `"`. A local part may be longer than the 64 bytes of RFC 5321
 //! 4.5.3.1.1, because senders of SRS, BATV and VERP are, and refusing them would lose mail. The
 //! domain is an address literal (RFC 5321 4.1.3) or consists of labels of letters, digits, `-` and
-//! `_`, because domains with `_` exist. Every function takes time linear in the length of its input.
+//! `_`, because domains with `_` exist. Every function takes time linear in the length of its
+//! input.
 //!
 //! # Failure
 //! The checks return a boolean. The functions that make text printable accept any bytes.

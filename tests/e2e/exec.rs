@@ -72,7 +72,7 @@ fn exec_raw_gets_the_bare_message() {
     assert_eq!(submit(daemon.path("in"), &mail()), "K");
     let got = fs::read(daemon.path("got")).expect("input");
     let expected =
-        format!("X-A: 1\r\nReceived: from PID={} UID=0 with QMQP\r\n\nhello\n", std::process::id());
+        format!("X-A: 1\nReceived: from PID={} UID=0 with QMQP\n\nhello\n", std::process::id());
     assert_eq!(String::from_utf8_lossy(&got), expected);
 }
 

@@ -181,7 +181,7 @@ fn headers_are_inserted() {
     let sink = Sink::answering(daemon.path("out"), "Kok");
     let mail = Mail::of_size(3000);
     assert_eq!(submit(daemon.path("in"), &mail), "Kok");
-    let lines = "X-Third: three\r\nX-Second: 2\r\nX-First: one\r\n";
+    let lines = "X-Third: three\nX-Second: 2\nX-First: one\n";
     assert_eq!(sink.only(), mail.relayed_from(std::process::id(), 0, lines));
 }
 

@@ -33,6 +33,7 @@ mod journal;
 mod libraries;
 mod limits;
 mod lua;
+mod message;
 mod passed_descriptors;
 mod pg;
 mod pg_connection;

@@ -1,13 +1,21 @@
 //! Real peers: Postfix's qmqp-source in front of qrelay and qmqp-sink behind it, over every kind of
-//! socket that both programs know.
+//! socket that both programs know; and Postfix' own server, qmqpd, behind qrelay: the tests look at
+//! what arrives in its queue.
 
+use std::fs;
+use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
+use nix::sys::signal::Signal;
+use nix::unistd::User;
+
+use crate::harness::processes::signal;
 use crate::harness::{Daemon, Mail, Sink, Site, Target, eventually, submit};
 
 const SOURCE: &str = "/usr/sbin/qmqp-source";
 const SINK: &str = "/usr/sbin/qmqp-sink";
+const DAEMONS: &str = "/usr/lib/postfix/sbin";
 
 /// A running qmqp-sink.
 struct QmqpSink(Child);
@@ -49,6 +57,99 @@ fn source(options: &[&str], address: &str) {
 
 fn unix(path: &Path) -> String {
     format!("unix:{}", path.display())
+}
+
+/// The services of a Postfix that takes mail by QMQP, and keeps it in its queue.
+const SERVICES: &str = "\
+qmqp    unix n - n - - qmqpd
+cleanup unix n - n - 0 cleanup
+rewrite unix - - n - - trivial-rewrite
+";
+
+/// A running Postfix with a queue of its own. Without a queue manager nothing leaves the queue.
+struct Postfix {
+    site: Site,
+    master: Child,
+}
+
+impl Postfix {
+    /// Starts Postfix and waits until its qmqpd listens.
+    fn start() -> Self {
+        let site = Site::new();
+        let user = User::from_name("postfix").expect("users").expect("Postfix is installed");
+        let root = site.path("");
+        fs::set_permissions(&root, PermissionsExt::from_mode(0o755)).expect("mode");
+        for name in ["data", "queue/active", "queue/incoming", "queue/private", "queue/public"] {
+            fs::create_dir_all(site.path(name)).expect("directory");
+            chown(site.path(name), Some(user.uid.as_raw()), None).expect("owner");
+        }
+        fs::create_dir(site.path("queue/pid")).expect("directory");
+        let root = root.display();
+        let main = format!(
+            "compatibility_level = 3.6
+             queue_directory = {root}/queue
+             data_directory = {root}/data
+             command_directory = /usr/sbin
+             daemon_directory = {DAEMONS}
+             myhostname = mx.example.com
+             inet_interfaces = loopback-only
+             qmqpd_authorized_clients = 127.0.0.0/8
+             trigger_timeout = 1s"
+        );
+        let main: Vec<_> = main.lines().map(str::trim).collect();
+        fs::write(site.path("main.cf"), main.join("\n") + "\n").expect("main.cf");
+        fs::write(site.path("master.cf"), SERVICES).expect("master.cf");
+        let master = Command::new(format!("{DAEMONS}/master"))
+            .args(["-d", "-c"])
+            .arg(site.path(""))
+            .stdin(Stdio::null())
+            .spawn()
+            .expect("Postfix is installed");
+        let postfix = Self { site, master };
+        let target = Target::from(postfix.path());
+        eventually("qmqpd listens", || target.is_alive().then_some(()));
+        postfix
+    }
+
+    /// The path of qmqpd's socket.
+    fn path(&self) -> std::path::PathBuf {
+        self.site.path("queue/public/qmqp")
+    }
+
+    /// Relays a mail through a fresh qrelay with this handler's code, and returns the envelope
+    /// records and the message that are in the queue then. The message is without what Postfix
+    /// adds.
+    #[track_caller]
+    fn relayed(&self, code: &str, mail: &Mail) -> (String, String) {
+        let daemon = Daemon::start(&format!(
+            "qmqp_listen('$DIR/in', function(m) {code} return m:connect('{}') end)",
+            self.path().display()
+        ));
+        let answer = submit(daemon.path("in"), mail).to_string();
+        let id = answer.strip_prefix("KOk: queued as ").expect(&answer);
+        let output = Command::new("/usr/sbin/postcat")
+            .arg("-c")
+            .arg(self.site.path(""))
+            .args(["-q", id])
+            .output()
+            .expect("postcat");
+        let text = String::from_utf8(output.stdout).expect("text");
+        let (envelope, message) = text.split_once("*** MESSAGE CONTENTS").expect(&text);
+        let (_, message) = message.split_once("***\n").expect(&text);
+        let (message, _) = message.split_once("*** HEADER EXTRACTED").expect(&text);
+        // Its own Received field comes first, and three fields that the message lacks come last.
+        let lines = message.split_inclusive('\n').enumerate();
+        let added = ["Message-Id: ", "Date: ", "From: "];
+        let ours = lines.filter(|(at, line)| *at > 2 && !added.iter().any(|a| line.starts_with(a)));
+        (envelope.to_owned(), ours.map(|(_, line)| line).collect())
+    }
+}
+
+impl Drop for Postfix {
+    fn drop(&mut self) {
+        signal(self.master.id() as i32, Signal::SIGTERM);
+        let _ = self.master.wait();
+    }
 }
 
 fn relay_to(next_hop: &str) -> (Daemon, std::net::SocketAddr) {
@@ -109,4 +210,48 @@ fn qrelay_between_qmqp_source_and_qmqp_sink() {
     }
     // The log line of a mail may be written after its answer.
     eventually("400 log lines", || (daemon.count_log("status=K") == 400).then_some(()));
+}
+
+#[test]
+fn the_queue_of_qmqpd_has_the_message_as_it_was_meant() {
+    let postfix = Postfix::start();
+    let received = format!("Received: from PID={} UID=0 with QMQP", std::process::id());
+    for (message, arrived) in [
+        // Every line ends alike: a CR in the queue is a space at the end of a line.
+        ("A: b\n\nbody\n", format!("X: 1\n{received}\nA: b\n\nbody\n")),
+        // A mailbox file's line is what Postfix makes of it at the beginning of a message.
+        (
+            "From a@b Mon\n>From c\nA: b\n\nbody\n",
+            format!(
+                "X-Mailbox-Line: From a@b Mon\nX-Mailbox-Line: >From c\n\
+                 X: 1\n{received}\nA: b\n\nbody\n"
+            ),
+        ),
+        // The text isn't a part of our line.
+        (" a: b\n\nbody\n", format!("X: 1\n{received}\n\n a: b\n\nbody\n")),
+        ("\nbody\n", format!("X: 1\n{received}\n\nbody\n")),
+        // A bare CR is a space for Postfix, and the fields behind it are removed nonetheless.
+        ("A: b\rY: 1\nY: 2\n\nbody\n", format!("X: 1\n{received}\nA: b \n\nbody\n")),
+        ("A: b\nB: c\r\r\nY: 2\n\nbody\n", format!("X: 1\n{received}\nA: b\nB: c  \n\nbody\n")),
+    ] {
+        let mut mail = Mail::new("");
+        mail.message = message.into();
+        let code = "m:remove_header('Y') m:insert_header('X', 1)";
+        assert_eq!(postfix.relayed(code, &mail).1, arrived, "{message:?}");
+    }
+}
+
+#[test]
+fn the_queue_of_qmqpd_has_the_senders_of_mailing_lists_and_bounces() {
+    let postfix = Postfix::start();
+    let long = format!("{}@example.com", "l".repeat(200));
+    for (sender, record) in [
+        ("", "\nsender: \n"),
+        ("#@[]", "\nsender: #@[]\n"),
+        ("list-@example.com-@[]", "\nsender: list@example.com\nverp_delimiters: -=\n"),
+        (&long, &format!("\nsender: {long}\n")),
+    ] {
+        let (envelope, _) = postfix.relayed("", &Mail::new("x").from(sender));
+        assert!(envelope.contains(record), "{sender}: {envelope}");
+    }
 }

@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 use qrelay_shared::address::complete;
 use qrelay_shared::flight::Writer;
+use qrelay_shared::header;
 use qrelay_shared::ids::JobId;
 use qrelay_shared::ipc::message::{MailId, Peer};
 use qrelay_shared::qmqp::Request;
@@ -42,7 +43,7 @@ pub struct Mail {
     recipients: Option<Vec<Vec<u8>>>,
     account: Option<String>,
     inserted: Inserted,
-    /// Whole fields, sorted, disjoint.
+    /// Whole fields, as ranges in the message, sorted, disjoint.
     removed: Vec<Range<usize>>,
     client: Option<Arc<Client>>,
     notes: Option<Writer<'static>>,
@@ -188,28 +189,24 @@ impl Mail {
 
     /// Leaves out whole fields of the message, given by their ranges in it, when it is relayed.
     pub(crate) fn remove_fields(&mut self, fields: impl IntoIterator<Item = Range<usize>>) {
-        let start = self.request.message.start;
-        self.removed.extend(fields.into_iter().map(|field| field.start + start..field.end + start));
+        self.removed.extend(fields);
         self.removed.sort_by_key(|range: &Range<usize>| range.start);
         self.removed.dedup();
     }
 
     /// The pieces of the message that `remove_fields` leaves; none of them is empty.
     pub fn kept(&self) -> impl Iterator<Item = &[u8]> {
-        let end = self.request.message.end;
-        let starts = self.removed.iter().map(|removed| removed.start).chain([end]);
-        let mut at = self.request.message.start;
-        let ends = self.removed.iter().map(|removed| removed.end).chain([end]);
-        starts.zip(ends).filter_map(move |(start, next)| {
-            let piece = self.buffer.get(at..start).filter(|piece| !piece.is_empty());
-            at = at.max(next);
-            piece
-        })
+        header::without(self.message(), &self.removed)
     }
 
     /// How many ranges of the message are left out at most.
     pub(crate) fn removed_count(&self) -> usize {
         self.removed.len()
+    }
+
+    /// The end of the lines that are put in front of the message.
+    pub fn line_ending(&self) -> &'static [u8] {
+        header::line_ending(self.message())
     }
 
     /// Ends the mail; its buffer can be used again.
@@ -221,9 +218,10 @@ impl Mail {
 /// First capacity for inserted lines, in bytes: a few lines.
 const ROOM: usize = 256;
 
-/// Inserted header lines, as they will stand in the message: the last one first.
+/// Inserted header lines.
 #[derive(Debug, Default)]
 pub struct Inserted {
+    /// Each line ends in LF.
     text: Vec<u8>,
     count: usize,
 }
@@ -234,7 +232,7 @@ impl Inserted {
             self.text.reserve(ROOM);
         }
         let before = self.text.len();
-        for part in [name, b": ", value, b"\r\n"] {
+        for part in [name, b": ", value, b"\n"] {
             self.text.extend_from_slice(part);
         }
         let length = self.text.len() - before;
@@ -247,9 +245,16 @@ impl Inserted {
         self.count
     }
 
-    /// Returns all inserted lines, each with its CRLF.
-    pub fn text(&self) -> &[u8] {
-        &self.text
+    /// Returns the inserted lines as they will stand in the message, the last one first, without
+    /// their ends.
+    pub fn lines(&self) -> impl Iterator<Item = &[u8]> {
+        self.text.split_inclusive(|&b| b == b'\n').map(|line| &line[..line.len() - 1])
+    }
+
+    /// Returns the size of the inserted lines in bytes, each with CR and LF, as the original
+    /// program has them.
+    pub(crate) fn size(&self) -> usize {
+        self.text.len() + self.count
     }
 }
 
@@ -265,6 +270,16 @@ pub(crate) mod test {
 
     /// A mail from pid 1, uid 2 whose socket leads nowhere.
     pub(crate) fn mail(message: &[u8], sender: &[u8], recipients: &[&[u8]]) -> Mail {
+        mail_from(Peer::Local { pid: Some(1), uid: 2, gid: 3 }, message, sender, recipients)
+    }
+
+    /// A mail whose socket leads nowhere.
+    pub(crate) fn mail_from(
+        peer: Peer,
+        message: &[u8],
+        sender: &[u8],
+        recipients: &[&[u8]],
+    ) -> Mail {
         let buffer = encode_request(message, sender, recipients);
         let request =
             parse(&buffer, &Limits { max_size: 1 << 30, default_domain: None }).expect("valid");
@@ -272,7 +287,7 @@ pub(crate) mod test {
         let origin = Origin {
             id: mail_id("test", JobId(1)),
             listener: "/test".into(),
-            peer: Peer::Local { pid: Some(1), uid: 2, gid: 3 },
+            peer,
             socket: ClientSocket {
                 descriptor: Arc::new(PeerSocket::new(socket.into(), Rights::Refused)),
                 job: JobId(1),

@@ -82,9 +82,10 @@ impl Mail {
     }
 
     /// Returns the mail as qrelay relays it for a local client with this pid and uid: the inserted
-    /// lines, the `Received` line, then the message.
+    /// lines, which end in LF, the `Received` line, then the message, whose first line ends in LF,
+    /// too, if it has an end.
     pub fn relayed_from(&self, pid: u32, uid: u32, inserted: &str) -> Self {
-        let head = format!("{inserted}Received: from PID={pid} UID={uid} with QMQP\r\n");
+        let head = format!("{inserted}Received: from PID={pid} UID={uid} with QMQP\n");
         let mut mail = self.clone();
         mail.message.splice(0..0, head.into_bytes());
         mail

@@ -8,29 +8,30 @@ use std::io::IoSlice;
 use qrelay_shared::qmqp::{Outgoing, outgoing};
 
 use crate::mail::Mail;
-use crate::mail::received;
+use crate::mail::received::Front;
 
 /// A request for the next hop.
 #[derive(Debug)]
 pub(super) struct Envelope<'m> {
     mail: &'m Mail,
+    front: Front<'m>,
     around: Outgoing,
 }
 
 impl<'m> Envelope<'m> {
     /// The request for a mail as its handler left it.
     pub(super) fn new(mail: &'m Mail) -> Self {
-        let length = mail.kept().map(<[u8]>::len).sum();
-        let prefix = |out: &mut Vec<u8>| received::write_prefix(out, mail.inserted(), mail.peer());
-        let around = outgoing(prefix, length, mail.sender(), mail.recipients());
-        Self { mail, around }
+        let front = Front::of(mail);
+        let length = front.rest().map(<[u8]>::len).sum();
+        let around = outgoing(|out| front.write(out), length, mail.sender(), mail.recipients());
+        Self { mail, front, around }
     }
 
     /// Returns all bytes of the request in order; none of the pieces is empty.
     pub(super) fn pieces(&self) -> Vec<IoSlice<'_>> {
         let mut pieces = Vec::with_capacity(self.mail.removed_count() + 3);
         pieces.push(IoSlice::new(self.around.head()));
-        pieces.extend(self.mail.kept().map(IoSlice::new));
+        pieces.extend(self.front.rest().map(IoSlice::new));
         pieces.push(IoSlice::new(self.around.tail()));
         pieces
     }
@@ -50,7 +51,7 @@ mod tests {
     #[test]
     fn as_received() {
         let mail = mail(b"A: 1\n\nbody\n", b"s@x", &[b"r@x", b"q@y"]);
-        let message = "Received: from PID=1 UID=2 with QMQP\r\nA: 1\n\nbody\n";
+        let message = "Received: from PID=1 UID=2 with QMQP\nA: 1\n\nbody\n";
         let payload = format!("{}:{message},3:s@x,3:r@x,3:q@y,", message.len());
         assert_eq!(bytes(&mail), format!("{}:{payload},", payload.len()));
     }
@@ -63,7 +64,7 @@ mod tests {
         mail.set_sender(Vec::new());
         mail.set_recipients(vec![b"new@x".to_vec()]);
         let sent = bytes(&mail);
-        let message = "X: y\r\nReceived: from PID=1 UID=2 with QMQP\r\nB: 2\n\nbody\n";
+        let message = "X: y\nReceived: from PID=1 UID=2 with QMQP\nB: 2\n\nbody\n";
         assert!(sent.ends_with(&format!("{}:{message},0:,5:new@x,,", message.len())), "{sent}");
     }
 }

@@ -17,14 +17,15 @@ use crate::delivery::children::ProgramExit;
 use crate::delivery::exec::status;
 use crate::delivery::program::{ProgramAction, ProgramContext, deliver, one_line};
 use crate::mail::Mail;
-use crate::mail::received;
+use crate::mail::received::Front;
 
 /// Runs the program.
 pub(crate) fn run(host: &ProgramContext<'_>, mail: &Mail, action: &Exec) -> Delivery {
-    let mut prefix = Vec::new();
-    received::write_prefix(&mut prefix, mail.inserted(), mail.peer());
-    let mut input = vec![&prefix[..]];
-    input.extend(mail.kept());
+    let front = Front::of(mail);
+    let mut beginning = Vec::new();
+    front.write(&mut beginning);
+    let mut input = vec![&beginning[..]];
+    input.extend(front.rest());
     let kind = ProgramAction { input: &input, joined: true, enough: |_| false, verdict };
     deliver(host, mail, action, &kind)
 }

@@ -73,7 +73,7 @@ pub(crate) fn record<'m>(mail: &'m Mail, outcome: &'m Outcome, times: Times) -> 
     let room = pond::MAX_MESSAGE.saturating_sub(FRAME + sender.len() + text.len());
     let recipients = Recipients::join(mail.recipients(), room);
     let received = mail.payload_length() as u64;
-    let inserted = mail.inserted().text().len() as u64;
+    let inserted = mail.inserted().size() as u64;
     MailRecord {
         sender,
         recipients: recipients.text.into(),

@@ -234,7 +234,7 @@ fn relays_and_announces_long_timeouts() {
     let length = stream.read(&mut bytes).expect("read");
     let text = String::from_utf8_lossy(&bytes[..length]);
     assert!(
-        text.contains(":X-A: b\r\nReceived: from PID=1 UID=2 with QMQP\r\nSubject: x\n\nbody\n,"),
+        text.contains(":X-A: b\nReceived: from PID=1 UID=2 with QMQP\nSubject: x\n\nbody\n,"),
         "{text}"
     );
     stream.write_all(b"7:Kpassed,").expect("write");
