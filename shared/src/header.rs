@@ -3,8 +3,8 @@
 //! Contract: a header consists of fields. A field is a line and the folded lines after it, which
 //! begin with a space or tab. The header ends at the first empty line, or with the message. A line
 //! that is no field, because it has no colon or no valid name, is skipped together with its folded
-//! lines. Stopping at such a line would hide the fields behind it, which a next hop might still see.
-//! The time is linear in the size of the header.
+//! lines. Stopping at such a line would hide the fields behind it, which a next hop might still
+//! see. The time is linear in the size of the header.
 //!
 //! Lines end in LF or CRLF, and also in a bare CR, one that no LF follows: some next hops send it
 //! on as the end of a line, and for others it is a character. So the fields are those that either

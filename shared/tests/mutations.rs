@@ -331,10 +331,32 @@ fn pond_messages() {
     let mut random = Random(0x5eed_5eed_5eed_5eed);
     for _ in 0..300 {
         let count = random.below(400);
-        let recipients: Vec<_> = (0..count).map(|_| random.mutated(seeds)).collect();
-        let message = pond::Message::new(b"s@x", &recipients, &random.mutated(seeds));
-        assert!(message.text.len() < pond::MAX_MESSAGE);
-        assert_eq!(message.truncated, message.text.contains(" more "));
-        assert!(!message.text.chars().any(char::is_control));
+        let recipients: Vec<_> = (0..count)
+            .map(|_| format!("<{}>", address::escape_for_log(&random.mutated(seeds))))
+            .collect();
+        let message = pond::Message {
+            sender: "s@x",
+            recipients: &recipients.join(","),
+            recipient_count: count as u32,
+            text: "ok",
+        };
+        let record = pond::Record {
+            timestamp: 0,
+            remote_host: None,
+            site: None,
+            forwarded_to: None,
+            message,
+            length: 0,
+            received: 0,
+            sent: 0,
+            duration: 0,
+        };
+        let datagram = pond::encode(&record);
+        assert!(datagram.len() <= pond::MAX_DATAGRAM);
+        let strings = datagram[14..].split(|&b| b == 0).next().expect("MESSAGE");
+        let text = str::from_utf8(strings).expect("UTF-8");
+        let truncated = datagram[..datagram.len() - 4].ends_with(&[20, 13]);
+        assert_eq!(truncated, text.ends_with(" more ok"));
+        assert!(!text.chars().any(char::is_control));
     }
 }

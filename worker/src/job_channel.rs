@@ -30,7 +30,7 @@ use crate::flight::Slot;
 /// How long to wait if the kernel has no memory for a report.
 const PAUSE: Duration = Duration::from_millis(10);
 
-/// Bytes of gathered reports that are sent without waiting for more. One record can have 32 KiB of
+/// Bytes of gathered reports that are sent without waiting for more. One record can have 4 KiB of
 /// recipients, and a datagram takes 128 KiB.
 const MAX_FINISHED: usize = 32 * 1024;
 

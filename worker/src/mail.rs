@@ -126,7 +126,7 @@ impl Mail {
 
     /// Bytes of the message with inserted lines, but without qrelay's own `Received` line.
     pub(crate) fn relayed_length(&self) -> usize {
-        self.message().len() + self.inserted().text().len()
+        self.message().len() + self.inserted().size()
     }
 
     /// Bytes of message and envelope as received.

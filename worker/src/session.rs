@@ -50,7 +50,7 @@ use crate::flight::Flight;
 use crate::mail::{Mail, Origin};
 use crate::session::context::Listener;
 use crate::session::progress::Step;
-use crate::session::record::{Outcome, record, refusal};
+use crate::session::record::{Answered, Outcome, record, refusal};
 use crate::session::reply::{answer, drop_surplus, linger};
 use crate::session::request::{Incoming, Terms};
 use crate::session::script::{HandlerError, Handling};
@@ -72,6 +72,8 @@ pub(crate) struct Session {
     job: Job,
     stage: Stage,
     due: Due,
+    /// When the client had its answer.
+    answered: Option<Answered>,
     /// The connection to the next hop, closed when the client has its answer.
     spent: Option<PeerSocket>,
     client: Arc<PeerSocket>,
@@ -83,7 +85,15 @@ impl Session {
     pub(crate) fn new(context: &Context, job: Job, client: OwnedFd) -> Self {
         let flight = Flight::new(&context.recorder, &job);
         let client = Arc::new(PeerSocket::prepared(client, job.rights));
-        Self { job, stage: Stage::untouched(), due: Due::Answer, spent: None, client, flight }
+        Self {
+            job,
+            stage: Stage::untouched(),
+            due: Due::Answer,
+            answered: None,
+            spent: None,
+            client,
+            flight,
+        }
     }
 
     /// Returns when the client's first byte was there: nanoseconds of CLOCK_BOOTTIME.
@@ -297,7 +307,7 @@ impl Session {
     /// Answers the mail's client, and reports the mail to the supervisor.
     fn conclude(&mut self, context: &Context, mail: Box<Mail>, outcome: &Outcome, unread: Unread) {
         self.answer(&outcome.reply, unread);
-        self.done(context, Some(record(&mail, outcome, self.flight.times())));
+        self.done(context, Some(record(&mail, outcome, self.answered())));
         context.buffers.give(mail.into_buffer());
     }
 
@@ -360,8 +370,12 @@ impl Session {
     /// Answers a request that never became a mail.
     fn refuse(&mut self, context: &Context, reply: &Reply, unread: Unread) {
         self.answer(reply, unread);
-        let accepted = self.job.accepted;
-        self.done(context, Some(refusal(reply, accepted, self.flight.times())));
+        self.done(context, Some(refusal(reply, self.answered())));
+    }
+
+    /// Returns when the client had its answer.
+    fn answered(&self) -> Answered {
+        self.answered.unwrap_or_else(|| Answered::now(self.job.accepted, self.flight.times()))
     }
 
     /// Answers the client, unless that was done before a panic.
@@ -377,6 +391,7 @@ impl Session {
         self.flight.enter(Phase::Answering(reply.status));
         answer(&self.client, reply, input);
         self.flight.enter(Phase::Answered(reply.status));
+        self.answered = Some(Answered::now(self.job.accepted, self.flight.times()));
         match unread {
             Unread::Unknown => drop_surplus(&self.client),
             Unread::Some => {

@@ -36,7 +36,7 @@ pub const MAX_FDS: usize = fdpass::MAX_FDS;
 /// Highest number of messages in one datagram, so that their number needs no other bound.
 pub const MAX_BATCH: usize = MAX_FDS;
 
-/// Largest datagram in bytes. A declaration with many listeners, or a record with 32 KiB of
+/// Largest datagram in bytes. A declaration with many listeners, or records with 4 KiB of
 /// recipients, stays far below; the kernel's default socket buffer is 208 KiB.
 pub const MAX_MESSAGE: usize = 128 * 1024;
 

@@ -162,7 +162,7 @@ pub struct MailRecord<'a> {
     #[serde(borrow)]
     pub sender: Cow<'a, str>,
     /// Envelope recipients as relayed, escaped and separated by commas as in a Pond record
-    /// (`<a@b>,<c@d>`), as many as fit in 32 KiB.
+    /// (`<a@b>,<c@d>`), as many as can fit in one.
     #[serde(borrow)]
     pub recipients: Cow<'a, str>,
     /// Number of all recipients.
@@ -174,23 +174,27 @@ pub struct MailRecord<'a> {
     /// The action: `connect`, `exec`, `exec_raw`, `discard`, `reject`, `defer`, or `-` when the
     /// request or the handler failed before an action.
     pub action: &'a str,
-    /// Address or program that the mail was to go to. The mail was sent there if `sent` isn't 0. Of
-    /// several addresses, the last one that was tried.
+    /// Address or program that the mail was to go to. Of several addresses, the last one that was
+    /// tried.
     pub next_hop: Option<&'a str>,
+    /// Whether the mail began to go there.
+    pub forwarded: bool,
     /// The status of the answer; `None` when the client left before an answer was due.
     pub status: Option<Status>,
-    /// The text of the answer, made printable.
+    /// The text of the answer, made printable, or a word for a mail without an answer.
     #[serde(borrow)]
     pub text: Cow<'a, str>,
     /// Bytes of the message with inserted header lines, but without qrelay's own `Received` line.
     pub size: u64,
     /// Bytes of the request's payload.
     pub received: u64,
-    /// Bytes sent to the next hop: payload with inserted lines; 0 if no next hop was tried.
+    /// Bytes for the next hop: payload with inserted lines; 0 if no next hop was tried.
     pub sent: u64,
     /// Microseconds from accept to answer.
     pub duration: u64,
-    /// What that time went by with.
+    /// When the answer had been sent, in microseconds since the epoch.
+    pub answered: u64,
+    /// What the time from accept to answer went by with.
     pub times: Times,
     /// Whether the handler never ran. A mail that was refused in this way has no Pond record.
     pub refused: bool,

@@ -1,6 +1,6 @@
 //! One log line per mail and per refused request, and one record for the Pond log server.
 
-use std::time::Instant;
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use qrelay_shared::address::{escape_for_log, printable};
 use qrelay_shared::endpoint::Endpoint;
@@ -189,6 +189,7 @@ impl MailLog {
             account: account.as_deref(),
             action: "-",
             next_hop: next_hop.as_deref(),
+            forwarded: sent,
             status,
             text: match answer {
                 LostAnswer::TryAgain => texts::TRY_AGAIN.into(),
@@ -198,6 +199,9 @@ impl MailLog {
             received,
             sent: if sent { received } else { 0 },
             duration: u64::try_from(duration).unwrap_or(u64::MAX),
+            answered: SystemTime::now()
+                .duration_since(UNIX_EPOCH)
+                .map_or(0, |since| since.as_micros() as u64),
             times: Times::default(),
             refused: false,
         };

@@ -13,7 +13,7 @@ use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr as UnixAddress, UnixDatagram};
 use std::path::PathBuf;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use qrelay_shared::endpoint::Endpoint;
 use qrelay_shared::ipc::message::{MailRecord, Peer};
@@ -196,24 +196,17 @@ fn datagram(mail: &MailRecord<'_>, peer: Option<Peer>) -> Vec<u8> {
         Some(Peer::Remote(address)) => Some(address.to_string()),
         _ => None,
     };
-    let more = match mail.recipients_cut {
-        0 => String::new(),
-        cut => format!(",… +{cut} more"),
-    };
-    let text = if mail.status.is_some() { &*mail.text } else { "canceled" };
-    let message = Message {
-        text: format!("from=<{}> to={}{more} {text}", mail.sender, mail.recipients),
-        truncated: mail.recipients_cut > 0,
-    };
-    let relayed = mail.action == "connect" && mail.sent > 0;
     encode(&Record {
-        timestamp: SystemTime::now()
-            .duration_since(UNIX_EPOCH)
-            .map_or(0, |since| since.as_micros() as u64),
+        timestamp: mail.answered,
         remote_host: remote_host.as_deref(),
         site: mail.account.map(str::as_bytes),
-        forwarded_to: mail.next_hop.filter(|_| relayed),
-        message: &message,
+        forwarded_to: mail.next_hop.filter(|_| mail.forwarded && mail.action == "connect"),
+        message: Message {
+            sender: &mail.sender,
+            recipients: &mail.recipients,
+            recipient_count: mail.recipient_count,
+            text: &mail.text,
+        },
         length: mail.size,
         received: mail.received,
         sent: mail.sent,
@@ -236,6 +229,7 @@ mod tests {
             account: Some("acct42"),
             action: "connect",
             next_hop: Some("/run/next.sock"),
+            forwarded: true,
             status: Some(Status::Accepted),
             text: "ok".into(),
             size: 26,
@@ -243,6 +237,7 @@ mod tests {
             sent: 85,
             times: Times::default(),
             duration: 469,
+            answered: 0x0006_60ff_6bc4_ca1a,
             refused: false,
         }
     }
@@ -256,6 +251,15 @@ mod tests {
             \x0b\0\0\0\0\0\0\x01\xd5\x0f\x03";
         let text = [b"\x03acct42\0\x0e/run/next.sock\0".as_slice(), captured].concat();
         assert_eq!(bytes[13..bytes.len() - 4], text);
+    }
+
+    #[test]
+    fn the_text_is_what_the_worker_or_the_log_says() {
+        for (status, text) in [(None, "lost"), (None, "canceled"), (Some(Status::Accepted), "ok")] {
+            let bytes = datagram(&MailRecord { status, text: text.into(), ..relayed() }, None);
+            let end = format!("<r2@example.org> {text}\0");
+            assert!(String::from_utf8_lossy(&bytes).contains(&end), "{text}");
+        }
     }
 
     #[test]

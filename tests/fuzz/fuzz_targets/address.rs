@@ -16,6 +16,22 @@ fuzz_target!(|input: &[u8]| {
     let shown = address::escape_for_log(input);
     assert!(!shown.contains(['<', '>', ',']) && !shown.chars().any(char::is_control));
     assert!(!address::printable(input).chars().any(char::is_control));
-    let message = pond::Message::new(input, input.split(|&b| b == b'\n'), input);
-    assert!(message.text.len() < pond::MAX_MESSAGE);
+    let recipients = shown.replace(' ', ",");
+    let record = pond::Record {
+        timestamp: 0,
+        remote_host: Some(&shown),
+        site: Some(input),
+        forwarded_to: Some(&shown),
+        message: pond::Message {
+            sender: &shown,
+            recipients: &recipients,
+            recipient_count: input.len() as u32,
+            text: &shown,
+        },
+        length: 0,
+        received: 0,
+        sent: 0,
+        duration: 0,
+    };
+    assert!(pond::encode(&record).len() <= pond::MAX_DATAGRAM);
 });

@@ -1,10 +1,11 @@
 //! The record of a finished mail, from which the supervisor makes a log line and a Pond message.
 //!
-//! Contract: every text from outside is made printable, and the recipients are cut so that a Pond
-//! message (`from=<S> to=<R1>,… TEXT`) stays under 32 KiB. Bytes are counted as the original qrelay
-//! counts them: qrelay's own `Received` line counts neither in `size` nor in `sent`.
+//! Contract: every text from outside is made printable, and there are no more recipients than fit
+//! in a Pond record. Bytes are counted as the original qrelay counts them: qrelay's own `Received`
+//! line counts neither in `size` nor in `sent`, and the end of an inserted line has two bytes.
 
 use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use qrelay_shared::address::{escape_for_log, printable};
 use qrelay_shared::ipc::message::{MailRecord, Times};
@@ -21,10 +22,6 @@ const NO_ACTION: &str = "-";
 /// Stands for the reply when the client left before it was due.
 const CANCELED: &str = "canceled";
 
-/// Bytes of a Pond message that are neither sender, recipients nor reply:
-/// `from=<> to= ` and ` … +1024 more`, with some room.
-const FRAME: usize = 64;
-
 /// Bytes that the recipients of a usual mail need.
 const ROOM: usize = 128;
 
@@ -35,7 +32,10 @@ pub(crate) struct Outcome {
     pub(crate) reply: Reply,
     action: &'static str,
     next_hop: Option<Arc<str>>,
-    attempted: bool,
+    /// Whether the action was to hand the mail on.
+    relays: bool,
+    /// Whether the mail began to go out.
+    forwarded: bool,
     canceled: bool,
     refused: bool,
 }
@@ -53,25 +53,56 @@ impl Outcome {
 
     /// Returns the outcome of an action that hands the mail to nobody.
     pub(crate) fn own(action: &'static str, reply: Reply) -> Self {
-        Self { reply, action, next_hop: None, attempted: false, canceled: false, refused: false }
+        Self {
+            reply,
+            action,
+            next_hop: None,
+            relays: false,
+            forwarded: false,
+            canceled: false,
+            refused: false,
+        }
     }
 
     /// Returns the outcome of an action that handed the mail on, or tried.
     pub(crate) fn delivery(action: &'static str, delivery: Delivery) -> Self {
         let Delivery { reply, next_hop, attempted, canceled } = delivery;
-        Self { reply, action, next_hop, attempted, canceled, refused: false }
+        Self { next_hop, relays: true, forwarded: attempted, canceled, ..Self::own(action, reply) }
+    }
+}
+
+/// The moment at which a client had its answer.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Answered {
+    /// Microseconds since the connection was accepted.
+    duration: u64,
+    /// Microseconds since the epoch.
+    at: u64,
+    /// What the time until then went by with.
+    times: Times,
+}
+
+impl Answered {
+    /// Returns this moment, for a connection that was accepted at `accepted` (see [`age`]).
+    pub(crate) fn now(accepted: u64, times: Times) -> Self {
+        let micros = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
+        let epoch = SystemTime::now().duration_since(UNIX_EPOCH);
+        Self { duration: micros(age(accepted)), at: epoch.map_or(0, micros), times }
     }
 }
 
 /// Returns the record of a mail.
-pub(crate) fn record<'m>(mail: &'m Mail, outcome: &'m Outcome, times: Times) -> MailRecord<'m> {
+pub(crate) fn record<'m>(
+    mail: &'m Mail,
+    outcome: &'m Outcome,
+    answered: Answered,
+) -> MailRecord<'m> {
     let sender = escape_for_log(mail.sender());
     let text = match outcome.canceled {
         true => CANCELED.into(),
         false => printable(&outcome.reply.text),
     };
-    let room = pond::MAX_MESSAGE.saturating_sub(FRAME + sender.len() + text.len());
-    let recipients = Recipients::join(mail.recipients(), room);
+    let recipients = Recipients::join(mail.recipients(), pond::MAX_DATAGRAM);
     let received = mail.payload_length() as u64;
     let inserted = mail.inserted().size() as u64;
     MailRecord {
@@ -82,19 +113,21 @@ pub(crate) fn record<'m>(mail: &'m Mail, outcome: &'m Outcome, times: Times) -> 
         account: mail.account(),
         action: outcome.action,
         next_hop: outcome.next_hop.as_deref(),
+        forwarded: outcome.forwarded,
         status: (!outcome.canceled).then_some(outcome.reply.status),
         text,
         size: mail.relayed_length() as u64,
         received,
-        sent: if outcome.attempted { received + inserted } else { 0 },
-        duration: since(mail.socket().accepted),
-        times,
+        sent: if outcome.relays { received + inserted } else { 0 },
+        duration: answered.duration,
+        answered: answered.at,
+        times: answered.times,
         refused: outcome.refused,
     }
 }
 
 /// Returns the record of a request that was refused before there was a mail.
-pub(crate) fn refusal(reply: &Reply, accepted: u64, times: Times) -> MailRecord<'_> {
+pub(crate) fn refusal(reply: &Reply, answered: Answered) -> MailRecord<'_> {
     MailRecord {
         sender: "".into(),
         recipients: "".into(),
@@ -103,20 +136,17 @@ pub(crate) fn refusal(reply: &Reply, accepted: u64, times: Times) -> MailRecord<
         account: None,
         action: NO_ACTION,
         next_hop: None,
+        forwarded: false,
         status: Some(reply.status),
         text: printable(&reply.text),
         size: 0,
         received: 0,
         sent: 0,
-        duration: since(accepted),
-        times,
+        duration: answered.duration,
+        answered: answered.at,
+        times: answered.times,
         refused: true,
     }
-}
-
-/// Returns the microseconds since a connection was accepted.
-fn since(accepted: u64) -> u64 {
-    u64::try_from(age(accepted).as_micros()).unwrap_or(u64::MAX)
 }
 
 /// Addresses as one text, and how many of all were left out.
@@ -171,7 +201,7 @@ mod tests {
             canceled: false,
         };
         let outcome = Outcome::delivery("connect", delivery);
-        let record = record(&mail, &outcome, Times::default());
+        let record = record(&mail, &outcome, Answered::now(0, Times::default()));
         assert_eq!((record.size, record.received, record.sent), (26, 77, 85));
         assert_eq!(record.recipients, "<r1@example.org>,<r2@example.org>");
         assert_eq!((record.recipient_count, record.recipients_cut), (2, 0));
@@ -184,7 +214,7 @@ mod tests {
     fn what_was_not_relayed_was_not_sent() {
         let mail = mail(b"", b"", &[b"r@x"]);
         let outcome = Outcome::own("reject", Reply::permanent("rejected"));
-        let record = record(&mail, &outcome, Times::default());
+        let record = record(&mail, &outcome, Answered::now(0, Times::default()));
         assert_eq!((record.sent, record.action, &*record.sender), (0, "reject", ""));
     }
 
@@ -194,7 +224,7 @@ mod tests {
         let delivery = Delivery { reply, next_hop: None, attempted: true, canceled: true };
         let mail = mail(b"", b"", &[b"r@x"]);
         let outcome = Outcome::delivery("exec", delivery);
-        let record = record(&mail, &outcome, Times::default());
+        let record = record(&mail, &outcome, Answered::now(0, Times::default()));
         assert_eq!((record.status, &*record.text), (None, "canceled"));
     }
 
@@ -208,16 +238,25 @@ mod tests {
     }
 
     #[test]
-    fn a_record_of_many_recipients_fits_a_pond_message() {
+    fn a_failed_connect_was_an_attempt_to_relay() {
+        let reply = Reply::temporary("connect failed");
+        let delivery = Delivery { reply, next_hop: None, attempted: false, canceled: false };
+        let mail = mail(b"A: b\n", b"", &[b"r@x"]);
+        let outcome = Outcome::delivery("connect", delivery);
+        let record = record(&mail, &outcome, Answered::now(0, Times::default()));
+        assert_eq!((record.sent, record.forwarded), (record.received, false));
+    }
+
+    #[test]
+    fn a_record_of_many_recipients_has_as_many_as_a_pond_record() {
         let address = [b"\\".repeat(64), b"@".to_vec(), b"x".repeat(63)].concat();
         let recipients: Vec<&[u8]> = vec![&address; 1024];
         let mut mail = mail(b"", b"s@x", &[b"r@x"]);
         mail.set_recipients(recipients.iter().map(|r| r.to_vec()).collect());
         let outcome = Outcome::own("discard", Reply::accepted(vec![b'x'; 4000]));
-        let record = record(&mail, &outcome, Times::default());
-        let whole = format!("from=<{}> to={} {}", record.sender, record.recipients, record.text);
-        assert!(whole.len() + 20 < pond::MAX_MESSAGE);
-        assert!(record.recipients.len() > 20_000);
+        let record = record(&mail, &outcome, Answered::now(0, Times::default()));
+        assert!((3700..=pond::MAX_DATAGRAM).contains(&record.recipients.len()));
         assert_eq!(record.recipient_count, 1024);
+        assert_eq!(record.recipients_cut, 1024 - record.recipients.matches('<').count() as u32);
     }
 }
