@@ -72,7 +72,7 @@ fn check(config: &Path, level: slog::Level, limit: Duration) -> Exit {
         }
         Err(error) => {
             eprintln!("qrelay: {}", shown(&error));
-            Exit::Config
+            if error.may_pass() { Exit::Temporary } else { Exit::Config }
         }
     }
 }

@@ -11,9 +11,10 @@ pub enum Exit {
     Unavailable = 69,
     /// EX_OSERR: the system refused something, such as a socket that is in use.
     System = 71,
-    /// EX_TEMPFAIL: a mail was refused for now, or got no answer.
+    /// EX_TEMPFAIL: a mail was refused for now, or got no answer; or config.lua can't be used now,
+    /// and trying again later may help.
     Temporary = 75,
-    /// EX_CONFIG: config.lua can't be used.
+    /// EX_CONFIG: config.lua can't be used, and trying again won't help.
     Config = 78,
 }
 

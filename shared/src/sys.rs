@@ -9,6 +9,7 @@ pub(crate) mod fdpass;
 pub mod inherited;
 pub mod input;
 pub mod limits;
+pub mod lookup;
 pub(crate) mod memfd;
 pub mod net;
 pub mod pidfd;

@@ -321,7 +321,7 @@ impl World {
 
     fn zygote_declares(&mut self, at: usize, fails: bool) {
         let report = match fails {
-            true => ZygoteReport::Failed { message: "a script's error".into() },
+            true => ZygoteReport::Failed { message: "a script's error".into(), may_pass: false },
             false => ZygoteReport::Declared(Box::new(self.declaration())),
         };
         let zygote = &mut self.zygotes[at];

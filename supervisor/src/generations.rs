@@ -193,7 +193,7 @@ impl Rollout {
         if let Some(entry) = late.and_then(|generation| self.loaded.get_mut(&generation)) {
             let limit = self.loading.boot_timeout.as_secs_f64();
             let message = format!("the script was not done after {limit} s (--boot-timeout)");
-            entry.failure.get_or_insert((Exit::Config, message));
+            entry.failure.get_or_insert((Exit::Temporary, message));
         }
         self.carry_out(commands, now, events);
         let due = |entry: &Generation| entry.standby_due.is_some_and(|at| at <= now);
@@ -313,7 +313,8 @@ impl Rollout {
                 events.push_back(Event::StartFailed(exit));
             }
             Cause::Reload => {
-                error!(self.log, "reload failed, the old configuration serves on: {message}");
+                let hint = if exit == Exit::Config { "" } else { "; trying again may help" };
+                error!(self.log, "reload failed, the old configuration serves on: {message}{hint}");
                 events.push_back(Event::ReloadFailed(cause, message));
             }
             Cause::Recovery => {

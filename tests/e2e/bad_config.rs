@@ -1,16 +1,19 @@
 //! Broken configurations. Each one ends the start with one clear message and the right exit status,
-//! and leaves nothing behind. The exit status is 78 when config.lua has to be changed, and 71 when
-//! the system refuses.
+//! and leaves nothing behind. The exit status is 78 when config.lua has to be changed, 75 when it
+//! needs something that may be there later, and 71 when the system refuses.
 
+use std::net::UdpSocket;
 use std::os::unix::fs::MetadataExt;
 
-use crate::harness::daemon::{is_socket, send_as_nobody};
+use crate::harness::daemon::{is_socket, run, send_as_nobody};
 use crate::harness::network::in_own_network;
+use crate::harness::postgres::Cluster;
 use crate::harness::target::make_stale;
 use crate::harness::{Daemon, Mail, Sink, Site, Target, eventually, submit};
 
 const CONFIG: i32 = 78;
 const SYSTEM: i32 = 71;
+const TEMPORARY: i32 = 75;
 
 /// Starts a daemon whose start must fail. Checks its exit status, that stderr contains all `parts`,
 /// and that nothing is left.
@@ -263,7 +266,99 @@ fn abstract_name_in_use() {
 fn a_script_that_never_ends() {
     let site = Site::with(&format!("{}\nwhile true do end", listen("$DIR/in")));
     let daemon = site.launch().arg("--boot-timeout").arg("0.5").spawn();
-    ended(daemon, CONFIG, &["config.lua"]).assert_nothing_left();
+    ended(daemon, TEMPORARY, &["config.lua"]).assert_nothing_left();
+}
+
+/// Starts a daemon with a resolver at 127.0.0.1 that has its answers from nobody else.
+fn with_resolver(script: &str) -> Daemon {
+    let files = [
+        ("nsswitch.conf", "hosts: dns\n"),
+        ("resolv.conf", "nameserver 127.0.0.1\noptions timeout:1 attempts:1\n"),
+    ];
+    Site::with(script).launch().with_etc(&files).spawn()
+}
+
+#[test]
+fn a_name_that_no_resolver_answers_for() {
+    in_own_network(|| {
+        let script =
+            format!("local hop = qmqp_resolve('relay.example.com')\n{}", listen("$DIR/in"));
+        ended(with_resolver(&script), TEMPORARY, &["config.lua:1:", "relay.example.com"]);
+        let script = "assert(pg:new('host=db.example.com user=u'):execute('SELECT 1'))";
+        ended(with_resolver(script), TEMPORARY, &["config.lua:1:", "db.example.com"]);
+    });
+}
+
+#[test]
+fn a_name_that_does_not_exist() {
+    in_own_network(|| {
+        let server = UdpSocket::bind("127.0.0.1:53").expect("bind");
+        let answers = server.try_clone().expect("clone");
+        std::thread::spawn(move || {
+            let mut query = [0; 512];
+            while let Ok((length, client)) = answers.recv_from(&mut query) {
+                // A response without records: recursion is available, and there is no such name.
+                query[2..4].copy_from_slice(&[0x81, 0x83]);
+                let _ = answers.send_to(&query[..length], client);
+            }
+        });
+        let script = "qmqp_resolve('relay.example.com')";
+        ended(with_resolver(script), CONFIG, &["config.lua:1:", "relay.example.com"]);
+        let script = "assert(pg:new('host=db.example.com user=u'):execute('SELECT 1'))";
+        ended(with_resolver(script), CONFIG, &["config.lua:1:", "db.example.com"]);
+    });
+}
+
+#[test]
+fn a_server_that_is_not_up() {
+    for script in [
+        "assert(pg:new('host=$DIR'):execute('SELECT 1'))",
+        "local ok, why = pg:new('host=127.0.0.1 port=1'):execute('SELECT 1')
+         if not ok then error('cannot read the list of sites: ' .. why) end",
+        "assert(pg:new('host=$DIR'):transaction(function() end))",
+        "assert(socket:connect('$DIR/nobody'):send('x'))",
+    ] {
+        fails(Site::with(script), TEMPORARY, &["config.lua:"]).assert_nothing_left();
+        let site = Site::with(script);
+        let config = site.path("config.lua");
+        let output = run(&["check", "--config", config.to_str().expect("UTF-8")]);
+        assert_eq!(output.status.code(), Some(TEMPORARY), "{script} {output:?}");
+    }
+}
+
+#[test]
+fn a_database_that_will_never_do() {
+    let cluster = Cluster::shared();
+    for (more, sql) in
+        [("dbname=missing", "SELECT 1"), ("", "SELEKT"), ("user=nobody_", "SELECT 1")]
+    {
+        let conninfo = format!("{} {more}", cluster.conninfo());
+        fails(
+            Site::with(&format!("assert(pg:new(\"{conninfo}\"):execute('{sql}'))")),
+            CONFIG,
+            &["config.lua:1:"],
+        );
+    }
+}
+
+#[test]
+fn a_reload_that_may_work_later_says_so() {
+    const HINT: &str = "trying again may help";
+    let daemon = Daemon::start(&listen("$DIR/in"));
+    for (script, hinted) in [
+        ("error('wrong')", false),
+        ("assert(pg:new('host=$DIR'):execute('SELECT 1'))", true),
+        ("qmqp_listen('$DIR/missing/in', function(m) return m:discard() end)", true),
+    ] {
+        let before = daemon.count_log("reload failed");
+        daemon.site().configure(script);
+        assert!(!daemon.reload(), "{script}");
+        eventually("the reason", || (daemon.count_log("reload failed") > before).then_some(()));
+        let text = daemon.text();
+        let line = text.lines().rfind(|line| line.contains("reload failed")).expect("a line");
+        assert_eq!(line.contains(HINT), hinted, "{line}");
+    }
+    assert_eq!(submit(daemon.path("in"), &Mail::new("x")), "Kmine");
 }
 
 #[test]
@@ -295,7 +390,7 @@ fn messages_have_no_error_numbers() {
         &["check", "--config", long],
         &["--config", long],
     ] {
-        let output = crate::harness::run(arguments);
+        let output = run(arguments);
         let told = String::from_utf8_lossy(&output.stderr).into_owned();
         assert!(!output.status.success() && told.contains("No such file"), "{arguments:?}: {told}");
         assert!(!told.contains("os error"), "{arguments:?}: {told}");

@@ -299,6 +299,8 @@ pub enum ZygoteReport {
     Failed {
         /// The error, for the administrator.
         message: String,
+        /// Whether trying again later may help.
+        may_pass: bool,
     },
     /// The worker runs, as a child of the supervisor.
     Forked {

@@ -161,7 +161,7 @@ fn a_script_that_fails_at_the_start_ends_the_daemon() {
     let mut site = Site::new();
     site.rollout.boot(site.now, &mut site.events);
     let zygote = site.zygote();
-    zygote.report(&ZygoteReport::Failed { message: "config.lua:1: no".into() });
+    zygote.report(&ZygoteReport::Failed { message: "config.lua:1: no".into(), may_pass: false });
     site.read(&zygote);
     let expected =
         [Event::ZygotesEnded(FIRST), Event::Abandoned(FIRST), Event::StartFailed(Exit::Config)];
@@ -170,11 +170,27 @@ fn a_script_that_fails_at_the_start_ends_the_daemon() {
 }
 
 #[test]
+fn what_may_pass_ends_the_start_with_another_status() {
+    let mut site = Site::new();
+    site.rollout.boot(site.now, &mut site.events);
+    let zygote = site.zygote();
+    zygote.report(&ZygoteReport::Failed { message: "no database".into(), may_pass: true });
+    site.read(&zygote);
+    assert_eq!(site.events().last(), said(&[Event::StartFailed(Exit::Temporary)]).last());
+
+    let mut site = Site::new();
+    site.rollout.boot(site.now, &mut site.events);
+    site.now += Duration::from_secs(31);
+    site.rollout.tick(site.now, &mut site.events);
+    assert_eq!(site.events().last(), said(&[Event::StartFailed(Exit::Temporary)]).last());
+}
+
+#[test]
 fn the_last_words_of_a_zygote_are_the_reason() {
     let mut site = Site::new();
     site.rollout.boot(site.now, &mut site.events);
     let zygote = site.zygote();
-    zygote.report(&ZygoteReport::Failed { message: "config.lua:1: no".into() });
+    zygote.report(&ZygoteReport::Failed { message: "config.lua:1: no".into(), may_pass: false });
     site.end(&zygote, 1);
     assert_eq!(site.events().last(), said(&[Event::StartFailed(Exit::Config)]).last());
 }
@@ -385,7 +401,7 @@ fn a_zygote_that_tells_its_own_number_as_its_standbys_is_killed() {
 fn a_zygote_whose_report_answers_no_order_is_killed() {
     let lies = [
         ZygoteReport::Declared(Box::default()),
-        ZygoteReport::Failed { message: "no".into() },
+        ZygoteReport::Failed { message: "no".into(), may_pass: false },
         ZygoteReport::ForkFailed { worker: WorkerId(5), message: "no".into() },
         ZygoteReport::StandbyFailed { message: "no".into() },
     ];

@@ -255,8 +255,9 @@ impl Rollout {
                 let commands = self.reload.declared(generation);
                 self.carry_out(commands, now, events);
             }
-            ZygoteReport::Failed { message } => {
-                self.fail(generation, (Exit::Config, message), now, events);
+            ZygoteReport::Failed { message, may_pass } => {
+                let exit = if may_pass { Exit::Temporary } else { Exit::Config };
+                self.fail(generation, (exit, message), now, events);
             }
             ZygoteReport::Forked { worker, pid } => {
                 events.push_back(Event::WorkerForked { teller, worker, pid: Pid::from_raw(pid) });

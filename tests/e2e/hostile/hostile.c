@@ -169,9 +169,9 @@ ATTACK(dear, ask_dearly(sockets[OPENER]))
 
 /* In a zygote, while the script loads. */
 ATTACK(zforked, flood(sockets[ORDERS], "\2\1\2", 3))
-ATTACK(zfailed, flood(sockets[ORDERS], "\1\1x", 3))
+ATTACK(zfailed, flood(sockets[ORDERS], "\1\1x\0", 4))
 ATTACK(znonsense, memset(bytes, 0xff, sizeof bytes); flood(sockets[ORDERS], bytes, 1000))
-ATTACK(zrights, send_rights(sockets[ORDERS], "\1\1x", 3))
+ATTACK(zrights, send_rights(sockets[ORDERS], "\1\1x\0", 4))
 ATTACK(zwishes, flood(sockets[ZYGOTE_OPENER], "\0", 1))
 ATTACK(zunread, int fd = get_channel(sockets[ZYGOTE_OPENER]);
        flood(fd, bytes, question(bytes, 0, KEYS, sizeof KEYS)))

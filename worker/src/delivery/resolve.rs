@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use qrelay_shared::deadline::Deadline;
+use qrelay_shared::sys::lookup;
 use qrelay_shared::sys::thread::spawn;
 use qrelay_shared::system_error::shown;
 use thiserror::Error;
@@ -31,6 +32,9 @@ pub(crate) enum LookupError {
     /// The resolver's answer, or the system has no thread.
     #[error("{0}")]
     Failed(String),
+    /// No resolver answered, or the system lacked something, which may pass by itself.
+    #[error("{0}")]
+    Unanswered(String),
     /// The deadline passed.
     #[error("the look-up takes too long")]
     TimedOut,
@@ -39,12 +43,17 @@ pub(crate) enum LookupError {
 /// Looks a name up on the calling thread, however long it takes. The addresses are at least one.
 ///
 /// # Errors
-/// [`LookupError::Failed`].
+/// [`LookupError::Failed`] or [`LookupError::Unanswered`].
 pub(crate) fn look_up(host: &str, port: u16) -> Result<Vec<SocketAddr>, LookupError> {
-    let failed = |cause: &str| LookupError::Failed(format!("cannot resolve '{host}': {cause}"));
-    let found = (host, port).to_socket_addrs().map_err(|error| failed(&reason(&error)))?;
-    let found: Vec<_> = found.collect();
-    if found.is_empty() { Err(failed("it has no address")) } else { Ok(found) }
+    let message = |cause: &str| format!("cannot resolve '{host}': {cause}");
+    match (host, port).to_socket_addrs().map(Vec::from_iter) {
+        Ok(found) if found.is_empty() => Err(LookupError::Failed(message("it has no address"))),
+        Ok(found) => Ok(found),
+        Err(error) if lookup::may_pass(&error) => {
+            Err(LookupError::Unanswered(message(&reason(&error))))
+        }
+        Err(error) => Err(LookupError::Failed(message(&reason(&error)))),
+    }
 }
 
 /// Looks a name up until the deadline. The addresses are at least one.

@@ -6,6 +6,7 @@
 use std::path::{Path, PathBuf};
 
 use mlua::{Lua, Value};
+use nix::errno::Errno;
 use nix::unistd::geteuid;
 use qrelay_shared::sys::safe_path::{self, Unsafe};
 use qrelay_shared::system_error::shown;
@@ -17,7 +18,7 @@ use crate::lua::binding::function;
 use crate::lua::library::listen::SharedDraft;
 
 /// Why a configuration can't be used. The administrator can repair each by editing the file, except
-/// [`ConfigError::Internal`].
+/// [`ConfigError::ForNow`] and [`ConfigError::Internal`].
 #[derive(Debug, Error)]
 pub enum ConfigError {
     /// The file can't be read.
@@ -51,9 +52,27 @@ pub enum ConfigError {
         /// The global or setting, and what was expected.
         message: String,
     },
+    /// The script failed after something had failed that may pass by itself: a look-up without an
+    /// answer, a database that isn't up.
+    #[error("{0}")]
+    ForNow(Box<ConfigError>),
     /// The working directory can't be changed, or Lua can't be set up.
     #[error("{0}")]
     Internal(String),
+}
+
+impl ConfigError {
+    /// Returns whether trying again later may help, without a change to the file.
+    pub fn may_pass(&self) -> bool {
+        match self {
+            Self::ForNow(_) => true,
+            Self::Unreadable { cause, .. } => {
+                let passing = [Errno::EMFILE, Errno::ENFILE, Errno::ENOMEM, Errno::EIO];
+                cause.raw_os_error().is_some_and(|e| passing.contains(&Errno::from_raw(e)))
+            }
+            _ => false,
+        }
+    }
 }
 
 /// Runs the script in its directory, and then its `reload` if that is asked for.

@@ -136,7 +136,10 @@ impl State {
         pg.close();
         dictionary_client::close_idle();
         *dictionaries.write() = Opener::default();
-        result?;
+        result.map_err(|error| match watch.has_failed_for_now() {
+            true => ConfigError::ForNow(Box::new(error)),
+            false => error,
+        })?;
         socket::release(&lua);
         std::env::set_current_dir("/")
             .map_err(|e| ConfigError::Internal(format!("cannot change to /: {}", shown(&e))))?;

@@ -35,7 +35,7 @@ use qrelay_shared::sys::signals::{disregard, disregard_strays};
 use qrelay_shared::sys::wait::wait;
 use slog::{Level, Logger, error};
 
-use crate::lua::config::require_safe;
+use crate::lua::config::{ConfigError, require_safe};
 use crate::lua::state::{LoadOptions, State};
 use crate::process::logging::Current;
 use crate::process::worker::{self, Birth};
@@ -183,10 +183,12 @@ fn obey(channel: &ZygoteChannel, loaded: &mut Option<Loaded>, logger: &Current) 
 fn send(channel: &ZygoteChannel, report: &ZygoteReport) {
     if let Err(SendError::TooLarge) = channel.send(report, &[]) {
         let message = match report {
-            ZygoteReport::Failed { message } => message.chars().take(LONGEST_COMPLAINT).collect(),
+            ZygoteReport::Failed { message, .. } => {
+                message.chars().take(LONGEST_COMPLAINT).collect()
+            }
             _ => "the listeners don't fit in a message: too many, or too long".into(),
         };
-        let _ = channel.send(&ZygoteReport::Failed { message }, &[]);
+        let _ = channel.send(&refused(message), &[]);
     }
 }
 
@@ -260,16 +262,16 @@ fn load(
     loaded: &mut Option<Loaded>,
 ) -> ZygoteReport {
     if loaded.is_some() {
-        return ZygoteReport::Failed { message: "a script has been loaded already".into() };
+        return refused("a script has been loaded already".into());
     }
     // Before this process is another user: the supervisor, as root, binds what the script declares.
     if let Err(error) = require_safe(&options.config) {
-        return ZygoteReport::Failed { message: error.to_string() };
+        return unusable(&error);
     }
     let supervisor = getppid();
     let before = match account.map_or(Ok(None), |account| become_account(account, supervisor)) {
         Ok(user) => user,
-        Err(message) => return ZygoteReport::Failed { message },
+        Err(message) => return refused(message),
     };
     match catch_unwind(AssertUnwindSafe(|| State::load(options))) {
         Ok(Ok((state, mut declaration))) => {
@@ -278,14 +280,23 @@ fn load(
                     let user = separation.user.or(before);
                     declaration.separation = Separation { user, ..separation };
                 }
-                Err(message) => return ZygoteReport::Failed { message },
+                Err(message) => return refused(message),
             }
             *loaded = Some(Loaded { state, declaration: declaration.clone(), instance });
             ZygoteReport::Declared(Box::new(declaration))
         }
-        Ok(Err(error)) => ZygoteReport::Failed { message: error.to_string() },
-        Err(_) => ZygoteReport::Failed { message: "internal error while loading".into() },
+        Ok(Err(error)) => unusable(&error),
+        Err(_) => refused("internal error while loading".into()),
     }
+}
+
+/// Reports that this process can't run a script, and that trying again won't help.
+fn refused(message: String) -> ZygoteReport {
+    ZygoteReport::Failed { message, may_pass: false }
+}
+
+fn unusable(error: &ConfigError) -> ZygoteReport {
+    ZygoteReport::Failed { message: error.to_string(), may_pass: error.may_pass() }
 }
 
 /// Becomes the user that the script has declared, and enters the sandbox unless the script has

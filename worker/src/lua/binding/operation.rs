@@ -29,6 +29,8 @@ pub(crate) type Results = Box<dyn FnOnce(&Lua) -> Result<MultiValue, Raise> + Se
 pub(crate) enum Completion {
     /// The function returns, or raises, this.
     Done(Results),
+    /// The function returns, or raises, this: a failure that may pass by itself.
+    Passing(Results),
     /// The deadline passed.
     Expired,
 }
@@ -42,6 +44,14 @@ impl Completion {
     /// The function returns `nil, message`.
     pub(crate) fn failure(message: String) -> Self {
         Self::values((mlua::Value::Nil, message))
+    }
+
+    /// A failure that may pass by itself, if `passing`.
+    pub(crate) fn passing_if(self, passing: bool) -> Self {
+        match self {
+            Self::Done(results) if passing => Self::Passing(results),
+            other => other,
+        }
     }
 
     /// The function raises this.
@@ -88,7 +98,7 @@ impl Pending {
     /// The operation isn't done, or was given up.
     pub(crate) fn results(&self) -> Result<Results, Raise> {
         match std::mem::replace(&mut *self.0.lock(), Stage::Running) {
-            Stage::Done(Completion::Done(results)) => Ok(results),
+            Stage::Done(Completion::Done(results) | Completion::Passing(results)) => Ok(results),
             Stage::Done(Completion::Expired) => Err("the time for this mail is over".into()),
             Stage::Ready(_) | Stage::Running => {
                 Err("the operation was interrupted: its coroutine was resumed by the script".into())

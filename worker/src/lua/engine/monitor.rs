@@ -177,7 +177,7 @@ impl Monitor {
         let outcome = run.operation.run(job.deadline);
         let again = match outcome {
             Completion::Expired => None,
-            Completion::Done(_) => self.hold(job.deadline),
+            Completion::Done(_) | Completion::Passing(_) => self.hold(job.deadline),
         };
         let Some(mut hold) = again else {
             self.abandon(run.thread, run.pending);

@@ -15,7 +15,7 @@ use qrelay_shared::deadline::Deadline;
 
 use crate::lua::binding::error;
 use crate::lua::binding::function::{self, internal};
-use crate::lua::binding::operation::Pending;
+use crate::lua::binding::operation::{Completion, Pending};
 use crate::lua::engine::watch::Watch;
 
 /// Does an operation where a function can't yield: while the script loads, or below a C function.
@@ -24,7 +24,11 @@ use crate::lua::engine::watch::Watch;
 fn block(watch: &Watch, pending: &Pending) {
     if let Some(operation) = pending.take() {
         let limit = watch.remaining().min(FOREVER);
-        pending.finish(operation.run(Deadline::after(limit)));
+        let outcome = operation.run(Deadline::after(limit));
+        if let Completion::Passing(_) = outcome {
+            watch.note_passing();
+        }
+        pending.finish(outcome);
     }
 }
 

@@ -58,6 +58,8 @@ pub(crate) struct Watch {
     tightened: AtomicBool,
     /// For `prelude.lua`: whether the limit of the running turn passed.
     flags: OnceLock<Table>,
+    /// Whether something has failed, in a call that blocked Lua, that may pass by itself.
+    passing: AtomicBool,
     /// The mail whose handler runs.
     mail: Mutex<Option<Arc<Slot>>>,
     /// The resources that end with the run.
@@ -76,6 +78,7 @@ impl Watch {
             expired: AtomicBool::new(false),
             tightened: AtomicBool::new(false),
             flags: OnceLock::new(),
+            passing: AtomicBool::new(false),
             mail: Mutex::new(None),
             scope: Mutex::new(None),
         })
@@ -120,6 +123,16 @@ impl Watch {
     /// Returns the index of the handler that runs.
     pub(crate) fn handler(&self) -> Option<usize> {
         Some(self.handler.load(Ordering::Relaxed)).filter(|index| *index != NO_HANDLER)
+    }
+
+    /// Notes a failure that may pass by itself.
+    pub(crate) fn note_passing(&self) {
+        self.passing.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether something has failed, while the script was loaded, that may pass by itself.
+    pub(crate) fn has_failed_for_now(&self) -> bool {
+        self.passing.load(Ordering::Relaxed)
     }
 
     /// Whether Lua, asking this, runs outside of any turn: the script loads.

@@ -149,7 +149,8 @@ pub(super) fn failure(error: &SocketError, deadline: Deadline) -> Completion {
     if matches!(error, SocketError::TimedOut) && deadline.expired() {
         return Completion::Expired;
     }
-    Completion::failure(error.to_string())
+    let closed = matches!(error, SocketError::Closed);
+    Completion::failure(error.to_string()).passing_if(!closed)
 }
 
 /// `socket:connect(…)` at run time.

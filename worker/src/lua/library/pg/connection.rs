@@ -14,7 +14,7 @@ use std::sync::Arc;
 use qrelay_shared::sys::thread::spawn;
 
 use crate::lua::library::pg::session::{Answer, Request, Session};
-use crate::lua::library::pg::target::{Cancel, Connection, Target};
+use crate::lua::library::pg::target::{Cancel, ConnectFailure, Connection, Target};
 use crate::lua::library::pg::task::{Stage, Task};
 
 /// Virtual memory of a connection's thread: a TLS handshake of an unoptimised build takes less than
@@ -47,6 +47,13 @@ pub(super) trait Tasks {
 /// There is no thread to be had.
 pub(super) fn start<T: Tasks>(tasks: impl FnOnce() -> T + Send + 'static) -> std::io::Result<()> {
     spawn("pg", STACK_SIZE, move || Worker { tasks: tasks(), connection: None }.run())
+}
+
+impl From<ConnectFailure> for Answer {
+    fn from(failure: ConnectFailure) -> Self {
+        let ConnectFailure { message, may_pass } = failure;
+        if may_pass { Self::Unreachable(message) } else { Self::Failed(message) }
+    }
 }
 
 struct Worker<T> {
@@ -96,7 +103,7 @@ impl<T: Tasks> Worker<T> {
         loop {
             let session = match self.connected(stage) {
                 Ok(session) => session,
-                Err(message) => return Answer::Failed(message),
+                Err(failure) => return failure.into(),
             };
             match session.answer(request) {
                 Answer::Lost { message, unsent } => {
@@ -110,14 +117,14 @@ impl<T: Tasks> Worker<T> {
         }
     }
 
-    fn connected(&mut self, stage: &Stage) -> Result<&mut Session, String> {
+    fn connected(&mut self, stage: &Stage) -> Result<&mut Session, ConnectFailure> {
         let connection = match self.connection.take() {
             Some(connection) => connection,
             None => {
                 let Connection { client, cancel, pooling } = self.tasks.target().connect()?;
                 let cancel = Arc::new(cancel);
                 if !stage.run(Some(&cancel)) {
-                    return Err("nobody waits any more".into());
+                    return Err("nobody waits any more".to_owned().into());
                 }
                 (Session::new(client, pooling), cancel)
             }

@@ -177,8 +177,15 @@ fn outcome<R: IntoLua + Send + 'static>(
 ) -> Completion {
     match result {
         Ok(rows) => Completion::values(value(rows)),
-        Err(Refusal::Failed(message)) => Completion::failure(message),
-        Err(Refusal::Expired) => Completion::Expired,
+        Err(refusal) => refused(refusal),
+    }
+}
+
+fn refused(refusal: Refusal) -> Completion {
+    match refusal {
+        Refusal::Failed(message) => Completion::failure(message),
+        Refusal::Unreachable(message) => Completion::failure(message).passing_if(true),
+        Refusal::Expired => Completion::Expired,
     }
 }
 
@@ -212,8 +219,7 @@ impl Operation for Begin {
                 }
                 Completion::values(TransactionObject(transaction))
             }
-            Err(Refusal::Failed(message)) => Completion::failure(message),
-            Err(Refusal::Expired) => Completion::Expired,
+            Err(refusal) => refused(refusal),
         }
     }
 }

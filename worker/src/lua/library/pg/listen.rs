@@ -130,7 +130,7 @@ impl Subscription {
                     return;
                 }
                 Ok(connection) => self.follow(connection.client, &mut broken, &mut pause),
-                Err(reason) => reason,
+                Err(failure) => failure.message,
             };
             if !std::mem::replace(&mut broken, true) {
                 warn!(logger, "no notifications for now"; "error" => reason);

@@ -59,6 +59,8 @@ pub(super) enum Refusal {
     Expired,
     /// The reason of the server or the system.
     Failed(String),
+    /// Why there is no connection, which may pass by itself.
+    Unreachable(String),
 }
 
 /// The connections.
@@ -287,6 +289,7 @@ impl Caller {
             Ok(Answer::Failed(message) | Answer::Lost { message, .. }) => {
                 Err(Refusal::Failed(message))
             }
+            Ok(Answer::Unreachable(message)) => Err(Refusal::Unreachable(message)),
             Err(RecvTimeoutError::Disconnected) => {
                 Err(Refusal::Failed("the connection's thread has ended".into()))
             }

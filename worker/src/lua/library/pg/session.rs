@@ -81,6 +81,8 @@ pub(super) enum Answer {
     Done(Rows),
     /// The server refused.
     Failed(String),
+    /// There is no connection, which may pass by itself.
+    Unreachable(String),
     /// The connection is gone.
     Lost {
         /// Why.

@@ -8,6 +8,7 @@
 //! [`ConnInfoError`] for what can't be supported; the text of the last server's error when no
 //! server can be connected to.
 
+use std::io::ErrorKind;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
@@ -18,6 +19,7 @@ use nix::unistd::{User, geteuid};
 use postgres::config::{LoadBalanceHosts, SslMode, TargetSessionAttrs};
 use postgres::error::SqlState;
 use postgres::{Client, Config, Error, NoTls};
+use qrelay_shared::sys::lookup;
 use qrelay_shared::system_error::without_numbers;
 use rustls::pki_types::CertificateDer;
 use slog::Logger;
@@ -177,8 +179,8 @@ impl Target {
     ///
     /// # Errors
     /// The last server's error.
-    pub(super) fn connect(&self) -> Result<Connection, String> {
-        let mut failure = String::new();
+    pub(super) fn connect(&self) -> Result<Connection, ConnectFailure> {
+        let mut failure = ConnectFailure::from(String::new());
         for server in &self.servers {
             match server.connect(&self.logger) {
                 Ok((mut client, pooling)) => {
@@ -188,7 +190,9 @@ impl Target {
                     return Ok(Connection { client, cancel, pooling });
                 }
                 Err(error) => {
-                    failure = format!("cannot connect to {}: {}", server.name, describe(&error));
+                    let message =
+                        format!("cannot connect to {}: {}", server.name, describe(&error));
+                    failure = ConnectFailure { message, may_pass: may_pass(&error) };
                 }
             }
         }
@@ -206,6 +210,43 @@ impl Target {
         }
         client.batch_execute(prologue).map_err(|error| describe(&error))
     }
+}
+
+/// Why there is no connection.
+pub(super) struct ConnectFailure {
+    /// The cause.
+    pub message: String,
+    /// Whether the cause may pass by itself.
+    pub may_pass: bool,
+}
+
+impl From<String> for ConnectFailure {
+    fn from(message: String) -> Self {
+        Self { message, may_pass: false }
+    }
+}
+
+/// Whether a server that can't be reached now may be there later. A server that refuses the user,
+/// the database or the certificate won't.
+fn may_pass(error: &Error) -> bool {
+    if let Some(code) = error.code() {
+        // Connection exceptions, resources, operator intervention (a server that starts or stops),
+        // errors of the system (PostgreSQL, appendix A).
+        return ["08", "53", "57", "58"].iter().any(|class| code.code().starts_with(class));
+    }
+    let mut cause = std::error::Error::source(error);
+    while let Some(inner) = cause {
+        if let Some(io) = inner.downcast_ref::<std::io::Error>() {
+            return match io.kind() {
+                ErrorKind::PermissionDenied => false,
+                ErrorKind::TimedOut | ErrorKind::UnexpectedEof => true,
+                // Errors of TLS have no number, and a look-up's have one if the system failed.
+                _ => lookup::may_pass(io),
+            };
+        }
+        cause = inner.source();
+    }
+    error.is_closed()
 }
 
 impl Server {
