@@ -585,6 +585,29 @@ fn a_mail_whose_worker_was_killed_has_a_record() {
 }
 
 #[test]
+fn a_request_that_never_became_complete_has_no_record() {
+    let site = Site::new();
+    let server = LogServer::at(&site.path("log"));
+    site.configure(
+        "log_server = '$DIR/log'
+         settings{workers=1, client_timeout=60}
+         qmqp_listen('$DIR/in', function(m) return m:discard() end)",
+    );
+    let daemon = site.start();
+    let request = mail("s@x", &["r@x"]).request();
+    let mut client = Client::connect(daemon.path("in"));
+    client.send(&request[..request.len() - 1]);
+    // The only worker takes this mail later.
+    assert_eq!(submit(daemon.path("in"), &mail("first@x", &["r@x"])), "Kdiscarded");
+    assert_eq!(server.record().message(), "from=<first@x> to=<r@x> discarded");
+    signal(daemon.workers()[0], Signal::SIGKILL);
+    assert_eq!(client.outcome(), "Ztry again later");
+    assert_eq!(submit(daemon.path("in"), &mail("second@x", &["r@x"])), "Kdiscarded");
+    assert_eq!(server.record().message(), "from=<second@x> to=<r@x> discarded");
+    server.assert_empty();
+}
+
+#[test]
 fn a_mail_of_which_nobody_knows_the_answer_is_lost() {
     let site = Site::new();
     let server = LogServer::at(&site.path("log"));

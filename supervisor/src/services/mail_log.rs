@@ -203,7 +203,8 @@ impl MailLog {
                 .duration_since(UNIX_EPOCH)
                 .map_or(0, |since| since.as_micros() as u64),
             times: Times::default(),
-            refused: false,
+            // A worker notes the envelope of a complete request, just before its handler runs.
+            refused: count == 0,
         };
         let lost =
             Some(flight.map_or_else(|| "unknown".to_owned(), |flight| flight.phase.to_string()));
