@@ -303,6 +303,29 @@ fn big_mails() {
 }
 
 #[test]
+fn a_refused_client_gets_its_answer_however_long_it_sends() {
+    let (daemon, _sink) = relay_with("client_timeout=2, request_timeout=30", "max_size=2000");
+    let mut client = Client::connect(daemon.path("in"));
+    client.send(b"302001:");
+    // Longer than any pause that a closed connection would survive.
+    let started = Instant::now();
+    while started.elapsed() < Duration::from_secs(4) {
+        client.try_send(&[b'x'; 4096]).expect("the daemon reads on");
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    assert_eq!(client.half_close().outcome(), "Dmessage too large");
+    // A client that goes on without an end is left after a while.
+    let (daemon, _sink) = relay_with("client_timeout=1, request_timeout=2", "max_size=2000");
+    let mut endless = Client::connect(daemon.path("in"));
+    endless.send(b"302001:");
+    let started = Instant::now();
+    while endless.try_send(&[b'x'; 4096]).is_ok() {
+        assert!(started.elapsed() < PATIENCE, "the daemon reads on for ever");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+#[test]
 fn empty_message_and_null_sender() {
     let (daemon, sink) = relay();
     let mut mail = Mail::new("").from("");

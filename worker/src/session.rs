@@ -32,7 +32,7 @@ use qrelay_shared::deadline::Deadline;
 use qrelay_shared::flight::{Envelope, Phase};
 use qrelay_shared::header::received_count;
 use qrelay_shared::ipc::message::{Job, MailRecord, mail_id};
-use qrelay_shared::qmqp::{Limits, Reply, Request, RequestError, parse};
+use qrelay_shared::qmqp::{Limits, Reply, Request, RequestError, Status, parse};
 use qrelay_shared::sys::rights::{MoreInput, PeerSocket};
 use qrelay_shared::texts;
 use slog::{error, info};
@@ -212,7 +212,13 @@ impl Session {
         };
         let (total, at_once) = match incoming {
             Incoming::Complete { total, at_once } => (total, at_once),
-            Incoming::Refused(reply) => return no_mail(buffer, reply, Unread::Some),
+            Incoming::Refused(reply) => {
+                let unread = match reply.status {
+                    Status::Permanent => Unread::Refused,
+                    Status::Accepted | Status::Temporary => Unread::Some,
+                };
+                return no_mail(buffer, reply, unread);
+            }
             Incoming::Rights => {
                 info!(context.logger, "connection refused: the client has passed descriptors";
                     "job" => self.job.job, "peer" => ?self.job.peer);
@@ -306,7 +312,7 @@ impl Session {
 
     /// Answers the mail's client, and reports the mail to the supervisor.
     fn conclude(&mut self, context: &Context, mail: Box<Mail>, outcome: &Outcome, unread: Unread) {
-        self.answer(&outcome.reply, unread);
+        self.answer(context, &outcome.reply, unread);
         self.done(context, Some(record(&mail, outcome, self.answered())));
         context.buffers.give(mail.into_buffer());
     }
@@ -369,7 +375,7 @@ impl Session {
 
     /// Answers a request that never became a mail.
     fn refuse(&mut self, context: &Context, reply: &Reply, unread: Unread) {
-        self.answer(reply, unread);
+        self.answer(context, reply, unread);
         self.done(context, Some(refusal(reply, self.answered())));
     }
 
@@ -379,14 +385,14 @@ impl Session {
     }
 
     /// Answers the client, unless that was done before a panic.
-    fn answer(&mut self, reply: &Reply, unread: Unread) {
+    fn answer(&mut self, context: &Context, reply: &Reply, unread: Unread) {
         if self.due != Due::Answer {
             return;
         }
         self.due = Due::Done;
         let input = match unread {
             Unread::Unknown => MoreInput::Unlikely,
-            Unread::Some => MoreInput::Likely,
+            Unread::Some | Unread::Refused => MoreInput::Likely,
         };
         self.flight.enter(Phase::Answering(reply.status));
         answer(&self.client, reply, input);
@@ -394,6 +400,11 @@ impl Session {
         self.answered = Some(Answered::now(self.job.accepted, self.flight.times()));
         match unread {
             Unread::Unknown => drop_surplus(&self.client),
+            Unread::Refused => {
+                if let Some((_, terms)) = self.terms(context) {
+                    terms.drop_rest(&self.client);
+                }
+            }
             Unread::Some => {
                 drop(self.spent.take());
                 linger(&self.client);
@@ -468,7 +479,7 @@ mod tests {
             ("nothing", |_, _, _| {}, failed),
             (
                 "answered",
-                |session, _, reply| session.answer(reply, Unread::Unknown),
+                |session, context, reply| session.answer(context, reply, Unread::Unknown),
                 "9:Drejected,",
             ),
             (

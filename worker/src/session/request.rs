@@ -100,27 +100,40 @@ impl<'w> Terms<'w> {
     }
 
     /// Reads until the request is complete or refused. `buffer` is empty, or has what
-    /// [`Self::try_read`] got. The caller keeps the holding of memory as long as the buffer.
+    /// [`Self::try_read`] got. The caller keeps the holding of memory as long as the buffer of a
+    /// complete request.
     pub(crate) fn read(
         &self,
         client: &Arc<PeerSocket>,
         buffer: &mut Vec<u8>,
     ) -> (Incoming, Option<Holding<'w>>) {
         make_room(buffer);
-        let mut run = Run {
+        let mut run = self.run(client);
+        let incoming = run.read(buffer);
+        let complete = matches!(incoming, Incoming::Complete { .. });
+        let memory = run.memory.filter(|_| complete);
+        if let Some(memory) = &memory {
+            memory.complete();
+        }
+        (incoming, memory)
+    }
+
+    /// Reads and drops the rest of a request that was refused for good, until the client closes its
+    /// side, with the time limits of a request. Closing earlier would reset the connection, and a
+    /// client that loses its answer in this way sends the same mail again and again.
+    pub(crate) fn drop_rest(&self, client: &Arc<PeerSocket>) {
+        self.run(client).drop_rest();
+    }
+
+    fn run<'t>(&'t self, client: &'t Arc<PeerSocket>) -> Run<'t, 'w> {
+        Run {
             terms: self,
             client,
             deadline: Deadline::after(self.request_timeout),
             slowest: Instant::now() + self.client_timeout,
             reading: None,
             memory: None,
-        };
-        let incoming = run.read(buffer);
-        let complete = matches!(incoming, Incoming::Complete { .. });
-        if let Some(memory) = run.memory.as_ref().filter(|_| complete) {
-            memory.complete();
         }
-        (incoming, run.memory)
     }
 }
 
@@ -167,6 +180,20 @@ impl Run<'_, '_> {
                 },
                 Err(PeerError::Os(_)) => return Incoming::Gone,
                 Err(PeerError::Rights) => return Incoming::Rights,
+            }
+        }
+    }
+
+    fn drop_rest(&mut self) {
+        let mut scratch = [0; 16 * 1024];
+        let mut dropped = 0;
+        while !self.deadline.expired() {
+            match self.client.recv(&mut scratch, MsgFlags::MSG_DONTWAIT) {
+                Ok(0) => return,
+                Ok(length) => dropped += length,
+                Err(PeerError::Os(Errno::EINTR)) => {}
+                Err(PeerError::Os(Errno::EAGAIN)) if self.wait(dropped) == Ok(true) => {}
+                Err(_) => return,
             }
         }
     }

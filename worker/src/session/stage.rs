@@ -12,8 +12,10 @@ use crate::session::script::Handling;
 pub(crate) enum Unread {
     /// Nothing is known to be unread.
     Unknown,
-    /// The rest of the request, or bytes after the request.
+    /// Bytes after the request, or the rest of a request that the client will send again.
     Some,
+    /// The rest of a request that was refused for good.
+    Refused,
 }
 
 /// A point in a session where the next step may wait: for the client, the next hop or a program.
