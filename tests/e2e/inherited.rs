@@ -88,7 +88,7 @@ fn signals_that_the_launcher_blocked_or_ignored_work() {
         assert_eq!(field(&status, "SigIgn"), ignored, "{pid}");
     }
     let workers = daemon.wait_for_workers(2, &[]);
-    workers.iter().for_each(|&pid| crate::harness::processes::signal(pid, Signal::SIGKILL));
+    workers.iter().for_each(|&pid| processes::signal(pid, Signal::SIGKILL));
     daemon.wait_for_workers(2, &workers);
     assert!(daemon.reload());
     assert_eq!(submit(daemon.path("in"), &Mail::new("x")), "Kdiscarded");

@@ -232,7 +232,7 @@ fn a_process_that_floods_has_its_share_of_a_turn() {
         let mut site = Site::new();
         site.server.declared(FIRST, &Declaration::default());
         let (opener, other) = (site.process(WORKER), site.process(OTHER));
-        let channels: Vec<_> = (0..200).map(|_| site.open(&opener).expect("one")).collect();
+        let channels: Vec<_> = (0..128).map(|_| site.open(&opener).expect("one")).collect();
         let others = site.open(&other).expect("a channel");
         for channel in &channels {
             flood(channel, &operation);
