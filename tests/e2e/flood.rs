@@ -2,7 +2,7 @@
 //! the same.
 
 use std::fs;
-use std::io::{BufRead as _, BufReader};
+use std::io::{BufRead, BufReader};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -49,6 +49,35 @@ while True:
         BufReader::new(stdout).read_line(&mut line).expect("a line");
         assert_eq!(line, "dripping\n");
         Self(child)
+    }
+
+    /// Begins `count` requests again and again, each round before the last one is a second old.
+    /// Returns what says that a round is over, too.
+    fn begins_anew(uid: u32, to: &Path, count: usize, begin: &str) -> (Self, impl BufRead) {
+        let code = "
+import socket, sys, time
+to, count, begin = sys.argv[1], int(sys.argv[2]), sys.argv[3].encode()
+while True:
+    clients = []
+    for _ in range(count):
+        client = socket.socket(socket.AF_UNIX)
+        client.connect(to)
+        client.sendall(begin)
+        clients.append(client)
+    time.sleep(0.2)
+    for client in clients: client.close()
+    print('round', flush=True)";
+        let mut child = Command::new("python3")
+            .args(["-c", code])
+            .arg(to)
+            .args([&count.to_string(), begin])
+            .uid(uid)
+            .gid(uid)
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("python3 runs as another user");
+        let rounds = BufReader::new(child.stdout.take().expect("piped"));
+        (Self(child), rounds)
     }
 }
 
@@ -116,6 +145,25 @@ fn the_slowest_request_gives_way() {
     });
     let (client, size) = &mut fast;
     assert_eq!(client.send(&request[*size..]).outcome(), "Kdiscarded");
+}
+
+#[test]
+fn no_request_gives_way_to_a_client_that_begins_again_and_again() {
+    let daemon = Daemon::start(
+        "settings{workers=1, worker_connections=8, request_min_rate=0}
+         qmqp_listen('$DIR/in', function(m) return m:discard() end)",
+    );
+    let path = daemon.path("in");
+    let request = Mail::of_size(60_000).request();
+    let mut client = Client::connect(&*path);
+    let (_neighbour, rounds) = Neighbour::begins_anew(NOBODY, &path, 5, "9000000:8999000:");
+    // All rounds together last longer than a request that gives way.
+    let mut lines = rounds.lines();
+    for piece in request.chunks(request.len() / 10) {
+        assert_eq!(lines.next().expect("a line").expect("a line"), "round");
+        assert!(client.try_send(piece).is_ok(), "{}", client.outcome());
+    }
+    assert_eq!(client.outcome(), "Kdiscarded");
 }
 
 #[test]

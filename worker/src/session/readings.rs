@@ -3,8 +3,11 @@
 //! A request that is being read holds one of the worker's credits, for as long as its client likes
 //! to take. So when one more begins while such requests hold half of the credits, the client with
 //! the most of them loses its slowest one. A request gives way only after [`GRACE`], because the
-//! requests of a burst would end each other otherwise.
+//! requests of a burst would end each other otherwise. A client that begins requests again and
+//! again within that time has nothing that could give way, and nobody with less gives way to it:
+//! then such requests hold more than half of the credits, up to the client's `client_share`.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -104,13 +107,21 @@ struct Pace {
 }
 
 /// Chooses a request that gives way: of those that are old enough, the slowest one of the client
-/// that has most. Pure.
+/// that has most. If that client has less than its part of all requests, nobody gives way: others
+/// have more, and begin again and again before theirs are old enough. Pure.
 fn choose(paces: &[Pace]) -> Option<usize> {
-    let of = |client| paces.iter().filter(|pace| pace.client == client).count();
+    let mut counts = BTreeMap::<Client, usize>::new();
+    for pace in paces {
+        *counts.entry(pace.client).or_default() += 1;
+    }
+    let of = |pace: &Pace| counts.get(&pace.client).copied().unwrap_or_default();
     let old = || paces.iter().enumerate().filter(|(_, pace)| pace.age >= GRACE);
-    let most = old().map(|(_, pace)| of(pace.client)).max()?;
+    let most = old().map(|(_, pace)| of(pace)).max()?;
+    if most * counts.len() < paces.len() {
+        return None;
+    }
     let slower = |a: &(usize, &Pace), b: &(usize, &Pace)| a.1.rate.total_cmp(&b.1.rate);
-    old().filter(|(_, pace)| of(pace.client) == most).min_by(slower).map(|(at, _)| at)
+    old().filter(|(_, pace)| of(pace) == most).min_by(slower).map(|(at, _)| at)
 }
 
 #[cfg(test)]
@@ -121,6 +132,7 @@ mod tests {
 
     const A: Client = Client::Uid(1);
     const B: Client = Client::Uid(2);
+    const C: Client = Client::Uid(3);
 
     #[test]
     fn the_slowest_of_the_client_with_most_gives_way() {
@@ -131,6 +143,18 @@ mod tests {
         assert_eq!(choose(&[pace(A, 5.0), young(A, 1.0), pace(B, 1.0)]), Some(0));
         assert_eq!(choose(&[pace(A, 5.0), pace(B, 1.0), pace(A, 9.0)]), Some(0));
         assert_eq!(choose(&[pace(A, 5.0), pace(B, 1.0)]), Some(1));
+    }
+
+    #[test]
+    fn nobody_gives_way_to_a_client_that_has_more() {
+        let pace = |client, age| Pace { client, rate: 1.0, age };
+        let (old, young) = (|client| pace(client, GRACE), |client| pace(client, Duration::ZERO));
+        let crowd = |count| vec![young(A); count];
+        assert_eq!(choose(&[crowd(2), vec![old(B)]].concat()), None, "A begins again and again");
+        assert_eq!(choose(&[crowd(1), vec![old(B)]].concat()), Some(1), "both have as many");
+        let third = [old(B), old(B), old(C)];
+        assert_eq!(choose(&[crowd(3), third.to_vec()].concat()), Some(3), "B has its part");
+        assert_eq!(choose(&[crowd(4), third.to_vec()].concat()), None, "B has less");
     }
 
     #[test]
