@@ -6,6 +6,7 @@
 //! that no worker has yet, and channels to the shared dictionaries.
 
 use qrelay_shared::settings::Settings;
+use qrelay_shared::sys::limits::of_others;
 
 /// Descriptors for standard streams, signals, logs, listeners, zygotes, and files that are open for
 /// a moment.
@@ -44,14 +45,14 @@ pub(crate) struct Allotment {
     pub(crate) channels: usize,
 }
 
-/// Divides `limit` descriptors (RLIMIT_NOFILE, which is the workers' limit as well): half of what
-/// isn't kept goes to jobs, a quarter to connections without a worker, and a quarter to channels.
+/// Divides `limit` descriptors (RLIMIT_NOFILE; workers may have [`of_others`]): half of what isn't
+/// kept goes to jobs, a quarter to connections without a worker, and a quarter to channels.
 pub(crate) fn allot(limit: u64, settings: &Settings) -> Allotment {
     let workers = u64::from(settings.workers.max(1));
     let free = limit.saturating_sub(OWN + PER_WORKER * workers);
     let credit = u64::from(settings.worker_connections)
         .min(free / 2 / workers)
-        .min(limit.saturating_sub(OWN) / PER_JOB);
+        .min(of_others(limit).saturating_sub(OWN) / PER_JOB);
     let channels = (credit + SPARE_CHANNELS)
         .min(MAX_CHANNELS)
         .min((free / 4 / workers).saturating_sub(OPENERS));
@@ -83,6 +84,8 @@ mod tests {
             (132, settings(2, 4), 22, 4, 8),
             // A worker needs more for a job than the supervisor.
             (1024, settings(1, 4096), 247, 249, 128),
+            // And may have less.
+            (16_384, settings(1, 4096), 4087, 3065, 128),
             (48, settings(1, 256), 3, 5, 1),
             (0, settings(1, 256), 1, 1, 1),
         ];

@@ -97,7 +97,7 @@ pub(crate) trait System: Debug {
     /// Returns the id of this process' group, to which zygotes and workers belong too.
     fn own_group(&self) -> Pid;
 
-    /// Returns how many descriptors this process may have, as each worker may.
+    /// Returns how many descriptors this process may have.
     fn descriptor_limit(&self) -> u64;
 }
 

@@ -152,7 +152,12 @@ fn assert_separated(daemon: &Daemon, abi: u32, supervisor_is_another_user: bool)
 
 /// Runs the daemon as nobody from its start.
 fn as_nobody(launch: Launch) -> Launch {
-    let id = NOBODY.to_string();
+    as_user(NOBODY, launch)
+}
+
+/// Runs the daemon as this user, and as the group of the same number, from its start.
+fn as_user(id: u32, launch: Launch) -> Launch {
+    let id = id.to_string();
     launch.through(&["setpriv", "--reuid", &id, "--regid", &id, "--clear-groups"])
 }
 
@@ -179,6 +184,62 @@ fn a_worker_of_the_same_user_can_not_hit_others() {
     let lacks = daemon.count_log("the sandbox is not complete");
     assert_eq!(lacks, usize::from(abi < SIGNAL_ABI), "once per start");
     assert_eq!(daemon.count_log("run as root"), 0);
+}
+
+/// Passes as many descriptors as the kernel allows to itself, by several processes at once.
+const PASSES: &str = "
+import array, os, resource, socket, sys, time
+hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+with open(sys.argv[2], 'w') as worker: worker.write(str(os.getppid()))
+for _ in range(3): os.fork()
+descriptors = array.array('i', [0] * 253)
+rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, descriptors)]
+pairs = []
+try:
+    while True:
+        pairs.append(socket.socketpair())
+        pairs[-1][0].setblocking(False)
+        try:
+            while True: pairs[-1][0].sendmsg([b'x'], rights)
+        except BlockingIOError: pass
+except OSError as error:
+    with open(sys.argv[1], 'a') as full: full.write(os.strerror(error.errno) + '\\n')
+time.sleep(600)";
+
+/// The kernel counts the descriptors that a user's processes are passing.
+#[test]
+fn a_program_that_passes_descriptors_shuts_nobody_out() {
+    let site = Site::with(
+        "settings{workers=2}
+         qmqp_listen('$DIR/in', function(m)
+           if m.sender ~= 'attack@x' then return m:discard() end
+           return m:exec('/usr/bin/python3', '$DIR/passes.py', '$DIR/full', '$DIR/worker',
+                         {timeout=600})
+         end)",
+    );
+    fs::write(site.path("passes.py"), PASSES).expect("script");
+    open(site.dir(), 0o1777);
+    // What other tests' daemons pass is counted for another user.
+    let daemon = as_user(NOBODY - 2, site.launch()).ready();
+    let workers = daemon.wait_for_workers(2, &[]);
+    let mut client = Client::connect(daemon.path("in"));
+    client.send(&Mail::new("attack").from("attack@x").request());
+    let full = eventually("all processes are refused", || {
+        let full = fs::read_to_string(daemon.path("full")).ok()?;
+        (full.lines().count() == 8).then_some(full)
+    });
+    assert!(full.lines().all(|line| line.contains("Too many references")), "{full}");
+    for _ in 0..20 {
+        assert_eq!(submit(daemon.path("in"), &Mail::new("x")), "Kdiscarded", "{}", daemon.text());
+    }
+    // A worker gets its channels in the same way.
+    let hostile = fs::read_to_string(daemon.path("worker")).expect("a pid");
+    let (hostile, others): (Vec<_>, Vec<_>) =
+        workers.into_iter().partition(|pid| pid.to_string() == hostile);
+    processes::signal(others[0], Signal::SIGKILL);
+    assert!(daemon.wait_for_workers(2, &others).contains(&hostile[0]));
+    assert_eq!(submit(daemon.path("in"), &Mail::new("x")), "Kdiscarded", "{}", daemon.text());
 }
 
 #[test]

@@ -1,7 +1,9 @@
 //! Resource limits: those that qrelay was started with, for programs, and qrelay's own.
 //!
-//! Contract: only soft limits change, so that a program can get back what qrelay was started with.
-//! The supervisor reads the limits before it changes them, and tells them to its zygotes.
+//! Contract: only soft limits change, so that a program can get back what qrelay was started with,
+//! but for the number of descriptors, of which zygotes and all that they start get a part
+//! ([`of_others`]). The supervisor reads the limits before it changes them, and tells them to its
+//! zygotes.
 //!
 //! # Failure
 //! Every error is the errno of the failed call; the limits are unchanged then.
@@ -105,6 +107,31 @@ pub fn raise_descriptors() -> Result<(), Errno> {
     if soft == hard { Ok(()) } else { setrlimit(Resource::RLIMIT_NOFILE, hard, hard) }
 }
 
+/// With fewer descriptors all processes have the same limit: a single message can have 253 in it
+/// (SCM_MAX_FD of Linux), so that a part would be no protection.
+const FEW: rlim_t = 4096;
+
+/// Returns how many descriptors zygotes, workers and programs may have if the supervisor may have
+/// `limit`.
+///
+/// The kernel counts the descriptors that processes of one user are passing to each other, and
+/// refuses to pass more when a sender's limit is exceeded (net/unix/garbage.c and scm.c). With the
+/// supervisor's limit, any worker or program could pass so many to itself that the supervisor could
+/// pass no client to a worker. With a lower limit, the others are refused before the supervisor is.
+/// The difference has room for what is sent at the same moment, and for the supervisor's own.
+pub fn of_others(limit: rlim_t) -> rlim_t {
+    if limit < FEW { limit } else { limit - limit / 4 }
+}
+
+/// Lowers the limits of descriptors to [`of_others`], for this process and all that it starts.
+///
+/// # Errors
+/// As getrlimit(2) and setrlimit(2).
+pub fn leave_descriptors() -> Result<(), Errno> {
+    let limit = of_others(getrlimit(Resource::RLIMIT_NOFILE)?.0);
+    setrlimit(Resource::RLIMIT_NOFILE, limit, limit)
+}
+
 /// Forbids core dumps, because they would contain mail. The limit is 1, not 0, because only 1 stops
 /// the kernel from starting a program that takes dumps through a pipe (core(5), fs/coredump.c).
 ///
@@ -129,6 +156,13 @@ mod tests {
         }
         for text in ["", "1", "1:", ":1", "1:2:3", "-1:2", "a:b"] {
             assert!(text.parse::<Limits>().is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn the_supervisor_keeps_a_part() {
+        for (limit, others) in [(1024, 1024), (4095, 4095), (4096, 3072), (65_536, 49_152)] {
+            assert_eq!(of_others(limit), others);
         }
     }
 

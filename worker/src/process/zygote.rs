@@ -28,7 +28,7 @@ use qrelay_shared::ipc::message::{FromZygote, ToZygote, ZygoteOrder, ZygoteRepor
 use qrelay_shared::log::Patience;
 use qrelay_shared::settings::{Account, Declaration, Sandbox, Separation, Settings};
 use qrelay_shared::sys::inherited::reset_signals;
-use qrelay_shared::sys::limits::Limits;
+use qrelay_shared::sys::limits::{self, Limits};
 use qrelay_shared::sys::process::{Forked, fork_orphan, take_stdin, tame_malloc};
 use qrelay_shared::sys::seccomp::spare_other_processes;
 use qrelay_shared::sys::signals::{disregard, disregard_strays};
@@ -96,6 +96,7 @@ pub fn main(level: Level, limits: Limits) -> Exit {
 /// Makes this process a zygote. Returns whether the supervisor is still there.
 fn prepare(supervisor: Pid) -> Result<bool, Errno> {
     prctl::set_name(c"qrelay-zygote")?;
+    limits::leave_descriptors()?;
     tame_malloc();
     disregard_strays();
     let meant_for_others = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGQUIT];
