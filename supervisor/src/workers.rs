@@ -58,6 +58,8 @@ pub(crate) struct Workers {
     dispatches: Dispatches,
     /// Children that ended before anybody told what they were.
     strangers: HashMap<Pid, WaitStatus>,
+    /// Since when children that have ended may be left for the next turn.
+    unreaped_since: Option<Instant>,
     /// Programs that dead workers left behind.
     orphans: Orphans,
 }
@@ -81,6 +83,7 @@ impl Workers {
             without_zygote: BTreeSet::new(),
             dispatches: Dispatches::default(),
             strangers: HashMap::new(),
+            unreaped_since: None,
             orphans: Orphans::new(Rc::clone(&system)),
             system,
         }
@@ -241,12 +244,16 @@ impl Workers {
             self.log_hang(worker, hang, None, "");
         }
         self.carry_out(commands, now, events);
+        if self.unreaped_since.take().is_some() {
+            events.push_back(Event::ChildEnded);
+        }
         self.tick_orphans(now, events);
     }
 
     /// Returns when [`Self::tick`] has something to do, if ever.
     pub(crate) fn next_deadline(&self) -> Option<Instant> {
-        self.pool.next_tick().into_iter().chain(self.orphans.next_deadline()).min()
+        let due = [self.pool.next_tick(), self.orphans.next_deadline(), self.unreaped_since];
+        due.into_iter().flatten().min()
     }
 
     fn carry_out(&mut self, commands: Vec<Command>, now: Instant, events: &mut Events) {

@@ -5,6 +5,9 @@
 //! the leader of a program only when nothing is left of its group.
 //!
 //! Zygotes are reaped by their owner, before anything here is.
+//!
+//! Every process that loses its parent becomes a child of this one, and a program may leave behind
+//! any number of them. So only some children are reaped before everybody else has a turn.
 
 use std::time::Instant;
 
@@ -17,6 +20,9 @@ use crate::system::ZygotePids;
 use crate::workers::Workers;
 use crate::workers::told::{self, Fork};
 
+/// Children that are reaped before everybody else has a turn. What is left is found again by
+/// [`Workers::tick`].
+const PER_TURN: usize = 64;
 /// Most statuses that are remembered of children that nobody has told yet. More of them are no
 /// honest zygote's.
 const MOST_STRANGERS: usize = 1024;
@@ -57,7 +63,8 @@ impl Workers {
                 break;
             }
         }
-        while let Some(pid) = self.system.ended(None) {
+        for _ in 0..PER_TURN {
+            let Some(pid) = self.system.ended(None) else { return };
             if context.zygotes.known.contains(&pid) {
                 // The zygote ended after its owner looked. There will be another signal.
                 return;
@@ -74,6 +81,7 @@ impl Workers {
                 return;
             }
         }
+        self.unreaped_since = Some(now);
     }
 
     /// Reaps a child, and before it every worker that has ended. The programs of a dead worker have

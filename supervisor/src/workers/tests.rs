@@ -490,6 +490,29 @@ fn zygotes_are_left_to_their_owner() {
 }
 
 #[test]
+fn a_storm_of_children_that_end_leaves_turns_to_others() {
+    let mut site = Site::new();
+    for _ in 0..1000 {
+        let stranger = site.fake.start();
+        site.fake.exit(stranger, 0);
+    }
+    site.reap(&ZygotePids::default());
+    assert!(site.fake.any_ended(), "others have their turn");
+    let mut turns = 1;
+    while site.fake.any_ended() {
+        assert!(site.workers.next_deadline().is_some_and(|at| at <= site.now), "at once");
+        site.workers.tick(site.now, &mut site.events);
+        assert_eq!(site.events(), said(&[Event::ChildEnded]));
+        site.reap(&ZygotePids::default());
+        turns += 1;
+    }
+    assert!((5..100).contains(&turns), "{turns}");
+    site.workers.tick(site.now, &mut site.events);
+    site.events();
+    assert_eq!(site.workers.next_deadline(), None);
+}
+
+#[test]
 fn a_clients_answer_waits_for_the_program_of_a_dead_worker() {
     let mut site = Site::new();
     let others = site.serving(1, 4);
