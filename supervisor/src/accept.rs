@@ -23,6 +23,7 @@ use std::collections::BTreeSet;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
 use qrelay_shared::client::Client;
 use qrelay_shared::flight::{Flight, Phase};
 use qrelay_shared::ipc::message::{Job, Peer};
@@ -373,10 +374,20 @@ impl Acceptor {
             Seen::Spoken => self.make_ready(job, events),
             Seen::Silent => {
                 if let Err(error) = self.connections.pend(job, now + limits.first_byte) {
-                    self.pause(&format!("epoll_ctl: {error}"), now);
-                    self.try_again(job, now);
+                    self.unwatched(error, now);
+                    self.make_ready(job, events);
                 }
             }
+        }
+    }
+
+    /// Notes that a client is passed to a worker before its first byte, because it can't be
+    /// watched. The kernel counts what the processes of a user watch, so any program of qrelay's
+    /// can use that up. Without a pause, listeners need not be added to what is watched again.
+    fn unwatched(&mut self, error: Errno, now: Instant) {
+        if let Some(suppressed) = self.warnings.pass(now) {
+            warn!(self.log, "a silent client goes to a worker: epoll_ctl: {error}";
+                "suppressed" => suppressed);
         }
     }
 

@@ -64,6 +64,9 @@ impl Source {
 #[derive(Debug, Clone)]
 pub(crate) struct Watcher {
     epoll: Rc<Epoll>,
+    /// Has every [`Self::add`] fail.
+    #[cfg(test)]
+    pub(crate) full: Rc<std::cell::Cell<bool>>,
 }
 
 impl Watcher {
@@ -72,6 +75,10 @@ impl Watcher {
     /// # Errors
     /// Out of memory or over fs.epoll.max_user_watches.
     pub(crate) fn add(&self, fd: impl AsFd, source: Source) -> Result<(), Errno> {
+        #[cfg(test)]
+        if self.full.get() {
+            return Err(Errno::ENOSPC);
+        }
         let flags = EpollFlags::EPOLLIN | EpollFlags::EPOLLRDHUP;
         self.epoll.add(fd, EpollEvent::new(flags, source.pack()))
     }
@@ -98,7 +105,12 @@ impl Poller {
     /// Out of descriptors or memory.
     pub(crate) fn new() -> Result<Self, Errno> {
         let epoll = Rc::new(Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?);
-        Ok(Self { watcher: Watcher { epoll }, events: vec![EpollEvent::empty(); 256] })
+        let watcher = Watcher {
+            epoll,
+            #[cfg(test)]
+            full: Rc::default(),
+        };
+        Ok(Self { watcher, events: vec![EpollEvent::empty(); 256] })
     }
 
     /// Returns a handle to change the set by.

@@ -161,6 +161,22 @@ fn ready(job: u64) -> String {
 }
 
 #[test]
+fn a_silent_client_that_can_not_be_watched_waits_for_a_worker() {
+    let mut site = Site::serving("unwatched", Settings::default());
+    site.poller.watcher().full.set(true);
+    let (_first, _second) = (site.connect(0, b""), site.connect(0, b""));
+    site.poll();
+    let ready = |job| {
+        let client = Client::Uid(nix::unistd::getuid().as_raw());
+        format!("{:?}", Event::Ready { job: JobId(job), client })
+    };
+    assert_eq!(site.events(), [ready(1), ready(2)]);
+    let _third = site.connect(0, b"x");
+    site.poll();
+    assert_eq!(site.events(), [ready(3)], "the listener is still watched");
+}
+
+#[test]
 fn a_client_waits_for_a_worker_as_soon_as_it_has_spoken() {
     let mut site = Site::serving("spoken", Settings::default());
     let _first = site.connect(0, b"x");
