@@ -22,6 +22,8 @@ use crate::workers::pool::upkeep::PING_INTERVAL;
 
 /// A worker whose Lua has been held for longer gets no new jobs.
 const HELD_TOO_LONG: Duration = Duration::from_millis(250);
+/// Longest time limit of an action that a drain waits for.
+pub(super) const LONGEST_LIMIT: Duration = Duration::from_secs(3600);
 /// Time in which a forked worker becomes ready, or never will.
 const START_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -46,8 +48,8 @@ enum State {
     Starting { until: Instant },
     /// Takes jobs.
     Ready,
-    /// Finishes its jobs; killed at the deadline.
-    Retiring { deadline: Instant },
+    /// Finishes its jobs; killed at the deadline, which no time limit puts off beyond `latest`.
+    Retiring { deadline: Instant, latest: Instant },
     /// Has been signalled; killed (again) at that time.
     Dying { kill_at: Instant },
 }
@@ -246,7 +248,7 @@ impl Pool {
         };
         let drain = self.groups.get(&worker.generation).map_or(Duration::ZERO, |g| g.drain_timeout);
         let deadline = worker.explicit_until.map_or(now + drain, |until| until.max(now + drain));
-        worker.state = State::Retiring { deadline };
+        worker.state = State::Retiring { deadline, latest: now + drain + LONGEST_LIMIT };
         vec![Command::Shut(id)]
     }
 
@@ -388,8 +390,8 @@ impl Pool {
     pub(super) fn explicit_timeout(&mut self, worker: WorkerId, until: Instant) {
         let Some(worker) = self.workers.get_mut(&worker) else { return };
         worker.explicit_until = worker.explicit_until.max(Some(until));
-        if let State::Retiring { deadline } = &mut worker.state {
-            *deadline = until.max(*deadline);
+        if let State::Retiring { deadline, latest } = &mut worker.state {
+            *deadline = until.min(*latest).max(*deadline);
         }
     }
 

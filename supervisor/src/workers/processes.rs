@@ -22,7 +22,7 @@ use crate::ids::{GenerationId, JobId, WorkerId};
 use crate::system::describe;
 use crate::watch::Source;
 use crate::workers::Workers;
-use crate::workers::pool::{Death, End, Hang, Health, Pool};
+use crate::workers::pool::{Death, End, Hang, Health, LONGEST_LIMIT, Pool};
 use crate::workers::told::{self, Belief, Fork, Program};
 
 /// How long a worker that closed a channel may take to end.
@@ -36,8 +36,6 @@ const LAST_WORDS: usize = 4096;
 /// Slots of the flight recorder beyond a worker's credit, for jobs that a generation on its way out
 /// gets whatever its credit.
 const SPARE_SLOTS: usize = 64;
-/// Longest time limit of an action that a drain waits for.
-const LONGEST_LIMIT: Duration = Duration::from_secs(3600);
 
 /// The supervisor's side of a worker.
 #[derive(Debug)]

@@ -194,6 +194,22 @@ fn an_explicit_timeout_lengthens_the_drain() {
 }
 
 #[test]
+fn no_row_of_explicit_timeouts_lengthens_the_drain_for_ever() {
+    let mut now = Instant::now();
+    let (mut pool, workers) = serving(&settings(1, 8), now);
+    pool.retire(GENERATION, now);
+    let hour = Duration::from_secs(3600);
+    for _ in 0..8 {
+        pool.explicit_timeout(workers[0], now + hour);
+        now += hour - Duration::from_secs(1);
+        if pool.tick(now).0.contains(&Command::Kill(workers[0])) {
+            return;
+        }
+    }
+    panic!("an hour later by each of its jobs");
+}
+
+#[test]
 fn hangs_are_counted_in_pings_and_in_held_time() {
     let mut now = Instant::now();
     let wanted = Settings { hang_timeout: Duration::from_secs(1), ..settings(1, 8) };

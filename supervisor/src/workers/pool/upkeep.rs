@@ -119,7 +119,7 @@ impl Pool {
         for (&id, worker) in &mut self.workers {
             let hang = match worker.state {
                 State::Starting { until } if until <= now => Some(Hang::NotReady),
-                State::Retiring { deadline } if deadline <= now => Some(Hang::DrainOver),
+                State::Retiring { deadline, .. } if deadline <= now => Some(Hang::DrainOver),
                 State::Dying { kill_at } if kill_at <= now => None,
                 _ => continue,
             };
@@ -134,7 +134,7 @@ impl Pool {
     pub(in crate::workers) fn next_tick(&self) -> Option<Instant> {
         let deaths = self.workers.values().filter_map(|worker| match worker.state {
             State::Starting { until } => Some(until),
-            State::Retiring { deadline } => Some(deadline),
+            State::Retiring { deadline, .. } => Some(deadline),
             State::Dying { kill_at } => Some(kill_at),
             State::Ready => None,
         });
