@@ -44,6 +44,7 @@ mod postfix;
 mod rebind;
 mod relay;
 mod reload;
+mod repeats;
 mod separation;
 mod shared;
 mod signals;

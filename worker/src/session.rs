@@ -415,7 +415,7 @@ impl Session {
     fn log_panic(&self, context: &Context, panic: &(dyn Any + Send)) {
         let cause = panic.downcast_ref::<String>().map(String::as_str);
         let cause = cause.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("unknown");
-        error!(context.logger, "internal error"; "job" => self.job.job, "panic" => cause);
+        error!(context.logger, # "panic", "internal error"; "job" => self.job.job, "panic" => cause);
     }
 }
 

@@ -310,9 +310,15 @@ impl Daemon {
     /// Waits for a log line that contains `part`, and returns the line.
     #[track_caller]
     pub fn wait_for_log(&self, part: &str) -> String {
+        self.wait_for_log_within(part, PATIENCE)
+    }
+
+    /// Like [`Self::wait_for_log`], for a line that takes its time.
+    #[track_caller]
+    pub fn wait_for_log_within(&self, part: &str, timeout: Duration) -> String {
         let found = self
             .log
-            .wait_for(PATIENCE, |lines| lines.iter().find(|line| line.contains(part)).cloned());
+            .wait_for(timeout, |lines| lines.iter().find(|line| line.contains(part)).cloned());
         match found {
             Some(line) => line,
             None => panic!("no {part:?} in the log:\n{}", self.text()),

@@ -116,7 +116,7 @@ impl Attempt<'_> {
 
     fn reach_name(&self, host: &Arc<str>, port: u16) -> Reached {
         let addresses = resolve::addresses(host, port, self.deadline).map_err(|error| {
-            warn!(self.logger, "connect failed"; "id" => self.id,
+            warn!(self.logger, # "next_hop,error", "connect failed"; "id" => self.id,
                 "next_hop" => &**host, "error" => %error);
             let late = error == LookupError::TimedOut;
             (if late { DialFailure::Late } else { DialFailure::Failed }, Arc::clone(host))
@@ -134,7 +134,7 @@ impl Attempt<'_> {
     fn dial(&self, hop: &NextHop) -> Result<PeerSocket, DialFailure> {
         self.flight.next_hop(&hop.name);
         dial(&hop.endpoint, self.deadline.at_most(self.connect_timeout)).map_err(|error| {
-            warn!(self.logger, "connect failed"; "id" => self.id,
+            warn!(self.logger, # "next_hop,error", "connect failed"; "id" => self.id,
                 "next_hop" => &*hop.name, "error" => error.desc());
             if self.deadline.expired() { DialFailure::Late } else { DialFailure::Failed }
         })
@@ -142,7 +142,7 @@ impl Attempt<'_> {
 
     fn exchange(&self, mail: &Mail, socket: &PeerSocket, next_hop: &str) -> Reply {
         exchange(socket, &mut Envelope::new(mail).pieces(), self.deadline).unwrap_or_else(|error| {
-            warn!(self.logger, "relay failed"; "id" => self.id,
+            warn!(self.logger, # "next_hop,error", "relay failed"; "id" => self.id,
                 "next_hop" => next_hop, "error" => %error);
             Reply::temporary(match error {
                 ExchangeError::TimedOut => self.late,

@@ -117,7 +117,7 @@ pub(crate) fn deliver(
         Ok(run) => run,
         Err(error) => {
             let denied = matches!(error, Errno::EACCES | Errno::EPERM);
-            error!(host.logger, "program can't be started"; "id" => &*mail.id(),
+            error!(host.logger, # "program,error", "program can't be started"; "id" => &*mail.id(),
                 "program" => program.as_deref(), "error" => error.desc(),
                 "hint" => hint(action, denied));
             return delivery(Reply::temporary(texts::INTERNAL_ERROR), false, false);
@@ -134,7 +134,7 @@ pub(crate) fn deliver(
         let denied = said.iter().any(|text| denial(text))
             || matches!(end, End::Exit(ProgramExit::Status(NO_PERMISSION)));
         let [output, errors] = said;
-        warn!(host.logger, "program complained"; "id" => &*mail.id(),
+        warn!(host.logger, # "program,end,output,errors", "program complained"; "id" => &*mail.id(),
             "program" => program.as_deref(), "end" => cause, "output" => output,
             "errors" => errors, "hint" => hint(action, denied));
     }

@@ -280,18 +280,16 @@ impl State {
                 HandlerError::NotBegun
             }
             Stop::Deadline => {
-                slog::warn!(self.logger, "the mail's time was over while its handler waited";
+                slog::warn!(self.logger, # "listener", "the mail's time was over while its handler waited";
                     "id" => &*mail.id(), "worker" => self.worker.load(Ordering::Relaxed),
                     "listener" => &**mail.listener());
                 HandlerError::Deadline
             }
             Stop::Error { message, traceback } => {
                 let worker = self.worker.load(Ordering::Relaxed);
-                slog::error!(self.logger, "script failed: {}", message;
-                    "id" => &*mail.id(), "worker" => worker, "listener" => &**mail.listener());
-                for frame in traceback.iter().flat_map(|text| text.lines()) {
-                    slog::error!(self.logger, "  {}", frame.trim_start(); "id" => &*mail.id());
-                }
+                slog::error!(self.logger, # "listener", "script failed: {}", message;
+                    "id" => &*mail.id(), "worker" => worker, "listener" => &**mail.listener(),
+                    "traceback" => traceback.as_deref().map(error::in_one_line));
                 HandlerError::Script
             }
         }

@@ -1,7 +1,8 @@
-//! The control thread: answers the supervisor's pings, and notices the supervisor's end.
+//! The control thread: answers the supervisor's pings, reports counted errors, and notices the
+//! supervisor's end.
 //!
-//! Contract: the thread takes no lock and doesn't touch Lua, so that it answers whatever the other
-//! threads do.
+//! Contract: the thread waits for no lock and doesn't touch Lua, so that it answers whatever the
+//! other threads do.
 //!
 //! # Failure
 //! [`run`] returns when the supervisor is gone. The worker then finishes its mails within the drain
@@ -11,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use qrelay_shared::ipc::channel::{Channel, RecvBuffer, RecvError, SendError};
 use qrelay_shared::ipc::message::{Control, FromControl, MAX_PLACE, Pong, ToControl};
+use qrelay_shared::log::report_repeats;
 use slog::debug;
 
 use crate::session::Context;
@@ -32,6 +34,7 @@ pub(crate) fn run(channel: &Channel<FromControl, ToControl>, context: &Context) 
                     {
                         return;
                     }
+                    report_repeats(&context.logger);
                 }
             },
             Err(RecvError::Empty) => {}

@@ -81,7 +81,7 @@ pub(crate) fn run(
     std::thread::sleep(declaration.settings.drain_timeout);
     // After this process nobody is left to end its programs.
     pool.context().children.kill_all();
-    end(UNFINISHED)
+    end(UNFINISHED, &logger)
 }
 
 /// Starts the threads that serve the jobs of this socket.
@@ -99,7 +99,8 @@ fn start(
     let reports = Reports::new(Channel::from_fd(jobs), IDLE)?;
     let script = Arc::clone(script);
     let context = Context::new(declaration, instance, script, reports, recorder, logger.clone());
-    let pool = Pool::new(context, || end(0));
+    let logger = logger.clone();
+    let pool = Pool::new(context, move || end(0, &logger));
     pool.run()?;
     Ok(pool)
 }
@@ -115,7 +116,8 @@ fn recorder(flights: Option<OwnedFd>, logger: &Logger) -> Arc<Recorder> {
 }
 
 /// Ends the process without waiting for threads, and without running their exit handlers.
-fn end(status: i32) -> ! {
+fn end(status: i32, logger: &Logger) -> ! {
+    qrelay_shared::log::report_rest(logger);
     qrelay_shared::log::finish();
     flush_stdio();
     exit_now(status)

@@ -102,7 +102,7 @@ impl Pool {
     /// Starts a thread that is counted already. Returns whether the system had a thread.
     fn start_another(self: &Arc<Self>) -> bool {
         let Err(error) = self.start() else { return true };
-        warn!(self.context.logger, "no further thread"; "error" => %error);
+        warn!(self.context.logger, # "error", "no further thread"; "error" => %error);
         let left = self.scheduler.lock().not_started();
         self.watcher.notify_one();
         if left == Left::Nobody {
@@ -189,7 +189,7 @@ impl Pool {
             Err(RecvError::Empty) => return Ok(Event::Quiet),
             Err(RecvError::Closed) => return Ok(Event::Closed),
             Err(RecvError::Os(errno)) => {
-                warn!(logger, "no job can be received"; "error" => errno.desc());
+                warn!(logger, # "error", "no job can be received"; "error" => errno.desc());
                 reports.flush();
                 std::thread::sleep(PAUSE);
                 return Ok(Event::Received);
@@ -218,7 +218,7 @@ impl Pool {
             next = queued.next;
         }
         if lost {
-            warn!(logger, "connections were lost: too many open files");
+            warn!(logger, # "message", "connections were lost: too many open files");
             reports.flush();
             std::thread::sleep(PAUSE);
         }

@@ -131,6 +131,11 @@ pub(crate) fn frames(traceback: &str) -> Option<String> {
     traceback.split_once('\n').map(|(_, frames)| script_frames(frames))
 }
 
+/// Returns the frames of a traceback in one line, for a field of a log line.
+pub(crate) fn in_one_line(frames: &str) -> String {
+    frames.lines().collect::<Vec<_>>().join("; ")
+}
+
 /// Returns a text with a traceback at its end, without the frames that are qrelay's own.
 pub(crate) fn without_own_frames(text: &str) -> String {
     let (message, head) = match text.strip_prefix(&TRACEBACK[1..]) {

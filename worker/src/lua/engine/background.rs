@@ -5,7 +5,7 @@
 //! mail (`relay_timeout`).
 //!
 //! # Failure
-//! Errors are logged, with traceback. A panic costs its own run. The caller goes on.
+//! Errors are logged, with traceback, or counted. A panic costs its own run. The caller goes on.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -17,6 +17,7 @@ use qrelay_shared::ids::WorkerId;
 use qrelay_shared::settings::Settings;
 use slog::Logger;
 
+use crate::lua::binding::error;
 use crate::lua::engine::monitor::{Monitor, Progress, RunContext, Stop};
 use crate::lua::engine::output::Output;
 
@@ -74,14 +75,12 @@ impl Background {
         match stop {
             Stop::Deadline | Stop::NotBegun => {
                 let limit = settings.relay_timeout.as_secs_f64();
-                slog::error!(logger, "{}: given up after waiting for {} s", what, limit;
+                slog::error!(logger, # "worker", "{}: given up after waiting for {} s", what, limit;
                     "worker" => worker);
             }
             Stop::Error { message, traceback } => {
-                slog::error!(logger, "{}: {}", what, message; "worker" => worker);
-                for frame in traceback.iter().flat_map(|text| text.lines()) {
-                    slog::error!(logger, "  {}", frame.trim_start(); "worker" => worker);
-                }
+                slog::error!(logger, # "worker", "{}: {}", what, message; "worker" => worker,
+                    "traceback" => traceback.as_deref().map(error::in_one_line));
             }
         }
     }

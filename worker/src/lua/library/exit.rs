@@ -37,6 +37,7 @@ pub(crate) fn register(
             let id = watch.mail().and_then(|mail| mail.id());
             error!(logger, "os.exit ends this worker, and its clients are told to try again later";
                 "id" => id.as_deref(), "place" => place(lua));
+            qrelay_shared::log::report_rest(&logger);
         }
         Ok(exit.call(arguments)?)
     })?;
