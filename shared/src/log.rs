@@ -4,31 +4,36 @@
 //! Contract: writing never waits, except in a process that [`Patience`] allows to wait. A line has
 //! at most `LINE_MAX` bytes, which a pipe takes in one piece. A line contains no control
 //! characters, whatever a mail or a script put into it. Records go to standard error while journald
-//! is away. A record with a tag is an error that may happen for every mail. The tag names, separated
-//! by commas, the fields that make a difference between errors with the same message; a word that is
-//! no field makes none. The same error again within a minute is counted instead of logged.
+//! is away.
+//!
+//! A record with a tag is an error that may happen for every mail. The tag names, separated by
+//! commas, the fields that make a difference between errors with the same message; a word that is
+//! no field makes none. The same error again within a minute is counted instead of logged, unless
+//! the process has [`Patience::Unlimited`].
 //!
 //! # Failure
 //! A line that can't be written at once is dropped and counted. The count is written before the
 //! next line that can be written. After a line of which only a part could be written, as on a full
 //! disk, the next line starts anew.
 
+mod counted;
 mod repeats;
 mod stderr;
 mod tear;
 mod writer;
+
+pub use counted::{next_report, report_repeats, report_rest};
 
 use std::borrow::Cow;
 use std::fmt::{Arguments, Write as _};
 use std::io::ErrorKind;
 use std::os::unix::net::UnixDatagram;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant, UNIX_EPOCH};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, UNIX_EPOCH};
 
-use slog::{Drain, KV, Key, Level, Logger, OwnedKVList, Record, Serializer, b, record};
+use slog::{Drain, KV, Key, Level, Logger, OwnedKVList, Record, Serializer};
 
-use crate::log::repeats::{Problem, Repeated, Repeats};
 use crate::log::stderr::Stderr;
 use crate::system_error::without_numbers;
 
@@ -51,13 +56,11 @@ const JOURNAL: &str = "/run/systemd/journal/socket";
 /// Lines of this process that were lost and not reported yet.
 static LOST: AtomicU64 = AtomicU64::new(0);
 
-/// Errors of this process that are counted.
-static REPEATS: Mutex<Repeats> = Mutex::new(Repeats::new());
-
 /// Whether writing the log may hold up the process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Patience {
-    /// Writing never waits. If every write may wait, as to a file, a thread writes.
+    /// Writing never waits. If every write may wait, as to a file, a thread writes. The process
+    /// calls [`report_repeats`] and [`report_rest`].
     None,
     /// Writing may wait for a file, because the process has to have a single thread.
     Unlimited,
@@ -68,8 +71,9 @@ pub enum Patience {
 pub fn init(level: Level, process: &'static str, patience: Patience) -> Logger {
     // The process that forked this one reports its lost lines and its errors itself.
     LOST.store(0, Ordering::Relaxed);
-    *repeats() = Repeats::new();
+    counted::forget();
     let output = Output {
+        counts: patience == Patience::None,
         process,
         origin: format!(" {process}[{}]: ", std::process::id()),
         journal: journal(),
@@ -79,98 +83,10 @@ pub fn init(level: Level, process: &'static str, patience: Patience) -> Logger {
     Logger::root(slog::LevelFilter::new(output, level).fuse(), slog::o!())
 }
 
-/// Reports counted errors whose minute is over. Waits for nothing.
-pub fn report_repeats(logger: &Logger) {
-    // While another thread notes an error, there will be a better moment.
-    let due = REPEATS.try_lock().map_or(Vec::new(), |mut repeats| repeats.due(Instant::now()));
-    due.into_iter().for_each(|repeated| report(&repeated, |record| logger.log(record)));
-}
-
-/// Returns when [`report_repeats`] has something to do, if ever.
-pub fn next_report() -> Option<Instant> {
-    repeats().next_report()
-}
-
-/// Reports all counted errors, because the process ends.
-pub fn report_rest(logger: &Logger) {
-    let rest = repeats().rest(Instant::now());
-    rest.into_iter().for_each(|repeated| report(&repeated, |record| logger.log(record)));
-}
-
 /// Waits for lines that are still to be written, for half a second at most: the process ends by
 /// _exit(2). The other ways to end need no call.
 pub fn finish() {
     writer::finish();
-}
-
-fn repeats() -> MutexGuard<'static, Repeats> {
-    REPEATS.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// Writes how often an error was counted.
-fn report(repeated: &Repeated, write: impl FnOnce(&Record<'_>)) {
-    let Repeated { problem: Problem { level, message, fields }, count, seconds } = repeated;
-    let (count, fields) = (grouped(*count), Fixed(fields));
-    let text = format_args!("{message}: repeated {count} times in {seconds} s");
-    // The level of a record is a constant.
-    match level {
-        Level::Critical | Level::Error => write(&record!(Level::Error, "", &text, b!(fields))),
-        Level::Warning => write(&record!(Level::Warning, "", &text, b!(fields))),
-        Level::Info | Level::Debug | Level::Trace => {
-            write(&record!(Level::Info, "", &text, b!(fields)));
-        }
-    }
-}
-
-/// Returns a number with commas between its thousands.
-fn grouped(number: u64) -> String {
-    let digits = number.to_string();
-    let mut text = String::with_capacity(digits.len() + digits.len() / 3);
-    for (at, digit) in digits.chars().enumerate() {
-        if at > 0 && (digits.len() - at).is_multiple_of(3) {
-            text.push(',');
-        }
-        text.push(digit);
-    }
-    text
-}
-
-/// Fields whose values are known.
-struct Fixed<'f>(&'f [(String, String)]);
-
-impl KV for Fixed<'_> {
-    fn serialize(&self, _: &Record<'_>, serializer: &mut dyn Serializer) -> slog::Result {
-        // The last one first, as slog does it.
-        self.0
-            .iter()
-            .rev()
-            .try_for_each(|(key, value)| serializer.emit_str(Key::from(key.clone()), value))
-    }
-}
-
-/// Collects the fields that a tag names.
-struct Named<'t> {
-    tag: &'t str,
-    fields: Vec<(String, String)>,
-}
-
-impl Named<'_> {
-    fn of(record: &Record<'_>) -> Vec<(String, String)> {
-        let mut named = Named { tag: record.tag(), fields: Vec::new() };
-        // Writing into memory can't fail.
-        let _ = record.kv().serialize(record, &mut named);
-        named.fields.reverse();
-        named.fields
-    }
-}
-
-impl Serializer for Named<'_> {
-    fn emit_arguments(&mut self, key: Key, value: &Arguments<'_>) -> slog::Result {
-        if self.tag.split(',').any(|name| name == key.as_str()) {
-            self.fields.push((key.as_str().to_owned(), value.to_string()));
-        }
-        Ok(())
-    }
 }
 
 /// Returns a socket to send to journald, if standard error leads to the journal.
@@ -184,6 +100,8 @@ fn journal() -> Option<UnixDatagram> {
 }
 
 struct Output {
+    /// Whether errors are counted: only in a process that reports them in time.
+    counts: bool,
     process: &'static str,
     /// Name and id of the process, as they appear in a line.
     origin: String,
@@ -200,8 +118,13 @@ impl Drain for Output {
     type Err = slog::Never;
 
     fn log(&self, record: &Record<'_>, values: &OwnedKVList) -> Result<(), slog::Never> {
-        if !record.tag().is_empty() && !self.is_new(record) {
-            return Ok(());
+        if self.counts && !record.tag().is_empty() {
+            let write = |record: &Record<'_>| {
+                let Ok(()) = self.log(record, &slog::o!().into());
+            };
+            if !counted::is_new(record, write) {
+                return Ok(());
+            }
         }
         let mut fields = Fields::new(self.journal.is_some());
         // Writing into memory can't fail.
@@ -219,25 +142,6 @@ impl Drain for Output {
 }
 
 impl Output {
-    /// Returns whether an error isn't merely counted.
-    #[cold]
-    fn is_new(&self, record: &Record<'_>) -> bool {
-        let message = formatted(record.msg());
-        let problem = Problem {
-            level: record.level(),
-            message: message.lines().next().unwrap_or_default().to_owned(),
-            fields: Named::of(record),
-        };
-        let mut ended = Vec::new();
-        let new = repeats().note(problem, Instant::now(), &mut ended);
-        for repeated in &ended {
-            report(repeated, |record| {
-                let Ok(()) = self.log(record, &slog::o!().into());
-            });
-        }
-        new
-    }
-
     /// Writes a record. If that fails, `stands_for` lines are counted as lost.
     fn emit(&self, level: Level, message: &str, fields: Fields, stands_for: u64) {
         let Fields { mut line, entry } = fields;

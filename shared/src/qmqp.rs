@@ -12,10 +12,12 @@
 //! A request that breaks a rule is a [`RequestError`] with the text for the client; every such
 //! error is permanent (`D`). A reply that breaks a rule is [`ReplyProgress::Malformed`].
 
+mod fragment;
 mod outgoing;
 mod reply;
 mod request;
 
+pub use fragment::Fragment;
 pub use outgoing::{Outgoing, encode_request, outgoing};
 pub use reply::{Reply, ReplyProgress, Status, parse_reply};
 pub use request::{Limits, Progress, Request, RequestError, parse, progress};

@@ -16,6 +16,7 @@ mod bound_inode;
 mod connections;
 mod eviction;
 mod listeners;
+mod refusal;
 mod socket_file;
 mod throttle;
 
@@ -27,19 +28,18 @@ use nix::errno::Errno;
 use qrelay_shared::client::Client;
 use qrelay_shared::flight::{Flight, Phase};
 use qrelay_shared::ipc::message::{Job, Peer};
-use qrelay_shared::qmqp::Reply;
 use qrelay_shared::settings::{Declaration, ListenAddress, ListenerDecl, Settings};
-use qrelay_shared::texts;
 use slog::{Logger, error, info, warn};
 
 use crate::accept::backlog::{Ending, Serves};
-use crate::accept::connections::{Accepted, Connections, Seen, State};
+use crate::accept::connections::{Accepted, Connection, Connections, Seen, State};
 use crate::accept::eviction::{Held, Worth};
 use crate::accept::listeners::{Listeners, NotListening};
+use crate::accept::refusal::Refusal;
 use crate::accept::throttle::Throttle;
 use crate::connected::Connected;
 use crate::descriptors::allot;
-use crate::event::{Event, Events, LostAnswer, LostMail};
+use crate::event::{Event, Events, LostAnswer, LostMail, Origin, Unserved};
 use crate::ids::{GenerationId, JobId, ListenerId, WorkerId};
 use crate::watch::Watcher;
 
@@ -153,9 +153,9 @@ impl Acceptor {
         self.listeners.adopted_names()
     }
 
-    /// Returns the client of a connection.
-    pub(crate) fn peer(&self, job: JobId) -> Option<Peer> {
-        self.connections.get(job).map(|connection| connection.peer)
+    /// Returns where a connection came from.
+    pub(crate) fn origin(&self, job: JobId) -> Option<Origin> {
+        self.connections.get(job).map(Connection::origin)
     }
 
     /// Counts the connections that no worker has.
@@ -264,17 +264,19 @@ impl Acceptor {
     pub(crate) fn give_up(&mut self, now: Instant, events: &mut Events) {
         let unserved: Vec<_> = self.connections.unserved().map(|(job, _)| job).collect();
         for job in unserved {
-            self.give_up_one(job, now, events);
+            self.give_up_one(job, &Refusal::STOPPING, now, events);
         }
         self.endings.clear();
     }
 
-    fn give_up_one(&mut self, job: JobId, now: Instant, events: &mut Events) {
+    fn give_up_one(&mut self, job: JobId, why: &Refusal, now: Instant, events: &mut Events) {
         let Some(connection) = self.connections.get(job) else { return };
         if connection.state == State::Waiting {
             events.push_back(Event::GivenUp { job, client: connection.peer.into() });
+            self.refuse(job, why, now, events);
+        } else {
+            self.answer(job, why, now);
         }
-        self.try_again(job, now);
     }
 
     /// Accepts a batch from a listener whose backlog has connections.
@@ -334,6 +336,7 @@ impl Acceptor {
         for &Held { job, client, worth } in &chosen {
             if worth == Worth::Waits {
                 events.push_back(Event::GivenUp { job, client });
+                self.refuse(job, &Refusal::GIVES_WAY, now, events);
             }
             self.connections.dismiss(job, now);
         }
@@ -353,24 +356,27 @@ impl Acceptor {
     fn admit(&mut self, job: JobId, seen: Seen, now: Instant, events: &mut Events) {
         let Some(connection) = self.connections.get(job) else { return };
         let (peer, listener) = (connection.peer, connection.listener);
-        let Some((_, limits)) = self.current else { return self.try_again(job, now) };
+        let Some((_, limits)) = self.current else {
+            return self.turn_away(job, seen, &Refusal::STOPPING, now, events);
+        };
         if let Peer::Remote(address) = peer
             && !self.listeners.get(listener).is_some_and(|listener| listener.allows(address))
         {
-            info!(self.log, "connection refused: address not allowed"; "peer" => %address);
-            return self.refuse(job, texts::ACCESS_DENIED, now);
+            info!(self.log, # "peer", "connection refused: address not allowed";
+                "peer" => %address);
+            return self.turn_away(job, seen, &Refusal::NOT_ALLOWED, now, events);
         }
         if let Peer::Local { uid, .. } = peer
             && limits.per_uid > 0
             && self.connections.of_client(peer.into()) > limits.per_uid
         {
-            info!(self.log, "connection refused: max_connections_per_uid";
+            info!(self.log, # "uid", "connection refused: max_connections_per_uid";
                 "uid" => uid, "limit" => limits.per_uid);
-            return self.try_again(job, now);
+            return self.turn_away(job, seen, &Refusal::TOO_MANY, now, events);
         }
         match seen {
             Seen::Gone => self.connections.close(job),
-            Seen::Rights => self.refuse_descriptors(job, now),
+            Seen::Rights => self.refuse_descriptors(job, now, events),
             Seen::Spoken => self.make_ready(job, events),
             Seen::Silent => {
                 if let Err(error) = self.connections.pend(job, now + limits.first_byte) {
@@ -402,24 +408,46 @@ impl Acceptor {
         });
     }
 
-    fn try_again(&mut self, job: JobId, now: Instant) {
-        self.refuse(job, texts::TRY_AGAIN, now);
+    /// Refuses a new client.
+    fn turn_away(
+        &mut self,
+        job: JobId,
+        seen: Seen,
+        why: &Refusal,
+        now: Instant,
+        events: &mut Events,
+    ) {
+        match seen {
+            Seen::Spoken | Seen::Rights => self.refuse(job, why, now, events),
+            Seen::Silent | Seen::Gone => drop(self.answer(job, why, now)),
+        }
     }
 
-    fn refuse(&mut self, job: JobId, text: &'static str, now: Instant) {
-        self.connections.answer(job, &Reply::temporary(text), now);
+    /// Answers a client that has said something, and has that logged.
+    fn refuse(&mut self, job: JobId, why: &Refusal, now: Instant, events: &mut Events) {
+        let Some(connection) = self.connections.get(job) else { return };
+        let (origin, accepted) = (connection.origin(), connection.accepted);
+        let told = self.answer(job, why, now) == LostAnswer::TryAgain;
+        let reply = told.then_some((why.status, why.text));
+        let unserved = Unserved { job, origin, accepted, reply, cause: why.cause };
+        events.push_back(Event::Unserved(Box::new(unserved)));
+    }
+
+    /// Answers a client for the supervisor.
+    fn answer(&mut self, job: JobId, why: &Refusal, now: Instant) -> LostAnswer {
+        self.connections.answer(job, &why.reply(), now)
     }
 
     /// Refuses a client that has passed descriptors. Its input can't be read, so the connection is
     /// closed at once.
-    fn refuse_descriptors(&mut self, job: JobId, now: Instant) {
+    fn refuse_descriptors(&mut self, job: JobId, now: Instant, events: &mut Events) {
         if let Some(connection) = self.connections.get(job)
             && let Some(suppressed) = self.refusals.pass(now)
         {
             warn!(self.log, "connection refused: the client has passed descriptors";
                 "client" => %Client::from(connection.peer), "suppressed" => suppressed);
         }
-        self.connections.answer(job, &Reply::permanent(texts::MALFORMED_INPUT), now);
+        self.refuse(job, &Refusal::DESCRIPTORS, now, events);
         self.connections.close(job);
     }
 
@@ -429,7 +457,7 @@ impl Acceptor {
             Some(State::Lingering) => self.connections.drop_input(job),
             Some(State::Pending) => match self.connections.look(job) {
                 Seen::Gone => self.connections.close(job),
-                Seen::Rights => self.refuse_descriptors(job, now),
+                Seen::Rights => self.refuse_descriptors(job, now, events),
                 Seen::Spoken => self.make_ready(job, events),
                 Seen::Silent => self.connections.drop_urgent(job),
             },
@@ -443,8 +471,8 @@ impl Acceptor {
     }
 
     /// Answers a client that no worker can serve.
-    pub(crate) fn unservable(&mut self, job: JobId, now: Instant) {
-        self.try_again(job, now);
+    pub(crate) fn unservable(&mut self, job: JobId, now: Instant, events: &mut Events) {
+        self.refuse(job, &Refusal::UNSERVABLE, now, events);
     }
 
     /// Accepts nothing for a moment, because the kernel refused to pass connections on.
@@ -458,10 +486,16 @@ impl Acceptor {
         self.resume(now);
     }
 
-    /// Answers a client whose socket did not reach the worker, or whose last program has ended
-    /// after its worker.
-    pub(crate) fn worker_failed(&mut self, job: JobId, now: Instant) {
-        self.try_again(job, now);
+    /// Answers a client whose socket did not reach the worker.
+    pub(crate) fn socket_lost(&mut self, job: JobId, now: Instant, events: &mut Events) {
+        self.refuse(job, &Refusal::SOCKET_LOST, now, events);
+        self.resume(now);
+    }
+
+    /// Answers a client whose last program has ended after its worker. The log has the mail's line
+    /// since the worker's death.
+    pub(crate) fn program_ended(&mut self, job: JobId, now: Instant) {
+        self.answer(job, &Refusal::WORKER_DIED, now);
         self.resume(now);
     }
 
@@ -476,7 +510,7 @@ impl Acceptor {
         events: &mut Events,
     ) {
         let Some(connection) = self.connections.get(job) else { return };
-        let (peer, accepted) = (connection.peer, connection.accepted);
+        let (origin, accepted) = (connection.origin(), connection.accepted);
         let answer = match (flight.as_ref().map(|flight| flight.phase), program) {
             (Some(Phase::Answered(status)), _) => {
                 self.connections.linger(job, now);
@@ -489,11 +523,9 @@ impl Acceptor {
                 LostAnswer::Unknown
             }
             (_, ProgramState::Runs) => LostAnswer::TryAgain,
-            (_, ProgramState::Ended) => {
-                self.connections.answer(job, &Reply::temporary(texts::TRY_AGAIN), now)
-            }
+            (_, ProgramState::Ended) => self.answer(job, &Refusal::WORKER_DIED, now),
         };
-        let mail = LostMail { worker, job, peer, accepted, answer, flight };
+        let mail = LostMail { worker, job, origin, accepted, answer, flight };
         events.push_back(Event::MailLost(Box::new(mail)));
     }
 
@@ -503,11 +535,11 @@ impl Acceptor {
         while let Some(job) = self.connections.overdue(now) {
             let Some(connection) = self.connections.get(job) else { break };
             match connection.state {
-                State::Pending => self.refuse(job, texts::REQUEST_TIMED_OUT, now),
+                State::Pending => drop(self.answer(job, &Refusal::SILENT, now)),
                 State::Waiting => {
                     let client = Client::from(connection.peer);
-                    warn!(self.log, "no worker was free in time"; "client" => %client);
-                    self.give_up_one(job, now, events);
+                    warn!(self.log, # "client", "no worker was free in time"; "client" => %client);
+                    self.give_up_one(job, &Refusal::NO_WORKER, now, events);
                 }
                 State::Lingering | State::Dispatched(_) => self.connections.close(job),
             }

@@ -289,10 +289,11 @@ impl Daemon {
             Event::GivenUp { job, client } => workers.given_up(job, client),
             Event::BacklogTaken(generation) => workers.retire(generation, now, events),
             Event::Dispatched { job, worker } => acceptor.dispatched(job, worker),
-            Event::Unservable(job) => acceptor.unservable(job, now),
+            Event::Unservable(job) => acceptor.unservable(job, now, events),
             Event::DispatchFailed(error) => acceptor.dispatch_failed(&error.to_string(), now),
             Event::Done(job) => acceptor.done(job, now),
-            Event::SocketLost(job) | Event::ProgramEnded(job) => acceptor.worker_failed(job, now),
+            Event::SocketLost(job) => acceptor.socket_lost(job, now, events),
+            Event::ProgramEnded(job) => acceptor.program_ended(job, now),
             Event::Orphaned { job, worker, flight } => {
                 acceptor.orphaned((job, worker), ProgramState::Ended, flight, now, events);
             }
@@ -300,6 +301,7 @@ impl Daemon {
                 acceptor.orphaned((job, worker), ProgramState::Runs, flight, now, events);
             }
             Event::MailLost(mail) => services.mail_lost(&mail, now),
+            Event::Unserved(client) => services.unserved(&client, now),
             Event::TimeLimitSet(until) => self.extend_drain(until),
             Event::AskerCame(new) => services.asker_came(new),
             Event::AskerGone(asker) => services.asker_gone(asker),
@@ -491,7 +493,7 @@ fn recorder(
     services: &mut Services,
     acceptor: &Acceptor,
 ) -> impl FnMut(WorkerId, JobId, &MailRecord<'_>) {
-    |worker, job, record| services.mail_done(worker, job, acceptor.peer(job), record)
+    |worker, job, record| services.mail_done(worker, job, acceptor.origin(job), record)
 }
 
 /// Names this run on this host: seconds since the epoch, and the process id.

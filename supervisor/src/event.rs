@@ -7,6 +7,7 @@
 
 use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 use std::time::Instant;
 
 use nix::unistd::Pid;
@@ -60,6 +61,8 @@ pub(crate) enum Event {
     ProgramEnded(JobId),
     /// A mail's worker died; the client's part of it is settled.
     MailLost(Box<LostMail>),
+    /// A client that had said something was answered without a worker.
+    Unserved(Box<Unserved>),
     /// An action has a time limit of its own, which a drain waits for.
     TimeLimitSet(Instant),
     /// A process starts that may ask the shared dictionaries.
@@ -174,6 +177,30 @@ pub(crate) enum Programs {
     Killed,
 }
 
+/// A client that had said something and was answered without a worker.
+#[derive(Debug)]
+pub(crate) struct Unserved {
+    /// The mail.
+    pub(crate) job: JobId,
+    /// The client.
+    pub(crate) origin: Origin,
+    /// When the connection was accepted.
+    pub(crate) accepted: Instant,
+    /// The answer, unless the client had left.
+    pub(crate) reply: Option<(Status, &'static str)>,
+    /// Why no worker serves the client.
+    pub(crate) cause: &'static str,
+}
+
+/// Where a mail came from.
+#[derive(Debug, Clone)]
+pub(crate) struct Origin {
+    /// The client.
+    pub(crate) peer: Peer,
+    /// The address of the listener.
+    pub(crate) listener: Arc<str>,
+}
+
 /// A mail whose worker died.
 #[derive(Debug)]
 pub(crate) struct LostMail {
@@ -182,7 +209,7 @@ pub(crate) struct LostMail {
     /// The mail.
     pub(crate) job: JobId,
     /// The client.
-    pub(crate) peer: Peer,
+    pub(crate) origin: Origin,
     /// When the connection was accepted.
     pub(crate) accepted: Instant,
     /// The answer that the client gets.

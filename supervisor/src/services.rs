@@ -15,11 +15,12 @@ mod systemd;
 
 use std::time::Instant;
 
-use qrelay_shared::ipc::message::{MailRecord, Peer};
+use qrelay_shared::ipc::message::MailRecord;
+use qrelay_shared::log;
 use qrelay_shared::settings::Declaration;
 use slog::{Logger, info};
 
-use crate::event::{Asker, Cause, Events, LostMail, NewAsker};
+use crate::event::{Asker, Cause, Events, LostMail, NewAsker, Origin, Unserved};
 use crate::ids::{ChannelId, GenerationId, JobId, WorkerId};
 use crate::services::dictionary_server::DictionaryServer;
 use crate::services::mail_log::{Answers, MailLog};
@@ -64,15 +65,20 @@ impl Services {
         &mut self,
         worker: WorkerId,
         job: JobId,
-        peer: Option<Peer>,
+        origin: Option<Origin>,
         record: &MailRecord<'_>,
     ) {
-        self.mails.done(worker, job, peer, record);
+        self.mails.done(worker, job, origin.as_ref(), record);
     }
 
     /// Logs a mail whose worker died.
     pub(crate) fn mail_lost(&mut self, mail: &LostMail, now: Instant) {
         self.mails.lost(mail, now);
+    }
+
+    /// Logs a client that had said something and was answered without a worker.
+    pub(crate) fn unserved(&mut self, client: &Unserved, now: Instant) {
+        self.mails.unserved(client, now);
     }
 
     /// Returns how the mails so far were answered.
@@ -148,6 +154,7 @@ impl Services {
     /// Reports what has not been reported: the daemon ends.
     pub(crate) fn close(&mut self) {
         self.mails.send_to(None);
+        log::report_rest(&self.log);
     }
 
     /// Does what is due.
@@ -155,12 +162,17 @@ impl Services {
         self.dictionaries.begin_turn(now);
         self.systemd.tick(now);
         self.mails.tick(now);
+        log::report_repeats(&self.log, now);
     }
 
     /// Returns when [`Self::tick`] has something to do, if ever.
     pub(crate) fn next_deadline(&self) -> Option<Instant> {
-        let deadlines =
-            [self.systemd.next_tick(), self.mails.next_tick(), self.dictionaries.next_turn()];
+        let deadlines = [
+            self.systemd.next_tick(),
+            self.mails.next_tick(),
+            self.dictionaries.next_turn(),
+            log::next_report(),
+        ];
         deadlines.into_iter().flatten().min()
     }
 

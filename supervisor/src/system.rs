@@ -220,7 +220,8 @@ pub(crate) fn describe(status: WaitStatus) -> String {
         WaitStatus::Signaled(_, signal, core) => {
             format!("{signal}{}", if core { " (core dumped)" } else { "" })
         }
-        other => format!("{other:?}"),
+        // Not asked for, and no end.
+        _ => "a change of its state".to_owned(),
     }
 }
 

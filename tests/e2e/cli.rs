@@ -171,13 +171,15 @@ fn send_passes_on_an_early_refusal() {
 
 #[test]
 fn send_refuses_what_is_no_address() {
-    for args in [
-        &["--to", "/x", "--sender", "nobody", "r@x"][..],
-        &["--to", "/x", "--sender", "s@x", "a b@x"],
-        &["--to", "/x", "--sender", "s@x"],
-        &["--to", "", "--sender", "s@x", "r@x"],
+    for (args, told) in [
+        (&["--to", "/x", "--sender", "nobody", "r@x"][..], "the sender 'nobody' is not a mail"),
+        (&["--to", "/x", "--sender", "s@x", "a b@x"], "the recipient 'a b@x' is not a mail"),
+        (&["--to", "/x", "--sender", "s@x"], ""),
+        (&["--to", "", "--sender", "s@x", "r@x"], ""),
     ] {
-        assert_eq!(send(args, b"x").status.code(), Some(64), "{args:?}");
+        let output = send(args, b"x");
+        assert_eq!(output.status.code(), Some(64), "{args:?}");
+        assert!(stderr(&output).contains(told), "{}", stderr(&output));
     }
 }
 

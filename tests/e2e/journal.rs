@@ -158,7 +158,7 @@ fn one_entry_per_mail_with_its_fields() {
         ("PRIORITY", "6"),
         ("SYSLOG_IDENTIFIER", "qrelay"),
         ("QRELAY_FROM", "<first@example.com>"),
-        ("QRELAY_TO", "<b@example.org>"),
+        ("QRELAY_TO", "<b@example.org>,<c@example.org>"),
         ("QRELAY_RECIPIENTS", "2"),
         ("QRELAY_UID", "0"),
         ("QRELAY_PID", &own),

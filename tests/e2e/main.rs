@@ -33,6 +33,7 @@ mod journal;
 mod libraries;
 mod limits;
 mod lua;
+mod mail_lines;
 mod message;
 mod passed_descriptors;
 mod pg;

@@ -16,6 +16,7 @@ mod context;
 pub(crate) mod progress;
 mod readings;
 mod record;
+mod refusal;
 mod reply;
 mod request;
 pub mod script;
@@ -32,10 +33,10 @@ use qrelay_shared::deadline::Deadline;
 use qrelay_shared::flight::{Envelope, Phase};
 use qrelay_shared::header::received_count;
 use qrelay_shared::ipc::message::{Job, MailRecord, mail_id};
-use qrelay_shared::qmqp::{Limits, Reply, Request, RequestError, Status, parse};
+use qrelay_shared::qmqp::{Limits, Reply, Request, parse};
 use qrelay_shared::sys::rights::{MoreInput, PeerSocket};
 use qrelay_shared::texts;
-use slog::{error, info};
+use slog::error;
 
 pub use self::context::Context;
 
@@ -51,10 +52,14 @@ use crate::mail::{Mail, Origin};
 use crate::session::context::Listener;
 use crate::session::progress::Step;
 use crate::session::record::{Answered, Outcome, record, refusal};
+use crate::session::refusal::Refusal;
 use crate::session::reply::{answer, drop_surplus, linger};
 use crate::session::request::{Incoming, Terms};
 use crate::session::script::{HandlerError, Handling};
 use crate::session::stage::{Stage, Unread};
+
+/// Why a request can't be read whose client has attached descriptors.
+const PASSED: &str = "the client has passed descriptors";
 
 /// The messages that a session still owes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -154,9 +159,9 @@ impl Session {
                 // The buffer has been freed: other sessions may use the memory.
                 drop(memory);
             }
-            Stage::Refused(reply, unread) => self.refuse(context, &reply, unread),
-            Stage::Settled(mail, reply, unread) => {
-                self.conclude(context, mail, &Outcome::refused(reply), unread);
+            Stage::Refused(refusal, unread) => self.refuse(context, &refusal, unread),
+            Stage::Settled(mail, outcome, unread) => {
+                self.conclude(context, mail, &outcome, unread);
             }
             Stage::Handled(handling, deadline, unread) => {
                 let (mail, decision) = handling.finish();
@@ -166,7 +171,8 @@ impl Session {
                         Outcome::failed(Reply::temporary(texts::SCRIPT_FAILED))
                     }
                     Err(HandlerError::NotBegun) => {
-                        Outcome::refused(Reply::temporary(texts::TRY_AGAIN))
+                        let reply = Reply::temporary(texts::TRY_AGAIN);
+                        Outcome::refused(reply, "no worker was free in time")
                     }
                     Err(HandlerError::Deadline) => {
                         Outcome::failed(Reply::temporary(texts::RELAY_FAILED))
@@ -206,27 +212,32 @@ impl Session {
         incoming: Incoming,
         mut buffer: Vec<u8>,
     ) -> Stage {
-        let no_mail = |buffer, reply, unread| {
+        let no_mail = |buffer, refusal, unread| {
             context.buffers.give(buffer);
-            Stage::Refused(reply, unread)
+            Stage::Refused(Box::new(refusal), unread)
         };
         let (total, at_once) = match incoming {
             Incoming::Complete { total, at_once } => (total, at_once),
-            Incoming::Refused(reply) => {
-                let unread = match reply.status {
-                    Status::Permanent => Unread::Refused,
-                    Status::Accepted | Status::Temporary => Unread::Some,
-                };
-                return no_mail(buffer, reply, unread);
+            Incoming::Invalid(error) => {
+                let refusal = Refusal::invalid(&buffer, error, limits);
+                return no_mail(buffer, refusal, Unread::Refused);
+            }
+            Incoming::Refused(reply, why) => {
+                let refusal = Refusal::incomplete(&buffer, Some(reply), why);
+                return no_mail(buffer, refusal, Unread::Some);
             }
             Incoming::Rights => {
-                info!(context.logger, "connection refused: the client has passed descriptors";
-                    "job" => self.job.job, "peer" => ?self.job.peer);
-                return no_mail(buffer, Reply::permanent(texts::MALFORMED_INPUT), Unread::Some);
+                let reply = Reply::permanent(texts::MALFORMED_INPUT);
+                let refusal = Refusal::incomplete(&buffer, Some(reply), PASSED);
+                return no_mail(buffer, refusal, Unread::Some);
             }
-            Incoming::Gone => {
+            Incoming::Gone if buffer.is_empty() => {
                 context.buffers.give(buffer);
                 return Stage::Gone;
+            }
+            Incoming::Gone => {
+                let refusal = Refusal::incomplete(&buffer, None, "the client left");
+                return no_mail(buffer, refusal, Unread::Some);
             }
         };
         let deadline = self.deadline(context, at_once);
@@ -237,7 +248,10 @@ impl Session {
                 let mail = self.mail(context, listener, buffer, request);
                 self.handle(context, mail, deadline, unread)
             }
-            Err(error) => no_mail(buffer, refused(error), unread),
+            Err(error) => {
+                let refusal = Refusal::invalid(&buffer, error, limits);
+                no_mail(buffer, refusal, unread)
+            }
         }
     }
 
@@ -285,8 +299,11 @@ impl Session {
         unread: Unread,
     ) -> Stage {
         let hops = received_count(mail.message());
-        if hops > context.settings.max_hops as usize {
-            return Stage::Settled(mail, Reply::permanent(texts::TOO_MANY_HOPS), unread);
+        let max_hops = context.settings.max_hops;
+        if hops > max_hops as usize {
+            let cause = format!("{hops} Received fields, max_hops={max_hops}");
+            let outcome = Outcome::refused(Reply::permanent(texts::TOO_MANY_HOPS), &cause);
+            return Stage::Settled(mail, outcome, unread);
         }
         self.note(&mail);
         self.flight.enter(Phase::Lua);
@@ -373,10 +390,12 @@ impl Session {
         }
     }
 
-    /// Answers a request that never became a mail.
-    fn refuse(&mut self, context: &Context, reply: &Reply, unread: Unread) {
-        self.answer(context, reply, unread);
-        self.done(context, Some(refusal(reply, self.answered())));
+    /// Answers a request that never became a mail, unless its client left.
+    fn refuse(&mut self, context: &Context, refused: &Refusal, unread: Unread) {
+        if let Some(reply) = &refused.reply {
+            self.answer(context, reply, unread);
+        }
+        self.done(context, Some(refusal(refused, self.answered())));
     }
 
     /// Returns when the client had its answer.
@@ -415,12 +434,9 @@ impl Session {
     fn log_panic(&self, context: &Context, panic: &(dyn Any + Send)) {
         let cause = panic.downcast_ref::<String>().map(String::as_str);
         let cause = cause.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("unknown");
-        error!(context.logger, # "panic", "internal error"; "job" => self.job.job, "panic" => cause);
+        error!(context.logger, # "panic", "internal error";
+            "id" => &*mail_id(&context.instance, self.job.job), "panic" => cause);
     }
-}
-
-fn refused(error: RequestError) -> Reply {
-    Reply::permanent(error.reply_text())
 }
 
 #[cfg(test)]
@@ -484,7 +500,10 @@ mod tests {
             ),
             (
                 "done",
-                |session, context, reply| session.refuse(context, reply, Unread::Unknown),
+                |session, context, reply| {
+                    let refusal = Refusal::unread(reply.clone(), "test");
+                    session.refuse(context, &refusal, Unread::Unknown);
+                },
                 "9:Drejected,",
             ),
         ];

@@ -162,7 +162,7 @@ fn failures_are_logged_with_their_cause() {
     failure("function(m) sodium.randmbytes(5) end", "; did you mean 'randombytes'?");
     failure(
         "function(m) nothing_like_it() end",
-        "a nil value (global 'nothing_like_it') listener=",
+        "a nil value (global 'nothing_like_it') traceback=",
     );
     failure("function(m) return m:discard(), 'x' end", "returned 'x', expected an action");
     failure("function(m) error('boom') end", "config.lua:1: boom");

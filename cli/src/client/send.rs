@@ -39,10 +39,10 @@ pub struct SendOptions {
 #[derive(Debug, Error)]
 pub enum SendError {
     /// The envelope sender is not a valid mail address.
-    #[error("the sender {0:?} is not a mail address")]
+    #[error("the sender '{}' is not a mail address", printable(.0.as_bytes()))]
     Sender(String),
     /// An envelope recipient is not a valid mail address.
-    #[error("the recipient {0:?} is not a mail address")]
+    #[error("the recipient '{}' is not a mail address", printable(.0.as_bytes()))]
     Recipient(String),
     /// The list of recipients is empty.
     #[error("no recipient")]

@@ -101,6 +101,7 @@ impl Direction for ToReports {
 }
 
 /// A report of a worker about its jobs.
+#[expect(clippy::large_enum_variant, reason = "a report exists for a moment, on the stack")]
 #[derive(Debug, Serialize, Deserialize)]
 pub enum Report<'a> {
     /// The worker can take jobs. This report is sent once.
@@ -135,8 +136,7 @@ pub enum Report<'a> {
     Done {
         /// The job.
         job: JobId,
-        /// The record of the mail; `None` when the client left, or was lost, before an answer was
-        /// due.
+        /// The record of the mail; `None` when the client left without having said anything.
         #[serde(borrow)]
         record: Option<MailRecord<'a>>,
     },
@@ -196,6 +196,10 @@ pub struct MailRecord<'a> {
     pub answered: u64,
     /// What the time from accept to answer went by with.
     pub times: Times,
+    /// The value of the field `Message-ID`, as far as it is printable ASCII.
+    pub message_id: Option<&'a str>,
+    /// Why the handler never ran.
+    pub cause: Option<&'a str>,
     /// Whether the handler never ran. A mail that was refused in this way has no Pond record.
     pub refused: bool,
 }

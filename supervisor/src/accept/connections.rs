@@ -14,6 +14,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -28,7 +29,7 @@ use rustc_hash::FxHashMap;
 
 use crate::accept::eviction::{Held, Worth};
 use crate::accept::listeners::{Listener, Socket, canonical};
-use crate::event::LostAnswer;
+use crate::event::{LostAnswer, Origin};
 use crate::ids::{GenerationId, JobId, ListenerId, WorkerId};
 use crate::watch::{Source, Watcher};
 
@@ -60,6 +61,8 @@ pub(super) struct Connection {
     pub(super) peer: Peer,
     /// The listener that accepted the connection.
     pub(super) listener: ListenerId,
+    /// The address of that listener, which may be gone.
+    pub(super) listener_name: Arc<str>,
     /// When the connection was accepted.
     pub(super) accepted: Instant,
     /// The moment of the accept in nanoseconds of CLOCK_BOOTTIME.
@@ -76,6 +79,11 @@ pub(super) struct Connection {
 }
 
 impl Connection {
+    /// Returns where the connection came from.
+    pub(super) fn origin(&self) -> Origin {
+        Origin { peer: self.peer, listener: Arc::clone(&self.listener_name) }
+    }
+
     /// Returns whether neither a worker nor an answer has reached the client.
     fn is_unserved(&self) -> bool {
         matches!(self.state, State::Pending | State::Waiting)
@@ -180,6 +188,7 @@ impl Connections {
                     fd,
                     peer,
                     listener: id,
+                    listener_name: Arc::clone(listener.name()),
                     accepted: now,
                     accepted_boottime: boottime,
                     spoke_boottime: boottime,

@@ -12,6 +12,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr, TcpListener};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixListener;
+use std::sync::Arc;
 
 use nix::sys::socket::{
     AddressFamily, Shutdown, SockType, SockaddrLike, SockaddrStorage, getsockname, getsockopt,
@@ -53,6 +54,8 @@ pub(super) struct Listener {
     /// The declaration of the latest generation that was activated.
     declared: Option<ListenerDecl>,
     address: ListenAddress,
+    /// The address, for the mails' lines.
+    name: Arc<str>,
     file: Option<SocketFile>,
     /// Whether clients that are accepted now can pass descriptors.
     rights: Rights,
@@ -70,6 +73,11 @@ impl Listener {
     /// Returns the socket to accept from.
     pub(super) fn socket(&self) -> &Socket {
         &self.socket
+    }
+
+    /// Returns the address as text.
+    pub(super) fn name(&self) -> &Arc<str> {
+        &self.name
     }
 
     /// Returns whether a client that is accepted now can pass descriptors.
@@ -142,6 +150,7 @@ impl Listeners {
                 socket,
                 watched: false,
                 declared: None,
+                name: format!("systemd['{name}']").into(),
                 address: ListenAddress::Systemd(Some(name)),
                 file: None,
                 // Clients may be in the backlog that connected before anything was refused.
@@ -236,6 +245,7 @@ impl Listeners {
             later: rights,
             declared: Some(declared.clone()),
             address: declared.address.clone(),
+            name: declared.address.to_string().into(),
             file,
             adopted: false,
             ending: false,

@@ -136,7 +136,11 @@ impl Site {
     }
 
     fn events(&mut self) -> Vec<String> {
-        self.events.drain(..).map(|event| format!("{event:?}")).collect()
+        let shown = |event| match event {
+            Event::Unserved(client) => unserved(client.job.0, client.cause),
+            event => format!("{event:?}"),
+        };
+        self.events.drain(..).map(shown).collect()
     }
 
     /// The jobs that wait for a worker.
@@ -154,6 +158,11 @@ fn answer(stream: &mut UnixStream) -> String {
 
 fn client() -> Client {
     Client::Uid(nix::unistd::getuid().as_raw())
+}
+
+/// The event of a client that no worker serves, in short.
+fn unserved(job: u64, cause: &str) -> String {
+    format!("unserved {job}: {cause}")
 }
 
 fn ready(job: u64) -> String {
@@ -221,7 +230,8 @@ fn times_are_limited_before_a_worker_has_the_connection() {
     site.acceptor.tick(late, &mut site.events);
     assert!(answer(&mut waits).contains("Ztry again later"));
     let given_up = Event::GivenUp { job: JobId(2), client: client() };
-    assert_eq!(site.events(), [format!("{given_up:?}")]);
+    let unserved = unserved(2, "no worker was free in time");
+    assert_eq!(site.events(), [format!("{given_up:?}"), unserved]);
 }
 
 #[test]
@@ -232,7 +242,7 @@ fn one_uid_has_no_more_connections_than_it_may() {
     site.poll();
     let mut second = site.connect(0, b"x");
     site.poll();
-    assert_eq!(site.events(), [ready(1)]);
+    assert_eq!(site.events(), [ready(1), unserved(2, "max_connections_per_uid")]);
     assert!(answer(&mut second).contains("Ztry again later"));
 }
 
@@ -257,7 +267,7 @@ fn a_dead_workers_client_is_answered_once_its_program_has_ended() {
     assert_eq!(lost, [told(1), told(2)]);
     assert!(answer(&mut first).contains("Ztry again later"));
     assert_eq!(answer(&mut second), "");
-    site.acceptor.worker_failed(JobId(2), site.now);
+    site.acceptor.program_ended(JobId(2), site.now);
     assert!(answer(&mut second).contains("Ztry again later"));
 }
 
@@ -415,7 +425,8 @@ fn of_those_that_wait_the_last_ones_give_way() {
     assert!(last.iter().all(|answer| answer.contains("Ztry again later")), "{told:?}");
     assert!(late.is_empty(), "{told:?}");
     let given_up = |job| format!("{:?}", Event::GivenUp { job: JobId(job), client: client() });
-    let expected: Vec<_> = (12..=22).rev().map(given_up).chain([ready(23)]).collect();
+    let both = |job| [given_up(job), unserved(job, "gave way to other clients")];
+    let expected: Vec<_> = (12..=22).rev().flat_map(both).chain([ready(23)]).collect();
     assert_eq!(site.events(), expected);
 }
 

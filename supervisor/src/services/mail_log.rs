@@ -10,12 +10,15 @@ use qrelay_shared::qmqp::Status;
 use qrelay_shared::texts;
 use slog::{Logger, info};
 
-use crate::event::{LostAnswer, LostMail};
+use crate::event::{LostAnswer, LostMail, Origin, Unserved};
 use crate::ids::{JobId, WorkerId};
 use crate::services::pond::PondSender;
 
 /// Bytes that a usual mail's sender and time fit in.
 const ROOM: usize = 128;
+
+/// Most recipients in a line.
+const SHOWN: usize = 5;
 
 /// How many clients got which answer since the start.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -90,22 +93,23 @@ impl MailLog {
         &mut self,
         worker: WorkerId,
         job: JobId,
-        peer: Option<Peer>,
+        origin: Option<&Origin>,
         mail: &MailRecord<'_>,
     ) {
-        self.write(worker, job, peer, mail, None);
+        self.write(Some(worker), job, origin, mail, None);
     }
 
     /// Writes the line of a mail, and its Pond record. `lost` says what a mail was doing when its
     /// worker died.
     fn write(
         &mut self,
-        worker: WorkerId,
+        worker: Option<WorkerId>,
         job: JobId,
-        peer: Option<Peer>,
+        origin: Option<&Origin>,
         mail: &MailRecord<'_>,
         lost: Option<&str>,
     ) {
+        let peer = origin.map(|origin| origin.peer);
         self.answers.count(mail.status);
         let (uid, pid, address) = match peer {
             Some(Peer::Local { pid, uid, .. }) => (Some(uid), pid, None),
@@ -130,16 +134,19 @@ impl MailLog {
         info!(self.log, "mail";
             "id" => &*mail_id(&self.instance, job),
             "from" => &text[..from],
-            "to" => mail.recipients.split(',').next(),
+            "to" => first_recipients(&mail.recipients),
             "recipients" => mail.recipient_count,
             "uid" => uid,
             "pid" => pid,
             "peer" => address,
+            "listener" => origin.map(|origin| &*origin.listener),
             "account" => mail.account,
+            "message_id" => mail.message_id,
             "action" => mail.action,
             "next_hop" => mail.next_hop,
             "status" => status,
             "reply" => &*mail.text,
+            "cause" => mail.cause,
             "size" => mail.size,
             "queue" => &text[from..queue],
             "read" => &text[queue..read],
@@ -155,7 +162,7 @@ impl MailLog {
 
     /// Logs a mail whose worker died, with what the worker had noted of it.
     pub(super) fn lost(&mut self, mail: &LostMail, now: Instant) {
-        let LostMail { worker, job, peer, accepted, answer, flight } = mail;
+        let LostMail { worker, job, origin, accepted, answer, flight } = mail;
         let status = match answer {
             LostAnswer::TryAgain => Some(Status::Temporary),
             LostAnswer::Given(status) => Some(*status),
@@ -199,17 +206,57 @@ impl MailLog {
             received,
             sent: if sent { received } else { 0 },
             duration: u64::try_from(duration).unwrap_or(u64::MAX),
-            answered: SystemTime::now()
-                .duration_since(UNIX_EPOCH)
-                .map_or(0, |since| since.as_micros() as u64),
+            answered: now_micros(),
             times: Times::default(),
+            message_id: None,
+            cause: None,
             // A worker notes the envelope of a complete request, just before its handler runs.
             refused: count == 0,
         };
         let lost =
             Some(flight.map_or_else(|| "unknown".to_owned(), |flight| flight.phase.to_string()));
-        self.write(*worker, *job, Some(*peer), &record, lost.as_deref());
+        self.write(Some(*worker), *job, Some(origin), &record, lost.as_deref());
     }
+
+    /// Logs a client that had said something and was answered without a worker.
+    pub(super) fn unserved(&mut self, client: &Unserved, now: Instant) {
+        let Unserved { job, origin, accepted, reply, cause } = client;
+        let duration = now.saturating_duration_since(*accepted).as_micros();
+        let duration = u64::try_from(duration).unwrap_or(u64::MAX);
+        let record = MailRecord {
+            sender: "".into(),
+            recipients: "".into(),
+            recipient_count: 0,
+            recipients_cut: 0,
+            account: None,
+            action: "-",
+            next_hop: None,
+            forwarded: false,
+            status: reply.map(|(status, _)| status),
+            text: reply.map_or("canceled", |(_, text)| text).into(),
+            size: 0,
+            received: 0,
+            sent: 0,
+            duration,
+            answered: now_micros(),
+            times: Times { queue: duration, ..Times::default() },
+            message_id: None,
+            cause: Some(cause),
+            refused: true,
+        };
+        self.write(None, *job, Some(origin), &record, None);
+    }
+}
+
+/// Returns the time in microseconds since the epoch.
+fn now_micros() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_micros() as u64)
+}
+
+/// Returns the first [`SHOWN`] of recipients that are separated by commas.
+fn first_recipients(recipients: &str) -> &str {
+    let end = recipients.match_indices(',').nth(SHOWN - 1).map_or(recipients.len(), |(at, _)| at);
+    &recipients[..end]
 }
 
 /// Appends a time in milliseconds, to a tenth.

@@ -238,6 +238,8 @@ mod tests {
             times: Times::default(),
             duration: 469,
             answered: 0x0006_60ff_6bc4_ca1a,
+            message_id: None,
+            cause: None,
             refused: false,
         }
     }

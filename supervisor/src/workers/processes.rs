@@ -455,7 +455,7 @@ impl Workers {
                 if let Some(process) = self.processes.get_mut(&worker) {
                     process.forget_job(job);
                 }
-                warn!(self.log, "worker out of descriptors"; "worker" => worker);
+                warn!(self.log, # "worker", "worker out of descriptors"; "worker" => worker);
                 events.push_back(Event::SocketLost(job));
             }
             Report::Child { job, pid } => {

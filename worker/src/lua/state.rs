@@ -274,13 +274,14 @@ impl State {
         self.check_memory();
         match stop {
             Stop::NotBegun => {
-                slog::warn!(self.logger, "no worker was free in time"; "id" => &*mail.id(),
-                    "worker" => self.worker.load(Ordering::Relaxed),
+                slog::warn!(self.logger, # "listener", "no worker was free in time";
+                    "id" => &*mail.id(), "worker" => self.worker.load(Ordering::Relaxed),
                     "listener" => &**mail.listener());
                 HandlerError::NotBegun
             }
             Stop::Deadline => {
-                slog::warn!(self.logger, # "listener", "the mail's time was over while its handler waited";
+                slog::warn!(self.logger, # "listener",
+                    "the mail's time was over while its handler waited";
                     "id" => &*mail.id(), "worker" => self.worker.load(Ordering::Relaxed),
                     "listener" => &**mail.listener());
                 HandlerError::Deadline

@@ -34,7 +34,7 @@ pub(crate) fn run(channel: &Channel<FromControl, ToControl>, context: &Context) 
                     {
                         return;
                     }
-                    report_repeats(&context.logger);
+                    report_repeats(&context.logger, Instant::now());
                 }
             },
             Err(RecvError::Empty) => {}

@@ -7,6 +7,7 @@
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use memchr::memchr;
 use qrelay_shared::address::{escape_for_log, printable};
 use qrelay_shared::ipc::message::{MailRecord, Times};
 use qrelay_shared::pond;
@@ -15,12 +16,19 @@ use qrelay_shared::qmqp::Reply;
 use crate::clock::age;
 use crate::delivery::Delivery;
 use crate::mail::Mail;
+use crate::session::refusal::Refusal;
 
 /// Stands for the action when there was none.
 const NO_ACTION: &str = "-";
 
 /// Stands for the reply when the client left before it was due.
 const CANCELED: &str = "canceled";
+
+/// How far `Message-ID` is looked for, in bytes: a usual header is much smaller.
+const HEADER: usize = 16 * 1024;
+
+/// Most bytes that are shown of a `Message-ID`.
+const MESSAGE_ID: usize = 250;
 
 /// Bytes that the recipients of a usual mail need.
 const ROOM: usize = 128;
@@ -37,13 +45,14 @@ pub(crate) struct Outcome {
     /// Whether the mail began to go out.
     forwarded: bool,
     canceled: bool,
-    refused: bool,
+    /// Why the handler never ran.
+    cause: Option<String>,
 }
 
 impl Outcome {
     /// Returns the outcome of a mail whose handler never ran.
-    pub(crate) fn refused(reply: Reply) -> Self {
-        Self { refused: true, ..Self::own(NO_ACTION, reply) }
+    pub(crate) fn refused(reply: Reply, cause: &str) -> Self {
+        Self { cause: Some(cause.to_owned()), ..Self::own(NO_ACTION, reply) }
     }
 
     /// Returns the outcome of a mail whose handler came to no decision.
@@ -60,7 +69,7 @@ impl Outcome {
             relays: false,
             forwarded: false,
             canceled: false,
-            refused: false,
+            cause: None,
         }
     }
 
@@ -122,30 +131,64 @@ pub(crate) fn record<'m>(
         duration: answered.duration,
         answered: answered.at,
         times: answered.times,
-        refused: outcome.refused,
+        message_id: message_id(mail.message()),
+        cause: outcome.cause.as_deref(),
+        refused: outcome.cause.is_some(),
     }
 }
 
-/// Returns the record of a request that was refused before there was a mail.
-pub(crate) fn refusal(reply: &Reply, answered: Answered) -> MailRecord<'_> {
+/// Returns the record of a request that never became a mail.
+pub(crate) fn refusal(refusal: &Refusal, answered: Answered) -> MailRecord<'_> {
+    let reply = refusal.reply.as_ref();
     MailRecord {
-        sender: "".into(),
-        recipients: "".into(),
-        recipient_count: 0,
+        sender: (&*refusal.sender).into(),
+        recipients: (&*refusal.recipients).into(),
+        recipient_count: refusal.count,
         recipients_cut: 0,
         account: None,
         action: NO_ACTION,
         next_hop: None,
         forwarded: false,
-        status: Some(reply.status),
-        text: printable(&reply.text),
+        status: reply.map(|reply| reply.status),
+        text: reply.map_or(CANCELED.into(), |reply| printable(&reply.text)),
         size: 0,
-        received: 0,
+        received: refusal.received,
         sent: 0,
         duration: answered.duration,
         answered: answered.at,
         times: answered.times,
+        message_id: None,
+        cause: Some(&refusal.cause),
         refused: true,
+    }
+}
+
+/// Returns the value of a message's `Message-ID`, as far as it is printable ASCII. Looks at the
+/// first bytes of each line of the header, and no further than [`HEADER`].
+fn message_id(message: &[u8]) -> Option<&str> {
+    const NAME: &[u8] = b"Message-ID:";
+    let mut rest = &message[..message.len().min(HEADER)];
+    while !matches!(rest, [] | [b'\n', ..] | [b'\r', b'\n', ..]) {
+        if rest.get(..NAME.len()).is_some_and(|name| name.eq_ignore_ascii_case(NAME)) {
+            let value = unfolded(&rest[NAME.len()..]);
+            let value = &value[..value.len().min(MESSAGE_ID)];
+            let end = value.iter().position(|b| !b.is_ascii_graphic()).unwrap_or(value.len());
+            return str::from_utf8(&value[..end]).ok().filter(|text| !text.is_empty());
+        }
+        rest = memchr(b'\n', rest).map_or(&[], |lf| &rest[lf + 1..]);
+    }
+    None
+}
+
+/// Returns a field's value without the white space before it, and without the end of a line that is
+/// folded there.
+fn unfolded(mut value: &[u8]) -> &[u8] {
+    loop {
+        value = match value {
+            [b' ' | b'\t' | b'\r', after @ ..] => after,
+            [b'\n', b' ' | b'\t', after @ ..] => after,
+            _ => return value,
+        };
     }
 }
 
@@ -208,6 +251,27 @@ mod tests {
         assert_eq!(record.account, Some("acct42"));
         assert_eq!((&*record.text, record.status), ("o?k", Some(Status::Accepted)));
         assert!(!record.refused && record.duration > 0);
+    }
+
+    #[test]
+    fn the_message_id_is_found_in_the_header() {
+        let long = [b"Message-ID: <", &[b'x'; 300][..], b">\n\n"].concat();
+        for (message, expected) in [
+            (&b"Message-ID: <a@b>\n\n"[..], &b"<a@b>"[..]),
+            (b"Subject: x\r\nmessage-id:<a@b>\r\n\r\n", b"<a@b>"),
+            (b"Message-Id:\n <a@b> (x)\nX: y\n\n", b"<a@b>"),
+            (b"Message-ID:\n\nbody", b""),
+            (b"Message-ID: <a\x1b[0m@b>\n", b"<a"),
+            (b"X: y\n\nMessage-ID: <a@b>\n", b""),
+            (b"X: y\r\n\r\nMessage-ID: <a@b>\n", b""),
+            (b"X-Message-ID: <a@b>", b""),
+            (b"Message-ID", b""),
+            (b"", b""),
+            (&long, &long[12..12 + MESSAGE_ID]),
+        ] {
+            let found = message_id(message).unwrap_or_default();
+            assert_eq!(found.as_bytes(), expected, "{}", message.escape_ascii());
+        }
     }
 
     #[test]

@@ -67,18 +67,15 @@ pub(crate) enum Incoming {
         /// ago, while the connection waited for a worker.
         at_once: bool,
     },
-    /// There is no valid request, and this is the answer. The client may still be sending.
-    Refused(Reply),
+    /// The request breaks a rule. The client may still be sending.
+    Invalid(RequestError),
+    /// The rest of the request isn't waited for: the answer, and why. The client may still be
+    /// sending.
+    Refused(Reply, &'static str),
     /// The client has passed descriptors. What it has sent can't be read.
     Rights,
     /// The client left; no answer is due.
     Gone,
-}
-
-impl Incoming {
-    fn refused(error: RequestError) -> Self {
-        Self::Refused(Reply::permanent(error.reply_text()))
-    }
 }
 
 impl<'w> Terms<'w> {
@@ -95,7 +92,7 @@ impl<'w> Terms<'w> {
         match progress(buffer, &self.limits) {
             Ok(Progress::Complete { total }) => Some(Incoming::Complete { total, at_once: true }),
             Ok(Progress::NeedMore { .. }) => None,
-            Err(error) => Some(Incoming::refused(error)),
+            Err(error) => Some(Incoming::Invalid(error)),
         }
     }
 
@@ -151,25 +148,26 @@ struct Run<'t, 'w> {
 
 impl Run<'_, '_> {
     fn read(&mut self, buffer: &mut Vec<u8>) -> Incoming {
-        let timed_out = || Incoming::Refused(Reply::temporary(texts::REQUEST_TIMED_OUT));
-        let try_again = || Incoming::Refused(Reply::temporary(texts::TRY_AGAIN));
+        let timed_out =
+            || Incoming::Refused(Reply::temporary(texts::REQUEST_TIMED_OUT), "timed out");
+        let try_again = |why| Incoming::Refused(Reply::temporary(texts::TRY_AGAIN), why);
         loop {
             let total = match progress(buffer, &self.terms.limits) {
                 Ok(Progress::Complete { total }) => {
                     return Incoming::Complete { total, at_once: self.reading.is_none() };
                 }
                 Ok(Progress::NeedMore { total }) => total,
-                Err(error) => return Incoming::refused(error),
+                Err(error) => return Incoming::Invalid(error),
             };
             if self.deadline.expired() {
                 return timed_out();
             }
             if buffer.len() == buffer.capacity() && !self.grow(buffer, total) {
-                return try_again();
+                return try_again("no memory");
             }
             match receive(self.client, buffer) {
                 Ok(0) if self.reading.as_ref().is_some_and(Reading::gives_way) => {
-                    return try_again();
+                    return try_again("gave way");
                 }
                 Ok(0) => return Incoming::Gone,
                 Ok(_) => {}
@@ -310,7 +308,13 @@ mod tests {
                     buffer.truncate(total);
                     format!("complete {}", memory.is_some())
                 }
-                Incoming::Refused(reply) => String::from_utf8_lossy(&reply.encode()).into_owned(),
+                Incoming::Refused(reply, _) => {
+                    String::from_utf8_lossy(&reply.encode()).into_owned()
+                }
+                Incoming::Invalid(error) => {
+                    let reply = Reply::permanent(error.reply_text());
+                    String::from_utf8_lossy(&reply.encode()).into_owned()
+                }
                 Incoming::Rights => "rights".into(),
                 Incoming::Gone => "gone".into(),
             }

@@ -5,6 +5,8 @@ use qrelay_shared::qmqp::Reply;
 use qrelay_shared::texts;
 
 use crate::mail::Mail;
+use crate::session::record::Outcome;
+use crate::session::refusal::Refusal;
 use crate::session::script::Handling;
 
 /// Data of the client that may be unread when the answer is sent.
@@ -22,13 +24,13 @@ pub(crate) enum Unread {
 pub(crate) enum Stage {
     /// There may be more of the request than these bytes.
     Request(Vec<u8>),
-    /// There is no mail, and this is the answer.
-    Refused(Reply, Unread),
+    /// There is no mail.
+    Refused(Box<Refusal>, Unread),
     /// The mail is answered without asking its handler.
-    Settled(Box<Mail>, Reply, Unread),
+    Settled(Box<Mail>, Outcome, Unread),
     /// The handler has begun, and usually has decided.
     Handled(Handling, Deadline, Unread),
-    /// The client left.
+    /// The client left without having said anything.
     Gone,
 }
 
@@ -40,6 +42,7 @@ impl Stage {
 
     /// qrelay itself has failed, and the client is told so.
     pub(crate) fn failed() -> Self {
-        Self::Refused(Reply::temporary(texts::INTERNAL_ERROR), Unread::Some)
+        let reply = Reply::temporary(texts::INTERNAL_ERROR);
+        Self::Refused(Box::new(Refusal::unread(reply, "an error in qrelay")), Unread::Some)
     }
 }

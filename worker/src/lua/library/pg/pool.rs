@@ -105,9 +105,9 @@ struct State {
 impl Shared {
     /// Logs what a mail waited for when its time was over.
     fn given_up(&self, waiting_for: &str, origin: &Origin) {
-        slog::warn!(self.logger, # "server,waited_for", "pg: a mail's time is over"; "id" => origin.id.as_deref(),
-            "waited_for" => waiting_for, "server" => self.target.name(),
-            "statement" => &origin.statement);
+        slog::warn!(self.logger, # "server,waited_for", "pg: a mail's time is over";
+            "id" => origin.id.as_deref(), "waited_for" => waiting_for,
+            "server" => self.target.name(), "statement" => &origin.statement);
     }
 
     /// Starts a thread if there is work for it and there may be one more.
