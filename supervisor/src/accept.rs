@@ -290,19 +290,18 @@ impl Acceptor {
         }
     }
 
-    /// Accepts a batch of connections, if need be in place of others. Out of descriptors or memory,
-    /// others give way only to the next batch.
+    /// Accepts a batch of connections. If too many are held then, some give way.
     fn accept_batch(&mut self, id: ListenerId, now: Instant, events: &mut Events) -> Accepted {
         let Some((_, limits)) = self.current else { return Accepted::Empty };
         let batch = limits.batch();
-        let surplus = (self.connections.held() + batch).saturating_sub(limits.held);
-        self.evict(surplus, "too many connections wait", now, events);
         let mut new = std::mem::take(&mut self.accepted);
         let mut accepted = Accepted::Empty;
         if let Some(listener) = self.listeners.get(id) {
             accepted = self.connections.accept((id, listener), batch, now, &mut new);
         }
         self.admit_all(&new, now, events);
+        let surplus = self.connections.held().saturating_sub(limits.held);
+        self.evict(surplus, "too many connections wait", now, events);
         match &accepted {
             Accepted::More => {}
             Accepted::Empty => self.listeners.emptied(id),
