@@ -28,7 +28,7 @@ use nix::errno::Errno;
 use qrelay_shared::client::Client;
 use qrelay_shared::flight::{Flight, Phase};
 use qrelay_shared::ipc::message::{Job, Peer};
-use qrelay_shared::settings::{Declaration, ListenAddress, ListenerDecl, Settings};
+use qrelay_shared::settings::{Declaration, ListenAddress, ListenerDecl};
 use slog::{Logger, error, info, warn};
 
 use crate::accept::backlog::{Ending, Serves};
@@ -66,12 +66,13 @@ struct Limits {
 }
 
 impl Limits {
-    fn new(settings: &Settings, descriptors: u64) -> Self {
+    fn new(declaration: &Declaration, descriptors: u64) -> Self {
+        let settings = &declaration.settings;
         Self {
             per_uid: settings.max_connections_per_uid,
             first_byte: settings.client_timeout,
             waiting: settings.relay_timeout,
-            held: allot(descriptors, settings).held,
+            held: allot(descriptors, declaration).held,
         }
     }
 
@@ -217,7 +218,7 @@ impl Acceptor {
         for error in self.listeners.activate(new, declaration) {
             error!(self.log, "listener: {error}");
         }
-        self.current = Some((new, Limits::new(&declaration.settings, self.descriptors)));
+        self.current = Some((new, Limits::new(declaration, self.descriptors)));
         if let Some(old) = old {
             for id in self.listeners.without(new) {
                 match self.listeners.get(id).and_then(|listener| listener.number(old)) {

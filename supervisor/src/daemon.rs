@@ -333,7 +333,7 @@ impl Daemon {
             }
             Event::Listening(generation) => {
                 if let Some(declaration) = rollout.starting(generation) {
-                    workers.start(generation, &declaration.settings, now, events);
+                    workers.start(generation, declaration, now, events);
                 }
             }
             Event::ListenFailed(generation, message) => {

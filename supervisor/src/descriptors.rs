@@ -2,15 +2,19 @@
 //!
 //! Every connection takes a descriptor of the supervisor until its end. If clients could take all
 //! of them, no worker could be replaced and no configuration be loaded. So a part is kept for the
-//! supervisor itself, and the rest is divided between connections that workers have, connections
-//! that no worker has yet, and channels to the shared dictionaries.
+//! supervisor itself and for its listeners, and the rest is divided between connections that
+//! workers have, connections that no worker has yet, and channels to the shared dictionaries.
 
-use qrelay_shared::settings::Settings;
+use qrelay_shared::settings::Declaration;
 use qrelay_shared::sys::limits::of_others;
 
-/// Descriptors for standard streams, signals, logs, listeners, zygotes, and files that are open for
-/// a moment.
+/// Descriptors for standard streams, signals, logs, the first listener, zygotes, and files that are
+/// open for a moment.
 const OWN: u64 = 28;
+
+/// Descriptors for each further listener: the socket, its file, and the file's directory. A local
+/// socket that has a file takes the most.
+const PER_LISTENER: u64 = 3;
 
 /// Descriptors for a worker: its two channels and its flight recorder, as many for its successor
 /// while both live, and some for what the successor gets until that is on its way.
@@ -47,9 +51,11 @@ pub(crate) struct Allotment {
 
 /// Divides `limit` descriptors (RLIMIT_NOFILE; workers may have [`of_others`]): half of what isn't
 /// kept goes to jobs, a quarter to connections without a worker, and a quarter to channels.
-pub(crate) fn allot(limit: u64, settings: &Settings) -> Allotment {
+pub(crate) fn allot(limit: u64, declaration: &Declaration) -> Allotment {
+    let settings = &declaration.settings;
     let workers = u64::from(settings.workers.max(1));
-    let free = limit.saturating_sub(OWN + PER_WORKER * workers);
+    let listeners = PER_LISTENER * declaration.listeners.len().saturating_sub(1) as u64;
+    let free = limit.saturating_sub(OWN + listeners + PER_WORKER * workers);
     let credit = u64::from(settings.worker_connections)
         .min(free / 2 / workers)
         .min(of_others(limit).saturating_sub(OWN) / PER_JOB);
@@ -66,32 +72,51 @@ pub(crate) fn allot(limit: u64, settings: &Settings) -> Allotment {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use qrelay_shared::settings::{ListenAddress, ListenerDecl, Settings};
+
+    fn declaration(listeners: usize, workers: u32, worker_connections: u32) -> Declaration {
+        let listener = ListenerDecl {
+            address: ListenAddress::Abstract(b"x".to_vec()),
+            mode: 0o600,
+            owner: None,
+            group: None,
+            backlog: 128,
+            max_size: 1 << 20,
+            allow: None,
+        };
+        Declaration {
+            listeners: vec![listener; listeners],
+            settings: Settings { workers, worker_connections, ..Settings::default() },
+            ..Declaration::default()
+        }
+    }
 
     #[test]
     fn descriptors_are_divided() {
-        let settings = |workers, worker_connections| Settings {
-            workers,
-            worker_connections,
-            ..Settings::default()
-        };
         let table = [
             // As the unit has it, everything that is asked for fits.
-            (65_536, settings(2, 256), 4096, 256, 128),
-            (65_536, settings(64, 256), 4096, 256, 128),
-            (u64::MAX, settings(2, 256), 4096, 256, 128),
-            (1024, settings(2, 256), 245, 245, 119),
-            (132, settings(2, 256), 22, 22, 8),
-            (132, settings(2, 4), 22, 4, 8),
+            (65_536, declaration(1, 2, 256), 4096, 256, 128),
+            (65_536, declaration(1, 64, 256), 4096, 256, 128),
+            (u64::MAX, declaration(1, 2, 256), 4096, 256, 128),
+            (1024, declaration(1, 2, 256), 245, 245, 119),
+            (132, declaration(1, 2, 256), 22, 22, 8),
+            (132, declaration(1, 2, 4), 22, 4, 8),
             // A worker needs more for a job than the supervisor.
-            (1024, settings(1, 4096), 247, 249, 128),
+            (1024, declaration(1, 1, 4096), 247, 249, 128),
             // And may have less.
-            (16_384, settings(1, 4096), 4087, 3065, 128),
-            (48, settings(1, 256), 3, 5, 1),
-            (0, settings(1, 256), 1, 1, 1),
+            (16_384, declaration(1, 1, 4096), 4087, 3065, 128),
+            (48, declaration(1, 1, 256), 3, 5, 1),
+            (0, declaration(1, 1, 256), 1, 1, 1),
+            // Listeners take theirs from what clients get.
+            (1024, declaration(101, 2, 256), 170, 170, 82),
+            (1024, declaration(1000, 2, 256), 1, 1, 1),
+            (65_536, declaration(1000, 2, 256), 4096, 256, 128),
         ];
-        for (limit, settings, held, credit, channels) in table {
-            let shown = (limit, settings.workers, settings.worker_connections);
-            assert_eq!(allot(limit, &settings), Allotment { held, credit, channels }, "{shown:?}");
+        for (limit, declaration, held, credit, channels) in table {
+            let settings = &declaration.settings;
+            let shown = (limit, declaration.listeners.len(), settings.workers);
+            let expected = Allotment { held, credit, channels };
+            assert_eq!(allot(limit, &declaration), expected, "{shown:?}");
         }
     }
 }

@@ -25,7 +25,7 @@ use nix::sys::wait::WaitStatus;
 use nix::unistd::Pid;
 use qrelay_shared::client::Client;
 use qrelay_shared::ipc::channel::RecvBuffer;
-use qrelay_shared::settings::Settings;
+use qrelay_shared::settings::Declaration;
 use slog::{Logger, info, warn};
 
 use crate::descriptors::allot;
@@ -108,11 +108,12 @@ impl Workers {
     pub(crate) fn start(
         &mut self,
         generation: GenerationId,
-        settings: &Settings,
+        declaration: &Declaration,
         now: Instant,
         events: &mut Events,
     ) {
-        let credit = allot(self.system.descriptor_limit(), settings).credit;
+        let settings = &declaration.settings;
+        let credit = allot(self.system.descriptor_limit(), declaration).credit;
         if credit < settings.worker_connections as usize {
             warn!(self.log, "too few descriptors for worker_connections: raise LimitNOFILE in the \
                 unit or the hard limit (ulimit -Hn)"; "generation" => generation,

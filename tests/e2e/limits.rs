@@ -52,6 +52,31 @@ fn out_of_descriptors() {
     eventually("as before", || (daemon.fd_count() == fds).then_some(()));
 }
 
+/// The same with many listeners, each of which has descriptors of its own.
+#[test]
+fn many_listeners_leave_descriptors_for_successors() {
+    let site = Site::with(
+        "settings{workers=2, client_timeout=60}
+         for n = 1, 60 do
+           qmqp_listen('$DIR/' .. n, function(m) return m:discard() end)
+         end",
+    );
+    let daemon = site.launch().through(&["prlimit", "--nofile=256:256"]).ready();
+    let silent: Vec<_> = (0..300).map(|_| Client::connect(daemon.path("1"))).collect();
+    daemon.wait_for_log("too many connections wait");
+    let workers = daemon.workers();
+    for &worker in &workers {
+        signal(worker, Signal::SIGKILL);
+    }
+    daemon.wait_for_workers(2, &workers);
+    assert_eq!(daemon.count_log("not accepting for a moment"), 0, "{}", daemon.text());
+    assert!(daemon.fd_count() < 256, "{} descriptors", daemon.fd_count());
+    assert!(daemon.reload());
+    let sent = send_as_nobody(&daemon.path("60"), "other@x");
+    assert_eq!(sent.status.code(), Some(0), "{sent:?}");
+    drop(silent);
+}
+
 /// The same with so few descriptors that there is hardly a place: nobody waits for a timeout, and
 /// the supervisor neither spins nor floods the log.
 #[test]

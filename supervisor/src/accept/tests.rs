@@ -392,8 +392,8 @@ fn overfull(name: &'static str, request: &[u8]) -> (Site, Vec<String>) {
     let settings = Settings { workers: 2, ..Settings::default() };
     let descriptors = 132;
     let mut site = Site::of(name, descriptors);
-    site.switch(FIRST, None, &[0], settings.clone());
-    let held = allot(descriptors, &settings).held;
+    let held = allot(descriptors, &site.declaration(&[0], settings.clone())).held;
+    site.switch(FIRST, None, &[0], settings);
     let mut streams: Vec<_> = (0..held).map(|_| site.connect(0, request)).collect();
     // A half is accepted at a time.
     site.poll();

@@ -139,7 +139,7 @@ impl DictionaryServer {
     /// Learns which dictionaries a generation's script has named, and how many mails each of its
     /// workers may have.
     pub(super) fn declared(&mut self, generation: GenerationId, declaration: &Declaration) {
-        let allotment = allot(self.descriptors, &declaration.settings);
+        let allotment = allot(self.descriptors, declaration);
         self.allowed.insert(generation, allotment.channels);
         self.dictionaries.declared(generation, &declaration.dictionaries);
     }

@@ -12,6 +12,7 @@ use qrelay_shared::ipc::channel::{Batch, Channel, RecvError, SendError};
 use qrelay_shared::ipc::message::{
     FromControl, Job, MailRecord, Peer, Pong, Report, ToControl, ToJobs, ToReports,
 };
+use qrelay_shared::settings::Settings;
 use qrelay_shared::sys::limits::Limits;
 use qrelay_shared::sys::rights::Rights;
 
@@ -132,8 +133,9 @@ impl Site {
 
     /// Starts a generation, and forks its workers as a zygote would.
     fn start(&mut self, generation: GenerationId, workers: u32, credit: u32) -> Vec<Other> {
-        let settings = Settings { workers, worker_connections: credit, ..Settings::default() };
-        self.workers.start(generation, &settings, self.now, &mut self.events);
+        let declaration =
+            declared(Settings { workers, worker_connections: credit, ..Settings::default() });
+        self.workers.start(generation, &declaration, self.now, &mut self.events);
         self.fork()
     }
 
@@ -424,8 +426,8 @@ fn a_retired_generation_ends_with_its_last_worker() {
 #[test]
 fn workers_that_a_zygote_never_forked_end_with_it() {
     let mut site = Site::new();
-    let settings = Settings { workers: 2, ..Settings::default() };
-    site.workers.start(FIRST, &settings, site.now, &mut site.events);
+    let declaration = declared(Settings { workers: 2, ..Settings::default() });
+    site.workers.start(FIRST, &declaration, site.now, &mut site.events);
     assert_eq!(site.missing().len(), 2);
     site.workers.retire(FIRST, site.now, &mut site.events);
     assert!(site.events().is_empty(), "the zygote may still fork them");
@@ -453,8 +455,8 @@ fn a_standby_is_asked_again_for_workers_that_are_not_there() {
 #[test]
 fn a_worker_may_end_before_its_process_id_is_known() {
     let mut site = Site::new();
-    let settings = Settings { workers: 1, ..Settings::default() };
-    site.workers.start(FIRST, &settings, site.now, &mut site.events);
+    let declaration = declared(Settings { workers: 1, ..Settings::default() });
+    site.workers.start(FIRST, &declaration, site.now, &mut site.events);
     let new = site.missing().pop().expect("one");
     let pid = site.fake.start();
     site.fake.exit(pid, 1);
@@ -726,8 +728,9 @@ fn a_second_program_and_a_program_that_never_was_are_lies() {
 #[test]
 fn a_worker_may_tell_a_program_before_its_own_process_id_is_known() {
     let mut site = Site::new();
-    let settings = Settings { workers: 1, worker_connections: 4, ..Settings::default() };
-    site.workers.start(FIRST, &settings, site.now, &mut site.events);
+    let declaration =
+        declared(Settings { workers: 1, worker_connections: 4, ..Settings::default() });
+    site.workers.start(FIRST, &declaration, site.now, &mut site.events);
     let NewWorker { worker: id, jobs, control, .. } = site.missing().pop().expect("one");
     let pid = site.fake.start();
     let other = Other { id, pid, jobs: Channel::from_fd(jobs), control: Channel::from_fd(control) };
@@ -744,10 +747,14 @@ fn a_worker_may_tell_a_program_before_its_own_process_id_is_known() {
     assert_eq!(site.fake.signals(), [(program, Signal::SIGTERM)]);
 }
 
+fn declared(settings: Settings) -> Declaration {
+    Declaration { settings, ..Declaration::default() }
+}
+
 /// Starts a generation, and returns a worker whose process id nobody has told.
 fn untold(site: &mut Site) -> NewWorker {
-    let settings = Settings { workers: 1, ..Settings::default() };
-    site.workers.start(FIRST, &settings, site.now, &mut site.events);
+    let declaration = declared(Settings { workers: 1, ..Settings::default() });
+    site.workers.start(FIRST, &declaration, site.now, &mut site.events);
     site.missing().pop().expect("one")
 }
 
@@ -1024,8 +1031,8 @@ fn a_worker_that_answers_more_pings_than_it_got_is_ended() {
 #[test]
 fn a_worker_may_ask_the_dictionaries_until_its_end_or_its_lie() {
     let mut site = Site::new();
-    let settings = Settings { workers: 2, ..Settings::default() };
-    site.workers.start(FIRST, &settings, site.now, &mut site.events);
+    let declaration = declared(Settings { workers: 2, ..Settings::default() });
+    site.workers.start(FIRST, &declaration, site.now, &mut site.events);
     let askers = |site: &Site| {
         let asker = |event: &Event| match event {
             Event::AskerCame(new) => Some((new.asker, "came")),
