@@ -183,6 +183,22 @@ fn a_failing_second_listener_takes_the_first_with_it() {
     assert!(!is_socket(&daemon.path("in")), "the first socket was left behind");
 }
 
+/// Several limits in a row, so that the descriptors run out at each step of binding a path.
+#[test]
+fn more_listeners_than_descriptors() {
+    for limit in 60..66 {
+        let site = Site::with(
+            "for n = 1, 40 do
+               qmqp_listen('$DIR/' .. n, function(m) return m:discard() end)
+             end",
+        );
+        let limits = format!("--nofile={limit}:{limit}");
+        let daemon = site.launch().through(&["prlimit", &limits]).spawn();
+        ended(daemon, SYSTEM, &["cannot start: cannot ", "Too many open files"])
+            .assert_nothing_left();
+    }
+}
+
 #[test]
 fn a_file_that_is_no_socket_is_left_alone() {
     for kind in ["file", "directory", "link"] {

@@ -41,6 +41,12 @@ pub(crate) fn bind_path(
     // and is not changed for a moment. Until the socket listens, nobody can connect.
     fchmod(&socket, Mode::from_bits_truncate(declared.mode)).map_err(os("prepare", &shown))?;
     let address = UnixAddr::new(path).map_err(os("bind", &shown))?;
+    // What follows opens two descriptors. If they are lacking, that has to show before the file is
+    // there, because nothing removes a file that can't be looked at.
+    let reserved = [socket.try_clone(), socket.try_clone()];
+    for descriptor in reserved {
+        drop(descriptor.map_err(os("bind", &shown))?);
+    }
     bind(socket.as_raw_fd(), &address).map_err(os("bind", &shown))?;
     let file = SocketFile::of(place, &socket)?;
     let finished = file

@@ -143,11 +143,15 @@ impl SocketFile {
     /// Opens the file of a socket that has just been bound.
     ///
     /// # Errors
-    /// [`BindError::Replaced`]: the file at the place isn't the one that was bound.
+    /// [`BindError::Replaced`]: the file at the place isn't the one that was bound. Otherwise the
+    /// file can't be looked at.
     pub(super) fn of(place: Rc<Place>, socket: &OwnedFd) -> Result<Self, BindError> {
-        let replaced = |_: Errno| BindError::Replaced(place.path.clone());
-        let file = place.open().map_err(replaced)?;
-        let found = fstat(&file).map_err(replaced)?;
+        let replaced = || BindError::Replaced(place.path.clone());
+        let file = match place.open() {
+            Err(Errno::ENOENT) => return Err(replaced()),
+            other => other.map_err(os("inspect", place.path.display()))?,
+        };
+        let found = fstat(&file).map_err(os("inspect", place.path.display()))?;
         // A link has two names: the other one is where the file comes from.
         let fresh = is_a(&found, SFlag::S_IFSOCK)
             && found.st_uid == geteuid().as_raw()
@@ -158,7 +162,7 @@ impl SocketFile {
             _ => true,
         };
         if !(fresh && same) {
-            return Err(replaced(Errno::ESTALE));
+            return Err(replaced());
         }
         Ok(Self { place, file, found })
     }
