@@ -131,6 +131,9 @@ pub(crate) struct Linux {
     pub(crate) limits: Limits,
 }
 
+/// This process's own program, also if another one has its path by now.
+const OWN_PROGRAM: &str = "/proc/self/exe";
+
 /// Environment of the supervisor's that no child may take for its own.
 const SYSTEMD_VARIABLES: [&str; 3] = ["NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"];
 
@@ -139,7 +142,7 @@ impl System for Linux {
     fn spawn_zygote(&self) -> io::Result<(Pid, ZygoteChannel)> {
         let (ours, theirs) = ZygoteChannel::pair()?;
         let ours = ours.foreign();
-        let mut command = Command::new(Path::new("/proc/self/exe"));
+        let mut command = Command::new(Path::new(OWN_PROGRAM));
         command
             .args(["--log-level", self.level.as_str(), "zygote", "--limits"])
             .arg(self.limits.to_string())
@@ -147,7 +150,11 @@ impl System for Linux {
         for name in SYSTEMD_VARIABLES.into_iter().chain(activation::VARIABLES) {
             command.env_remove(name);
         }
-        let child = command.spawn()?;
+        let child = command.spawn().map_err(|error| match error.kind() {
+            // /proc isn't mounted.
+            io::ErrorKind::NotFound => io::Error::other(format!("{OWN_PROGRAM}: {error}")),
+            _ => error,
+        })?;
         let pid = i32::try_from(child.id()).map_err(io::Error::other)?;
         Ok((Pid::from_raw(pid), ours))
     }

@@ -199,6 +199,28 @@ fn more_listeners_than_descriptors() {
     }
 }
 
+/// Whatever the descriptors don't suffice for, the log says what is lacking.
+#[test]
+fn hardly_any_descriptors() {
+    let mut served = 0;
+    for limit in 12..26 {
+        let site = Site::with(&format!("settings{{workers=1}} {}", listen("$DIR/in")));
+        let limits = format!("--nofile={limit}:{limit}");
+        let mut daemon = site.launch().through(&["prlimit", &limits]).spawn();
+        let ready = eventually("an end or a ready daemon", || {
+            let ready = daemon.notify().all().iter().any(|line| line == "READY=1");
+            (ready || daemon.exited().is_some()).then_some(ready)
+        });
+        if ready {
+            served += 1;
+            assert_eq!(submit(daemon.path("in"), &Mail::new("x")), "Kmine", "{limit}");
+        } else {
+            ended(daemon, SYSTEM, &["cannot start: ", "Too many open files"]).assert_nothing_left();
+        }
+    }
+    assert!(served > 0);
+}
+
 #[test]
 fn a_file_that_is_no_socket_is_left_alone() {
     for kind in ["file", "directory", "link"] {

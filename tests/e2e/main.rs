@@ -16,6 +16,7 @@ mod harness;
 
 mod bad_config;
 mod bad_input;
+mod bare_root;
 mod cgroup;
 mod chaos;
 mod cli;

@@ -3,6 +3,7 @@
 use std::os::fd::OwnedFd;
 
 use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
 /// Returns an empty, close-on-exec file that can be sealed. /proc shows its name.
@@ -17,4 +18,15 @@ pub(crate) fn create(name: &str) -> Result<OwnedFd, Errno> {
         Errno::EINVAL => memfd_create(name, flags),
         other => Err(other),
     })
+}
+
+/// Returns a close-on-exec file that is empty and stays so.
+///
+/// # Errors
+/// As memfd_create(2) and fcntl(2).
+pub(crate) fn empty(name: &str) -> Result<OwnedFd, Errno> {
+    let file = create(name)?;
+    let seals = SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_WRITE | SealFlag::F_SEAL_SEAL;
+    fcntl(&file, FcntlArg::F_ADD_SEALS(seals))?;
+    Ok(file)
 }

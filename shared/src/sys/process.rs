@@ -7,6 +7,8 @@ use nix::errno::Errno;
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::{ForkResult, Pid, fork};
 
+use crate::sys::memfd;
+
 /// The side of a fork on which the caller is.
 #[derive(Debug)]
 pub enum Forked {
@@ -155,16 +157,22 @@ pub fn tame_malloc() {
     }
 }
 
-/// Moves standard input to a new close-on-exec descriptor, and puts /dev/null in its place. Returns
-/// the new descriptor.
+/// Moves standard input to a new close-on-exec descriptor, and puts /dev/null in its place, or an
+/// empty file where there is no /dev/null. Returns the new descriptor.
 ///
 /// # Errors
-/// As fcntl(2), open(2), dup2(2).
+/// As fcntl(2), open(2), memfd_create(2), dup2(2).
 pub fn take_stdin() -> Result<OwnedFd, Errno> {
     let taken = nix::fcntl::fcntl(io::stdin(), nix::fcntl::FcntlArg::F_DUPFD_CLOEXEC(3))?;
-    let null = std::fs::File::open("/dev/null")
-        .map_err(|e| Errno::from_raw(e.raw_os_error().unwrap_or(libc::EIO)))?;
-    nix::unistd::dup2_stdin(null)?;
+    let nothing = match std::fs::File::open("/dev/null") {
+        Ok(null) => null.into(),
+        Err(error) => match error.raw_os_error().map(Errno::from_raw) {
+            // A root directory without devices, or one whose devices don't work (nodev).
+            Some(Errno::ENOENT | Errno::EACCES | Errno::ENXIO) => memfd::empty("qrelay-nothing")?,
+            other => return Err(other.unwrap_or(Errno::EIO)),
+        },
+    };
+    nix::unistd::dup2_stdin(nothing)?;
     // SAFETY: F_DUPFD_CLOEXEC has just made this descriptor, nobody else owns it.
     Ok(unsafe { OwnedFd::from_raw_fd(taken) })
 }

@@ -106,7 +106,7 @@ impl Workers {
         match self.connect(generation, worker, events) {
             Ok(new) => events.push_back(Event::WorkerMissing(Box::new(new))),
             Err(error) => {
-                debug!(self.log, "cannot ask for a worker: {error}"; "worker" => worker);
+                warn!(self.log, "cannot fork a worker: {error}"; "worker" => worker);
                 self.not_forked(worker, now, events);
             }
         }
