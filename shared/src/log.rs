@@ -178,14 +178,23 @@ impl Output {
         let now = UNIX_EPOCH.elapsed().unwrap_or_default();
         let mut second = self.second.lock().unwrap_or_else(PoisonError::into_inner);
         if second.0 != now.as_secs() {
-            let time = UNIX_EPOCH + Duration::from_secs(now.as_secs());
-            *second = (now.as_secs(), humantime::format_rfc3339_seconds(time).to_string());
+            *second = (now.as_secs(), date(now.as_secs()));
         }
         line.prepend("Z ");
         line.prepend(&itoa::Buffer::new().format(1000 + now.subsec_millis())[1..]);
         line.prepend(".");
         line.prepend(second.1.trim_end_matches('Z'));
     }
+}
+
+/// The last second of the year 9999, in seconds since 1970. RFC 3339 has no later times.
+const LAST_SECOND: u64 = 253_402_300_799;
+
+/// Returns a number of seconds since 1970 as text. A later time than RFC 3339 has, which a faked
+/// clock may tell, counts as [`LAST_SECOND`].
+fn date(seconds: u64) -> String {
+    let time = UNIX_EPOCH + Duration::from_secs(seconds.min(LAST_SECOND));
+    humantime::format_rfc3339_seconds(time).to_string()
 }
 
 /// Flag of a byte that makes the value appear in quotes in a line.
@@ -430,6 +439,19 @@ mod tests {
             fields.emit_str(key.into(), value).expect("into memory");
         }
         fields
+    }
+
+    #[test]
+    fn every_time_has_a_date() {
+        let table = [
+            (0, "1970-01-01T00:00:00Z"),
+            (LAST_SECOND, "9999-12-31T23:59:59Z"),
+            (LAST_SECOND + 1, "9999-12-31T23:59:59Z"),
+            (u64::MAX, "9999-12-31T23:59:59Z"),
+        ];
+        for (seconds, expected) in table {
+            assert_eq!(date(seconds), expected, "{seconds}");
+        }
     }
 
     #[test]
