@@ -315,3 +315,32 @@ fn killed_workers_never_make_a_program_deliver_a_part() {
     }
     assert!(accepted > MAILS / 2, "{accepted}");
 }
+
+/// Forbids pidfd_open(2), by the error of its first argument, and becomes the rest.
+const FILTER: &str = "
+import ctypes, os, struct, sys
+load, equal, end = 0x20, 0x15, 0x06
+PIDFD_OPEN, ERRNO, ALLOW = 434, 0x50000, 0x7fff0000
+steps = [(load, 0, 0, 0), (equal, 0, 1, PIDFD_OPEN), (end, 0, 0, ERRNO | int(sys.argv[1])),
+         (end, 0, 0, ALLOW)]
+code = ctypes.create_string_buffer(b''.join(struct.pack('HBBI', *step) for step in steps))
+class Program(ctypes.Structure):
+    _fields_ = [('length', ctypes.c_ushort), ('code', ctypes.c_void_p)]
+program = Program(len(steps), ctypes.addressof(code))
+PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 22, 2
+assert ctypes.CDLL(None).prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.byref(program)) == 0
+os.execvp(sys.argv[2], sys.argv[2:])";
+
+/// Container managers that are older than the system call refuse it with EPERM, or with ENOSYS.
+#[test]
+fn a_filter_of_system_calls_that_forbids_pidfd_open() {
+    let script = "case $1 in slow@x) exec sleep 1000;; esac; cat >/dev/null; echo 3:Kok,";
+    for errno in [nix::libc::EPERM, nix::libc::ENOSYS] {
+        let config = configuration("workers=1", "exec_raw", script, "timeout=1");
+        let launch = Site::with(&config).launch();
+        let daemon = launch.through(&["python3", "-c", FILTER, &errno.to_string()]).ready();
+        let told = submit(daemon.path("in"), &mail());
+        assert_eq!(told.status(), 'K', "{told}; {}", daemon.text());
+        assert_eq!(submit(daemon.path("in"), &mail().from("slow@x")), "Ztimeout");
+    }
+}

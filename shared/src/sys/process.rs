@@ -188,7 +188,7 @@ mod tests {
         let arguments = ["/bin/sh", "-c", script].map(|text| text.to_owned());
         let arguments = arguments.map(|text| std::ffi::CString::new(text).expect("no NUL"));
         let stdio = [null.as_fd(), null.as_fd(), null.as_fd()];
-        spawn(&Program { arguments: &arguments, environment: &[], stdio }).expect("spawn")
+        spawn(&Program { arguments: &arguments, environment: &[], stdio }).expect("spawn").pid
     }
 
     #[test]

@@ -15,12 +15,13 @@
 //! Every error is the errno of the failed step, including exec; there is no process then.
 
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
-use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::ptr;
 use std::sync::atomic::{AtomicI32, Ordering};
 
 use nix::errno::Errno;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use crate::sys::limits::Limits;
@@ -52,12 +53,22 @@ pub struct Program<'a> {
     pub stdio: [BorrowedFd<'a>; 3],
 }
 
+/// A program that has been started.
+#[derive(Debug)]
+pub struct Started {
+    /// Process id of the program, and of its process group.
+    pub pid: Pid,
+    /// A close-on-exec descriptor of the process, which becomes readable when the process ends.
+    pub process: OwnedFd,
+}
+
 /// Starts a program. The caller has to wait for its end.
 ///
 /// # Errors
 /// `EINVAL` without a path, or when a descriptor of `stdio` is a standard descriptor itself, which
-/// setting up another one would overwrite; otherwise as fork(2) and execve(2).
-pub fn spawn(program: &Program<'_>) -> Result<Pid, Errno> {
+/// setting up another one would overwrite; `ENOSYS` before Linux 5.2; otherwise as clone(2) and
+/// execve(2).
+pub fn spawn(program: &Program<'_>) -> Result<Started, Errno> {
     let path = program.arguments.first().ok_or(Errno::EINVAL)?;
     if program.stdio.iter().any(|fd| fd.as_raw_fd() < FIRST_CLOSED) {
         return Err(Errno::EINVAL);
@@ -72,15 +83,20 @@ pub fn spawn(program: &Program<'_>) -> Result<Pid, Errno> {
         limits: Limits::of_programs(),
         failure: AtomicI32::new(0),
     };
-    let pid = fork_into(&plan)?;
-    match plan.failure.load(Ordering::Relaxed) {
-        0 => Ok(pid),
-        errno => {
-            // The process ends by itself. Its status says nothing.
-            let _ = process::reap(pid);
-            Err(Errno::from_raw(errno))
+    let (pid, process) = fork_into(&plan)?;
+    let errno = match (plan.failure.load(Ordering::Relaxed), process) {
+        (0, Some(process)) => return Ok(Started { pid, process }),
+        (0, None) => {
+            // The process isn't reaped yet, so the number is still its own.
+            let _ = kill(pid, Signal::SIGKILL);
+            Errno::ENOSYS
         }
-    }
+        // The process ends by itself.
+        (errno, _) => Errno::from_raw(errno),
+    };
+    // The status says nothing.
+    let _ = process::reap(pid);
+    Err(errno)
 }
 
 /// Returns pointers to the strings, followed by NULL, as C expects a list of strings.
@@ -99,23 +115,30 @@ struct Plan {
     failure: AtomicI32,
 }
 
-/// Starts the new process. Returns when the process has become the program or has failed.
-fn fork_into(plan: &Plan) -> Result<Pid, Errno> {
+/// Starts the new process. Returns when the process has become the program or has failed. The
+/// descriptor of the process comes from clone(2) itself: filters of system calls that forbid
+/// pidfd_open(2) allow that. There is none before Linux 5.2.
+fn fork_into(plan: &Plan) -> Result<(Pid, Option<OwnedFd>), Errno> {
     let mut stack = Vec::<u8>::with_capacity(STACK);
     let top = stack.spare_capacity_mut().as_mut_ptr_range().end.cast::<u8>();
     let top = top.wrapping_sub(top.addr() % STACK_ALIGNMENT);
     // A signal's handler would run in the new process, too, on this process's memory.
     let before = signals::set_mask(&signals::EVERY);
-    let flags = libc::CLONE_VM | libc::CLONE_VFORK | libc::SIGCHLD;
+    let flags = libc::CLONE_VM | libc::CLONE_VFORK | libc::CLONE_PIDFD | libc::SIGCHLD;
+    let mut process: c_int = -1;
     let plan = ptr::from_ref(plan).cast_mut().cast::<c_void>();
     // SAFETY: with CLONE_VFORK this thread stands still until the new process has executed a
     // program or ended, so the stack and the plan outlive their use. `become_program` only reads
-    // the plan, except for its atomic field.
-    let pid = unsafe { libc::clone(become_program, top.cast(), flags, plan) };
+    // the plan, except for its atomic field. `process` has room for the integer that the kernel
+    // writes, and outlives the call.
+    let pid = unsafe { libc::clone(become_program, top.cast(), flags, plan, &raw mut process) };
     // Setting the mask again must not change errno.
     let result = Errno::result(pid);
     signals::set_mask(&before);
-    result.map(Pid::from_raw)
+    let pid = Pid::from_raw(result?);
+    // SAFETY: the kernel has just installed this descriptor for this process.
+    let process = (process >= 0).then(|| unsafe { OwnedFd::from_raw_fd(process) });
+    Ok((pid, process))
 }
 
 /// Runs in the new process until exec; see the head of this file for what it may do.
@@ -177,6 +200,7 @@ fn set_limit(resource: Resource, soft: libc::rlim_t) -> Result<(), Errno> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
     use nix::sys::wait::{WaitStatus, waitpid};
     use std::fs::File;
     use std::io::Read;
@@ -189,7 +213,7 @@ mod tests {
     fn run(arguments: &[&str], environment: &[&str]) -> Result<(String, WaitStatus), Errno> {
         let null = File::open("/dev/null").expect("/dev/null");
         let (read, write) = std::io::pipe().expect("pipe");
-        let pid = spawn(&Program {
+        let Started { pid, process } = spawn(&Program {
             arguments: &strings(arguments),
             environment: &strings(environment),
             stdio: [null.as_fd(), write.as_fd(), write.as_fd()],
@@ -197,6 +221,8 @@ mod tests {
         drop(write);
         let mut text = String::new();
         { read }.read_to_string(&mut text).expect("read");
+        let mut ended = [PollFd::new(process.as_fd(), PollFlags::POLLIN)];
+        assert_eq!(poll(&mut ended, PollTimeout::from(10_000_u16)), Ok(1), "the process ends");
         Ok((text, waitpid(pid, None).expect("wait")))
     }
 

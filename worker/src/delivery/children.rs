@@ -12,6 +12,7 @@
 
 use std::collections::HashSet;
 use std::fmt;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -24,7 +25,7 @@ use qrelay_shared::deadline::Deadline;
 use qrelay_shared::ids::JobId;
 use qrelay_shared::sys::process::reap;
 use qrelay_shared::sys::process_group::{self, FIRST_PAUSE, Group, Others, VANISH, next_pause};
-use qrelay_shared::sys::spawn::{Program, spawn};
+use qrelay_shared::sys::spawn::{Program, Started, spawn};
 
 use crate::job_channel::Reports;
 
@@ -105,7 +106,8 @@ impl Children {
     }
 
     /// Starts a program for a mail. The program's standard input names the mail, so that the
-    /// supervisor recognizes the program if the worker dies before it has reported it.
+    /// supervisor recognizes the program if the worker dies before it has reported it. The
+    /// descriptor becomes readable when the program ends.
     ///
     /// After [`Self::kill_all`] this waits for ever.
     ///
@@ -115,15 +117,15 @@ impl Children {
         self: &Arc<Self>,
         job: JobId,
         program: &Program<'_>,
-    ) -> Result<Child, Errno> {
+    ) -> Result<(Child, OwnedFd), Errno> {
         let starting = self.starting.read();
-        let pid = spawn(program)?;
+        let Started { pid, process } = spawn(program)?;
         // A new process has a number above 1 that isn't our group's, so this doesn't fail.
         let group = Group::led_by(pid).ok_or(Errno::ESRCH)?;
         self.running.lock().push(group);
         drop(starting);
         self.reports.child(job, pid);
-        Ok(Child { children: Arc::clone(self), job, group, reaped: false })
+        Ok((Child { children: Arc::clone(self), job, group, reaped: false }, process))
     }
 
     /// Kills all programs with their process groups, for a process that ends right afterwards: from

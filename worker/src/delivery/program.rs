@@ -35,7 +35,7 @@ use qrelay_shared::flight::Phase;
 use qrelay_shared::ipc::message::MailId;
 use qrelay_shared::qmqp::{MAX_REPLY, Reply, Status};
 use qrelay_shared::sys::process_group::{self, Ending, Others, Step};
-use qrelay_shared::sys::{input, pidfd, spawn};
+use qrelay_shared::sys::{input, spawn};
 use qrelay_shared::texts;
 use slog::{Logger, error, warn};
 
@@ -235,7 +235,7 @@ impl<'a> Run<'a> {
             true => (Output::default(), stdout.try_clone().map_err(as_errno)?),
             false => Output::new()?,
         };
-        let child = host.children.start(
+        let (child, process) = host.children.start(
             mail.job(),
             &spawn::Program {
                 arguments: &action.arguments,
@@ -243,9 +243,7 @@ impl<'a> Run<'a> {
                 stdio: [input.as_fd(), stdout.as_fd(), stderr.as_fd()],
             },
         )?;
-        // Closing these descriptors makes room for the next one.
         drop((input, stdout, stderr));
-        let process = pidfd::open(child.pid())?;
         let client = Some(mail.descriptor());
         let (logger, id) = (host.logger, mail.id());
         Ok(Self { child: Some(child), process, client, output, errors, deadline, logger, id })
