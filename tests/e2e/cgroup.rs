@@ -502,3 +502,21 @@ fn reading_a_cgroup_leaks_no_descriptors() {
         (processes::descriptors(worker).len() <= before).then_some(())
     });
 }
+
+/// A /proc that hides the processes of other users must not make a client look dead.
+#[test]
+fn a_client_that_proc_hides() {
+    for option in ["hidepid=1", "hidepid=2"] {
+        let script = format!("mount -t proc -o {option} proc /proc && exec \"$@\"");
+        let site = Site::with(
+            "settings{workers=1, user='nobody'}
+             qmqp_listen('$DIR/in', function(m)
+               return m:reject(select(2, pcall(function() return m.cgroup end)))
+             end)",
+        );
+        let wrapper = ["unshare", "--mount", "sh", "-c", &script, "sh"];
+        let daemon = site.launch().through(&wrapper).ready();
+        let told = submit(daemon.path("in"), &Mail::new("x")).to_string();
+        assert!(told.contains("/proc hides the client's process"), "{option}: {told}");
+    }
+}

@@ -76,7 +76,7 @@ impl Clients {
                 Ok(group) => return Ok((client, group)),
                 // The process may not be this client. No mail will find it alive again.
                 Err(IdentityError::Exited) => self.forget(key, &client),
-                Err(IdentityError::Os(..)) => {}
+                Err(IdentityError::Hidden | IdentityError::Os(..)) => {}
             }
         }
         let client = Arc::new(Client::of(socket.descriptor.as_fd(), pid, socket.accepted)?);

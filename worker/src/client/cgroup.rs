@@ -197,7 +197,7 @@ impl Hierarchy {
             let directory = Directory::Known(self, id, OnceLock::new());
             return Ok(Some(Cgroup { path, directory }));
         }
-        let file = read(&format!("/proc/{}/cgroup", client.pid()))?;
+        let file = client.read("cgroup")?;
         client.check()?;
         let Some(path) = unified_path(&file) else { return Ok(None) };
         if path.ends_with(b" (deleted)") {

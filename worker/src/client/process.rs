@@ -21,6 +21,12 @@ pub(crate) enum IdentityError {
     /// The process has ended, and another process may have its number by now.
     #[error("the client has exited")]
     Exited,
+    /// The process lives, and /proc doesn't show it (hidepid in proc(5)).
+    #[error(
+        "/proc hides the client's process: mount it without hidepid, and leave ProtectProc= out \
+        of the unit"
+    )]
+    Hidden,
     /// A call to the system failed.
     #[error("{0}: {1}")]
     Os(&'static str, Errno),
@@ -61,7 +67,7 @@ impl Client {
             error => IdentityError::Os("pidfd_open", error),
         })?;
         let client = Self { pid, process };
-        let stat = read(&format!("/proc/{pid}/stat"))?;
+        let stat = client.read("stat")?;
         client.check()?;
         match start_time(&stat, ticks_per_second()) {
             Some(started) if started <= accepted => Ok(client),
@@ -69,9 +75,19 @@ impl Client {
         }
     }
 
-    /// Returns the number of the process.
-    pub(crate) fn pid(&self) -> Pid {
-        self.pid
+    /// Returns a file that /proc has about the number of the process. The caller has to check
+    /// afterwards that the process still has the number.
+    ///
+    /// # Errors
+    /// See [`IdentityError`].
+    pub(super) fn read(&self, file: &str) -> Result<Vec<u8>, IdentityError> {
+        use IdentityError::{Exited, Hidden, Os};
+        match read(&format!("/proc/{}/{file}", self.pid)) {
+            Err(Exited | Os(_, Errno::EPERM | Errno::EACCES)) if self.check().is_ok() => {
+                Err(Hidden)
+            }
+            other => other,
+        }
     }
 
     /// Checks that the process still has its number. Returns the id of its control group of version
