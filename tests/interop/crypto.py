@@ -83,7 +83,7 @@ def exchange(qrelay: str, directory: pathlib.Path, message: bytes) -> None:
     assert public.public_bytes(Encoding.Raw, PublicFormat.Raw) == bytes(sign.verify_key)
     payload = jwt.decode(read("token"), public, algorithms=["EdDSA"])
     assert payload["sub"] == claims["sub"] and payload["n"] == [1, 2.5]
-    assert jwt.get_unverified_header(read("token")) == {"alg": "EdDSA", "kid": "lua"}
+    assert jwt.get_unverified_header(read("token")) == {"alg": "EdDSA", "kid": "lua", "typ": "JWT"}
 
 
 def main() -> None:
