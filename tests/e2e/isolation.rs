@@ -8,7 +8,7 @@
 //! # Failure
 //! A failing case is named by the Lua code of its handler.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -191,11 +191,26 @@ fn beside(code: &str, cost: Cost) {
     panic!("{slowest:?} beside {code}");
 }
 
+/// Waits until so many workers take mails. The daemon is ready as soon as its first one is.
+fn wait_until_ready(daemon: &Daemon, count: usize) {
+    eventually("workers that take mails", || {
+        daemon.signal(Signal::SIGUSR1);
+        let text = daemon.text();
+        let ready: BTreeSet<&str> = text
+            .lines()
+            .filter(|line| line.contains("status of a worker") && line.contains("state=ready"))
+            .filter_map(|line| line.split(' ').find(|word| word.starts_with("worker=")))
+            .collect();
+        (ready.len() >= count).then_some(())
+    });
+}
+
 /// Returns the longest time of a mail in the other worker.
 #[track_caller]
 fn slowest_beside(code: &str, cost: Cost) -> Duration {
     let daemon = Daemon::start(&config(2, cost, "", code));
     let workers = daemon.wait_for_workers(2, &[]);
+    wait_until_ready(&daemon, 2);
     let over = AtomicBool::new(false);
     let (probes, told) = std::thread::scope(|scope| {
         let mut client = begin(&daemon);

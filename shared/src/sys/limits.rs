@@ -64,7 +64,8 @@ impl Limits {
     fn commands_from(self, now: Self) -> String {
         let mut commands = String::new();
         let mut set = |option, limit: String| {
-            commands.push_str(&format!("ulimit -S{option} {limit} 2>/dev/null; "));
+            // Not 2>/dev/null, which would make a file where there is no such device.
+            commands.push_str(&format!("ulimit -S{option} {limit} 2>&-; "));
         };
         let shown = |limit: rlim_t, unit: rlim_t| match limit {
             RLIM_INFINITY => "unlimited".to_owned(),
@@ -170,11 +171,11 @@ mod tests {
     fn the_shell_sets_what_differs() {
         assert_eq!(SOME.commands_from(SOME), "");
         let now = Limits { descriptors: 4096, core: 1 };
-        let expected = "ulimit -Sn 1024 2>/dev/null; ulimit -Sc 0 2>/dev/null; ";
+        let expected = "ulimit -Sn 1024 2>&-; ulimit -Sc 0 2>&-; ";
         assert_eq!(SOME.commands_from(now), expected);
         let wanted = Limits { descriptors: 4096, core: RLIM_INFINITY };
-        assert_eq!(wanted.commands_from(now), "ulimit -Sc unlimited 2>/dev/null; ");
+        assert_eq!(wanted.commands_from(now), "ulimit -Sc unlimited 2>&-; ");
         let wanted = Limits { descriptors: 4096, core: 4096 };
-        assert_eq!(wanted.commands_from(now), "ulimit -Sc 8 2>/dev/null; ");
+        assert_eq!(wanted.commands_from(now), "ulimit -Sc 8 2>&-; ");
     }
 }
