@@ -128,10 +128,12 @@ impl Reports {
         self.gathered.load(Ordering::Relaxed)
     }
 
-    /// Sends what has gathered.
+    /// Sends what has gathered. Without the lock if nothing has, because every thread asks after
+    /// every job; who has locked what another thread locked after gathering overlooks nothing.
     pub(crate) fn flush(&self) {
-        // Another thread may have added a report without this thread's seeing `gathered`.
-        self.send_finished(&mut self.finished.lock());
+        if self.has_gathered() {
+            self.send_finished(&mut self.finished.lock());
+        }
     }
 
     fn send_finished(&self, finished: &mut Finished) {

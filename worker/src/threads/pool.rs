@@ -141,7 +141,11 @@ impl Pool {
                     Event::Reported
                 }
                 Next::Retire | Next::End(Left::Others) => return,
-                Next::End(Left::Nobody) => return (self.end)(),
+                Next::End(Left::Nobody) => {
+                    // The other threads have ended, and all that they have gathered is seen here.
+                    self.context.reports.flush();
+                    return (self.end)();
+                }
             };
         }
     }
