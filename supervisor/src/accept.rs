@@ -306,13 +306,18 @@ impl Acceptor {
         match &accepted {
             Accepted::More => {}
             Accepted::Empty => self.listeners.emptied(id),
-            Accepted::Exhausted(error) if new.is_empty() => {
+            // Only this process's own descriptors come back when its connections give way; the
+            // system's, and memory, are somebody else's to free.
+            Accepted::Exhausted(error)
+                if new.is_empty() && error.raw_os_error() == Some(Errno::EMFILE as i32) =>
+            {
                 let cause = format!("accept: {error}");
                 if self.evict(batch, &cause, now, events) > 0 {
                     accepted = Accepted::More;
                 }
             }
-            Accepted::Exhausted(_) => accepted = Accepted::More,
+            Accepted::Exhausted(_) if !new.is_empty() => accepted = Accepted::More,
+            Accepted::Exhausted(_) => {}
         }
         new.clear();
         self.accepted = new;
@@ -334,11 +339,15 @@ impl Acceptor {
                 "suppressed" => suppressed);
         }
         for &Held { job, client, worth } in &chosen {
-            if worth == Worth::Waits {
-                events.push_back(Event::GivenUp { job, client });
-                self.refuse(job, &Refusal::GIVES_WAY, now, events);
+            match worth {
+                Worth::Waits => {
+                    events.push_back(Event::GivenUp { job, client });
+                    self.refuse(job, &Refusal::GIVES_WAY, now, events);
+                }
+                Worth::Silent => drop(self.answer(job, &Refusal::GIVES_WAY, now)),
+                Worth::Answered => {}
             }
-            self.connections.dismiss(job, now);
+            self.connections.dismiss(job);
         }
         chosen.len()
     }

@@ -16,6 +16,21 @@ use crate::harness::{Client, Daemon, Gate, Mail, Reply, Sink, eventually, submit
 struct Neighbour(Child);
 
 impl Neighbour {
+    /// Runs Python as another user. Returns the process, and the lines that it prints.
+    fn run(uid: u32, code: &str, to: &Path, count: usize, begin: &str) -> (Self, impl BufRead) {
+        let mut child = Command::new("python3")
+            .args(["-c", code])
+            .arg(to)
+            .args([&count.to_string(), begin])
+            .uid(uid)
+            .gid(uid)
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("python3 runs as another user");
+        let lines = BufReader::new(child.stdout.take().expect("piped"));
+        (Self(child), lines)
+    }
+
     /// Connects `count` clients that send `begin`, and then a byte twice a second. Returns when all
     /// have begun.
     fn drips(uid: u32, to: &Path, count: usize, begin: &str) -> Self {
@@ -35,20 +50,11 @@ while True:
     for client in clients:
         try: client.send(b'x')
         except OSError: pass";
-        let mut child = Command::new("python3")
-            .args(["-c", code])
-            .arg(to)
-            .args([&count.to_string(), begin])
-            .uid(uid)
-            .gid(uid)
-            .stdout(Stdio::piped())
-            .spawn()
-            .expect("python3 runs as another user");
+        let (neighbour, mut lines) = Self::run(uid, code, to, count, begin);
         let mut line = String::new();
-        let stdout = child.stdout.take().expect("piped");
-        BufReader::new(stdout).read_line(&mut line).expect("a line");
+        lines.read_line(&mut line).expect("a line");
         assert_eq!(line, "dripping\n");
-        Self(child)
+        neighbour
     }
 
     /// Begins `count` requests again and again, each round before the last one is a second old.
@@ -67,17 +73,7 @@ while True:
     time.sleep(0.2)
     for client in clients: client.close()
     print('round', flush=True)";
-        let mut child = Command::new("python3")
-            .args(["-c", code])
-            .arg(to)
-            .args([&count.to_string(), begin])
-            .uid(uid)
-            .gid(uid)
-            .stdout(Stdio::piped())
-            .spawn()
-            .expect("python3 runs as another user");
-        let rounds = BufReader::new(child.stdout.take().expect("piped"));
-        (Self(child), rounds)
+        Self::run(uid, code, to, count, begin)
     }
 }
 

@@ -24,7 +24,6 @@ use qrelay_shared::client::Client;
 use qrelay_shared::ipc::message::Peer;
 use qrelay_shared::qmqp::Reply;
 use qrelay_shared::sys::rights::{Look, MoreInput, PeerError, PeerSocket, Rights};
-use qrelay_shared::texts;
 use rustc_hash::FxHashMap;
 
 use crate::accept::eviction::{Held, Worth};
@@ -292,12 +291,9 @@ impl Connections {
         })
     }
 
-    /// Closes a connection that no worker has, without waiting for the client. What the client has
-    /// sent by now is dropped before, because unread bytes can destroy the answer.
-    pub(super) fn dismiss(&mut self, id: JobId, now: Instant) {
-        if self.table.get(&id).is_some_and(Connection::is_unserved) {
-            self.answer(id, &Reply::temporary(texts::TRY_AGAIN), now);
-        }
+    /// Closes a connection that has been answered, without waiting for the client. What the client
+    /// has sent by now is dropped before, because unread bytes can destroy the answer.
+    pub(super) fn dismiss(&mut self, id: JobId) {
         self.drop_input(id);
         self.close(id);
     }
