@@ -11,7 +11,6 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::libc;
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg, setsockopt, sockopt};
-use qrelay_shared::ids::JobId;
 use qrelay_shared::ipc::channel::{Channel, RecvBuffer, RecvError};
 use qrelay_shared::ipc::message::{FromControl, Pong, ToControl};
 use qrelay_shared::sys::rights::{Look, MoreInput, PeerError, PeerSocket, Rights, refuse};
@@ -169,14 +168,7 @@ type Ours = Channel<ToControl, FromControl>;
 #[test]
 fn a_channel_leaves_descriptors_to_the_closer() {
     let (ours, theirs) = Ours::pair().expect("pair");
-    let pong = Pong {
-        sequence: 1,
-        held: 0,
-        stuck: 0,
-        job: JobId(0),
-        place: String::new(),
-        exhausted: false,
-    };
+    let pong = Pong { sequence: 1, ..Pong::default() };
     let mut buffer = RecvBuffer::new();
     // Received with a message, which nobody takes them from; then instead of a message.
     let (socket, with_message) = stuck();

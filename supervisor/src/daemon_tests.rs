@@ -387,14 +387,7 @@ impl World {
         }
         while let Ok(received) = worker.control.try_recv(&mut self.buffer) {
             let qrelay_shared::ipc::message::Control::Ping { sequence } = received.message;
-            let pong = Pong {
-                sequence,
-                held: 0,
-                stuck: 0,
-                job: JobId(0),
-                place: String::new(),
-                exhausted: false,
-            };
+            let pong = Pong { sequence, ..Pong::default() };
             let _ = worker.control.try_send(&pong, &[]);
         }
         let before = worker.has.len();

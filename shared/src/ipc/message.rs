@@ -232,7 +232,7 @@ impl Direction for FromControl {
 pub const MAX_PLACE: usize = 512;
 
 /// The state of a worker. The control thread of the worker sends it without taking any lock.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub struct Pong {
     /// Number of the ping.
     pub sequence: u64,

@@ -361,14 +361,7 @@ fn a_worker_that_passes_descriptors_for_no_reason_is_killed() {
     }
     let mut site = Site::new();
     let others = site.serving(1, 4);
-    let pong = Pong {
-        sequence: 1,
-        held: 0,
-        stuck: 0,
-        job: JobId(0),
-        place: String::new(),
-        exhausted: false,
-    };
+    let pong = Pong { sequence: 1, ..Pong::default() };
     match others[0].control.try_send(&pong, &[file.as_fd()]) {
         Ok(()) => {
             site.workers.on_pong(others[0].id, site.now, &mut site.events);
@@ -385,8 +378,7 @@ fn a_worker_whose_leader_makes_no_progress_is_aborted() {
     let mut site = Site::new();
     let others = site.serving(1, 4);
     let stuck = Settings::default().hang_timeout.as_millis() as u64 + 1;
-    let pong =
-        Pong { sequence: 1, held: 0, stuck, job: JobId(0), place: String::new(), exhausted: false };
+    let pong = Pong { sequence: 1, stuck, ..Pong::default() };
     site.workers.ping(others[0].id, 1);
     others[0].control.try_send(&pong, &[]).expect("the supervisor reads");
     site.workers.on_pong(others[0].id, site.now, &mut site.events);
@@ -398,8 +390,7 @@ fn a_worker_that_hangs_in_lua_is_aborted() {
     let mut site = Site::new();
     let others = site.serving(1, 4);
     let held = Settings::default().hang_timeout.as_millis() as u64 + 1;
-    let pong =
-        Pong { sequence: 1, held, stuck: 0, job: JobId(0), place: String::new(), exhausted: false };
+    let pong = Pong { sequence: 1, held, ..Pong::default() };
     site.workers.ping(others[0].id, 1);
     others[0].control.try_send(&pong, &[]).expect("the supervisor reads");
     site.workers.on_pong(others[0].id, site.now, &mut site.events);
@@ -1010,14 +1001,7 @@ fn a_worker_whose_datagrams_have_more_reports_than_any_workers_is_ended() {
 #[test]
 fn a_worker_that_answers_more_pings_than_it_got_is_ended() {
     let (mut site, other, lines) = Site::with_a_job();
-    let pong = Pong {
-        sequence: 1,
-        held: 0,
-        stuck: 0,
-        job: JobId(0),
-        place: String::new(),
-        exhausted: false,
-    };
+    let pong = Pong { sequence: 1, ..Pong::default() };
     site.workers.ping(other.id, 1);
     other.control.try_send(&pong, &[]).expect("the supervisor reads");
     site.workers.on_pong(other.id, site.now, &mut site.events);

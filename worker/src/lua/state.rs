@@ -37,6 +37,7 @@ use crate::lua::library::action_object;
 use crate::lua::library::dictionary_client::{self, Opener};
 use crate::lua::library::every;
 use crate::lua::library::listen::Draft;
+pub use crate::lua::library::listen::Purpose;
 use crate::lua::library::mail_object::MailObject;
 use crate::lua::library::pg;
 use crate::lua::library::shared::SharedOpener;
@@ -54,8 +55,8 @@ pub struct LoadOptions {
     /// FileDescriptorNames of the sockets that systemd passed, one entry each; `None` if any socket
     /// counts as passed.
     pub systemd: Option<Vec<String>>,
-    /// The script is only tried: it must not end the process.
-    pub trial: bool,
+    /// What the script runs for.
+    pub purpose: Purpose,
     /// Where the script's output and its errors go.
     pub logger: Logger,
     /// The channel on which channels to the shared dictionaries are asked for while the script
@@ -115,11 +116,11 @@ impl State {
     /// # Errors
     /// See [`ConfigError`].
     pub fn load(options: LoadOptions) -> Result<(Self, Declaration), ConfigError> {
-        let LoadOptions { config, reload, systemd, trial, logger, dictionaries } = options;
+        let LoadOptions { config, reload, systemd, purpose, logger, dictionaries } = options;
         let dictionaries = Arc::new(RwLock::new(Opener::new(dictionaries)));
         let watch = Watch::new();
         let output = Output::new(logger.clone(), Arc::clone(&watch));
-        let draft = Draft::new(systemd, trial);
+        let draft = Draft::new(systemd, purpose);
         let pg = pg::Library::new(logger.clone());
         let libraries = Libraries {
             watch: &watch,

@@ -18,7 +18,7 @@ use qrelay_shared::sys::signals::disregard;
 use slog::Logger;
 
 use crate::lua::config::ConfigError;
-use crate::lua::state::{LoadOptions, State};
+use crate::lua::state::{LoadOptions, Purpose, State};
 use crate::process::account;
 use crate::process::hints::hints;
 
@@ -43,7 +43,7 @@ pub fn check(
         config: config.to_owned(),
         reload: false,
         systemd: names.map(split),
-        trial: true,
+        purpose: Purpose::Trial,
         logger,
         dictionaries,
     })?;

@@ -36,7 +36,7 @@ use qrelay_shared::sys::wait::wait;
 use slog::{Level, Logger, error};
 
 use crate::lua::config::{ConfigError, require_safe};
-use crate::lua::state::{LoadOptions, State};
+use crate::lua::state::{LoadOptions, Purpose, State};
 use crate::process::logging::Current;
 use crate::process::worker::{self, Birth};
 use crate::process::{account, sandbox};
@@ -208,7 +208,7 @@ fn execute(
                 config,
                 reload,
                 systemd: Some(systemd),
-                trial: false,
+                purpose: Purpose::Serve,
                 logger,
                 dictionaries,
             };

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use crate::support::{Options, Script, config_error, mail};
-use qrelay_worker::lua::state::{LoadOptions, State};
+use qrelay_worker::lua::state::{LoadOptions, Purpose, State};
 
 #[test]
 fn declarations() {
@@ -223,7 +223,7 @@ fn files_that_cannot_be_read() {
             config: path.into(),
             reload: false,
             systemd: Some(Vec::new()),
-            trial: false,
+            purpose: Purpose::Serve,
             logger: log.clone(),
             dictionaries: None,
         };

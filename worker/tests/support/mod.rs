@@ -15,7 +15,7 @@ use qrelay_shared::settings::Declaration;
 use qrelay_shared::sys::rights::{PeerSocket, Rights};
 use qrelay_worker::client::socket::ClientSocket;
 use qrelay_worker::lua::config::ConfigError;
-use qrelay_worker::lua::state::{LoadOptions, State};
+use qrelay_worker::lua::state::{LoadOptions, Purpose, State};
 use qrelay_worker::mail::{Mail, Origin};
 use qrelay_worker::session::script::Decision;
 use slog::{Drain, KV as _, Logger, OwnedKVList, Record, Serializer};
@@ -60,7 +60,7 @@ impl Script {
             config,
             reload,
             systemd: Some(systemd),
-            trial: false,
+            purpose: Purpose::Serve,
             logger,
             dictionaries: None,
         });

@@ -46,10 +46,10 @@ impl Completion {
         Self::values((mlua::Value::Nil, message))
     }
 
-    /// A failure that may pass by itself, if `passing`.
-    pub(crate) fn passing_if(self, passing: bool) -> Self {
+    /// A failure that may pass by itself.
+    pub(crate) fn passing(self) -> Self {
         match self {
-            Self::Done(results) if passing => Self::Passing(results),
+            Self::Done(results) => Self::Passing(results),
             other => other,
         }
     }

@@ -155,7 +155,7 @@ impl Operation for Lookup {
             }
             Err(LookupError::TimedOut) => Completion::Expired,
             Err(LookupError::Failed(message)) => Completion::raise(message),
-            Err(LookupError::Unanswered(message)) => Completion::raise(message).passing_if(true),
+            Err(LookupError::Unanswered(message)) => Completion::raise(message).passing(),
         }
     }
 }

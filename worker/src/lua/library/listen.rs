@@ -63,12 +63,20 @@ pub(crate) struct Draft {
     /// FileDescriptorNames of the sockets that systemd passed; `None` if any socket counts as
     /// passed, because the script is only tried.
     systemd: Option<Vec<String>>,
-    /// The script is only tried.
-    trial: bool,
+    purpose: Purpose,
     /// The place of a call of `os.exit` in a trial.
     left: Option<String>,
     /// The global `max_size` at the last listener.
     max_size: Value,
+}
+
+/// What a script runs for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Purpose {
+    /// To decide about mails.
+    Serve,
+    /// To be checked: it must not end the process.
+    Trial,
 }
 
 /// The draft, shared with the functions that add to it.
@@ -79,7 +87,7 @@ struct Systemd(Option<String>);
 
 impl Draft {
     /// Returns a draft without declarations.
-    pub(crate) fn new(systemd: Option<Vec<String>>, trial: bool) -> SharedDraft {
+    pub(crate) fn new(systemd: Option<Vec<String>>, purpose: Purpose) -> SharedDraft {
         Arc::new(Mutex::new(Self {
             phase: Phase::Loading,
             listeners: Vec::new(),
@@ -88,7 +96,7 @@ impl Draft {
             own_mail_memory: false,
             dictionaries: BTreeSet::new(),
             systemd,
-            trial,
+            purpose,
             left: None,
             max_size: Value::Nil,
         }))
@@ -99,7 +107,7 @@ impl Draft {
     /// # Errors
     /// The script is only tried, so it must go on.
     pub(super) fn leave(&mut self, place: &str) -> Result<(), Raise> {
-        if !self.trial {
+        if self.purpose == Purpose::Serve {
             return Ok(());
         }
         self.left = Some(place.to_owned());

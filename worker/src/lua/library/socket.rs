@@ -149,8 +149,8 @@ pub(super) fn failure(error: &SocketError, deadline: Deadline) -> Completion {
     if matches!(error, SocketError::TimedOut) && deadline.expired() {
         return Completion::Expired;
     }
-    let closed = matches!(error, SocketError::Closed);
-    Completion::failure(error.to_string()).passing_if(!closed)
+    let failure = Completion::failure(error.to_string());
+    if matches!(error, SocketError::Closed) { failure } else { failure.passing() }
 }
 
 /// `socket:connect(…)` at run time.

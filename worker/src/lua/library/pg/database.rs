@@ -184,7 +184,7 @@ fn outcome<R: IntoLua + Send + 'static>(
 fn refused(refusal: Refusal) -> Completion {
     match refusal {
         Refusal::Failed(message) => Completion::failure(message),
-        Refusal::Unreachable(message) => Completion::failure(message).passing_if(true),
+        Refusal::Unreachable(message) => Completion::failure(message).passing(),
         Refusal::Expired => Completion::Expired,
     }
 }
