@@ -6,8 +6,8 @@
 //! # Failure
 //! Out of descriptors or memory, or when the kernel refuses to pass connections on, the listeners
 //! are not watched until a job is done or 100 ms are over, because a level-triggered watched
-//! listener would keep the loop busy. When too many connections are held, `eviction` chooses those
-//! that give way to new ones.
+//! listener would keep the loop busy. When too many connections are held, or this process has no
+//! descriptor left, `eviction` chooses those that give way to new ones.
 
 mod backlog;
 mod bind;
