@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use crate::harness::daemon::{NOBODY, send_message_as_nobody};
 use crate::harness::sink::answer;
-use crate::harness::{Client, Daemon, Gate, Mail, Reply, Sink, eventually, submit};
+use crate::harness::{Client, Daemon, Gate, Mail, Outcome, Reply, Sink, eventually, submit};
 
 /// Clients of another user, in a process that ends with the test.
 struct Neighbour(Child);
@@ -107,11 +107,14 @@ fn a_request_below_the_minimum_rate_times_out() {
     );
     let mut slow = Client::connect(daemon.path("in"));
     slow.send(b"900000:899000:");
-    // The bytes come far more often than client_timeout asks for.
-    while slow.try_send(b"x").is_ok() {
-        std::thread::park_timeout(Duration::from_millis(20));
-    }
-    assert_eq!(slow.outcome(), "Zrequest timed out");
+    // The bytes come far more often than client_timeout asks for, until there is an answer.
+    let outcome = loop {
+        match slow.send(b"x").outcome_within(Duration::from_millis(20)) {
+            Outcome::Timeout => {}
+            outcome => break outcome,
+        }
+    };
+    assert_eq!(outcome, "Zrequest timed out");
     let mail = Mail::of_size(800_000);
     assert_eq!(submit(daemon.path("in"), &mail), "Kdiscarded");
 }
