@@ -8,15 +8,17 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Parser, Subcommand, ValueEnum};
+use qrelay_shared::admin::DEFAULT_PATH;
 use qrelay_shared::endpoint::{self, Endpoint, Parsed, QMQP_PORT};
 use qrelay_shared::exit::Exit;
 use qrelay_shared::qmqp::Status;
 use qrelay_shared::settings::Account;
 use qrelay_shared::sys::limits::Limits;
 use qrelay_shared::system_error::shown;
-use qrelay_supervisor::daemon::Options;
+use qrelay_supervisor::daemon::{Control, Options};
 use slog::Level;
 
+use crate::admin;
 use crate::client::send::SendOptions;
 use crate::client::sink::SinkOptions;
 
@@ -27,11 +29,14 @@ const EXAMPLES: &str = "\
 Examples:
   qrelay                                  run with /etc/cm4all/qrelay/config.lua
   qrelay --config ./config.lua            run with another configuration
+  qrelay status                           show what the daemon does
+  qrelay reload                           load the configuration anew
   qrelay check --config ./config.lua      show what it declares, or what is wrong with it
   qrelay sink --listen /tmp/next.sock     run a next hop that shows the mails it gets
   qrelay send --to /run/qrelay.sock --sender a@example.com b@example.org < mail
 
 Exit status: 0 success, 64 usage, 71 system error, 78 configuration error;
+`status`, `mails`, `reload`, `stop`: 1 refused, 3 not running, 4 no permission;
 `send`: 0 accepted (K), 75 temporary failure (Z), 69 permanent failure (D).";
 
 /// A QMQP relay with fault-isolated workers, configured in Lua.
@@ -63,6 +68,21 @@ struct Common {
         long, global = true, value_name = "SECONDS", default_value = "30", value_parser = seconds
     )]
     boot_timeout: Duration,
+    /// The control socket, by which `qrelay status`, `qrelay reload` and their like reach the
+    /// daemon; `none` for a daemon without one [default: /run/cm4all/qrelay/control].
+    #[arg(long, global = true, value_name = "PATH")]
+    control: Option<PathBuf>,
+}
+
+impl Common {
+    /// Returns where the daemon is to listen for commands.
+    fn control(&self) -> Control {
+        match &self.control {
+            None => Control::Preferably(DEFAULT_PATH.into()),
+            Some(path) if path.as_os_str() == "none" => Control::Off,
+            Some(path) => Control::At(path.clone()),
+        }
+    }
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -124,6 +144,8 @@ enum Verb {
         #[arg(long, value_name = "FILE|DIR")]
         output: Option<PathBuf>,
     },
+    #[command(flatten)]
+    Admin(admin::Verb),
     /// Internal: the process that the supervisor forks workers from.
     #[command(hide = true)]
     Zygote {
@@ -151,6 +173,8 @@ pub enum Command {
     Send(SendOptions),
     /// Run a server that shows or stores mails.
     Sink(SinkOptions),
+    /// Talk to the daemon that listens for commands at this path.
+    Admin(admin::Verb, PathBuf),
     /// Run a zygote.
     Zygote(Level, Limits),
 }
@@ -168,13 +192,22 @@ pub fn parse() -> Result<Command, Exit> {
     })?;
     let level = Level::from(cli.common.log_level);
     let boot_timeout = cli.common.boot_timeout;
+    let control = cli.common.control();
     let config = absolute(cli.common.config)?;
     Ok(match cli.command {
         None => {
             let account = cli.user.map(|user| Account { user, group: cli.group });
-            Command::Run(Options { config, level, boot_timeout, account })
+            let control = match control {
+                Control::At(path) => Control::At(absolute(path)?),
+                other => other,
+            };
+            Command::Run(Options { config, level, boot_timeout, control, account })
         }
         Some(Verb::Check) => Command::Check(config, level, boot_timeout),
+        Some(Verb::Admin(verb)) => {
+            let path = cli.common.control.unwrap_or_else(|| DEFAULT_PATH.into());
+            Command::Admin(verb, path)
+        }
         Some(Verb::Zygote { limits }) => Command::Zygote(level, limits),
         Some(Verb::Send { to, sender, timeout, recipients }) => {
             Command::Send(SendOptions { to, sender, recipients, timeout })

@@ -13,4 +13,4 @@
 pub mod send;
 pub mod sink;
 mod store;
-mod stream;
+pub mod stream;

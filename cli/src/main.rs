@@ -22,6 +22,7 @@ use qrelay_shared::system_error::shown;
 use qrelay_supervisor::daemon;
 use qrelay_supervisor::services::dictionary_server;
 
+mod admin;
 mod cli;
 mod client;
 
@@ -40,6 +41,7 @@ fn main() -> ExitCode {
         Err(exit) => exit,
         Ok(Command::Run(options)) => daemon::run(options),
         Ok(Command::Zygote(level, limits)) => qrelay_worker::process::zygote::main(level, limits),
+        Ok(Command::Admin(verb, path)) => admin::run(&verb, &path),
         Ok(Command::Check(config, level, limit)) => check(&config, level, limit),
         Ok(Command::Send(options)) => send::run(&options),
         Ok(Command::Sink(options)) => sink::run(&options),

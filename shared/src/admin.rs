@@ -10,13 +10,22 @@
 //! # Failure
 //! A request that can't be understood gets [`Body::Error`].
 
+use std::time::UNIX_EPOCH;
+
 use serde::{Deserialize, Serialize};
+
+use crate::qmqp::Status as Reply;
 
 /// The version of this protocol.
 pub const VERSION: u32 = 1;
 
 /// Where the daemon listens for administrators' commands, unless told otherwise.
 pub const DEFAULT_PATH: &str = "/run/cm4all/qrelay/control";
+
+/// Returns this moment in seconds since the epoch.
+pub fn now() -> f64 {
+    UNIX_EPOCH.elapsed().unwrap_or_default().as_secs_f64()
+}
 
 /// Most bytes of a request, its end of line included.
 pub const REQUEST_MAX: usize = 64 * 1024;
@@ -183,6 +192,18 @@ pub struct Answers {
     pub unanswered: u64,
 }
 
+impl Answers {
+    /// Counts an answer; `None` is an answer that wasn't given, or isn't known.
+    pub fn count(&mut self, reply: Option<Reply>) {
+        *match reply {
+            Some(Reply::Accepted) => &mut self.accepted,
+            Some(Reply::Temporary) => &mut self.temporary,
+            Some(Reply::Permanent) => &mut self.permanent,
+            None => &mut self.unanswered,
+        } += 1;
+    }
+}
+
 /// Mails per second, on average.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
 pub struct Rates {
@@ -313,9 +334,9 @@ pub struct NextHop {
 }
 
 /// A pool of connections to a database.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Database {
-    /// Host and name of the database, without a password.
+    /// Name of the database, and its servers, as `mail at db.example.org:5432`.
     pub database: String,
     /// Most connections of all workers together.
     pub limit: u64,
@@ -415,13 +436,13 @@ pub enum IncidentKind {
 pub struct InFlight {
     /// The mail's id, as in the log.
     pub id: String,
-    /// Seconds since the connection was accepted; `None` if that isn't known any more.
-    pub age: Option<f64>,
-    /// `queued`, `reading`, `lua`, `lua_waits`, `connecting`, `next_hop`, `program`, `answering`,
-    /// `answered`, or `unknown`.
+    /// Seconds since the connection was accepted.
+    pub age: f64,
+    /// `queued`, `reading`, `lua`, `lua_waits`, `connecting`, `next_hop`, `program`, `answering`
+    /// or `answered`.
     pub phase: String,
     /// Seconds in this phase.
-    pub phase_age: Option<f64>,
+    pub phase_age: f64,
     /// Envelope sender, escaped as in the log; empty while it isn't known, or for a bounce.
     pub from: String,
     /// The first recipients, escaped as in the log.
@@ -435,7 +456,7 @@ pub struct InFlight {
     /// Address of a remote client.
     pub peer: Option<String>,
     /// Address of the listener.
-    pub listener: Option<String>,
+    pub listener: String,
     /// The account that the script has set.
     pub account: Option<String>,
     /// The next hop or program.

@@ -5,6 +5,12 @@
 pub enum Exit {
     /// The command succeeded.
     Success = 0,
+    /// What was asked for is refused; or `status`: the daemon doesn't serve.
+    Refused = 1,
+    /// The daemon isn't running, as systemctl(1) says it.
+    NotRunning = 3,
+    /// The daemon may not be asked by this user, as systemctl(1) says it.
+    NoPermission = 4,
     /// EX_USAGE: the command line is wrong.
     Usage = 64,
     /// EX_UNAVAILABLE: a mail was refused for good.
@@ -14,6 +20,8 @@ pub enum Exit {
     /// EX_TEMPFAIL: a mail was refused for now, or got no answer; or config.lua can't be used now,
     /// and trying again later may help.
     Temporary = 75,
+    /// EX_PROTOCOL: what answers isn't the daemon, or one of another version.
+    Protocol = 76,
     /// EX_CONFIG: config.lua can't be used, and trying again won't help.
     Config = 78,
 }

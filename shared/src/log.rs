@@ -34,6 +34,7 @@ use std::time::{Duration, UNIX_EPOCH};
 
 use slog::{Drain, KV, Key, Level, Logger, OwnedKVList, Record, Serializer};
 
+use crate::admin::Deliveries;
 use crate::log::stderr::Stderr;
 use crate::system_error::without_numbers;
 
@@ -55,6 +56,37 @@ const JOURNAL: &str = "/run/systemd/journal/socket";
 
 /// Lines of this process that were lost and not reported yet.
 static LOST: AtomicU64 = AtomicU64::new(0);
+
+/// Records of this process that were to be written, and those that were lost.
+static ALL: AtomicU64 = AtomicU64::new(0);
+static ALL_LOST: AtomicU64 = AtomicU64::new(0);
+
+/// What a line tells.
+#[derive(Debug, Clone, Copy)]
+enum Content {
+    /// Something new.
+    Record,
+    /// That so many lines, which are counted already, were lost.
+    Losses(u64),
+}
+
+/// Counts a line as lost.
+fn lose(content: Content) {
+    let lines = match content {
+        Content::Losses(lines) => lines,
+        Content::Record => {
+            ALL_LOST.fetch_add(1, Ordering::Relaxed);
+            1
+        }
+    };
+    LOST.fetch_add(lines, Ordering::Relaxed);
+}
+
+/// Counts the records of this process that were written, and those that were lost.
+pub fn deliveries() -> Deliveries {
+    let lost = ALL_LOST.load(Ordering::Relaxed);
+    Deliveries { sent: ALL.load(Ordering::Relaxed).saturating_sub(lost), lost }
+}
 
 /// Whether writing the log may hold up the process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -134,16 +166,17 @@ impl Drain for Output {
         if lost > 0 {
             let mut fields = Fields::new(self.journal.is_some());
             let _ = fields.emit_u64("lost".into(), lost);
-            self.emit(Level::Warning, "log lines were lost", fields, lost);
+            self.emit(Level::Warning, "log lines were lost", fields, Content::Losses(lost));
         }
-        self.emit(record.level(), &formatted(record.msg()), fields, 1);
+        self.emit(record.level(), &formatted(record.msg()), fields, Content::Record);
+        ALL.fetch_add(1, Ordering::Relaxed);
         Ok(())
     }
 }
 
 impl Output {
-    /// Writes a record. If that fails, `stands_for` lines are counted as lost.
-    fn emit(&self, level: Level, message: &str, fields: Fields, stands_for: u64) {
+    /// Writes a line. If that fails, the line counts as lost.
+    fn emit(&self, level: Level, message: &str, fields: Fields, content: Content) {
         let Fields { mut line, entry } = fields;
         line.prepend_cut(&printable(message).0, MESSAGE_MAX);
         let line = line.cut();
@@ -152,10 +185,10 @@ impl Output {
             line.prepend(&self.origin);
             line.prepend(level_name(level));
             self.prepend_time(&mut line);
-            self.stderr.write(line.cut().get(), stands_for)
+            self.stderr.write(line.cut().get(), content)
         });
         if !written {
-            LOST.fetch_add(stands_for, Ordering::Relaxed);
+            lose(content);
         }
     }
 

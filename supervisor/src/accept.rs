@@ -12,11 +12,12 @@
 mod backlog;
 mod bind;
 mod bind_error;
-mod bound_inode;
 mod connections;
+mod diagnosis;
 mod eviction;
 mod listeners;
 mod refusal;
+mod shown;
 mod socket_file;
 mod throttle;
 
@@ -32,10 +33,13 @@ use qrelay_shared::settings::{Declaration, ListenAddress, ListenerDecl};
 use slog::{Logger, error, info, warn};
 
 use crate::accept::backlog::{Ending, Serves};
+pub(crate) use crate::accept::bind::bind_private;
 use crate::accept::connections::{Accepted, Connection, Connections, Seen, State};
 use crate::accept::eviction::{Held, Worth};
 use crate::accept::listeners::{Listeners, NotListening};
 use crate::accept::refusal::Refusal;
+pub(crate) use crate::accept::shown::Shown;
+pub(crate) use crate::accept::socket_file::SocketFile;
 use crate::accept::throttle::Throttle;
 use crate::connected::Connected;
 use crate::descriptors::allot;

@@ -8,11 +8,14 @@
 //! Before READY, a failure ends the start with one message and an exit status. Afterwards only
 //! SIGTERM and SIGINT end the daemon, or an epoll instance that fails.
 
+mod commands;
+
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use nix::sys::prctl;
+use qrelay_shared::admin::{self, State};
 use qrelay_shared::exit::Exit;
 use qrelay_shared::ipc::message::MailRecord;
 use qrelay_shared::log::Patience;
@@ -22,7 +25,8 @@ use qrelay_shared::sys::inherited;
 use qrelay_shared::sys::limits::{self, Limits};
 use slog::{Level, Logger, error, info, warn};
 
-use crate::accept::{Acceptor, ProgramState};
+use crate::accept::{Acceptor, ProgramState, SocketFile};
+use crate::admin::Admin;
 use crate::event::{Asker, Event, Events, Programs};
 use crate::generations::{Loading, Rollout};
 use crate::ids::{JobId, WorkerId};
@@ -47,8 +51,21 @@ pub struct Options {
     pub level: Level,
     /// How long a script may take to declare itself.
     pub boot_timeout: Duration,
+    /// The control socket.
+    pub control: Control,
     /// The account that zygotes become before they run the script.
     pub account: Option<Account>,
+}
+
+/// Where the daemon listens for administrators' commands.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Control {
+    /// At this path; if that isn't possible, the daemon doesn't start.
+    At(PathBuf),
+    /// At this path, if that is possible.
+    Preferably(PathBuf),
+    /// Nowhere.
+    Off,
 }
 
 /// Where the daemon is in its life.
@@ -76,7 +93,15 @@ struct Daemon {
     workers: Workers,
     rollout: Rollout,
     services: Services,
+    admin: Admin,
+    /// The file of the control socket.
+    control: Option<SocketFile>,
     started: Instant,
+    /// The same moment as a number of seconds since the epoch.
+    born: f64,
+    config: PathBuf,
+    instance: String,
+    system: Rc<dyn System>,
     /// When the daemon looks for children that have ended.
     next_look: Instant,
 }
@@ -123,6 +148,7 @@ fn start(
         .map_err(|error| error.to_string())?;
     let now = Instant::now();
     let mut daemon = Daemon::new(&options, log, acceptor, &poller, system, now);
+    daemon.listen_for_commands(&options.control)?;
     daemon.boot(now);
     Ok((daemon, poller, signals))
 }
@@ -172,10 +198,16 @@ impl Daemon {
                 watcher.clone(),
                 Rc::clone(&system),
             ),
-            rollout: Rollout::new(log.clone(), loading, watcher.clone(), system),
-            services: Services::new(log.clone(), instance, watcher, descriptors, now),
+            rollout: Rollout::new(log.clone(), loading, watcher.clone(), Rc::clone(&system)),
+            admin: Admin::new(log.clone(), watcher.clone(), Rc::clone(&system), now),
+            control: None,
+            services: Services::new(log.clone(), instance.clone(), watcher, descriptors, now),
             log,
             started: now,
+            born: admin::now(),
+            config: options.config.clone(),
+            instance,
+            system,
             next_look: now + LOOK_AGAIN,
         }
     }
@@ -229,17 +261,19 @@ impl Daemon {
 
     /// Has the owner of a descriptor read what is ready.
     fn on_source(&mut self, source: Source, now: Instant) {
-        let Self { events, acceptor, workers, rollout, services, .. } = self;
+        let Self { events, acceptor, workers, rollout, services, admin, .. } = self;
         match source {
             Source::Signals => {}
             Source::Listener(id) => acceptor.on_listener(id, now, events),
             Source::Connection(job) => acceptor.on_connection(job, now, events),
             Source::Jobs(worker) => {
-                workers.on_reports(worker, now, &mut recorder(services, acceptor), events);
+                workers.on_reports(worker, now, &mut recorder(services, acceptor, now), events);
             }
             Source::Control(worker) => workers.on_pong(worker, now, events),
             Source::Zygote(zygote) => rollout.on_zygote(zygote, now, events),
             Source::Dictionary(channel) => services.on_dictionary(channel, now, events),
+            Source::AdminListener => admin.on_listener(now),
+            Source::Admin(client) => admin.on_client(client, now),
         }
     }
 
@@ -251,10 +285,11 @@ impl Daemon {
             self.events.push_back(Event::ChildEnded);
             self.settle(now);
         }
-        self.services.tick(now);
+        self.services.tick(self.workers.in_flight(), now);
         self.acceptor.tick(now, &mut self.events);
         self.workers.tick(now, &mut self.events);
         self.rollout.tick(now, &mut self.events);
+        self.admin.tick(now, &mut self.events);
         self.settle(now);
         self.workers.dispatch(&self.acceptor, &mut self.events);
         self.settle(now);
@@ -273,10 +308,10 @@ impl Daemon {
 
     /// Hands one event to the owners concerned.
     fn on_event(&mut self, event: Event, now: Instant) {
-        let Self { events, acceptor, workers, rollout, services, .. } = self;
+        let Self { events, acceptor, workers, rollout, services, admin, .. } = self;
         match event {
             Event::ChildEnded => self.reap(now),
-            Event::ReloadRequested => rollout.reload(now, events),
+            Event::ReloadRequested => self.reload(now),
             Event::StopRequested => self.stop(now),
             Event::StatusRequested => self.log_status(now),
             Event::DrainEnded(programs) => {
@@ -347,7 +382,10 @@ impl Daemon {
                 if let Some(declaration) = rollout.declaration(new) {
                     workers.switch(new);
                     acceptor.switch((new, declaration), old, now, events);
-                    services.switch(new, declaration);
+                    services.switch(new, declaration, workers.in_flight(), now);
+                }
+                if let Some(load) = services.last_load() {
+                    admin.loaded(load, now);
                 }
                 self.ready();
             }
@@ -366,9 +404,16 @@ impl Daemon {
             Event::StandbyRuns { zygote, pid } => rollout.standby_runs(zygote, pid),
             Event::StandbyEnded(zygote) => rollout.standby_ended(zygote, now, events),
             Event::ReloadBegan => services.reload_began(),
-            Event::NoZygoteLeft => services.no_zygote_left(),
-            Event::ReloadFailed(cause, message) => services.reload_failed(cause, &message),
+            Event::NoZygoteLeft => services.no_zygote_left(workers.in_flight(), now),
+            Event::ReloadFailed(cause, load) => {
+                services.reload_failed(cause, &load, workers.in_flight(), now);
+                admin.loaded(&load, now);
+            }
             Event::StartFailed(exit) => self.phase = Phase::Ended(exit),
+
+            Event::Incident(kind, text) => services.incident(kind, text),
+            Event::Ordered { client, command } => self.obey(client, command, now),
+            Event::MailsWanted { client, cursor } => self.list_mails(client, cursor, now),
         }
     }
 
@@ -376,19 +421,19 @@ impl Daemon {
     fn reap(&mut self, now: Instant) {
         let Self { events, acceptor, workers, rollout, services, .. } = self;
         rollout.reap(now, events);
-        let record = &mut recorder(services, acceptor);
+        let record = &mut recorder(services, acceptor, now);
         workers.reap(&rollout.zygote_pids(), now, record, events);
     }
 
     /// Logs one line about the daemon, and one about each worker.
     fn log_status(&self, now: Instant) {
-        let answers = self.services.answers();
-        let phase = match self.phase {
-            Phase::Starting => "starting",
-            Phase::Serving => "serving",
-            Phase::Draining { .. } | Phase::Killing { .. } | Phase::Ended(_) => "stopping",
+        let answers = self.services.figures().answers();
+        let state = match self.state() {
+            State::Starting => "starting",
+            State::Serving => "serving",
+            State::Stopping => "stopping",
         };
-        info!(self.log, "status"; "state" => phase,
+        info!(self.log, "status"; "state" => state,
             "seconds" => now.saturating_duration_since(self.started).as_secs(),
             "generations" => self.rollout.count(),
             "held" => self.acceptor.held(),
@@ -427,6 +472,7 @@ impl Daemon {
         let deadline = limit.max(Some(now + drain)).unwrap_or(now);
         self.phase = Phase::Draining { deadline };
         self.services.stop(in_flight, now);
+        self.admin.stop(now);
         self.rollout.stop(now, &mut self.events);
         self.acceptor.stop(now, &mut self.events);
     }
@@ -469,6 +515,7 @@ impl Daemon {
             self.acceptor.next_deadline(),
             self.workers.next_deadline(),
             self.rollout.next_deadline(),
+            self.admin.next_deadline(),
             phase,
         ]
         .into_iter()
@@ -482,9 +529,13 @@ impl Daemon {
         self.rollout.close();
         self.workers.close();
         self.services.close();
+        if let Some(file) = self.control.take() {
+            file.unlink();
+        }
         if exit == Exit::Success {
             info!(self.log, "stopped");
         }
+        self.admin.close_all(Instant::now());
     }
 }
 
@@ -492,8 +543,9 @@ impl Daemon {
 fn recorder(
     services: &mut Services,
     acceptor: &Acceptor,
+    now: Instant,
 ) -> impl FnMut(WorkerId, JobId, &MailRecord<'_>) {
-    |worker, job, record| services.mail_done(worker, job, acceptor.origin(job), record)
+    move |worker, job, record| services.mail_done(worker, job, acceptor.origin(job), record, now)
 }
 
 /// Names this run on this host: seconds since the epoch, and the process id.

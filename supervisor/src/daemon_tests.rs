@@ -106,6 +106,7 @@ impl World {
         let fake = Rc::new(Fake::default());
         let now = Instant::now();
         let options = Options {
+            control: Control::Off,
             config: "/nowhere".into(),
             level: Level::Info,
             boot_timeout: Duration::from_secs(30),

@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use nix::unistd::Pid;
+use qrelay_shared::admin;
 use qrelay_shared::client::Client;
 use qrelay_shared::dictionary::{FromOpener, ToOpener};
 use qrelay_shared::exit::Exit;
@@ -19,7 +20,7 @@ use qrelay_shared::ipc::channel::{Channel, SendError};
 use qrelay_shared::ipc::message::{MailRecord, Peer};
 use qrelay_shared::qmqp::Status;
 
-use crate::ids::{GenerationId, JobId, WorkerId, ZygoteId};
+use crate::ids::{AdminId, GenerationId, JobId, WorkerId, ZygoteId};
 
 /// One fact.
 #[derive(Debug)]
@@ -120,9 +121,16 @@ pub(crate) enum Event {
     /// The serving generation has no process left that can fork workers.
     NoZygoteLeft,
     /// A new configuration can't be used, and the old one serves on.
-    ReloadFailed(Cause, String),
+    ReloadFailed(Cause, Box<admin::Reload>),
     /// The first configuration can't be used.
     StartFailed(Exit),
+
+    /// Something that an administrator may want to see has happened.
+    Incident(admin::IncidentKind, String),
+    /// An administrator's command orders or asks something.
+    Ordered { client: AdminId, command: admin::Command },
+    /// An administrator's command wants the next part of the list of mails.
+    MailsWanted { client: AdminId, cursor: Cursor },
 }
 
 /// A zygote that tells something.
@@ -155,6 +163,21 @@ pub(crate) struct NewAsker {
     pub(crate) generation: GenerationId,
     /// The channel on which the process asks for others.
     pub(crate) opener: OpenerChannel,
+}
+
+/// A place in the list of mails in flight: what comes before it has been listed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Cursor {
+    /// After this connection, of those that wait for a worker.
+    Waiting(JobId),
+    /// At this place in the notes of this worker, or of the next one if there is no such worker.
+    Worker(WorkerId, usize),
+}
+
+impl Default for Cursor {
+    fn default() -> Self {
+        Self::Waiting(JobId::default())
+    }
 }
 
 /// Why a generation is loaded.

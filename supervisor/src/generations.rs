@@ -17,6 +17,7 @@ use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use nix::unistd::Pid;
+use qrelay_shared::admin;
 use qrelay_shared::exit::Exit;
 use qrelay_shared::ipc::channel::RecvBuffer;
 use qrelay_shared::ipc::message::ZygoteOrder;
@@ -118,6 +119,11 @@ impl Rollout {
     /// Counts the generations that serve, finish or are being loaded.
     pub(crate) fn count(&self) -> usize {
         self.loaded.len()
+    }
+
+    /// Returns the generation that was tried last, or is being tried.
+    pub(crate) fn last(&self) -> GenerationId {
+        self.reload.last()
     }
 
     /// Returns what a loaded generation has declared.
@@ -315,12 +321,21 @@ impl Rollout {
             Cause::Reload => {
                 let hint = if exit == Exit::Config { "" } else { "; trying again may help" };
                 error!(self.log, "reload failed, the old configuration serves on: {message}{hint}");
-                events.push_back(Event::ReloadFailed(cause, message));
             }
             Cause::Recovery => {
                 error!(self.log, "no zygote is left, and loading anew failed: {message}");
-                events.push_back(Event::ReloadFailed(cause, message));
             }
+        }
+        if cause != Cause::Boot {
+            events.push_back(Event::ReloadFailed(
+                cause,
+                Box::new(admin::Reload {
+                    at: admin::now(),
+                    generation: generation.0,
+                    failure: Some(message),
+                    may_pass: exit != Exit::Config,
+                }),
+            ));
         }
     }
 }

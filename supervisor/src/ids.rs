@@ -7,6 +7,8 @@ qrelay_shared::ids! {
     GenerationId;
     /// Names a zygote or a standby.
     ZygoteId;
+    /// Names a client of the control socket.
+    AdminId;
     /// Names a channel on which a worker or a zygote asks for shared dictionaries.
     ChannelId;
 }

@@ -4,14 +4,15 @@
 //! workers are forked by a zygote; the supervisor watches and replaces them. No module here knows
 //! Lua or takes a mail apart.
 //!
-//! Four owners share the work, and each alone changes its state: `accept` (listeners and clients),
-//! `workers` (processes, jobs, programs), `generations` (configurations and zygotes) and `services`
-//! (logs, dictionaries, systemd). An owner tells the others what has happened by an
-//! `event`, and [`daemon`] passes each event on.
+//! Five owners share the work, and each alone changes its state: `accept` (listeners and clients),
+//! `workers` (processes, jobs, programs), `generations` (configurations and zygotes), `services`
+//! (logs, dictionaries, systemd) and `admin` (administrators' commands). An owner tells the others
+//! what has happened by an `event`, and [`daemon`] passes each event on.
 
 #![forbid(unsafe_code)]
 
 mod accept;
+mod admin;
 mod backoff;
 mod connected;
 pub mod daemon;

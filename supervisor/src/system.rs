@@ -18,7 +18,7 @@ use nix::unistd::{Pid, getpgrp};
 use qrelay_shared::ipc::channel::Channel;
 use qrelay_shared::ipc::message::{FromZygote, ToZygote};
 use qrelay_shared::sys::limits::Limits;
-use qrelay_shared::sys::proc_stat::{self, Identity, Process};
+use qrelay_shared::sys::proc_stat::{self, Identity, Process, Usage};
 use qrelay_shared::sys::process_group::Group;
 use qrelay_shared::sys::{activation, input, process};
 use slog::Level;
@@ -81,6 +81,9 @@ pub(crate) trait System: Debug {
     /// # Errors
     /// /proc can't be read.
     fn identify(&self, pid: Pid) -> io::Result<Option<Identity>>;
+
+    /// Returns what one process takes up; `None` if there is no such process, or if it is hidden.
+    fn usage(&self, pid: Pid) -> Option<Usage>;
 
     /// Lists the processes of the system.
     ///
@@ -188,6 +191,10 @@ impl System for Linux {
 
     fn identify(&self, pid: Pid) -> io::Result<Option<Identity>> {
         proc_stat::identify(pid)
+    }
+
+    fn usage(&self, pid: Pid) -> Option<Usage> {
+        proc_stat::usage(pid)
     }
 
     fn processes(&self) -> io::Result<Vec<Process>> {

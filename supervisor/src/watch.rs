@@ -9,7 +9,7 @@ use std::time::Duration;
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 
-use crate::ids::{ChannelId, JobId, ListenerId, WorkerId, ZygoteId};
+use crate::ids::{AdminId, ChannelId, JobId, ListenerId, WorkerId, ZygoteId};
 
 /// A watched descriptor by its meaning.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -28,6 +28,10 @@ pub(crate) enum Source {
     Zygote(ZygoteId),
     /// Questions to the shared dictionaries.
     Dictionary(ChannelId),
+    /// Clients of the control socket to accept.
+    AdminListener,
+    /// A client of the control socket.
+    Admin(AdminId),
 }
 
 const SHIFT: u32 = 56;
@@ -42,6 +46,8 @@ impl Source {
             Self::Control(id) => (4, id.0),
             Self::Zygote(id) => (5, id.0),
             Self::Dictionary(id) => (6, id.0),
+            Self::AdminListener => (7, 0),
+            Self::Admin(id) => (8, id.0),
         };
         kind << SHIFT | id
     }
@@ -55,12 +61,14 @@ impl Source {
             4 => Self::Control(WorkerId(id)),
             5 => Self::Zygote(ZygoteId(id)),
             6 => Self::Dictionary(ChannelId(id)),
+            7 => Self::AdminListener,
+            8 => Self::Admin(AdminId(id)),
             _ => Self::Signals,
         }
     }
 }
 
-/// Adds descriptors to the watched set and removes them. Level-triggered, for reading.
+/// Adds descriptors to the watched set and removes them. Level-triggered.
 #[derive(Debug, Clone)]
 pub(crate) struct Watcher {
     epoll: Rc<Epoll>,
@@ -70,16 +78,27 @@ pub(crate) struct Watcher {
 }
 
 impl Watcher {
-    /// Starts to watch.
+    /// Starts to watch for bytes to read, or connections to accept.
     ///
     /// # Errors
     /// Out of memory or over fs.epoll.max_user_watches.
     pub(crate) fn add(&self, fd: impl AsFd, source: Source) -> Result<(), Errno> {
+        self.add_for(fd, EpollFlags::EPOLLIN | EpollFlags::EPOLLRDHUP, source)
+    }
+
+    /// Starts to watch for room to write.
+    ///
+    /// # Errors
+    /// As [`Self::add`].
+    pub(crate) fn add_output(&self, fd: impl AsFd, source: Source) -> Result<(), Errno> {
+        self.add_for(fd, EpollFlags::EPOLLOUT, source)
+    }
+
+    fn add_for(&self, fd: impl AsFd, flags: EpollFlags, source: Source) -> Result<(), Errno> {
         #[cfg(test)]
         if self.full.get() {
             return Err(Errno::ENOSPC);
         }
-        let flags = EpollFlags::EPOLLIN | EpollFlags::EPOLLRDHUP;
         self.epoll.add(fd, EpollEvent::new(flags, source.pack()))
     }
 
@@ -155,6 +174,8 @@ mod tests {
             Source::Control(WorkerId(7)),
             Source::Zygote(ZygoteId(1)),
             Source::Dictionary(ChannelId(2)),
+            Source::AdminListener,
+            Source::Admin(AdminId(9)),
         ] {
             assert_eq!(Source::unpack(source.pack()), source);
         }

@@ -15,6 +15,7 @@ mod orphans;
 mod pool;
 mod processes;
 mod reaping;
+mod shown;
 mod told;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -23,10 +24,11 @@ use std::time::Instant;
 
 use nix::sys::wait::WaitStatus;
 use nix::unistd::Pid;
+use qrelay_shared::admin;
 use qrelay_shared::client::Client;
 use qrelay_shared::ipc::channel::RecvBuffer;
 use qrelay_shared::settings::Declaration;
-use slog::{Logger, info, warn};
+use slog::{Logger, warn};
 
 use crate::descriptors::allot;
 use crate::event::{Event, Events, Programs};
@@ -35,9 +37,9 @@ use crate::system::System;
 use crate::watch::Watcher;
 use crate::workers::dispatch::Dispatches;
 use crate::workers::orphans::Orphans;
-use crate::workers::pool::status::Summary;
 use crate::workers::pool::{Command, Pool};
 use crate::workers::processes::Process;
+use crate::workers::shown::PastErrors;
 
 /// The owner of worker processes, jobs, and programs of dead workers.
 #[derive(Debug)]
@@ -62,6 +64,10 @@ pub(crate) struct Workers {
     unreaped_since: Option<Instant>,
     /// Programs that dead workers left behind.
     orphans: Orphans,
+    /// How workers have come to their ends.
+    ends: admin::Ends,
+    /// What workers that are gone have told of their databases.
+    past_errors: PastErrors,
 }
 
 impl Workers {
@@ -86,6 +92,8 @@ impl Workers {
             unreaped_since: None,
             orphans: Orphans::new(Rc::clone(&system)),
             system,
+            ends: admin::Ends::default(),
+            past_errors: PastErrors::default(),
         }
     }
 
@@ -221,16 +229,6 @@ impl Workers {
         }
     }
 
-    /// Logs one line about each worker.
-    pub(crate) fn log_status(&self) {
-        for Summary { worker, generation, state, jobs, mails } in self.pool.summaries() {
-            let pid = self.processes.get(&worker).and_then(|process| process.pid);
-            info!(self.log, "status of a worker"; "worker" => worker,
-                "pid" => pid.map(Pid::as_raw), "generation" => generation, "state" => state,
-                "in_flight" => jobs, "mails" => mails);
-        }
-    }
-
     /// Kills every worker, and waits for their ends: the daemon ends.
     pub(crate) fn close(&mut self) {
         let processes = std::mem::take(&mut self.processes);
@@ -242,7 +240,7 @@ impl Workers {
     pub(crate) fn tick(&mut self, now: Instant, events: &mut Events) {
         let (commands, hangs) = self.pool.tick(now);
         for (worker, hang) in hangs {
-            self.log_hang(worker, hang, None, "");
+            self.note_hang(worker, hang, (None, ""), events);
         }
         self.carry_out(commands, now, events);
         if self.unreaped_since.take().is_some() {

@@ -29,7 +29,7 @@ CRATES = ["cli", "supervisor", "worker", "shared"]
 ORDER = {
     "supervisor": [
         "daemon",
-        "accept generations services workers",  # The owners, which only send each other events.
+        "accept admin generations services workers",  # The owners, which only send each other events.
         "event",
         "backoff connected descriptors signals system watch",
         "ids",

@@ -249,7 +249,33 @@ pub struct Pong {
     /// Whether the Lua state has hit its memory limit even after a collection. Such a worker has to
     /// be replaced.
     pub exhausted: bool,
+    /// Memory of the Lua state in bytes after the latest call.
+    pub lua_bytes: u64,
+    /// The pools of connections to databases, at most [`MAX_DATABASES`].
+    pub databases: Vec<DatabaseState>,
 }
+
+/// Most databases in a [`Pong`].
+pub const MAX_DATABASES: usize = 16;
+
+/// A pool of connections to a database.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DatabaseState {
+    /// Name of the database, and its servers, at most [`MAX_DATABASE_NAME`] bytes.
+    pub name: String,
+    /// Most connections.
+    pub limit: u32,
+    /// Connections that exist or are being made.
+    pub connections: u32,
+    /// Requests in work or in the queue.
+    pub outstanding: u32,
+    /// Requests that failed because there was no connection, or in time none that was free, since
+    /// the worker began.
+    pub errors: u64,
+}
+
+/// Longest name in bytes of a [`DatabaseState`].
+pub const MAX_DATABASE_NAME: usize = 128;
 
 /// Direction from the supervisor to a zygote.
 #[derive(Debug)]

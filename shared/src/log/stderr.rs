@@ -18,7 +18,7 @@ use nix::sys::socket::{MsgFlags, sendmsg};
 use nix::sys::uio::writev;
 
 use crate::log::tear::Tear;
-use crate::log::{Patience, writer};
+use crate::log::{Content, Patience, writer};
 
 /// Standard error of this process.
 pub(super) struct Stderr {
@@ -65,16 +65,15 @@ impl Stderr {
     }
 
     /// Writes a line, or leaves it to the thread that writes. Returns false if the line is lost
-    /// now. `stands_for` is the number of lost lines that have to be counted if the line is lost
-    /// later.
-    pub(super) fn write(&self, line: &[u8], stands_for: u64) -> bool {
+    /// now. `content` says what has to be counted if the line is lost later.
+    pub(super) fn write(&self, line: &[u8], content: Content) -> bool {
         match &self.way {
             Way::Socket(fd) => self.tear.write(line, |parts| {
                 let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
                 sendmsg::<()>(fd.as_raw_fd(), parts, &[], flags, None)
             }),
             Way::NonBlocking(file) => self.tear.write(line, |parts| writev(file, parts)),
-            Way::Thread => writer::put(line, stands_for),
+            Way::Thread => writer::put(line, content),
             Way::Direct => {
                 let stderr = std::io::stderr();
                 let mut fds = [PollFd::new(stderr.as_fd(), PollFlags::POLLOUT)];

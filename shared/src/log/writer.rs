@@ -5,17 +5,16 @@
 //!
 //! # Failure
 //! At most [`ROOM`] bytes wait. A further line is refused, and so is every line for which the
-//! system has no thread. A line that the thread can't write is counted in [`crate::log::LOST`].
+//! system has no thread. A line that the thread can't write is counted by [`crate::log::lose`].
 
 use std::collections::VecDeque;
-use std::sync::atomic::Ordering;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use nix::sys::uio::writev;
 
-use crate::log::LOST;
 use crate::log::tear::Tear;
+use crate::log::{Content, lose};
 use crate::sys::{process, thread};
 
 /// Most bytes that wait: some 300 mails' lines, a burst that a slow disk may take a while for.
@@ -27,10 +26,10 @@ const STACK: usize = 128 << 10;
 /// How long the end of the process waits for lines.
 const PATIENCE: Duration = Duration::from_millis(500);
 
-/// A line, and the number of lines that are lost with it.
+/// A line, and what is lost with it.
 struct Line {
     bytes: Box<[u8]>,
-    stands_for: u64,
+    content: Content,
 }
 
 /// The lines that wait, and what the thread does.
@@ -52,7 +51,7 @@ fn queue() -> MutexGuard<'static, Queue> {
 }
 
 /// Leaves a line to the thread. Returns false if the line is lost.
-pub(super) fn put(line: &[u8], stands_for: u64) -> bool {
+pub(super) fn put(line: &[u8], content: Content) -> bool {
     let mut queue = queue();
     if queue.bytes + line.len() > ROOM {
         return false;
@@ -65,7 +64,7 @@ pub(super) fn put(line: &[u8], stands_for: u64) -> bool {
         process::at_exit(finish);
     }
     queue.bytes += line.len();
-    queue.lines.push_back(Line { bytes: line.into(), stands_for });
+    queue.lines.push_back(Line { bytes: line.into(), content });
     MORE.notify_one();
     true
 }
@@ -91,7 +90,7 @@ fn write_all() {
         queue.writing = true;
         drop(queue);
         if !tear.write(&line.bytes, |parts| writev(std::io::stderr(), parts)) {
-            LOST.fetch_add(line.stands_for, Ordering::Relaxed);
+            lose(line.content);
         }
         queue = self::queue();
     }

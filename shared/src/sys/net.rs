@@ -1,5 +1,5 @@
 //! Options and calls for sockets that nix lacks: receiving into memory that has not been written
-//! before, and delayed acknowledgements.
+//! before, delayed acknowledgements, and the length of a queue.
 //!
 //! # Failure
 //! Every error is the errno of the failed call; a buffer is unchanged then.
@@ -52,6 +52,29 @@ pub fn delay_acks(socket: BorrowedFd<'_>) -> Result<(), Errno> {
         )
     })
     .map(drop)
+}
+
+/// Returns how many connections wait at a TCP socket that listens, and how many may wait
+/// (tcp(7), TCP_INFO; for such a socket, `tcp_get_info` of net/ipv4/tcp.c puts both into fields
+/// with other names).
+///
+/// # Errors
+/// As getsockopt(2).
+pub fn tcp_backlog(socket: BorrowedFd<'_>) -> Result<(u32, u32), Errno> {
+    // SAFETY: every bit pattern is a valid value of this struct of integers.
+    let mut info: libc::tcp_info = unsafe { std::mem::zeroed() };
+    let mut length = size_of_val(&info) as libc::socklen_t;
+    // SAFETY: the pointers describe live memory of the length that is passed.
+    Errno::result(unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::IPPROTO_TCP,
+            libc::TCP_INFO,
+            std::ptr::from_mut(&mut info).cast(),
+            &raw mut length,
+        )
+    })?;
+    Ok((info.tcpi_unacked, info.tcpi_sacked))
 }
 
 #[cfg(test)]

@@ -10,9 +10,10 @@
 
 use std::io;
 use std::str::SplitAsciiWhitespace;
+use std::time::Duration;
 
 use nix::errno::Errno;
-use nix::unistd::Pid;
+use nix::unistd::{Pid, SysconfVar, sysconf};
 
 /// A process at one moment.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -51,6 +52,26 @@ const ENDING: u32 = 0x4;
 /// Returns an error if a descriptor or memory is lacking.
 pub fn identify(pid: Pid) -> io::Result<Option<Identity>> {
     Ok(read(pid.as_raw())?.and_then(|stat| parse_identity(pid, &stat)))
+}
+
+/// What a process takes up.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct Usage {
+    /// Its processor time, that of its children not included.
+    pub cpu: Duration,
+    /// Number of its threads.
+    pub threads: u64,
+    /// Its resident memory in bytes.
+    pub rss: u64,
+}
+
+/// Returns what one process takes up; `None` if there is no such process, if it is hidden from the
+/// caller, or if a descriptor is lacking.
+pub fn usage(pid: Pid) -> Option<Usage> {
+    let ticks = sysconf(SysconfVar::CLK_TCK).ok().flatten()?;
+    let page = sysconf(SysconfVar::PAGE_SIZE).ok().flatten()?;
+    let stat = read(pid.as_raw()).ok()??;
+    parse_usage(&stat, u64::try_from(ticks).ok()?, u64::try_from(page).ok()?)
 }
 
 /// Returns all processes of the system.
@@ -103,6 +124,17 @@ fn parse_identity(pid: Pid, stat: &[u8]) -> Option<Identity> {
     Some(Identity { process, session, ending, started })
 }
 
+/// Parses the fields 14, 15, 20 and 24 (user time, system time, threads, resident pages).
+fn parse_usage(stat: &[u8], ticks: u64, page: u64) -> Option<Usage> {
+    let mut fields = fields(stat)?;
+    let mut number = |skipped: usize| fields.nth(skipped)?.parse::<u64>().ok();
+    let spent = number(11)? + number(0)?;
+    let threads = number(4)?;
+    let rss = number(3)?.checked_mul(page)?;
+    let cpu = Duration::from_secs_f64(spent as f64 / ticks.max(1) as f64);
+    Some(Usage { cpu, threads, rss })
+}
+
 /// Parses state, parent and group.
 fn parse_process(pid: Pid, fields: &mut SplitAsciiWhitespace<'_>) -> Option<Process> {
     let alive = !matches!(fields.next()?, "Z" | "X" | "x");
@@ -134,6 +166,16 @@ mod tests {
         for (stat, expected) in table {
             assert_eq!(parse(pid, stat), expected, "{stat:?}");
         }
+    }
+
+    #[test]
+    fn usage_is_counted_in_bytes_and_seconds() {
+        let line = b"7 (a) b) S 3 7 5 0 -1 4194304 1 2 3 4 150 50 7 8 20 0 9 0 8899 4096 12 18";
+        let expected = Usage { cpu: Duration::from_secs(2), threads: 9, rss: 12 * 4096 };
+        assert_eq!(parse_usage(line, 100, 4096), Some(expected));
+        assert_eq!(parse_usage(b"7 (a) S 3 7 5", 100, 4096), None);
+        let own = usage(Pid::this()).expect("this process");
+        assert!(own.threads >= 1 && own.rss > 100_000, "{own:?}");
     }
 
     #[test]

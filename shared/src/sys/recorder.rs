@@ -55,23 +55,43 @@ pub fn map(fd: BorrowedFd<'_>) -> Result<&'static [AtomicU64], Errno> {
     })
 }
 
+/// Whether there are slots after those that were read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum More {
+    /// There may be.
+    Yes,
+    /// There are none.
+    No,
+}
+
+/// Reads what the memory says about the mails in `count` slots, from slot `first` on.
+///
+/// # Errors
+/// As pread(2).
+pub fn part(memory: &impl AsFd, first: usize, count: usize) -> Result<(Vec<Flight>, More), Errno> {
+    let mut bytes = vec![0; count * SLOT];
+    let offset = i64::try_from(first * SLOT).map_err(|_| Errno::EFBIG)?;
+    let length = pread(memory, &mut bytes, offset)?;
+    let (slots, _) = bytes[..length].as_chunks::<SLOT>();
+    let more = if length < bytes.len() { More::No } else { More::Yes };
+    Ok((slots.iter().filter_map(read).collect(), more))
+}
+
 /// Reads what the memory says about all mails.
 ///
 /// # Errors
 /// As pread(2).
 pub fn flights(memory: &impl AsFd) -> Result<Vec<Flight>, Errno> {
+    const AT_ONCE: usize = 64;
     let mut flights = Vec::new();
-    let mut bytes = vec![0; 64 * SLOT];
-    let mut offset = 0;
-    loop {
-        let length = pread(memory, &mut bytes, offset)?;
-        let (slots, _) = bytes[..length].as_chunks::<SLOT>();
-        flights.extend(slots.iter().filter_map(read));
-        if length < bytes.len() {
-            return Ok(flights);
+    for first in (0..).step_by(AT_ONCE) {
+        let (some, more) = part(memory, first, AT_ONCE)?;
+        flights.extend(some);
+        if more == More::No {
+            break;
         }
-        offset += length as i64;
     }
+    Ok(flights)
 }
 
 #[cfg(test)]

@@ -63,6 +63,23 @@ pub(crate) fn bind_path(
     }
 }
 
+/// Binds a path for this process's own user and root, and listens on it.
+///
+/// # Errors
+/// See [`BindError`].
+pub(crate) fn bind_private(path: &Path) -> Result<(UnixListener, SocketFile), BindError> {
+    let declared = ListenerDecl {
+        address: ListenAddress::Path(path.to_owned()),
+        mode: 0o600,
+        owner: None,
+        group: None,
+        backlog: 128,
+        max_size: 0,
+        allow: None,
+    };
+    bind_path(path, &declared)
+}
+
 /// Binds a name of the abstract namespace and listens on it.
 ///
 /// # Errors

@@ -223,6 +223,12 @@ impl Connections {
         unserved.map(|(&id, connection)| (id, connection))
     }
 
+    /// Returns the listener of each connection, and whether a worker has it.
+    pub(super) fn places(&self) -> impl Iterator<Item = (ListenerId, bool)> {
+        let with_worker = |c: &Connection| matches!(c.state, State::Dispatched(_));
+        self.table.values().map(move |c| (c.listener, with_worker(c)))
+    }
+
     /// Returns whether a pending or waiting connection is `wanted`. Without connections here, the
     /// answer costs nothing.
     pub(super) fn any_unserved(&self, wanted: impl Fn(&Connection) -> bool) -> bool {

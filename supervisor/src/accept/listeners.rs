@@ -24,6 +24,7 @@ use qrelay_shared::sys::rights::{self, Rights};
 
 use crate::accept::bind::{Port, backlog, bind_abstract, bind_inet, bind_path};
 use crate::accept::bind_error::BindError;
+use crate::accept::diagnosis::{self, Queue};
 use crate::accept::socket_file::SocketFile;
 use crate::ids::{GenerationId, ListenerId};
 use crate::watch::{Source, Watcher};
@@ -78,6 +79,19 @@ impl Listener {
     /// Returns the address as text.
     pub(super) fn name(&self) -> &Arc<str> {
         &self.name
+    }
+
+    /// Returns the permissions of the socket's file, if it has one that this process has made.
+    pub(super) fn mode(&self) -> Option<u32> {
+        self.file.as_ref().and(self.declared.as_ref()).map(|declared| declared.mode)
+    }
+
+    /// Returns the queue of connections that aren't accepted yet, if the kernel tells it.
+    pub(super) fn queue(&self) -> Option<Queue> {
+        match &self.socket {
+            Socket::Unix(socket) => diagnosis::queue(socket),
+            Socket::Tcp(socket) => diagnosis::tcp_queue(socket),
+        }
     }
 
     /// Returns whether a client that is accepted now can pass descriptors.
@@ -174,6 +188,11 @@ impl Listeners {
                 _ => None,
             })
             .collect()
+    }
+
+    /// Returns every listening socket.
+    pub(super) fn iter(&self) -> impl Iterator<Item = (ListenerId, &Listener)> {
+        self.table.iter().map(|(&id, listener)| (id, listener))
     }
 
     fn insert(&mut self, listener: Listener) {

@@ -28,7 +28,7 @@ use qrelay_shared::settings::ListenerDecl;
 use qrelay_shared::sys::rights;
 
 use crate::accept::bind_error::{BindError, os};
-use crate::accept::bound_inode::bound_inode;
+use crate::accept::diagnosis::bound_inode;
 
 /// File systems on which stat(2) shows the inode's number that the kernel itself uses. Network file
 /// systems and overlays may show another one.
@@ -167,10 +167,15 @@ impl SocketFile {
         Ok(Self { place, file, found })
     }
 
+    /// Returns the path.
+    pub(crate) fn path(&self) -> &Path {
+        &self.place.path
+    }
+
     /// Returns whether no client can find the file any more: the file was removed, or another
     /// directory is where its directory was. A file that somebody has moved within the directory
     /// isn't gone, and neither is one that can't be looked at.
-    pub(super) fn is_gone(&self) -> bool {
+    pub(crate) fn is_gone(&self) -> bool {
         if fstat(&self.file).is_ok_and(|file| file.st_nlink == 0) {
             return true;
         }

@@ -220,6 +220,11 @@ impl Generations {
         })
     }
 
+    /// Returns the generation that was tried last, or is being tried.
+    pub(super) fn last(&self) -> GenerationId {
+        self.last
+    }
+
     /// Returns whether no attempt begins any more.
     pub(super) fn is_stopping(&self) -> bool {
         self.stopping

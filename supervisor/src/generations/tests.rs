@@ -221,8 +221,12 @@ fn a_reload_that_fails_leaves_the_old_generation() {
     assert!(matches!(zygote.order(), Some(ZygoteOrder::Load { reload: true, .. })));
     let failure = (Exit::System, "address in use".to_owned());
     site.rollout.fail(SECOND, failure, site.now, &mut site.events);
-    let failed = Event::ReloadFailed(Cause::Reload, "address in use".into());
-    let expected = [Event::ZygotesEnded(SECOND), Event::Abandoned(SECOND), failed];
+    let Some(Event::ReloadFailed(Cause::Reload, load)) = site.events.pop_back() else {
+        panic!("{:?}", site.events);
+    };
+    assert_eq!((load.generation, load.may_pass), (SECOND.0, true));
+    assert_eq!(load.failure.as_deref(), Some("address in use"));
+    let expected = [Event::ZygotesEnded(SECOND), Event::Abandoned(SECOND)];
     assert_eq!(site.events(), said(&expected));
     site.rollout.drained(SECOND, site.now, &mut site.events);
     assert_eq!(site.events(), said(&[Event::GenerationEnded(SECOND)]));

@@ -15,6 +15,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use qrelay_shared::admin;
 use qrelay_shared::dictionary::{
     Answer, MAX_DICTIONARIES, MAX_KEY, MAX_KEYS, MAX_VALUE, Operation, Request, Value, is_name,
 };
@@ -65,6 +66,9 @@ struct Dictionary {
     /// The keys by their last use, which is a count of uses.
     oldest: BTreeMap<u64, Arc<[u8]>>,
     bytes: usize,
+    hits: u64,
+    misses: u64,
+    evictions: u64,
     /// The living generations whose processes have used the dictionary.
     users: BTreeSet<GenerationId>,
 }
@@ -149,6 +153,22 @@ impl Dictionaries {
             }
         }
         freed
+    }
+
+    /// Describes every dictionary, in the order of their names.
+    pub(super) fn shown(&self) -> Vec<admin::Dictionary> {
+        let shown = self.table.iter().map(|(name, dictionary)| admin::Dictionary {
+            dictionary: name.clone(),
+            keys: dictionary.entries.len() as u64,
+            bytes: dictionary.bytes as u64,
+            limit_bytes: self.bounds.each as u64,
+            hits: dictionary.hits,
+            misses: dictionary.misses,
+            evictions: dictionary.evictions,
+        });
+        let mut shown: Vec<_> = shown.collect();
+        shown.sort_unstable_by(|one, other| one.dictionary.cmp(&other.dictionary));
+        shown
     }
 
     /// Does one operation for a process of this generation.
@@ -273,7 +293,9 @@ impl Dictionary {
 
     fn get(&mut self, key: &[u8], used: u64) -> Option<Value<'_>> {
         self.touch(key, used);
-        self.entries.get(key).map(|entry| match &entry.value {
+        let entry = self.entries.get(key);
+        *if entry.is_some() { &mut self.hits } else { &mut self.misses } += 1;
+        entry.map(|entry| match &entry.value {
             Value::String(bytes) => Value::String(Cow::Borrowed(bytes)),
             other => other.clone(),
         })
@@ -322,6 +344,7 @@ impl Dictionary {
             let Some((_, key)) = self.oldest.first_key_value() else { break };
             let key = Arc::clone(key);
             self.remove(&key);
+            self.evictions += 1;
             removed += 1;
         }
         removed

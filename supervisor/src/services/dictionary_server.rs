@@ -15,6 +15,7 @@ use std::collections::BTreeMap;
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::Instant;
 
+use qrelay_shared::admin;
 use qrelay_shared::dictionary::{FromDictionary, Opened, Operation, ToDictionary};
 use qrelay_shared::ipc::channel::{Channel, RecvBuffer, RecvError, SendError};
 use qrelay_shared::settings::{Declaration, Settings};
@@ -129,6 +130,11 @@ impl DictionaryServer {
             busy: None,
             buffer: RecvBuffer::new(),
         }
+    }
+
+    /// Describes every dictionary, in the order of their names.
+    pub(super) fn shown(&self) -> Vec<admin::Dictionary> {
+        self.dictionaries.shown()
     }
 
     /// Follows these settings' bounds on memory.

@@ -3,6 +3,7 @@
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use qrelay_shared::address::{escape_for_log, printable};
+use qrelay_shared::admin::Deliveries;
 use qrelay_shared::endpoint::Endpoint;
 use qrelay_shared::flight::Phase;
 use qrelay_shared::ipc::message::{MailRecord, Peer, Times, mail_id};
@@ -12,6 +13,7 @@ use slog::{Logger, info};
 
 use crate::event::{LostAnswer, LostMail, Origin, Unserved};
 use crate::ids::{JobId, WorkerId};
+use crate::services::figures::Figures;
 use crate::services::pond::PondSender;
 
 /// Bytes that a usual mail's sender and time fit in.
@@ -20,35 +22,11 @@ const ROOM: usize = 128;
 /// Most recipients in a line.
 const SHOWN: usize = 5;
 
-/// How many clients got which answer since the start.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(crate) struct Answers {
-    /// `K`.
-    pub(crate) accepted: u64,
-    /// `Z`.
-    pub(crate) temporary: u64,
-    /// `D`.
-    pub(crate) permanent: u64,
-    /// None, or one that isn't known.
-    pub(crate) unanswered: u64,
-}
-
-impl Answers {
-    fn count(&mut self, status: Option<Status>) {
-        *match status {
-            Some(Status::Accepted) => &mut self.accepted,
-            Some(Status::Temporary) => &mut self.temporary,
-            Some(Status::Permanent) => &mut self.permanent,
-            None => &mut self.unanswered,
-        } += 1;
-    }
-}
-
 /// Logs mails.
 #[derive(Debug)]
 pub(super) struct MailLog {
     log: Logger,
-    answers: Answers,
+    figures: Figures,
     /// Names this run of the supervisor in the ids of mails.
     instance: String,
     /// The log server of the current generation, if it has one.
@@ -57,13 +35,18 @@ pub(super) struct MailLog {
 
 impl MailLog {
     /// Starts without a log server.
-    pub(super) fn new(log: Logger, instance: String) -> Self {
-        Self { log, answers: Answers::default(), instance, pond: None }
+    pub(super) fn new(log: Logger, instance: String, now: Instant) -> Self {
+        Self { log, figures: Figures::new(now), instance, pond: None }
     }
 
-    /// Returns how the mails so far were answered.
-    pub(super) fn answers(&self) -> Answers {
-        self.answers
+    /// Returns the figures about the mails so far.
+    pub(super) fn figures(&self) -> &Figures {
+        &self.figures
+    }
+
+    /// Counts the records for the log server, if there is one.
+    pub(super) fn pond(&self) -> Option<Deliveries> {
+        self.pond.as_ref().map(PondSender::deliveries)
     }
 
     /// Sends records to this server from now on.
@@ -95,7 +78,9 @@ impl MailLog {
         job: JobId,
         origin: Option<&Origin>,
         mail: &MailRecord<'_>,
+        now: Instant,
     ) {
+        self.figures.count(mail, origin.map(|origin| &origin.listener), now);
         self.write(Some(worker), job, origin, mail, None);
     }
 
@@ -110,7 +95,6 @@ impl MailLog {
         lost: Option<&str>,
     ) {
         let peer = origin.map(|origin| origin.peer);
-        self.answers.count(mail.status);
         let (uid, pid, address) = match peer {
             Some(Peer::Local { pid, uid, .. }) => (Some(uid), pid, None),
             Some(Peer::Remote(address)) => (None, None, Some(address.to_string())),
@@ -215,6 +199,7 @@ impl MailLog {
         };
         let lost =
             Some(flight.map_or_else(|| "unknown".to_owned(), |flight| flight.phase.to_string()));
+        self.figures.count(&record, Some(&origin.listener), now);
         self.write(Some(*worker), *job, Some(origin), &record, lost.as_deref());
     }
 
@@ -244,6 +229,7 @@ impl MailLog {
             cause: Some(cause),
             refused: true,
         };
+        self.figures.count(&record, Some(&origin.listener), now);
         self.write(None, *job, Some(origin), &record, None);
     }
 }

@@ -15,6 +15,7 @@ use std::os::unix::net::{SocketAddr as UnixAddress, UnixDatagram};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
+use qrelay_shared::admin::Deliveries;
 use qrelay_shared::endpoint::Endpoint;
 use qrelay_shared::ipc::message::{MailRecord, Peer};
 use qrelay_shared::pond::{Message, Record, encode};
@@ -75,12 +76,24 @@ pub(super) struct PondSender {
     losses: Losses,
     /// Why the last record was lost.
     cause: String,
+    deliveries: Deliveries,
 }
 
 impl PondSender {
     /// Prepares to send; the server need not be there.
     pub(super) fn new(server: Endpoint) -> Self {
-        Self { server, target: None, losses: Losses::default(), cause: String::new() }
+        Self {
+            server,
+            target: None,
+            losses: Losses::default(),
+            cause: String::new(),
+            deliveries: Deliveries::default(),
+        }
+    }
+
+    /// Counts the records that were sent, and those that were lost.
+    pub(super) fn deliveries(&self) -> Deliveries {
+        self.deliveries
     }
 
     /// Returns the server that this sender was made for.
@@ -95,6 +108,7 @@ impl PondSender {
         }
         let datagram = datagram(mail, peer);
         let udp = matches!(self.server, Endpoint::Inet(_));
+        self.deliveries.sent += 1;
         for error in losses_of_send(udp, || self.try_send(&datagram)).into_iter().flatten() {
             self.count_lost(&error, log);
         }
@@ -127,6 +141,8 @@ impl PondSender {
 
     fn count_lost(&mut self, error: &io::Error, log: &Logger) {
         self.losses.add();
+        self.deliveries.sent = self.deliveries.sent.saturating_sub(1);
+        self.deliveries.lost += 1;
         self.cause = error.to_string();
         self.tick(Instant::now(), log);
     }

@@ -25,6 +25,8 @@ pub(super) struct Systemd {
     watchdog: Option<Duration>,
     next_watchdog: Option<Instant>,
     next_extension: Option<Instant>,
+    /// The line for `systemctl status` that was set last.
+    shown: String,
 }
 
 impl Systemd {
@@ -42,6 +44,7 @@ impl Systemd {
             watchdog,
             next_watchdog: watchdog.map(|_| now),
             next_extension: None,
+            shown: String::new(),
         }
     }
 
@@ -57,6 +60,14 @@ impl Systemd {
         let microseconds = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC)
             .map_or(0, |time| time.tv_sec() as u64 * 1_000_000 + time.tv_nsec() as u64 / 1000);
         self.notifier.tell(format!("RELOADING=1\nMONOTONIC_USEC={microseconds}"));
+    }
+
+    /// Sets the line for `systemctl status`, unless it is as it was. There will be another one.
+    pub(super) fn mention_status(&mut self, status: String) {
+        if self.shown != status {
+            self.notifier.mention(&assignment("STATUS", &status));
+            self.shown = status;
+        }
     }
 
     /// Sets the line for `systemctl status`.

@@ -9,7 +9,7 @@ use nix::sys::wait::WaitStatus;
 use nix::unistd::Pid;
 use qrelay_shared::ipc::channel::Channel;
 use qrelay_shared::ipc::message::{FromZygote, ToZygote};
-use qrelay_shared::sys::proc_stat::{Identity, Process};
+use qrelay_shared::sys::proc_stat::{Identity, Process, Usage};
 
 use crate::ids::JobId;
 use crate::system::{Role, System, ZygoteChannel};
@@ -115,6 +115,16 @@ impl Fake {
         pid
     }
 
+    /// Makes a process of this number a child of this one.
+    pub(crate) fn start_as(&self, pid: Pid) {
+        self.state.borrow_mut().insert(pid, OWN, OWN);
+    }
+
+    /// Makes a process of this number, outside of this process' descendants.
+    pub(crate) fn start_outside(&self, pid: Pid) {
+        self.state.borrow_mut().insert(pid, OUTSIDE, pid);
+    }
+
     /// Reaps a process as its parent does, and gives its number to another parent's new process.
     pub(crate) fn reuse(&self, pid: Pid, parent: Pid, group: Pid) {
         let mut state = self.state.borrow_mut();
@@ -217,6 +227,10 @@ impl System for Fake {
             let process = Process { pid, parent, group, alive: status.is_none() };
             Identity { process, session: OWN, ending, started }
         }))
+    }
+
+    fn usage(&self, _: Pid) -> Option<Usage> {
+        None
     }
 
     fn processes(&self) -> io::Result<Vec<Process>> {

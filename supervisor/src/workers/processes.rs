@@ -9,9 +9,11 @@ use nix::sys::signal::Signal;
 use nix::sys::socket::{Shutdown, shutdown};
 use nix::sys::wait::WaitStatus;
 use nix::unistd::Pid;
+use qrelay_shared::admin;
 use qrelay_shared::ipc::channel::{Channel, RecvBuffer, RecvError};
 use qrelay_shared::ipc::message::{
-    Control, FromControl, Report, ToControl, ToJobs, ToReports, mail_id,
+    Control, DatabaseState, FromControl, MAX_DATABASE_NAME, MAX_DATABASES, Report, ToControl,
+    ToJobs, ToReports, mail_id,
 };
 use qrelay_shared::sys::recorder;
 use qrelay_shared::system_error::shown;
@@ -59,7 +61,15 @@ pub(super) struct Process {
     /// The worker has lied: it is killed, and not listened to.
     pub(super) lied: bool,
     /// What the worker notes of its mails, if it can.
-    flights: Option<OwnedFd>,
+    pub(super) flights: Option<OwnedFd>,
+    /// When the worker was asked for.
+    pub(super) asked: Instant,
+    /// How the worker has answered.
+    pub(super) answers: admin::Answers,
+    /// Memory of its Lua state in bytes, as it has told.
+    pub(super) lua_bytes: u64,
+    /// Its pools of connections to databases, as it has told.
+    pub(super) databases: Vec<DatabaseState>,
 }
 
 impl Process {
@@ -67,6 +77,7 @@ impl Process {
         jobs: Channel<ToJobs, ToReports>,
         control: Channel<ToControl, FromControl>,
         flights: Option<OwnedFd>,
+        asked: Instant,
     ) -> Self {
         Self {
             pid: None,
@@ -79,6 +90,10 @@ impl Process {
             pings: 0,
             lied: false,
             flights,
+            asked,
+            answers: admin::Answers::default(),
+            lua_bytes: 0,
+            databases: Vec::new(),
         }
     }
 
@@ -103,7 +118,7 @@ impl Workers {
         now: Instant,
         events: &mut Events,
     ) {
-        match self.connect(generation, worker, events) {
+        match self.connect(generation, worker, now, events) {
             Ok(new) => events.push_back(Event::WorkerMissing(Box::new(new))),
             Err(error) => {
                 warn!(self.log, "cannot fork a worker: {error}"; "worker" => worker);
@@ -116,6 +131,7 @@ impl Workers {
         &mut self,
         generation: GenerationId,
         worker: WorkerId,
+        now: Instant,
         events: &mut Events,
     ) -> Result<NewWorker, String> {
         let socketpair = |error| format!("socketpair: {error}");
@@ -129,7 +145,7 @@ impl Workers {
             .add(&jobs, Source::Jobs(worker))
             .and_then(|()| self.watcher.add(&control, Source::Control(worker)))
             .map_err(|error| format!("epoll_ctl: {error}"))?;
-        self.processes.insert(worker, Process::new(jobs, control, flights));
+        self.processes.insert(worker, Process::new(jobs, control, flights, now));
         let (asker, opener) = (Asker::Worker(worker), opener.foreign());
         events.push_back(Event::AskerCame(NewAsker { asker, generation, opener }));
         Ok(NewWorker {
@@ -282,6 +298,9 @@ impl Workers {
         events: &mut Events,
     ) -> Option<Process> {
         let process = self.processes.remove(&worker)?;
+        for database in &process.databases {
+            self.past_errors.add(&database.name, database.errors);
+        }
         events.push_back(Event::AskerGone(Asker::Worker(worker)));
         self.watcher.remove(&process.jobs);
         self.watcher.remove(&process.control);
@@ -315,11 +334,16 @@ impl Workers {
                 return Some(Fault::Malformed("it answered a ping that it didn't get".into()));
             };
             process.pings = pings;
+            if !is_modest(&pong.databases) {
+                return Some(Fault::Malformed("it told too much about its databases".into()));
+            }
+            process.lua_bytes = pong.lua_bytes;
+            process.databases = pong.databases;
             let held = Duration::from_millis(pong.held);
             let stuck = Duration::from_millis(pong.stuck);
             let health = Health { held, stuck, exhausted: pong.exhausted };
             if let Some(hang) = self.pool.pong(worker, health, now) {
-                self.log_hang(worker, hang, Some(pong.job), &pong.place);
+                self.note_hang(worker, hang, (Some(pong.job), &pong.place), events);
                 self.abort(worker, now, events);
             }
         }
@@ -440,8 +464,12 @@ impl Workers {
                 if !self.pool.done(job, worker) {
                     return Err(format!("it reported job {job}, which it doesn't have"));
                 }
-                if let Some(process) = self.processes.get_mut(&worker) {
+                let process = self.processes.get_mut(&worker);
+                if let Some(process) = process {
                     process.forget_job(job);
+                    if let Some(mail) = &mail {
+                        process.answers.count(mail.status);
+                    }
                 }
                 if let Some(mail) = mail {
                     record(worker, job, &mail);
@@ -570,7 +598,7 @@ impl Workers {
                 let read = process.flights.as_ref().map(recorder::flights);
                 flights = read.and_then(Result::ok).unwrap_or_default();
             }
-            self.log_death(worker, process.pid, status, &death);
+            self.note_death(worker, process.pid, status, &death, events);
             let inherited = |program: &&Program| {
                 told::is_inherited(&*self.system, program) && !self.is_taken(program.pid)
             };
@@ -596,19 +624,25 @@ impl Workers {
         events.push_back(Event::WorkerEnded(death.generation));
     }
 
-    fn log_death(
-        &self,
+    /// Logs and counts the end of a worker.
+    fn note_death(
+        &mut self,
         worker: WorkerId,
         pid: Option<Pid>,
         status: Option<WaitStatus>,
         death: &Death,
+        events: &mut Events,
     ) {
         let pid = pid.map_or(0, Pid::as_raw);
         let cause = status.map_or_else(|| "not forked".to_owned(), describe);
         if death.unexpected {
             error!(self.log, "worker died: {cause}"; "worker" => worker, "pid" => pid,
                 "generation" => death.generation, "mails_lost_to_retry" => death.jobs.len());
+            self.ends.crashes += 1;
+            let text = format!("worker {worker} died: {cause}");
+            events.push_back(Event::Incident(admin::IncidentKind::Crash, text));
         } else {
+            self.ends.finished += u64::from(status.is_some());
             debug!(self.log, "worker ended: {cause}"; "worker" => worker, "pid" => pid,
                 "generation" => death.generation);
         }
@@ -644,6 +678,12 @@ fn not_asked(pool: &Pool, process: &Process, teller: Teller, worker: WorkerId) -
         return Some(format!("it reported about worker {worker} of another generation"));
     }
     process.pid.map(|pid| format!("it reported again about worker {worker}, which is {pid}"))
+}
+
+/// Returns whether there are as many databases as an honest worker tells of.
+fn is_modest(databases: &[DatabaseState]) -> bool {
+    databases.len() <= MAX_DATABASES
+        && databases.iter().all(|database| database.name.len() <= MAX_DATABASE_NAME)
 }
 
 fn lied(teller: Teller, complaint: String, events: &mut Events) {

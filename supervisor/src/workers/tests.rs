@@ -205,7 +205,8 @@ impl Site {
     /// The events so far, in a short form, but for those about dictionaries.
     fn events(&mut self) -> Vec<String> {
         let events = self.events.drain(..).map(|event| format!("{event:?}"));
-        events.filter(|event| !event.starts_with("Asker")).collect()
+        let aside = |event: &String| event.starts_with("Asker") || event.starts_with("Incident");
+        events.filter(|event| !aside(event)).collect()
     }
 }
 

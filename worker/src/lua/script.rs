@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use qrelay_shared::deadline::Deadline;
 use qrelay_shared::ids::JobId;
+use qrelay_shared::ipc::message::DatabaseState;
 
 use crate::lua::state::State;
 use crate::mail::Mail;
@@ -26,5 +27,13 @@ impl Script for State {
 
     fn exhausted(&self) -> bool {
         State::exhausted(self)
+    }
+
+    fn memory(&self) -> u64 {
+        State::memory(self)
+    }
+
+    fn databases(&self) -> Option<Vec<DatabaseState>> {
+        State::databases(self)
     }
 }

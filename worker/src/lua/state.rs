@@ -19,6 +19,7 @@ use mlua::{Function, Lua, Table, Value};
 use parking_lot::RwLock;
 use qrelay_shared::deadline::Deadline;
 use qrelay_shared::ids::WorkerId;
+use qrelay_shared::ipc::message::DatabaseState;
 use qrelay_shared::settings::{Declaration, Settings};
 use qrelay_shared::system_error::shown;
 use slog::Logger;
@@ -76,6 +77,8 @@ pub struct State {
     randomseed: Function,
     worker: AtomicU64,
     exhausted: AtomicBool,
+    /// Lua's memory in bytes when a handler was called last.
+    memory: AtomicU64,
     dictionaries: SharedOpener,
     pg: Arc<pg::Library>,
 }
@@ -168,6 +171,7 @@ impl State {
             randomseed,
             worker: AtomicU64::new(0),
             exhausted: AtomicBool::new(false),
+            memory: AtomicU64::new(0),
             dictionaries,
             pg,
         };
@@ -219,7 +223,10 @@ impl State {
             budget,
         };
         let object = MailObject::new(Arc::clone(&slot));
-        let argument = |lua: &Lua| lua.create_any_userdata(object).map(Value::UserData);
+        let argument = |lua: &Lua| {
+            self.memory.store(lua.used_memory() as u64, Ordering::Relaxed);
+            lua.create_any_userdata(object).map(Value::UserData)
+        };
         match self.monitor.start(&job, &handler.function, argument, action_object::decision) {
             Ok(Progress::Waits(suspended)) => Handling::Waits(Box::new(move || {
                 let result = self.monitor.finish(&job, suspended, action_object::decision);
@@ -268,6 +275,16 @@ impl State {
     /// be replaced.
     pub fn exhausted(&self) -> bool {
         self.exhausted.load(Ordering::Relaxed)
+    }
+
+    /// Returns Lua's memory in bytes when a handler was called last. Takes no lock.
+    pub fn memory(&self) -> u64 {
+        self.memory.load(Ordering::Relaxed)
+    }
+
+    /// Describes the pools of connections to databases; `None` if that would have to wait.
+    pub fn databases(&self) -> Option<Vec<DatabaseState>> {
+        self.pg.databases()
     }
 
     /// Logs why a handler failed.

@@ -11,7 +11,9 @@
 use std::time::{Duration, Instant};
 
 use qrelay_shared::ipc::channel::{Channel, RecvBuffer, RecvError, SendError};
-use qrelay_shared::ipc::message::{Control, FromControl, MAX_PLACE, Pong, ToControl};
+use qrelay_shared::ipc::message::{
+    Control, DatabaseState, FromControl, MAX_PLACE, Pong, ToControl,
+};
 use qrelay_shared::log::report_repeats;
 use slog::debug;
 
@@ -24,13 +26,14 @@ const PAUSE: Duration = Duration::from_millis(10);
 /// Answers pings until the supervisor is gone, or a message can't be understood.
 pub(crate) fn run(channel: &Channel<FromControl, ToControl>, context: &Context) {
     let mut observer = Observer::new(Instant::now());
+    let mut databases = Vec::new();
     let mut buffer = RecvBuffer::small();
     loop {
         match channel.recv(&mut buffer) {
             Ok(received) => match received.message {
                 Control::Ping { sequence } => {
                     if let Err(SendError::Closed) =
-                        channel.send(&pong(sequence, context, &mut observer), &[])
+                        channel.send(&pong(sequence, context, &mut observer, &mut databases), &[])
                     {
                         return;
                     }
@@ -47,7 +50,14 @@ pub(crate) fn run(channel: &Channel<FromControl, ToControl>, context: &Context) 
     }
 }
 
-fn pong(sequence: u64, context: &Context, observer: &mut Observer) -> Pong {
+/// Describes the worker. `databases` is what was told of the databases last, and is told again if
+/// they can't be looked at.
+fn pong(
+    sequence: u64,
+    context: &Context,
+    observer: &mut Observer,
+    databases: &mut Vec<DatabaseState>,
+) -> Pong {
     let Context { script, leader, reports, .. } = context;
     let stuck = observer.look(leader.read(), || reports.has_job(), Instant::now());
     let (held, job) = script.held();
@@ -56,7 +66,19 @@ fn pong(sequence: u64, context: &Context, observer: &mut Observer) -> Pong {
         false => script.place().chars().take(MAX_PLACE / 4).collect(),
     };
     let (held, stuck) = (milliseconds(held), milliseconds(stuck));
-    Pong { sequence, held, stuck, job, place, exhausted: script.exhausted() }
+    if let Some(seen) = script.databases() {
+        *databases = seen;
+    }
+    Pong {
+        sequence,
+        held,
+        stuck,
+        job,
+        place,
+        exhausted: script.exhausted(),
+        lua_bytes: script.memory(),
+        databases: databases.clone(),
+    }
 }
 
 fn milliseconds(duration: Duration) -> u64 {

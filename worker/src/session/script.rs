@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use qrelay_shared::deadline::Deadline;
 use qrelay_shared::ids::JobId;
+use qrelay_shared::ipc::message::DatabaseState;
 use thiserror::Error;
 
 use crate::delivery::action::Action;
@@ -70,4 +71,16 @@ pub trait Script: Send + Sync {
 
     /// Returns whether the script's memory limit was hit even after a full garbage collection.
     fn exhausted(&self) -> bool;
+
+    /// Returns the script's memory in bytes when a handler was called last. Takes no lock.
+    fn memory(&self) -> u64 {
+        0
+    }
+
+    /// Describes the script's pools of connections to databases, at most
+    /// [`MAX_DATABASES`](qrelay_shared::ipc::message::MAX_DATABASES); `None` if they can't be looked
+    /// at without waiting.
+    fn databases(&self) -> Option<Vec<DatabaseState>> {
+        Some(Vec::new())
+    }
 }

@@ -14,6 +14,8 @@ pub(in crate::workers) struct Summary {
     pub(in crate::workers) state: &'static str,
     /// How many jobs the worker has.
     pub(in crate::workers) jobs: usize,
+    /// How many jobs the worker gets at a time.
+    pub(in crate::workers) credit: usize,
     /// How many jobs the worker has got in its life.
     pub(in crate::workers) mails: u64,
 }
@@ -31,6 +33,7 @@ impl Pool {
                 State::Dying { .. } => "dying",
             },
             jobs: worker.jobs,
+            credit: self.credit(worker.generation),
             mails: worker.mails,
         })
     }

@@ -38,6 +38,7 @@ use std::sync::{Arc, OnceLock};
 use mlua::{Function, IntoLua, Lua, Value};
 use parking_lot::Mutex;
 use qrelay_shared::deadline::Deadline;
+use qrelay_shared::ipc::message::{DatabaseState, MAX_DATABASES};
 use slog::Logger;
 
 use crate::lua::binding::convert::{self, Argument, Options};
@@ -58,7 +59,7 @@ const MAX_CONNECTIONS: u64 = 1000;
 /// The state of the library beside the script's objects.
 pub(crate) struct Library {
     logger: Logger,
-    /// The pools that were made while the script was loading.
+    /// The pools, those of this worker and those that were made while the script was loading.
     pools: Mutex<Vec<WeakPool>>,
     /// The channels that each worker listens on, per database.
     channels: Mutex<Vec<(Arc<Target>, Vec<Channel>)>>,
@@ -81,12 +82,25 @@ impl Library {
     /// [`pool::CLOSE_TIME`] for the end of their threads.
     pub(crate) fn close(&self) {
         let deadline = Deadline::after(pool::CLOSE_TIME);
-        let pools = std::mem::take(&mut *self.pools.lock());
-        let pools: Vec<_> = pools.iter().filter_map(WeakPool::upgrade).collect();
+        let pools: Vec<_> = self.pools.lock().iter().filter_map(WeakPool::upgrade).collect();
         pools.iter().for_each(|pool| pool.close(deadline));
         if !pools.is_empty() {
             wait_for_single_thread(deadline);
         }
+    }
+
+    /// Describes the first pools; `None` if that would have to wait.
+    pub(crate) fn databases(&self) -> Option<Vec<DatabaseState>> {
+        let pools = self.pools.try_lock()?;
+        let living = pools.iter().filter_map(WeakPool::upgrade);
+        living.take(MAX_DATABASES).map(|pool| pool.described()).collect()
+    }
+
+    /// Remembers a pool.
+    fn add(&self, pool: &Arc<Pool>) {
+        let mut pools = self.pools.lock();
+        pools.retain(|pool| pool.strong_count() > 0);
+        pools.push(Arc::downgrade(pool));
     }
 
     /// Starts to listen, in a worker.
@@ -153,7 +167,7 @@ pub(crate) fn register(lua: &Lua, watch: &Arc<Watch>, library: &Arc<Library>) ->
         };
         let pool = Pool::new(Arc::new(target), max as usize, &library.logger);
         if watch.is_loading() {
-            library.pools.lock().push(Arc::downgrade(&pool));
+            library.add(&pool);
         }
         Ok(DatabaseObject::new(pool))
     })?;

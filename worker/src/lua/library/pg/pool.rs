@@ -10,12 +10,13 @@
 
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, SendTimeoutError, Sender, bounded, unbounded};
 use parking_lot::{Condvar, Mutex};
 use qrelay_shared::deadline::Deadline;
-use qrelay_shared::ipc::message::MailId;
+use qrelay_shared::ipc::message::{DatabaseState, MAX_DATABASE_NAME, MailId};
 use qrelay_shared::system_error::shown;
 use slog::Logger;
 
@@ -30,6 +31,8 @@ pub(super) const CLOSE_TIME: Duration = Duration::from_secs(5);
 
 /// The log's name for what a mail waits for until a thread has begun with its task.
 const FREE: &str = "a free connection";
+/// The log's name for what a mail waits for when the server has its statement.
+const ANSWER: &str = "an answer";
 
 /// Longest part of a statement in the log, in bytes.
 const SHOWN: usize = 60;
@@ -90,6 +93,8 @@ struct Shared {
     state: Mutex<State>,
     /// A thread has ended.
     ended: Condvar,
+    /// Requests that got no connection.
+    unserved: AtomicU64,
 }
 
 #[derive(Default)]
@@ -105,6 +110,9 @@ struct State {
 impl Shared {
     /// Logs what a mail waited for when its time was over.
     fn given_up(&self, waiting_for: &str, origin: &Origin) {
+        if waiting_for != ANSWER {
+            self.unserved.fetch_add(1, Ordering::Relaxed);
+        }
         slog::warn!(self.logger, # "server,waited_for", "pg: a mail's time is over";
             "id" => origin.id.as_deref(), "waited_for" => waiting_for,
             "server" => self.target.name(), "statement" => &origin.statement);
@@ -189,13 +197,32 @@ impl Pool {
     /// No connections yet.
     pub(super) fn new(target: Arc<Target>, max: usize, logger: &Logger) -> Arc<Self> {
         let (logger, state, ended) = (logger.clone(), Mutex::default(), Condvar::new());
-        let shared = Arc::new(Shared { target, max, logger, state, ended });
+        let shared =
+            Arc::new(Shared { target, max, logger, state, ended, unserved: AtomicU64::new(0) });
         Arc::new(Self { shared, queue: Mutex::new(Queue::new()) })
     }
 
     /// Returns the database of the connections.
     pub(super) fn target(&self) -> &Arc<Target> {
         &self.shared.target
+    }
+
+    /// Describes the pool; `None` if that would have to wait.
+    pub(super) fn described(&self) -> Option<DatabaseState> {
+        let Shared { target, max, state, unserved, .. } = &*self.shared;
+        let state = state.try_lock()?;
+        let number = |number: usize| u32::try_from(number).unwrap_or(u32::MAX);
+        let mut name = target.label();
+        while name.len() > MAX_DATABASE_NAME {
+            name.pop();
+        }
+        Some(DatabaseState {
+            name,
+            limit: number(*max),
+            connections: number(state.threads),
+            outstanding: number(state.outstanding),
+            errors: unserved.load(Ordering::Relaxed),
+        })
     }
 
     /// Sends a request and waits for its result.
@@ -289,7 +316,10 @@ impl Caller {
             Ok(Answer::Failed(message) | Answer::Lost { message, .. }) => {
                 Err(Refusal::Failed(message))
             }
-            Ok(Answer::Unreachable(message)) => Err(Refusal::Unreachable(message)),
+            Ok(Answer::Unreachable(message)) => {
+                self.shared.unserved.fetch_add(1, Ordering::Relaxed);
+                Err(Refusal::Unreachable(message))
+            }
             Err(RecvTimeoutError::Disconnected) => {
                 Err(Refusal::Failed("the connection's thread has ended".into()))
             }
@@ -306,7 +336,7 @@ impl Caller {
         let Abandoned::Working(cancel) = self.stage.abandon() else {
             return self.shared.given_up(FREE, origin);
         };
-        let waited_for = if cancel.is_some() { "an answer" } else { "a new connection" };
+        let waited_for = if cancel.is_some() { ANSWER } else { "a new connection" };
         self.shared.given_up(waited_for, origin);
         state.threads -= 1;
         state.outstanding -= 1;

@@ -175,6 +175,12 @@ impl Target {
         names.collect::<Vec<_>>().join(" or ")
     }
 
+    /// Returns the name of the database and its servers, without a password.
+    pub(super) fn label(&self) -> String {
+        let database = self.servers.first().and_then(|server| server.config.get_dbname());
+        format!("{} at {}", database.unwrap_or_default(), self.name())
+    }
+
     /// Connects to the first server that accepts.
     ///
     /// # Errors
