@@ -20,7 +20,7 @@ use qrelay_shared::system_error::shown;
 use thiserror::Error;
 
 use crate::client::stream::Stream;
-use crate::print;
+use crate::output::print;
 
 /// How long the daemon may take for an answer that doesn't wait for anything.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -68,14 +68,19 @@ pub enum Verb {
 #[derive(Debug, Error)]
 pub enum Failure {
     /// No daemon listens.
-    #[error("qrelay isn't running, or has another control socket than {} (--control): {cause}", path.display())]
+    #[error(
+        "qrelay isn't running, or has another control socket than {} (--control): {cause}",
+        path.display()
+    )]
     NotRunning {
         path: PathBuf,
         #[source]
         cause: io::Error,
     },
     /// Only root and the daemon's user may ask.
-    #[error("no permission to use {}: run the command as root or as the daemon's user", .0.display())]
+    #[error(
+        "no permission to use {}: run the command as root or as the daemon's user", .0.display()
+    )]
     NoPermission(PathBuf),
     /// The daemon has refused the request.
     #[error("the daemon refuses: {0}")]

@@ -10,7 +10,6 @@
 
 #![forbid(unsafe_code)]
 
-use std::io::{self, Write as _};
 use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -25,9 +24,11 @@ use qrelay_supervisor::services::dictionary_server;
 mod admin;
 mod cli;
 mod client;
+mod output;
 
 use crate::cli::Command;
 use crate::client::{send, sink};
+use crate::output::print;
 
 fn main() -> ExitCode {
     // The daemon and its zygotes take signals as soon as they can obey them. Until then a SIGHUP
@@ -76,17 +77,5 @@ fn check(config: &Path, level: slog::Level, limit: Duration) -> Exit {
             eprintln!("qrelay: {}", shown(&error));
             if error.may_pass() { Exit::Temporary } else { Exit::Config }
         }
-    }
-}
-
-/// Prints a text. A reader that has read enough and is gone is no failure.
-fn print(text: &str) -> Exit {
-    let mut out = io::stdout().lock();
-    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
-        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
-            eprintln!("qrelay: standard output: {}", shown(&error));
-            Exit::System
-        }
-        _ => Exit::Success,
     }
 }

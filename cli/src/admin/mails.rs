@@ -8,7 +8,7 @@ use qrelay_shared::exit::Exit;
 
 use crate::admin::screen::{Table, duration, size};
 use crate::admin::{Connection, Failure, PATIENCE};
-use crate::print;
+use crate::output::print;
 
 /// Prints the mails in flight.
 ///

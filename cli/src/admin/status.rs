@@ -11,7 +11,7 @@ use qrelay_shared::system_error::shown;
 
 use crate::admin::screen::{Table, count, duration, optional, size};
 use crate::admin::{Connection, Failure, PATIENCE};
-use crate::print;
+use crate::output::print;
 
 /// How often `--watch` shows the state.
 const INTERVAL: Duration = Duration::from_secs(1);

@@ -78,8 +78,8 @@ pub trait Script: Send + Sync {
     }
 
     /// Describes the script's pools of connections to databases, at most
-    /// [`MAX_DATABASES`](qrelay_shared::ipc::message::MAX_DATABASES); `None` if they can't be looked
-    /// at without waiting.
+    /// [`MAX_DATABASES`](qrelay_shared::ipc::message::MAX_DATABASES); `None` if they can't be
+    /// looked at without waiting.
     fn databases(&self) -> Option<Vec<DatabaseState>> {
         Some(Vec::new())
     }
