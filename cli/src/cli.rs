@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use clap::{Parser, Subcommand, ValueEnum};
 use qrelay_shared::admin::DEFAULT_PATH;
-use qrelay_shared::endpoint::{self, Endpoint, Parsed, QMQP_PORT};
+use qrelay_shared::endpoint::Endpoint;
 use qrelay_shared::exit::Exit;
 use qrelay_shared::qmqp::Status;
 use qrelay_shared::settings::Account;
@@ -19,8 +19,9 @@ use qrelay_supervisor::daemon::{Control, Options};
 use slog::Level;
 
 use crate::admin;
-use crate::client::send::SendOptions;
+use crate::client::send;
 use crate::client::sink::SinkOptions;
+use crate::values::{seconds, socket};
 
 /// Default path of the configuration, the same as the original program's.
 const DEFAULT_CONFIG: &str = "/etc/cm4all/qrelay/config.lua";
@@ -113,23 +114,7 @@ impl From<LogLevel> for Level {
 enum Verb {
     /// Run the script, and print its listeners and settings, or its error; bind no socket.
     Check,
-    /// Submit the mail that is read from standard input, and print the text of the answer.
-    #[command(after_help = "Example:
-  qrelay send --to /run/qrelay.sock --sender a@example.com b@example.org < mail")]
-    Send {
-        /// Where the server listens: path, @abstract, or IP address with or without port.
-        #[arg(long, value_name = "SOCKET", value_parser = socket)]
-        to: Endpoint,
-        /// Envelope sender ('' for a bounce).
-        #[arg(long)]
-        sender: String,
-        /// Longest time from connecting to the answer, in seconds.
-        #[arg(long, value_name = "SECONDS", default_value = "60", value_parser = seconds)]
-        timeout: Duration,
-        /// Envelope recipients.
-        #[arg(required = true, value_name = "RECIPIENT")]
-        recipients: Vec<String>,
-    },
+    Send(send::Args),
     /// Run a QMQP server that shows or stores the mails it gets.
     #[command(after_help = "Example:
   qrelay sink --listen 127.0.0.1:6280 --output /tmp/mails/")]
@@ -169,8 +154,8 @@ pub enum Command {
     Run(Options),
     /// Load the script at this absolute path, within this time, and print what it declares.
     Check(PathBuf, Level, Duration),
-    /// Submit a mail.
-    Send(SendOptions),
+    /// Submit a mail, or files.
+    Send(send::Args),
     /// Run a server that shows or stores mails.
     Sink(SinkOptions),
     /// Talk to the daemon that listens for commands at this path.
@@ -185,11 +170,7 @@ pub enum Command {
 /// Returns the exit status of the process when there is no command to run. clap has already printed
 /// its explanation, the help or the version.
 pub fn parse() -> Result<Command, Exit> {
-    let cli = Cli::try_parse().map_err(|error| {
-        // A failure to print can't be reported anywhere.
-        let _ = error.print();
-        if error.use_stderr() { Exit::Usage } else { Exit::Success }
-    })?;
+    let cli = Cli::try_parse().map_err(explained)?;
     let level = Level::from(cli.common.log_level);
     let boot_timeout = cli.common.boot_timeout;
     let control = cli.common.control();
@@ -209,9 +190,7 @@ pub fn parse() -> Result<Command, Exit> {
             Command::Admin(verb, path)
         }
         Some(Verb::Zygote { limits }) => Command::Zygote(level, limits),
-        Some(Verb::Send { to, sender, timeout, recipients }) => {
-            Command::Send(SendOptions { to, sender, recipients, timeout })
-        }
+        Some(Verb::Send(args)) => Command::Send(args),
         Some(Verb::Sink { listen, answer, output }) => {
             let answer = match answer {
                 Answer::K => Status::Accepted,
@@ -223,6 +202,13 @@ pub fn parse() -> Result<Command, Exit> {
     })
 }
 
+/// Prints why there is no command to run, and returns the exit status.
+fn explained(error: clap::Error) -> Exit {
+    // A failure to print can't be reported anywhere.
+    let _ = error.print();
+    if error.use_stderr() { Exit::Usage } else { Exit::Success }
+}
+
 /// Makes a path absolute, because the zygote changes its working directory.
 fn absolute(path: PathBuf) -> Result<PathBuf, Exit> {
     std::path::absolute(&path).map_err(|error| {
@@ -231,31 +217,14 @@ fn absolute(path: PathBuf) -> Result<PathBuf, Exit> {
     })
 }
 
-fn socket(text: &str) -> Result<Endpoint, String> {
-    match endpoint::parse(text.as_bytes(), QMQP_PORT) {
-        Ok(Parsed::Endpoint(endpoint)) => Ok(endpoint),
-        Ok(Parsed::Host { .. }) => {
-            Err("expected a path (/… ), @abstract or a numeric IP address".to_owned())
-        }
-        Err(error) => Err(error.to_string()),
-    }
-}
-
-fn seconds(text: &str) -> Result<Duration, String> {
-    let seconds: f64 = text.parse().map_err(|_| "expected a number of seconds".to_owned())?;
-    if seconds > 0.0 && seconds <= 86_400.0 {
-        Ok(Duration::from_secs_f64(seconds))
-    } else {
-        Err("expected more than 0 and at most 86400 seconds".to_owned())
-    }
-}
-
 #[cfg(test)]
 mod tests {
-    use clap::CommandFactory;
+    use clap::CommandFactory as _;
+
+    use super::*;
 
     #[test]
     fn the_command_line_is_consistent() {
-        super::Cli::command().debug_assert();
+        Cli::command().debug_assert();
     }
 }

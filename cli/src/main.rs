@@ -25,6 +25,7 @@ mod admin;
 mod cli;
 mod client;
 mod output;
+mod values;
 
 use crate::cli::Command;
 use crate::client::{send, sink};
@@ -44,7 +45,7 @@ fn main() -> ExitCode {
         Ok(Command::Zygote(level, limits)) => qrelay_worker::process::zygote::main(level, limits),
         Ok(Command::Admin(verb, path)) => admin::run(&verb, &path),
         Ok(Command::Check(config, level, limit)) => check(&config, level, limit),
-        Ok(Command::Send(options)) => send::run(&options),
+        Ok(Command::Send(args)) => send::run(&args),
         Ok(Command::Sink(options)) => sink::run(&options),
     };
     exit.into()

@@ -47,6 +47,7 @@ mod rebind;
 mod relay;
 mod reload;
 mod repeats;
+mod send_files;
 mod separation;
 mod shared;
 mod signals;
