@@ -4,7 +4,7 @@
 //! A command line that can't be understood ends with clap's explanation and exit status 64
 //! (EX_USAGE).
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::{Parser, Subcommand, ValueEnum};
@@ -19,8 +19,8 @@ use qrelay_supervisor::daemon::{Control, Options};
 use slog::Level;
 
 use crate::admin;
-use crate::client::send;
 use crate::client::sink::SinkOptions;
+use crate::client::{send, sendmail};
 use crate::values::{seconds, socket};
 
 /// Default path of the configuration, the same as the original program's.
@@ -35,10 +35,11 @@ Examples:
   qrelay check --config ./config.lua      show what it declares, or what is wrong with it
   qrelay sink --listen /tmp/next.sock     run a next hop that shows the mails it gets
   qrelay send --to /run/qrelay.sock --sender a@example.com b@example.org < mail
+  qrelay sendmail -i root < mail          the same as /usr/sbin/sendmail
 
 Exit status: 0 success, 64 usage, 71 system error, 78 configuration error;
 `status`, `mails`, `reload`, `stop`: 1 refused, 3 not running, 4 no permission;
-`send`: 0 accepted (K), 75 temporary failure (Z), 69 permanent failure (D).";
+`send`, `sendmail`: 0 accepted (K), 75 temporary failure (Z), 69 permanent failure (D).";
 
 /// A QMQP relay with fault-isolated workers, configured in Lua.
 #[derive(Debug, Parser)]
@@ -54,6 +55,14 @@ struct Cli {
     group: Option<String>,
     #[command(subcommand)]
     command: Option<Verb>,
+}
+
+// No doc comment: it would hide the one of the arguments in the help.
+#[derive(Debug, Parser)]
+#[command(name = "sendmail")]
+struct Sendmail {
+    #[command(flatten)]
+    args: sendmail::Args,
 }
 
 #[derive(Debug, clap::Args)]
@@ -115,6 +124,7 @@ enum Verb {
     /// Run the script, and print its listeners and settings, or its error; bind no socket.
     Check,
     Send(send::Args),
+    Sendmail(sendmail::Args),
     /// Run a QMQP server that shows or stores the mails it gets.
     #[command(after_help = "Example:
   qrelay sink --listen 127.0.0.1:6280 --output /tmp/mails/")]
@@ -156,6 +166,8 @@ pub enum Command {
     Check(PathBuf, Level, Duration),
     /// Submit a mail, or files.
     Send(send::Args),
+    /// Submit a mail as sendmail does.
+    Sendmail(sendmail::Args),
     /// Run a server that shows or stores mails.
     Sink(SinkOptions),
     /// Talk to the daemon that listens for commands at this path.
@@ -170,6 +182,11 @@ pub enum Command {
 /// Returns the exit status of the process when there is no command to run. clap has already printed
 /// its explanation, the help or the version.
 pub fn parse() -> Result<Command, Exit> {
+    if called_as_sendmail() {
+        return Sendmail::try_parse()
+            .map(|Sendmail { args }| Command::Sendmail(args))
+            .map_err(explained);
+    }
     let cli = Cli::try_parse().map_err(explained)?;
     let level = Level::from(cli.common.log_level);
     let boot_timeout = cli.common.boot_timeout;
@@ -191,6 +208,7 @@ pub fn parse() -> Result<Command, Exit> {
         }
         Some(Verb::Zygote { limits }) => Command::Zygote(level, limits),
         Some(Verb::Send(args)) => Command::Send(args),
+        Some(Verb::Sendmail(args)) => Command::Sendmail(args),
         Some(Verb::Sink { listen, answer, output }) => {
             let answer = match answer {
                 Answer::K => Status::Accepted,
@@ -200,6 +218,11 @@ pub fn parse() -> Result<Command, Exit> {
             Command::Sink(SinkOptions { listen, answer, output })
         }
     })
+}
+
+/// Returns whether the binary was called by the name that other programs know.
+fn called_as_sendmail() -> bool {
+    std::env::args_os().next().is_some_and(|name| Path::new(&name).ends_with("sendmail"))
 }
 
 /// Prints why there is no command to run, and returns the exit status.
@@ -226,5 +249,6 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Cli::command().debug_assert();
+        Sendmail::command().debug_assert();
     }
 }

@@ -1,7 +1,8 @@
-//! The client commands: `qrelay send` and `qrelay sink`.
+//! The client commands: `qrelay send`, `qrelay sendmail` and `qrelay sink`.
 //!
-//! Both are tools for trying things out and for tests, and need no daemon. [`send`] submits
-//! mails over QMQP. [`sink`] is a QMQP server that shows or stores the mails it receives.
+//! [`sendmail`] submits the mails of programs over QMQP. [`send`] and [`sink`] are tools for trying
+//! things out and for tests: [`send`] submits messages as they are, and [`sink`] is a QMQP server
+//! that shows or stores the mails it receives.
 //!
 //! Contract: each command is one function that takes an options struct and returns the exit status
 //! of the process. The module [`cli`](crate::cli) reads the command line.
@@ -10,8 +11,10 @@
 //! The cause is printed on stderr. The [`Exit`](qrelay_shared::exit::Exit) tells a calling script
 //! what to do next.
 
+mod date;
 mod input;
 pub mod send;
+pub mod sendmail;
 mod server;
 pub mod sink;
 mod store;

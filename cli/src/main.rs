@@ -28,8 +28,8 @@ mod output;
 mod values;
 
 use crate::cli::Command;
-use crate::client::{send, sink};
 use crate::output::print;
+use crate::client::{send, sendmail, sink};
 
 fn main() -> ExitCode {
     // The daemon and its zygotes take signals as soon as they can obey them. Until then a SIGHUP
@@ -46,6 +46,7 @@ fn main() -> ExitCode {
         Ok(Command::Admin(verb, path)) => admin::run(&verb, &path),
         Ok(Command::Check(config, level, limit)) => check(&config, level, limit),
         Ok(Command::Send(args)) => send::run(&args),
+        Ok(Command::Sendmail(args)) => sendmail::run(&args),
         Ok(Command::Sink(options)) => sink::run(&options),
     };
     exit.into()

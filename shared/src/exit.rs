@@ -13,6 +13,8 @@ pub enum Exit {
     NoPermission = 4,
     /// EX_USAGE: the command line is wrong.
     Usage = 64,
+    /// EX_DATAERR: what was given as a mail can't be sent as one.
+    Data = 65,
     /// EX_NOINPUT: a file can't be read.
     NoInput = 66,
     /// EX_UNAVAILABLE: a mail was refused for good.

@@ -48,6 +48,7 @@ mod relay;
 mod reload;
 mod repeats;
 mod send_files;
+mod sendmail;
 mod separation;
 mod shared;
 mod signals;
