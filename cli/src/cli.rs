@@ -7,8 +7,8 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use clap::{Parser, Subcommand, ValueEnum};
 use qrelay_shared::admin::DEFAULT_PATH;
+use clap::{CommandFactory as _, Parser, Subcommand, ValueEnum};
 use qrelay_shared::endpoint::Endpoint;
 use qrelay_shared::exit::Exit;
 use qrelay_shared::qmqp::Status;
@@ -21,6 +21,7 @@ use slog::Level;
 use crate::admin;
 use crate::client::sink::SinkOptions;
 use crate::client::{send, sendmail};
+use crate::completions;
 use crate::values::{seconds, socket};
 
 /// Default path of the configuration, the same as the original program's.
@@ -141,6 +142,7 @@ enum Verb {
     },
     #[command(flatten)]
     Admin(admin::Verb),
+    Completions(completions::Args),
     /// Internal: the process that the supervisor forks workers from.
     #[command(hide = true)]
     Zygote {
@@ -172,6 +174,8 @@ pub enum Command {
     Sink(SinkOptions),
     /// Talk to the daemon that listens for commands at this path.
     Admin(admin::Verb, PathBuf),
+    /// Print this text.
+    Print(String),
     /// Run a zygote.
     Zygote(Level, Limits),
 }
@@ -209,6 +213,9 @@ pub fn parse() -> Result<Command, Exit> {
         Some(Verb::Zygote { limits }) => Command::Zygote(level, limits),
         Some(Verb::Send(args)) => Command::Send(args),
         Some(Verb::Sendmail(args)) => Command::Sendmail(args),
+        Some(Verb::Completions(args)) => {
+            Command::Print(completions::script(&args, &Cli::command()))
+        }
         Some(Verb::Sink { listen, answer, output }) => {
             let answer = match answer {
                 Answer::K => Status::Accepted,
@@ -242,8 +249,6 @@ fn absolute(path: PathBuf) -> Result<PathBuf, Exit> {
 
 #[cfg(test)]
 mod tests {
-    use clap::CommandFactory as _;
-
     use super::*;
 
     #[test]

@@ -25,6 +25,7 @@ mod admin;
 mod cli;
 mod client;
 mod output;
+mod completions;
 mod values;
 
 use crate::cli::Command;
@@ -47,6 +48,7 @@ fn main() -> ExitCode {
         Ok(Command::Check(config, level, limit)) => check(&config, level, limit),
         Ok(Command::Send(args)) => send::run(&args),
         Ok(Command::Sendmail(args)) => sendmail::run(&args),
+        Ok(Command::Print(text)) => print(&text),
         Ok(Command::Sink(options)) => sink::run(&options),
     };
     exit.into()

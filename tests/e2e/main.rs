@@ -20,6 +20,7 @@ mod bare_root;
 mod cgroup;
 mod chaos;
 mod cli;
+mod completions;
 mod crash;
 mod docs;
 mod exec;
