@@ -11,6 +11,11 @@
 //! The cause is printed on stderr. The [`Exit`](qrelay_shared::exit::Exit) tells a calling script
 //! what to do next.
 
+use std::fmt::Display;
+use std::io::{self, Write as _};
+
+use qrelay_shared::system_error::shown;
+
 mod date;
 mod input;
 pub mod send;
@@ -19,3 +24,9 @@ mod server;
 pub mod sink;
 mod store;
 pub mod stream;
+
+/// Prints a line about a command on stderr. A failure is ignored: whoever reads nothing there has
+/// the exit status.
+fn say(command: &str, text: &impl Display) {
+    let _ = writeln!(io::stderr(), "qrelay {command}: {}", shown(text));
+}

@@ -8,6 +8,7 @@ use std::os::unix::fs::symlink;
 use std::process::{Command, Output, Stdio};
 
 use crate::harness::daemon::{NOBODY, QRELAY, command};
+use crate::harness::processes::memory;
 use crate::harness::{Daemon, Mail, Sink, Site, eventually};
 
 /// A daemon with a next hop, and a link by the name sendmail.
@@ -540,6 +541,53 @@ fn names_cannot_add_fields() {
     assert_eq!(sent.field("From"), "\"A \\\"B\\\" <evil@x>\" <s@x>");
     let sent = relay.sent(&["-FIgnored", "-f", "s@x", "r@x"], "From: other@x\n\nhi\n");
     assert_eq!(sent.field("From"), "other@x");
+}
+
+/// Whoever reads nothing of what went wrong still learns it from the exit status.
+#[test]
+fn a_reader_of_errors_that_is_gone_changes_no_exit_status() {
+    let relay = Relay::answering("Dnever");
+    fs::write(relay.daemon.path("mail"), "Subject: x\n\nhi\n").expect("file");
+    for arguments in [
+        &["sendmail", "r@x"][..],
+        &["send", "--sender", "s@x", "r@x"],
+        &["send", "--sender", "s@x", "r@x", "--file", "mail"],
+    ] {
+        let (_, gone) = std::io::pipe().expect("pipe");
+        let mut command = relay.program(QRELAY, arguments);
+        command.stdout(Stdio::null());
+        let input = File::open(relay.daemon.path("mail")).expect("opens");
+        let status = command.stdin(input).stderr(gone).status().expect("runs");
+        assert_eq!(status.code(), Some(69), "{arguments:?}");
+        let (_, gone) = std::io::pipe().expect("pipe");
+        command.env("QRELAY_SOCKET", relay.path("nobody"));
+        let status = command.stdin(Stdio::null()).stderr(gone).status().expect("runs");
+        assert_eq!(status.code(), Some(75), "{arguments:?}");
+    }
+}
+
+#[test]
+fn the_message_is_in_memory_once() {
+    const LINES: u64 = 64 * 1024;
+    const SIZE: u64 = LINES * 1024;
+    let site = Site::new();
+    let (sink, gate) = Sink::gated(site.path("out"));
+    let mut sendmail = command(QRELAY);
+    sendmail.args(["sendmail", "-i", "r@x"]).env("QRELAY_SOCKET", site.path("out"));
+    let mut child = sendmail.stdin(Stdio::piped()).spawn().expect("runs");
+    let line = [b"x".repeat(1023), b"\r\n".to_vec()].concat();
+    let mut input = std::io::BufWriter::new(child.stdin.take().expect("piped"));
+    input.write_all(b"Subject: x\n\n").expect("written");
+    for _ in 0..LINES {
+        input.write_all(&line).expect("written");
+    }
+    drop(input);
+    sink.record().wait_for_count(1);
+    let highest = memory(child.id().cast_signed(), "status", "VmHWM");
+    gate.open();
+    assert!(child.wait().expect("ends").success());
+    assert!(highest > SIZE && highest < SIZE + SIZE / 2, "{highest} bytes");
+    assert!(sink.only().message.len() as u64 > SIZE);
 }
 
 #[test]

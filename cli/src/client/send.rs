@@ -20,10 +20,10 @@ use indicatif::{ProgressBar, ProgressStyle};
 use qrelay_shared::address::{is_valid, is_valid_sender, printable};
 use qrelay_shared::exit::Exit;
 use qrelay_shared::qmqp::{Reply, Status};
-use qrelay_shared::system_error::shown;
 use thiserror::Error;
 
 use crate::client::input::stdin;
+use crate::client::say;
 use crate::client::server::{Server, SubmitError, exit_status};
 
 /// Submit the mail that is read from standard input, and print the text of the answer; or submit
@@ -80,7 +80,7 @@ pub fn run(args: &Args) -> Exit {
         files => Ok(send_files(args, files)),
     });
     result.unwrap_or_else(|error| {
-        eprintln!("qrelay send: {}", shown(&error));
+        say("send", &error);
         error.exit()
     })
 }
@@ -160,7 +160,7 @@ fn send_files(args: &Args, files: &[PathBuf]) -> Exit {
         let trouble = match fs::read(path) {
             Err(error) => {
                 tally.unreadable += 1;
-                Some(shown(&error))
+                Some(error.to_string())
             }
             Ok(message) => match submit(args, &message) {
                 Ok(Reply { status: Status::Accepted, .. }) => {
@@ -180,15 +180,14 @@ fn send_files(args: &Args, files: &[PathBuf]) -> Exit {
                     if matches!(error, SubmitError::Connect { .. }) {
                         tally.untried = files.len() - at - 1;
                     }
-                    Some(shown(&error))
+                    Some(error.to_string())
                 }
             },
         };
         if let Some(trouble) = trouble {
             let path = path.to_string_lossy();
-            bar.suspend(|| {
-                eprintln!("qrelay send: {}: {trouble}", printable(path.as_bytes()));
-            });
+            let line = format!("{}: {trouble}", printable(path.as_bytes()));
+            bar.suspend(|| say("send", &line));
         }
         bar.inc(1);
         if tally.untried > 0 {

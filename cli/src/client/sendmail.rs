@@ -28,11 +28,11 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use qrelay_shared::address::{is_domain, is_valid, is_valid_sender, printable};
 use qrelay_shared::exit::Exit;
 use qrelay_shared::qmqp::{MAX_RECIPIENTS, Status};
-use qrelay_shared::system_error::shown;
 use thiserror::Error;
 
 use crate::client::date::date_time;
 use crate::client::input::stdin;
+use crate::client::say;
 use crate::client::sendmail::addresses::{Address, ListError};
 use crate::client::sendmail::ignored::Ignored;
 use crate::client::sendmail::message::{Defaults, Message, MessageError};
@@ -154,13 +154,9 @@ pub fn run(args: &Args) -> Exit {
         return Exit::Success;
     }
     submit(args).unwrap_or_else(|error| {
-        complain(&shown(&error));
+        say("sendmail", &error);
         error.exit()
     })
-}
-
-fn complain(text: &str) {
-    eprintln!("qrelay sendmail: {text}");
 }
 
 fn submit(args: &Args) -> Result<Exit, SendmailError> {
@@ -168,10 +164,9 @@ fn submit(args: &Args) -> Result<Exit, SendmailError> {
         Some(domain) => domain.clone(),
         None => origin::domain().map_err(SendmailError::Domain)?,
     };
-    let own = origin::own_address(&domain);
     let sender = match &args.sender {
         Some(text) => read_sender(text, &domain)?,
-        None => own.clone(),
+        None => origin::own_address(&domain),
     };
     let mut recipients = Vec::new();
     for text in &args.recipients {
@@ -192,17 +187,21 @@ fn submit(args: &Args) -> Result<Exit, SendmailError> {
     }
 
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let author = match is_valid(sender.as_bytes()) {
+        true => sender.clone(),
+        // The sender of a bounce is no address, but its author has one.
+        false => origin::own_address(&domain),
+    };
     let name = args.name.as_ref().map_or(&b""[..], |name| name.as_bytes());
     let (header, body) = message.complete(&Defaults {
         domain: &domain,
         date: &date_time(now.as_secs()),
         message_id: &format!("<{:x}.{:016x}@{domain}>", now.as_nanos(), random()),
-        // The sender of a bounce is no address, but its author has one.
-        from: &origin::from_value(name, if is_valid(sender.as_bytes()) { &sender } else { &own }),
+        from: &origin::from_value(name, &author),
     });
     let reply = args.server.submit(&[&header, &body], sender.as_bytes(), &recipients)?;
     if reply.status != Status::Accepted {
-        complain(&printable(&reply.text));
+        say("sendmail", &printable(&reply.text));
     }
     Ok(exit_status(reply.status))
 }

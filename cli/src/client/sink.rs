@@ -9,7 +9,6 @@
 //! that breaks the protocol gets the same answer as from the daemon. If listening fails, the
 //! command ends with exit status 71.
 
-use std::fmt;
 use std::io::{self, Read, Write};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -19,11 +18,11 @@ use qrelay_shared::address::escape_for_log;
 use qrelay_shared::endpoint::Endpoint;
 use qrelay_shared::exit::Exit;
 use qrelay_shared::qmqp::{self, Limits, Progress, Reply, Status};
-use qrelay_shared::system_error::shown;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use thiserror::Error;
 
+use crate::client::say;
 use crate::client::store::{Mail, Store};
 use crate::client::stream::{Listener, Stream};
 
@@ -77,7 +76,7 @@ pub fn run(options: &SinkOptions) -> Exit {
     match serve(options) {
         Ok(never) => match never {},
         Err(error) => {
-            eprintln!("qrelay sink: {}", shown(&error));
+            say("sink", &error);
             Exit::System
         }
     }
@@ -98,17 +97,11 @@ fn serve(options: &SinkOptions) -> Result<std::convert::Infallible, SinkError> {
     let listener = Listener::bind(&options.listen)
         .map_err(|cause| SinkError::Listen { at: options.listen.clone(), cause })?;
     end_on_signal(&options.listen).map_err(SinkError::System)?;
-    say(format_args!("listening on {}", options.listen));
+    say("sink", &format_args!("listening on {}", options.listen));
     let sink = Arc::new(Sink { store, answer: options.answer });
     loop {
         accept(&listener, &sink);
     }
-}
-
-/// Prints one line on stderr. A failure is ignored, because the sink also works if nobody reads
-/// stderr.
-fn say(text: fmt::Arguments<'_>) {
-    let _ = writeln!(io::stderr(), "qrelay sink: {}", shown(&text));
 }
 
 /// Starts a thread that removes the socket file and ends the process on SIGINT or SIGTERM. Mails in
@@ -136,7 +129,7 @@ fn accept(listener: &Listener, sink: &Arc<Sink>) {
         std::thread::Builder::new().name("client".into()).spawn(move || sink.connection(stream))
     });
     if let Err(error) = result {
-        say(format_args!("a connection failed: {error}"));
+        say("sink", &format_args!("a connection failed: {error}"));
         std::thread::sleep(ACCEPT_PAUSE);
     }
 }
@@ -183,20 +176,23 @@ impl Sink {
             Status::Accepted => match self.store.put(mail) {
                 Ok(()) => Reply::accepted("ok"),
                 Err(error) => {
-                    say(format_args!("can't store a mail: {error}"));
+                    say("sink", &format_args!("can't store a mail: {error}"));
                     Reply::temporary("can't store the mail")
                 }
             },
             Status::Temporary => Reply::temporary("not now"),
             Status::Permanent => Reply::permanent("refused"),
         };
-        say(format_args!(
-            "{} from=<{}> recipients={} bytes={}",
-            char::from(reply.status.code()),
-            escape_for_log(mail.sender),
-            mail.recipients.len(),
-            mail.message.len()
-        ));
+        say(
+            "sink",
+            &format_args!(
+                "{} from=<{}> recipients={} bytes={}",
+                char::from(reply.status.code()),
+                escape_for_log(mail.sender),
+                mail.recipients.len(),
+                mail.message.len()
+            ),
+        );
         reply
     }
 }

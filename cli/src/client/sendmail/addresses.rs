@@ -330,6 +330,30 @@ mod tests {
         }
     }
 
+    /// Whatever a text has, its addresses are complete: each is the same when it is read alone.
+    #[test]
+    fn any_text_has_whole_addresses() {
+        const PIECES: &[u8] = b"ab.@@,;:<>()[]\"\\ \n\0\xff";
+        let mut state = 1_u64;
+        let mut found = 0;
+        for _ in 0..50_000 {
+            let text: Vec<u8> = (0..12)
+                .map(|_| {
+                    state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+                    PIECES[(state >> 33) as usize % PIECES.len()]
+                })
+                .collect();
+            for address in parse(&text).unwrap_or_default() {
+                let shown = text.escape_ascii();
+                let alone = Address { end: address.text.len(), ..address.clone() };
+                assert_eq!(parse(&address.text), Ok(vec![alone]), "{shown}");
+                assert!(address.end <= text.len(), "{shown}");
+                found += 1;
+            }
+        }
+        assert!(found > 1000, "only {found} addresses");
+    }
+
     /// The work for a list must not grow faster than the list, or a mail could hold its sender up.
     #[test]
     fn long_lists_are_read() {

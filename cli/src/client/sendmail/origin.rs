@@ -1,7 +1,7 @@
 //! Who sends a mail if the caller doesn't say so: user, domain and name.
 //!
-//! Contract: nothing here waits for a network; the domain is what the machine has on its disk or in
-//! its kernel.
+//! Contract: no name server is asked; the domain is what the machine has on its disk or in its
+//! kernel.
 //!
 //! # Failure
 //! A machine without a name that mail can have is an error, whose text says what to do.
