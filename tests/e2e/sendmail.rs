@@ -181,7 +181,7 @@ fn php() {
 #[test]
 fn php_learns_of_a_refusal() {
     let relay = Relay::answering("Dnot today");
-    let path = format!("sendmail_path={} -t -i", relay.sendmail());
+    let path = format!("sendmail_path={QRELAY} sendmail -t -i");
     let script = "exit(mail('r@example.org', 's', 'b') ? 0 : 17);";
     let output = relay.program("php", &["-d", &path, "-r", script]).output().expect("php");
     assert_eq!(output.status.code(), Some(17), "{output:?}");
@@ -223,8 +223,9 @@ fn git_send_email() {
     fs::write(relay.daemon.path("repository/file"), "text\n.\n").expect("file");
     git(&["-C", "repository", "add", "file"]);
     git(&["-C", "repository", "commit", "-q", "-m", "Add a file"]);
-    for how in ["--smtp-server=", "--sendmail-cmd="] {
-        let how = how.to_owned() + &relay.sendmail();
+    for how in
+        [format!("--smtp-server={}", relay.sendmail()), format!("--sendmail-cmd={QRELAY} sendmail")]
+    {
         let options = ["--from=j@example.com", "--to=list@example.org", "--cc=root@example.com"];
         let more =
             ["--envelope-sender=bounces@example.com", "--confirm=never", "--suppress-cc=all"];
@@ -242,7 +243,7 @@ fn git_send_email() {
 #[test]
 fn mutt() {
     let relay = Relay::start();
-    let with = format!("set sendmail='{} -oem -oi' copy=no", relay.sendmail());
+    let with = format!("set sendmail='{QRELAY} sendmail -oem -oi' copy=no");
     let name = "my_hdr From: Jörg <j@example.com>";
     let options = ["-n", "-F", "/dev/null", "-e", &with, "-e", name, "-e", "set use_envelope_from"];
     let mail = ["-s", "Grüße", "-c", "c@example.org", "-b", "hidden@example.org", "r@example.org"];
@@ -340,16 +341,8 @@ fn the_sender_is_the_user() {
     use std::os::unix::process::CommandExt as _;
     let relay = Relay::start();
     for (uid, name) in [(NOBODY, "nobody"), (54_321, "54321")] {
-        let mut sendmail = relay.program(&relay.sendmail(), &["--domain", "x.test", "r@x"]);
-        // Another user may not look into the directory of the build.
-        let program = relay.path("program");
-        fs::copy(QRELAY, &program).expect("copy");
-        let mut other = command(&program);
-        other
-            .arg("sendmail")
-            .args(sendmail.get_args())
-            .envs(sendmail.get_envs().filter_map(|(name, value)| Some((name, value?))));
-        sendmail = other;
+        let arguments = ["sendmail", "--domain", "x.test", "r@x"];
+        let mut sendmail = relay.program(QRELAY, &arguments);
         succeeds(&fed(sendmail.uid(uid).gid(uid), b"hello\n"));
         let sent = relay.last();
         sent.is(&format!("{name}@x.test"), &["r@x"]);
@@ -407,6 +400,8 @@ fn wrong_usage() {
     }
     relay.refused(&["-Z", "a@x"], mail, 64, "-Z");
     relay.refused(&["-q", "root"], mail, 64, "there is no queue");
+    relay.refused(&["-q30m", "root"], mail, 64, "-q");
+    relay.refused(&["-t", "-q"], mail, 64, "-q");
     relay.refused(&["-qRexample.org"], mail, 64, "there is no queue");
     relay.refused(&[], mail, 64, "no recipient");
     relay.refused(&["-i", ""], mail, 64, "no recipient");

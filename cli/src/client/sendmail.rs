@@ -76,7 +76,11 @@ pub struct Args {
     #[arg(short = 'b', value_name = "MODE", value_parser = mode)]
     mode: Option<()>,
     /// Do nothing: there is no queue that could be run.
-    #[arg(short = 'q', value_name = "INTERVAL", num_args = 0..=1, value_parser = interval)]
+    // A mail that comes with it must not be dropped silently.
+    #[arg(
+        short = 'q', value_name = "INTERVAL", num_args = 0..=1, value_parser = interval,
+        conflicts_with_all = ["from_header", "recipients"]
+    )]
     queue: Option<Option<()>>,
     #[command(flatten)]
     ignored: Ignored,
