@@ -7,8 +7,8 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use qrelay_shared::admin::DEFAULT_PATH;
 use clap::{CommandFactory as _, Parser, Subcommand, ValueEnum};
+use qrelay_shared::admin::DEFAULT_PATH;
 use qrelay_shared::endpoint::Endpoint;
 use qrelay_shared::exit::Exit;
 use qrelay_shared::qmqp::Status;

@@ -24,13 +24,13 @@ use qrelay_supervisor::services::dictionary_server;
 mod admin;
 mod cli;
 mod client;
-mod output;
 mod completions;
+mod output;
 mod values;
 
 use crate::cli::Command;
-use crate::output::print;
 use crate::client::{send, sendmail, sink};
+use crate::output::print;
 
 fn main() -> ExitCode {
     // The daemon and its zygotes take signals as soon as they can obey them. Until then a SIGHUP

@@ -538,6 +538,20 @@ fn names_cannot_add_fields() {
     assert_eq!(sent.field("From"), "other@x");
 }
 
+#[test]
+fn the_usual_socket_needs_no_option() {
+    let relay = Relay::start();
+    let script = "mount -t tmpfs none /run && mkdir -p /run/cm4all/qrelay &&
+        ln -s \"$PWD/in\" /run/cm4all/qrelay/qrelay.sock && exec \"$@\"";
+    for arguments in [&["sendmail", "-fs@x", "r@x"][..], &["send", "--sender", "s@x", "r@x"]] {
+        let before = ["--mount", "sh", "-c", script, "sh", QRELAY];
+        let mut command = relay.program("unshare", &[&before, arguments].concat());
+        succeeds(&fed(command.env_remove("QRELAY_SOCKET"), b"Subject: x\n\nhi\n"));
+        relay.last().is("s@x", &["r@x"]);
+    }
+    assert_eq!(relay.sink.mails().len(), 2);
+}
+
 /// Whoever reads nothing of what went wrong still learns it from the exit status.
 #[test]
 fn a_reader_of_errors_that_is_gone_changes_no_exit_status() {
