@@ -23,5 +23,6 @@ pub mod seccomp;
 pub mod signals;
 pub mod spawn;
 pub mod thread;
+pub mod title;
 pub mod wait;
 pub mod xattr;

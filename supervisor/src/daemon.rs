@@ -23,6 +23,7 @@ use qrelay_shared::settings::Account;
 use qrelay_shared::sys::activation::{self, Passed};
 use qrelay_shared::sys::inherited;
 use qrelay_shared::sys::limits::{self, Limits};
+use qrelay_shared::sys::title;
 use slog::{Level, Logger, error, info, warn};
 
 use crate::accept::{Acceptor, ProgramState, SocketFile};
@@ -136,8 +137,9 @@ fn start(
     // memory or take its descriptors.
     prctl::set_dumpable(false).map_err(|error| format!("PR_SET_DUMPABLE: {error}"))?;
     prctl::set_child_subreaper(true).map_err(|error| format!("PR_SET_CHILD_SUBREAPER: {error}"))?;
-    // Only the name in ps depends on it.
+    // Only what ps shows depends on it.
     let _ = prctl::set_name(c"qrelay");
+    title::set("qrelay: supervisor");
     let limits = own_limits(&log).map_err(|error| format!("limits: {error}"))?;
     let signals = Signals::new(caught).map_err(|error| format!("signals: {error}"))?;
     let poller = Poller::new().map_err(|error| format!("epoll: {error}"))?;

@@ -250,6 +250,7 @@ impl Rollout {
             }
         };
         let order = ZygoteOrder::Load {
+            generation: generation.0,
             config: self.loading.config.clone(),
             reload: cause == Cause::Reload,
             systemd: self.loading.passed.clone(),

@@ -7,6 +7,7 @@ use std::collections::HashSet;
 use std::fmt::Debug;
 use std::io;
 use std::os::fd::OwnedFd;
+use std::os::unix::process::CommandExt as _;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -137,6 +138,9 @@ pub(crate) struct Linux {
 /// This process's own program, also if another one has its path by now.
 const OWN_PROGRAM: &str = "/proc/self/exe";
 
+/// Bytes of a zygote's first argument, so that there is room for the longest title.
+const TITLE_ROOM: usize = 80;
+
 /// Environment of the supervisor's that no child may take for its own.
 const SYSTEMD_VARIABLES: [&str; 3] = ["NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"];
 
@@ -147,6 +151,7 @@ impl System for Linux {
         let ours = ours.foreign();
         let mut command = Command::new(Path::new(OWN_PROGRAM));
         command
+            .arg0(format!("{:TITLE_ROOM$}", "qrelay: zygote"))
             .args(["--log-level", self.level.as_str(), "zygote", "--limits"])
             .arg(self.limits.to_string())
             .stdin(Stdio::from(OwnedFd::from(theirs)));

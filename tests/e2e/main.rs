@@ -21,6 +21,7 @@ mod cgroup;
 mod chaos;
 mod cli;
 mod completions;
+mod control;
 mod crash;
 mod docs;
 mod exec;

@@ -95,6 +95,7 @@ impl Zygote {
         let (_, dictionaries) = Channel::<FromOpener, ToOpener>::pair().expect("pair");
         self.order(
             &ZygoteOrder::Load {
+                generation: 1,
                 config,
                 reload: false,
                 systemd: vec![],

@@ -290,6 +290,8 @@ pub enum ZygoteOrder {
     /// Runs the script. This is the first order; the zygote answers with `Declared` or `Failed`.
     /// The message carries the zygote's opener ([`crate::dictionary`]).
     Load {
+        /// Number of the generation, which the process shows in its title.
+        generation: u64,
         /// Absolute path of config.lua.
         config: PathBuf,
         /// Whether to call the script's function `reload` afterwards.

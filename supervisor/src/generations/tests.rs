@@ -138,7 +138,7 @@ fn a_boot_loads_declares_and_switches() {
     site.rollout.boot(site.now, &mut site.events);
     let zygote = site.zygote();
     match zygote.order() {
-        Some(ZygoteOrder::Load { config, reload, systemd, instance, account }) => {
+        Some(ZygoteOrder::Load { config, reload, systemd, instance, account, .. }) => {
             assert_eq!(account, None);
             assert_eq!((config, reload), (PathBuf::from("/config.lua"), false));
             assert_eq!((systemd, instance), (vec!["web".to_owned()], "run".to_owned()));

@@ -98,6 +98,7 @@ impl Site {
     pub fn launch(self) -> Launch {
         let mut command = command(QRELAY);
         command.arg("--config").arg(self.path("config.lua"));
+        command.arg("--control").arg(self.path("control"));
         Launch { site: self, command, unread: false }
     }
 
@@ -251,6 +252,22 @@ impl Daemon {
             (ready || self.exited().is_some()).then_some(ready)
         });
         assert_eq!(ready, Some(true), "not ready; exit {:?}; log:\n{}", self.exited(), self.text());
+    }
+
+    /// Runs a command that talks to this daemon, such as `status`, and returns its output when it
+    /// has ended.
+    pub fn command(&self, args: &[&str]) -> Output {
+        let mut command = command(QRELAY);
+        command.args(args).arg("--control").arg(self.path("control"));
+        command.stdin(Stdio::null()).output().expect("the binary runs")
+    }
+
+    /// Returns what `qrelay status --json` says.
+    #[track_caller]
+    pub fn status(&self) -> serde_json::Value {
+        let output = self.command(&["status", "--json"]);
+        let text = String::from_utf8_lossy(&output.stdout);
+        serde_json::from_str(&text).unwrap_or_else(|error| panic!("{error}: {output:?}"))
     }
 
     /// Returns the process id of the supervisor.

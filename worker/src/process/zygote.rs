@@ -32,6 +32,7 @@ use qrelay_shared::sys::limits::{self, Limits};
 use qrelay_shared::sys::process::{Forked, fork_orphan, take_stdin, tame_malloc};
 use qrelay_shared::sys::seccomp::spare_other_processes;
 use qrelay_shared::sys::signals::{disregard, disregard_strays};
+use qrelay_shared::sys::title;
 use qrelay_shared::sys::wait::wait;
 use slog::{Level, Logger, error};
 
@@ -57,6 +58,7 @@ struct Loaded {
     state: State,
     declaration: Declaration,
     instance: String,
+    generation: u64,
 }
 
 /// The role of this process after it has obeyed an order.
@@ -126,13 +128,18 @@ fn live(mut channel: ZygoteChannel, supervisor: Pid, level: Level, logger: &Curr
             Life::Ended => return Exit::Success,
             Life::Worker(birth) => {
                 drop(channel);
-                let Some(Loaded { state, declaration, instance }) = loaded else {
+                let Some(Loaded { state, declaration, instance, generation }) = loaded else {
                     return Exit::System;
                 };
+                let worker = birth.worker;
+                title::set(&format!("qrelay: worker {worker}, generation {generation}"));
                 logger.replace(qrelay_shared::log::init(level, "qrelay-worker", Patience::None));
                 return worker::run(birth, state, &declaration, instance, logger.logger());
             }
             Life::Standby(own) => {
+                if let Some(Loaded { generation, .. }) = &loaded {
+                    title::set(&format!("qrelay: standby zygote, generation {generation}"));
+                }
                 channel = own;
                 logger.replace(qrelay_shared::log::init(
                     level,
@@ -201,7 +208,8 @@ fn execute(
 ) -> ControlFlow<Life, ZygoteReport> {
     let Received { message, mut fds } = received;
     match message {
-        ZygoteOrder::Load { config, reload, systemd, instance, account } => {
+        ZygoteOrder::Load { generation, config, reload, systemd, instance, account } => {
+            title::set(&format!("qrelay: zygote, generation {generation}"));
             let logger = logger.logger();
             let dictionaries = fds.take();
             let options = LoadOptions {
@@ -212,7 +220,7 @@ fn execute(
                 logger,
                 dictionaries,
             };
-            ControlFlow::Continue(load(options, instance, account.as_ref(), loaded))
+            ControlFlow::Continue(load(options, (instance, generation), account.as_ref(), loaded))
         }
         ZygoteOrder::Fork { worker } => {
             let birth = match (fds.take(), fds.take(), fds.take()) {
@@ -258,7 +266,7 @@ fn no_standby(message: String) -> ControlFlow<Life, ZygoteReport> {
 /// Runs the script. A process runs one script in its life.
 fn load(
     options: LoadOptions,
-    instance: String,
+    (instance, generation): (String, u64),
     account: Option<&Account>,
     loaded: &mut Option<Loaded>,
 ) -> ZygoteReport {
@@ -283,7 +291,8 @@ fn load(
                 }
                 Err(message) => return refused(message),
             }
-            *loaded = Some(Loaded { state, declaration: declaration.clone(), instance });
+            *loaded =
+                Some(Loaded { state, declaration: declaration.clone(), instance, generation });
             ZygoteReport::Declared(Box::new(declaration))
         }
         Ok(Err(error)) => unusable(&error),
