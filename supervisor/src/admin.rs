@@ -23,7 +23,7 @@ use nix::sys::socket::{getsockopt, sockopt};
 use nix::unistd::{Pid, geteuid};
 use qrelay_shared::admin::{Body, Command, InFlight, Reload};
 use qrelay_shared::sys::rights::{self, PeerSocket, Rights};
-use slog::{Logger, info, warn};
+use slog::{Logger, warn};
 
 use crate::admin::client::{Client, Interest, Life, Waits};
 use crate::event::{Cursor, Event, Events};
@@ -304,7 +304,6 @@ impl Admin {
 
     /// Has a client wait for the outcome of the first reload after this generation.
     pub(crate) fn await_reload(&mut self, id: AdminId, last: GenerationId, now: Instant) {
-        info!(self.log, "reload requested over the control socket");
         if self.stopping {
             return self.answer(id, stops(), now);
         }

@@ -8,6 +8,7 @@ import tempfile
 import unittest
 from pathlib import Path
 
+import messages
 import rooms
 import widths
 
@@ -223,6 +224,38 @@ class Widths(unittest.TestCase):
         wrong, pointing, total = widths.check(texts)
         self.assertEqual(wrong, ["a.rs:201: more than 100 columns"])
         self.assertEqual((len(pointing), total), (3, 100))
+
+
+
+class Messages(unittest.TestCase):
+    PAGE = "### Every log line\n\n| Line |\n|---|\n| `worker died: …` | x |\n| `stopped` | y |\n## Next"
+
+    def check(self, code, page=PAGE):
+        found = [("a.rs", message) for _, message in messages.messages(code)]
+        return messages.check(found, [message for _, message in found], page)
+
+    def test_what_is_explained_passes(self):
+        code = """
+            error!(log, "worker died: {cause}"; "worker" => 7);
+            info!(self.log, # "tag,name", "stopped");
+            // warn!(log, "not code");
+            slog::warn!(log, "{}", text);
+            debug!(log, "not for administrators");
+        """
+        self.assertEqual(self.check(code), [])
+
+    def test_what_is_not_explained_is_found(self):
+        code = 'error!(log, "worker died: {c}"); info!(log, "stopped"); warn!(log, "a new \\\n   fault");'
+        self.assertEqual(len(self.check(code)), 1)
+        self.assertIn("a new fault", self.check(code)[0])
+
+    def test_what_is_never_logged_is_found(self):
+        found = self.check('error!(log, "worker died: {c}");')
+        self.assertEqual(found, ["docs/operations.md: no message is like 'stopped'"])
+
+    def test_tests_are_left_out(self):
+        code = 'error!(log, "worker died: {c}"); info!(log, "stopped");\n#[cfg(test)]\nmod tests { warn!(log, "x"); }'
+        self.assertEqual(self.check(code), [])
 
 
 if __name__ == "__main__":

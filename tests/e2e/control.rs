@@ -407,7 +407,7 @@ fn a_crowd_at_the_control_socket_harms_nobody() {
             let bytes: &[u8] = match number % 4 {
                 0 => b"",
                 1 => &[b'x'; 65_000],
-                2 => b"{\"version\":1,\"command\":\"status\"}\n{\"version\":1,\"command\":\"status\"}\n",
+                2 => b"{\"version\":1,\"command\":\"status\"}\n{\"version\":1,",
                 _ => b"{\"version\":1,",
             };
             let _ = (&stream).write(bytes);
@@ -470,4 +470,29 @@ fn a_crash_and_a_hang_are_remembered() {
     daemon.wait_for_workers(1, &second);
     let ends = daemon.status()["ends"].clone();
     assert_eq!((&ends["hangs"], &ends["lost_mails"]), (&1.into(), &1.into()), "{ends}");
+}
+
+/// docs/status.md has every field of the protocol's objects, and no other one.
+#[test]
+fn every_field_is_documented() {
+    let source = include_str!("../../shared/src/admin.rs");
+    let page = include_str!("../../docs/status.md");
+    // The two lines themselves are documented as examples.
+    let lines = ["Request", "Answer"];
+    let objects = source.split("pub struct ").skip(1).map(|object| {
+        let (name, rest) = object.split_once(" {").expect("a struct");
+        (name, rest.split("\n}").next().expect("its fields"))
+    });
+    let mut expected: Vec<_> = objects
+        .filter(|(name, _)| !lines.contains(name))
+        .flat_map(|(_, fields)| fields.lines())
+        .filter_map(|line| line.trim().strip_prefix("pub ")?.split_once(':'))
+        .map(|(field, _)| field)
+        .collect();
+    let rows = page.lines().filter_map(|line| line.strip_prefix("| `"));
+    let rows = rows.filter_map(|row| row.split_once("` |")).map(|(field, _)| field);
+    let mut documented: Vec<_> = rows.filter(|field| !field.starts_with('{')).collect();
+    expected.sort_unstable();
+    documented.sort_unstable();
+    assert_eq!(documented, expected);
 }
