@@ -8,9 +8,12 @@
 use qrelay_shared::settings::Declaration;
 use qrelay_shared::sys::limits::of_others;
 
-/// Descriptors for standard streams, signals, logs, the first listener, zygotes, and files that are
-/// open for a moment.
-const OWN: u64 = 28;
+/// Descriptors for standard streams, signals, logs, the first listener, zygotes, files that are open
+/// for a moment, and the control socket with its clients.
+const OWN: u64 = 28 + 19;
+
+/// Descriptors of a worker for everything but its jobs.
+const OF_WORKER: u64 = 28;
 
 /// Descriptors for each further listener: the socket, its file, and the file's directory. A local
 /// socket that has a file takes the most.
@@ -58,7 +61,7 @@ pub(crate) fn allot(limit: u64, declaration: &Declaration) -> Allotment {
     let free = limit.saturating_sub(OWN + listeners + PER_WORKER * workers);
     let credit = u64::from(settings.worker_connections)
         .min(free / 2 / workers)
-        .min(of_others(limit).saturating_sub(OWN) / PER_JOB);
+        .min(of_others(limit).saturating_sub(OF_WORKER) / PER_JOB);
     let channels = (credit + SPARE_CHANNELS)
         .min(MAX_CHANNELS)
         .min((free / 4 / workers).saturating_sub(OPENERS));
@@ -98,17 +101,17 @@ mod tests {
             (65_536, declaration(1, 2, 256), 4096, 256, 128),
             (65_536, declaration(1, 64, 256), 4096, 256, 128),
             (u64::MAX, declaration(1, 2, 256), 4096, 256, 128),
-            (1024, declaration(1, 2, 256), 245, 245, 119),
-            (132, declaration(1, 2, 256), 22, 22, 8),
-            (132, declaration(1, 2, 4), 22, 4, 8),
+            (1024, declaration(1, 2, 256), 240, 240, 117),
+            (132, declaration(1, 2, 256), 17, 17, 5),
+            (132, declaration(1, 2, 4), 17, 4, 5),
             // A worker needs more for a job than the supervisor.
-            (1024, declaration(1, 1, 4096), 247, 249, 128),
+            (1024, declaration(1, 1, 4096), 242, 249, 128),
             // And may have less.
-            (16_384, declaration(1, 1, 4096), 4087, 3065, 128),
-            (48, declaration(1, 1, 256), 3, 5, 1),
+            (16_384, declaration(1, 1, 4096), 4082, 3065, 128),
+            (48, declaration(1, 1, 256), 1, 1, 1),
             (0, declaration(1, 1, 256), 1, 1, 1),
             // Listeners take theirs from what clients get.
-            (1024, declaration(101, 2, 256), 170, 170, 82),
+            (1024, declaration(101, 2, 256), 165, 165, 79),
             (1024, declaration(1000, 2, 256), 1, 1, 1),
             (65_536, declaration(1000, 2, 256), 4096, 256, 128),
         ];

@@ -203,7 +203,7 @@ fn more_listeners_than_descriptors() {
 #[test]
 fn hardly_any_descriptors() {
     let mut served = 0;
-    for limit in 12..26 {
+    for limit in 12..30 {
         let site = Site::with(&format!("settings{{workers=1}} {}", listen("$DIR/in")));
         let limits = format!("--nofile={limit}:{limit}");
         let mut daemon = site.launch().through(&["prlimit", &limits]).spawn();

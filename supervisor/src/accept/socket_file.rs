@@ -217,6 +217,11 @@ impl SocketFile {
             fchownat(&self.file, "", uid, gid, AtFlags::AT_EMPTY_PATH)
                 .map_err(os("change the owner of", &path))?;
         }
+        // The file has the mode from the start, unless the umask forbids it or the owner has changed.
+        let now = fstat(&self.file).map_err(os("inspect", &path))?;
+        if now.st_mode & 0o7777 == declared.mode {
+            return Ok(());
+        }
         // A descriptor of O_PATH can't be passed to fchmod(2). The link in /proc leads to the file
         // itself.
         let mode = std::fs::Permissions::from_mode(declared.mode);
