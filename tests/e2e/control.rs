@@ -26,7 +26,7 @@ fn stderr(output: &Output) -> String {
 
 /// Connects to a daemon's control socket.
 fn connect(daemon: &Daemon) -> UnixStream {
-    let stream = UnixStream::connect(daemon.path("control")).expect("the control socket");
+    let stream = UnixStream::connect(daemon.path("control-socket")).expect("the control socket");
     stream.set_read_timeout(Some(PATIENCE)).expect("timeout");
     stream
 }
@@ -81,7 +81,7 @@ fn reloads_at_the_same_time_all_learn_an_outcome() {
             command(QRELAY)
                 .arg("reload")
                 .arg("--control")
-                .arg(daemon.path("control"))
+                .arg(daemon.path("control-socket"))
                 .stdout(Stdio::piped())
                 .spawn()
                 .expect("the binary runs")
@@ -104,7 +104,7 @@ fn a_stop_waits_for_the_mails_in_flight() {
     let stop = command(QRELAY)
         .arg("stop")
         .arg("--control")
-        .arg(daemon.path("control"))
+        .arg(daemon.path("control-socket"))
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()
@@ -121,7 +121,7 @@ fn a_stop_waits_for_the_mails_in_flight() {
     assert_eq!((output.status.code(), &*stdout(&output)), (Some(0), "stopped\n"));
     assert!(stderr(&output).contains("1 mails are in flight"), "{output:?}");
     assert!(daemon.wait_exit().success());
-    assert!(!daemon.path("control").exists());
+    assert!(!daemon.path("control-socket").exists());
 }
 
 #[test]
@@ -209,7 +209,7 @@ fn status_is_shown_again_and_again() {
     let mut daemon = Daemon::start(DISCARD);
     let mut watch = command(QRELAY)
         .args(["status", "--watch", "--json", "--control"])
-        .arg(daemon.path("control"))
+        .arg(daemon.path("control-socket"))
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()
@@ -344,11 +344,11 @@ fn without_a_daemon_a_command_says_what_to_do() {
 #[test]
 fn only_root_and_the_daemons_user_may_ask() {
     let daemon = Daemon::start(DISCARD);
-    let mode = fs::metadata(daemon.path("control")).expect("a file").permissions().mode();
+    let mode = fs::metadata(daemon.path("control-socket")).expect("a file").permissions().mode();
     assert_eq!(mode & 0o7777, 0o600);
     let output = command(QRELAY)
         .args(["reload", "--control"])
-        .arg(daemon.path("control"))
+        .arg(daemon.path("control-socket"))
         .uid(NOBODY)
         .gid(NOBODY)
         .output()
@@ -361,8 +361,8 @@ fn only_root_and_the_daemons_user_may_ask() {
 #[test]
 fn programs_of_the_script_give_no_orders() {
     let daemon = Daemon::start(&format!(
-        "local program = [[{QRELAY} stop --control $DIR/control 2>&1; echo; exec 2>&1;
-           (setsid {QRELAY} reload --control $DIR/control) ]]
+        "local program = [[{QRELAY} stop --control $DIR/control-socket 2>&1; echo; exec 2>&1;
+           (setsid {QRELAY} reload --control $DIR/control-socket) ]]
          qmqp_listen('$DIR/in', function(m)
            local pipe = io.popen(program)
            log.info(pipe:read('a'))
@@ -402,7 +402,7 @@ fn a_crowd_at_the_control_socket_harms_nobody() {
     let before = rss();
     let crowd = || -> Vec<UnixStream> {
         let attempts = (0..200).map(|number| {
-            let stream = UnixStream::connect(daemon.path("control")).ok()?;
+            let stream = UnixStream::connect(daemon.path("control-socket")).ok()?;
             stream.set_nonblocking(true).ok()?;
             let bytes: &[u8] = match number % 4 {
                 0 => b"",
@@ -428,7 +428,7 @@ fn a_crowd_at_the_control_socket_harms_nobody() {
 #[test]
 fn a_lost_socket_file_is_made_anew_by_a_reload() {
     let daemon = Daemon::start(DISCARD);
-    fs::remove_file(daemon.path("control")).expect("removed");
+    fs::remove_file(daemon.path("control-socket")).expect("removed");
     assert_eq!(daemon.command(&["status"]).status.code(), Some(3));
     assert!(daemon.reload());
     assert_eq!(daemon.command(&["status"]).status.code(), Some(0));

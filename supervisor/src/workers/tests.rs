@@ -10,7 +10,7 @@ use nix::sys::signal::Signal;
 use nix::sys::socket::{setsockopt, sockopt};
 use qrelay_shared::ipc::channel::{Batch, Channel, RecvError, SendError};
 use qrelay_shared::ipc::message::{
-    FromControl, Job, MailRecord, Peer, Pong, Report, ToControl, ToJobs, ToReports,
+    DatabaseState, FromControl, Job, MailRecord, Peer, Pong, Report, ToControl, ToJobs, ToReports,
 };
 use qrelay_shared::settings::Settings;
 use qrelay_shared::sys::limits::Limits;
@@ -1011,6 +1011,19 @@ fn a_worker_that_answers_more_pings_than_it_got_is_ended() {
     other.control.try_send(&pong, &[]).expect("the supervisor reads");
     site.workers.on_pong(other.id, site.now, &mut site.events);
     site.assert_ends_only(&other, &lines);
+}
+
+#[test]
+fn a_worker_that_tells_too_much_of_its_databases_is_ended() {
+    let long = DatabaseState { name: "x".repeat(129), ..DatabaseState::default() };
+    for databases in [vec![DatabaseState::default(); 17], vec![long]] {
+        let (mut site, other, lines) = Site::with_a_job();
+        site.workers.ping(other.id, 1);
+        let pong = Pong { sequence: 1, databases, ..Pong::default() };
+        other.control.try_send(&pong, &[]).expect("the supervisor reads");
+        site.workers.on_pong(other.id, site.now, &mut site.events);
+        site.assert_ends_only(&other, &lines);
+    }
 }
 
 #[test]

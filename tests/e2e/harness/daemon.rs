@@ -98,7 +98,7 @@ impl Site {
     pub fn launch(self) -> Launch {
         let mut command = command(QRELAY);
         command.arg("--config").arg(self.path("config.lua"));
-        command.arg("--control").arg(self.path("control"));
+        command.arg("--control").arg(self.path("control-socket"));
         Launch { site: self, command, unread: false }
     }
 
@@ -258,7 +258,7 @@ impl Daemon {
     /// has ended.
     pub fn command(&self, args: &[&str]) -> Output {
         let mut command = command(QRELAY);
-        command.args(args).arg("--control").arg(self.path("control"));
+        command.args(args).arg("--control").arg(self.path("control-socket"));
         command.stdin(Stdio::null()).output().expect("the binary runs")
     }
 

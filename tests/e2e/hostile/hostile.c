@@ -147,7 +147,7 @@ ATTACK(empty, flood(sockets[JOBS], "", 0))
 ATTACK(hangup, shutdown(sockets[JOBS], SHUT_WR))
 ATTACK(jobrights, send_rights(sockets[JOBS], "\0", 1))
 /* On its control socket. */
-ATTACK(pongs, flood(sockets[CONTROL], "\1\0\0\0\0\0", 6))
+ATTACK(pongs, flood(sockets[CONTROL], "\1\0\0\0\0\0\0\0", 8))
 ATTACK(controlnonsense, memset(bytes, 0xff, sizeof bytes); flood(sockets[CONTROL], bytes, 1000))
 ATTACK(controlrights, send_rights(sockets[CONTROL], "\1\0\0\0\0", 5))
 ATTACK(controlhangup, shutdown(sockets[CONTROL], SHUT_RD))
