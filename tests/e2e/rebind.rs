@@ -89,7 +89,7 @@ fn a_socket_that_may_not_be_connected_to_is_not_called_in_use() {
     fs::set_permissions(site.path("run/in"), fs::Permissions::from_mode(0o600)).expect("mode");
     let id = NOBODY.to_string();
     let wrapper = ["setpriv", "--reuid", &id, "--regid", &id, "--clear-groups"];
-    let mut daemon = site.launch().through(&wrapper).spawn();
+    let mut daemon = site.launch_without_control().through(&wrapper).spawn();
     assert_eq!(daemon.wait_exit().code(), Some(71));
     let text = daemon.complete_text();
     assert!(text.contains("cannot find out whether anybody listens on "), "{text}");

@@ -72,6 +72,7 @@ impl Systemd {
 
     /// Sets the line for `systemctl status`.
     pub(super) fn status(&mut self, status: &str) {
+        status.clone_into(&mut self.shown);
         self.notifier.tell(assignment("STATUS", status));
     }
 

@@ -96,9 +96,19 @@ impl Site {
     /// Returns the command that runs the daemon in this directory, for options that [`Launch`]
     /// adds.
     pub fn launch(self) -> Launch {
+        let control = self.path("control-socket");
+        self.launch_with(&control)
+    }
+
+    /// Returns the command for a daemon that may not make files in this directory, so there is no
+    /// control socket.
+    pub fn launch_without_control(self) -> Launch {
+        self.launch_with(Path::new("none"))
+    }
+
+    fn launch_with(self, control: &Path) -> Launch {
         let mut command = command(QRELAY);
-        command.arg("--config").arg(self.path("config.lua"));
-        command.arg("--control").arg(self.path("control-socket"));
+        command.arg("--config").arg(self.path("config.lua")).arg("--control").arg(control);
         Launch { site: self, command, unread: false }
     }
 
