@@ -401,7 +401,15 @@ fn a_reload_that_may_work_later_says_so() {
 
 #[test]
 fn a_script_that_leaves_by_itself() {
-    fails(Site::with("os.exit(0)"), CONFIG, &["zygote ended", "os.exit"]).assert_nothing_left();
+    for leave in ["os.exit(0)", "os.exit(71)", "pcall(os.exit)", "dofile 'part.lua'"] {
+        let site = Site::with(&format!("{}\n{leave}", listen("$DIR/in")));
+        std::fs::write(site.path("part.lua"), "\nos.exit()").expect("a part");
+        let place = if leave.starts_with("dofile") { "part.lua:2" } else { "config.lua:2" };
+        fails(site, CONFIG, &[place, "os.exit"]).assert_nothing_left();
+    }
+    // A library in C can end the process nevertheless.
+    let exit = "package.loadlib('libc.so.6', 'exit')()";
+    fails(Site::with(exit), CONFIG, &["the zygote ended with exit status", "has called ended it"]);
 }
 
 #[test]

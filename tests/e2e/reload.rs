@@ -81,7 +81,8 @@ fn broken_scripts_change_nothing() {
         ),
         ("qmqp_listen('$DIR/taken', function(m) end)", "in use"),
         ("qmqp_listen('$DIR/missing/in', function(m) end)", "missing/in"),
-        ("os.exit(0)", "zygote ended"),
+        ("os.exit(0)", "config.lua:1: os.exit"),
+        ("qmqp_listen('$DIR/in', print) function reload() os.exit(0) end", "os.exit"),
     ] {
         daemon.site().configure(script);
         let mark = daemon.notify().mark();

@@ -196,12 +196,14 @@ fn the_last_words_of_a_zygote_are_the_reason() {
 }
 
 #[test]
-fn a_script_that_exits_fails_its_generation() {
-    let mut site = Site::new();
-    site.rollout.boot(site.now, &mut site.events);
-    let zygote = site.zygote();
-    site.end(&zygote, 0);
-    assert_eq!(site.events().last(), said(&[Event::StartFailed(Exit::Config)]).last());
+fn a_zygote_that_exits_fails_its_generation() {
+    for (code, exit) in [(0, Exit::Config), (3, Exit::Config), (71, Exit::System)] {
+        let mut site = Site::new();
+        site.rollout.boot(site.now, &mut site.events);
+        let zygote = site.zygote();
+        site.end(&zygote, code);
+        assert_eq!(site.events().last(), said(&[Event::StartFailed(exit)]).last(), "{code}");
+    }
 }
 
 #[test]

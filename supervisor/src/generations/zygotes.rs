@@ -396,10 +396,14 @@ impl Rollout {
         if let (WaitStatus::Exited(_, code), Some(entry)) =
             (status, self.loaded.get_mut(&zygote.generation))
         {
-            // Only the script can end its process in an orderly way.
             entry.failure.get_or_insert_with(|| {
-                let hint = "does the script call os.exit()?";
-                (Exit::Config, format!("the zygote ended with exit status {code}; {hint}"))
+                // A zygote that can't work ends with this status. Any other one comes from what the
+                // script runs, such as a library in C; `os.exit` only raises an error.
+                let (exit, cause) = match code == Exit::System as i32 {
+                    true => (Exit::System, "its own error is in the log"),
+                    false => (Exit::Config, "something that the script has called ended it"),
+                };
+                (exit, format!("the zygote ended with exit status {code}: {cause}"))
             });
         }
         self.lose_zygote(id, &describe(status), now, events);

@@ -64,7 +64,7 @@ pub(crate) struct Draft {
     /// passed, because the script is only tried.
     systemd: Option<Vec<String>>,
     purpose: Purpose,
-    /// The place of a call of `os.exit` in a trial.
+    /// The place of a call of `os.exit` that was refused.
     left: Option<String>,
     /// The global `max_size` at the last listener.
     max_size: Value,
@@ -105,13 +105,20 @@ impl Draft {
     /// Notes that the script calls `os.exit`.
     ///
     /// # Errors
-    /// The script is only tried, so it must go on.
-    pub(super) fn leave(&mut self, place: &str) -> Result<(), Raise> {
-        if self.purpose == Purpose::Serve {
+    /// The process has to go on, because it loads the script or only tries it.
+    pub(super) fn leave(
+        &mut self,
+        loading: bool,
+        place: impl FnOnce() -> String,
+    ) -> Result<(), Raise> {
+        if !loading && self.purpose == Purpose::Serve {
             return Ok(());
         }
-        self.left = Some(place.to_owned());
-        Err("os.exit would end the daemon".into())
+        self.left = Some(place());
+        Err(match loading {
+            true => "os.exit is no way to end a script: return, or raise an error".into(),
+            false => "os.exit would end the worker: return an action, or raise an error".into(),
+        })
     }
 
     /// Enters the phase in which the script's function `reload` runs.
@@ -126,7 +133,7 @@ impl Draft {
     pub(crate) fn finish(&mut self, lua: &Lua) -> Result<(Declaration, Vec<Function>), String> {
         self.phase = Phase::Finished;
         if let Some(place) = &self.left {
-            return Err(format!("os.exit at {place} would end the daemon"));
+            return Err(format!("the script calls os.exit at {place}, which is no way to end it"));
         }
         if self.listeners.is_empty() {
             return Err("no listener: the script must call qmqp_listen() at least once".into());
