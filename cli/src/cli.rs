@@ -22,7 +22,9 @@ use crate::admin;
 use crate::client::sink::SinkOptions;
 use crate::client::{send, sendmail};
 use crate::completions;
+use crate::script::Script;
 use crate::values::{seconds, socket};
+use crate::{check, trial};
 
 /// Default path of the configuration, the same as the original program's.
 const DEFAULT_CONFIG: &str = "/etc/cm4all/qrelay/config.lua";
@@ -33,13 +35,15 @@ Examples:
   qrelay --config ./config.lua            run with another configuration
   qrelay status                           show what the daemon does
   qrelay reload                           load the configuration anew
-  qrelay check --config ./config.lua      show what it declares, or what is wrong with it
+  qrelay check ./config.lua               show what it declares, or what is wrong with it
+  qrelay try --sender a@example.com b@example.org < mail   show what it decides about a mail
   qrelay sink --listen /tmp/next.sock     run a next hop that shows the mails it gets
   qrelay send --to /run/qrelay.sock --sender a@example.com b@example.org < mail
   qrelay sendmail -i root < mail          the same as /usr/sbin/sendmail
 
 Exit status: 0 success, 64 usage, 71 system error, 78 configuration error;
 `status`, `mails`, `reload`, `stop`: 1 refused, 3 not running, 4 no permission;
+`try`: 1 not the expected action;
 `send`, `sendmail`: 0 accepted (K), 75 temporary failure (Z), 69 permanent failure (D).";
 
 /// A QMQP relay with fault-isolated workers, configured in Lua.
@@ -122,8 +126,8 @@ impl From<LogLevel> for Level {
 
 #[derive(Debug, Subcommand)]
 enum Verb {
-    /// Run the script, and print its listeners and settings, or its error; bind no socket.
-    Check,
+    Check(check::Args),
+    Try(Box<trial::Args>),
     Send(send::Args),
     Sendmail(sendmail::Args),
     /// Run a QMQP server that shows or stores the mails it gets.
@@ -164,8 +168,10 @@ enum Answer {
 pub enum Command {
     /// Run the daemon.
     Run(Options),
-    /// Load the script at this absolute path, within this time, and print what it declares.
-    Check(PathBuf, Level, Duration),
+    /// Load the script, and print what it declares.
+    Check(Script),
+    /// Load the script, and print what it decides about a mail.
+    Try(Script, Box<trial::Args>),
     /// Submit a mail, or files.
     Send(send::Args),
     /// Submit a mail as sendmail does.
@@ -205,7 +211,11 @@ pub fn parse() -> Result<Command, Exit> {
             };
             Command::Run(Options { config, level, boot_timeout, control, account })
         }
-        Some(Verb::Check) => Command::Check(config, level, boot_timeout),
+        Some(Verb::Check(check::Args { file })) => {
+            let config = file.map_or(Ok(config), absolute)?;
+            Command::Check(Script { config, level, boot_timeout })
+        }
+        Some(Verb::Try(args)) => Command::Try(Script { config, level, boot_timeout }, args),
         Some(Verb::Admin(verb)) => {
             let path = cli.common.control.unwrap_or_else(|| DEFAULT_PATH.into());
             Command::Admin(verb, path)

@@ -5,7 +5,8 @@
 pub enum Exit {
     /// The command succeeded.
     Success = 0,
-    /// What was asked for is refused; or `status`: the daemon doesn't serve.
+    /// What was asked for is refused; or `status`: the daemon doesn't serve; or `try`: the action
+    /// is another one than was expected.
     Refused = 1,
     /// The daemon isn't running, as systemctl(1) says it.
     NotRunning = 3,

@@ -350,7 +350,8 @@ impl Prepended {
     }
 }
 
-fn level_name(level: Level) -> &'static str {
+/// Returns the name of a level as a line has it.
+pub fn level_name(level: Level) -> &'static str {
     match level {
         Level::Critical => "crit",
         Level::Error => "error",

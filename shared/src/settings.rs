@@ -5,7 +5,7 @@
 //! enforces the limits named below where it converts the script's values. The supervisor checks
 //! those again that it depends on ([`Settings::out_of_limits`]).
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -187,6 +187,19 @@ pub struct ListenerDecl {
     pub max_size: usize,
     /// Networks whose clients are served; `None` means the default of this kind of address.
     pub allow: Option<Vec<Network>>,
+}
+
+impl ListenerDecl {
+    /// Returns whether clients from this address are served.
+    pub fn allows(&self, peer: IpAddr) -> bool {
+        match &self.allow {
+            Some(networks) => networks.iter().any(|network| network.contains(peer)),
+            None => {
+                let passed = matches!(self.address, ListenAddress::Systemd(_));
+                passed || peer.to_canonical().is_loopback()
+            }
+        }
+    }
 }
 
 /// The user and the primary group that a zygote becomes, each as a name or a number.

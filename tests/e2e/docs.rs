@@ -14,6 +14,11 @@
 //! that accepts everything. A port on 127.0.0.1 becomes a free port. /usr/sbin/sendmail becomes a
 //! program of the tests that keeps what it gets.
 //!
+//! A block of `console` with `qrelay try` in it is typed into a shell: each line after `$ `, in a
+//! directory where the last script before the block is config.lua, and where the file mail has a
+//! mail. The other lines are what standard output and standard error must show together. In such a
+//! line `…` stands for any text: what is different in each run, such as times and signatures.
+//!
 //! Blocks that use `pg:` run with a database server of the tests. The `sql` blocks of all pages
 //! have been run in its database.
 
@@ -46,25 +51,53 @@ struct Block {
     sendmail: bool,
 }
 
+/// Commands for a shell, and what they show.
+#[derive(Debug)]
+struct Console {
+    /// File and line of the block, for error messages.
+    place: String,
+    /// The script that the commands are about.
+    script: String,
+    lines: Vec<String>,
+}
+
+/// The mail of the examples.
+const MAIL: &str = "From: alice@example.com\nSubject: A test\n\nHello, Bob.\n";
+
 #[test]
 fn every_block_of_the_documentation_runs() {
-    let blocks: Vec<_> = pages().iter().flat_map(|page| blocks(page)).collect();
+    let (mut blocks, mut consoles) = (Vec::new(), Vec::new());
+    for page in pages() {
+        read(&page, &mut blocks, &mut consoles);
+    }
     assert!(blocks.len() > 20, "only {} blocks were found", blocks.len());
+    assert!(consoles.len() > 10, "only {} blocks of console were found", consoles.len());
     let database = database(&blocks);
+    let failed = all(&blocks, |block| &block.place, |block| check(block, &database));
+    assert!(failed.is_empty(), "these blocks don't do what they say: {failed:#?}");
+    let failed = all(&consoles, |console| &console.place, |console| type_in(console, &database));
+    assert!(failed.is_empty(), "these commands don't show what they should: {failed:#?}");
+}
+
+/// Does something with each item, several at a time. Returns the names of items that failed.
+fn all<T: Sync>(
+    items: &[T],
+    name: impl Fn(&T) -> &String + Sync,
+    run: impl Fn(&T) + Sync,
+) -> Vec<String> {
     let (next, failed) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
     std::thread::scope(|scope| {
         for _ in 0..AT_ONCE {
             scope.spawn(|| {
-                while let Some(block) = blocks.get(next.fetch_add(1, Ordering::Relaxed)) {
-                    if catch_unwind(AssertUnwindSafe(|| check(block, &database))).is_err() {
-                        failed.lock().expect("lock").push(block.place.clone());
+                while let Some(item) = items.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    if catch_unwind(AssertUnwindSafe(|| run(item))).is_err() {
+                        failed.lock().expect("lock").push(name(item).clone());
                     }
                 }
             });
         }
     });
-    let failed = failed.into_inner().expect("lock");
-    assert!(failed.is_empty(), "these blocks don't do what they say: {failed:#?}");
+    failed.into_inner().expect("lock")
 }
 
 #[test]
@@ -129,21 +162,82 @@ fn files_below(directory: &Path, extension: &str) -> Vec<PathBuf> {
     found
 }
 
-fn blocks(page: &Path) -> Vec<Block> {
+/// Finds the blocks of a page.
+fn read(page: &Path, blocks: &mut Vec<Block>, consoles: &mut Vec<Console>) {
     let text = fs::read_to_string(page).expect("page");
-    let mut blocks = Vec::new();
     let mut lines = text.lines().zip(1..);
     while let Some((line, number)) = lines.next() {
         let Some(info) = line.strip_prefix("```").filter(|_| line.len() > 3) else { continue };
         let body: Vec<_> =
             lines.by_ref().map(|(line, _)| line).take_while(|line| *line != "```").collect();
+        let place = format!("{}:{number}", page.display());
         let mut words = info.split_whitespace();
-        if words.next() == Some("lua") {
-            let place = format!("{}:{number}", page.display());
-            blocks.push(block(place, body.join("\n"), words));
+        match words.next() {
+            Some("lua") => blocks.push(block(place, body.join("\n"), words)),
+            Some("console") if body.iter().any(|line| line.contains("qrelay try")) => {
+                let script = blocks.last().expect("a script before the commands").source.clone();
+                let lines = body.into_iter().map(str::to_owned).collect();
+                consoles.push(Console { place, script, lines });
+            }
+            _ => {}
         }
     }
-    blocks
+}
+
+/// Runs the commands of a block, and compares what they show.
+fn type_in(console: &Console, database: &Database) {
+    let site = Site::with(&in_directory(&console.script));
+    fs::write(site.path("mail"), MAIL).expect("mail");
+    let directory = site.dir().to_str().expect("UTF-8");
+    let binaries = Path::new(QRELAY).parent().expect("a directory").display();
+    let path = format!("{binaries}:{}", std::env::var("PATH").expect("PATH"));
+    let mut lines = console.lines.iter().peekable();
+    while let Some(line) = lines.next() {
+        let typed = line.strip_prefix("$ ").expect("a command");
+        let typed = in_directory(typed).replace("$DIR", directory);
+        let mut shell = command("sh");
+        shell.args(["-c", &format!("exec 2>&1; {typed}")]).current_dir(site.dir());
+        shell.env("PATH", &path).envs(database.environment.clone());
+        let output = shell.stdin(Stdio::null()).output().expect("a shell");
+        let shown = String::from_utf8_lossy(&output.stdout);
+        let shown = shown.replace(directory, "/run/cm4all/qrelay");
+        let mut expected = Vec::new();
+        while let Some(line) = lines.next_if(|line| !line.starts_with("$ ")) {
+            expected.push(line.as_str());
+        }
+        let same = shown.lines().count() == expected.len()
+            && shown.lines().zip(&expected).all(|(shown, expected)| matches(expected, shown));
+        assert!(same, "{}: {typed}\nshows\n{shown}", console.place);
+    }
+}
+
+/// Whether a line is the expected one, in which `…` stands for any text.
+fn matches(expected: &str, shown: &str) -> bool {
+    match expected.split_once('…') {
+        None => expected == shown,
+        Some((before, after)) => {
+            let rest = shown.strip_prefix(before);
+            rest.is_some_and(|rest| {
+                let mut ends = rest.char_indices().map(|(at, _)| at).chain([rest.len()]);
+                ends.any(|at| matches(after, &rest[at..]))
+            })
+        }
+    }
+}
+
+#[test]
+fn an_ellipsis_stands_for_any_text() {
+    for (expected, shown, same) in [
+        ("a b", "a b", true),
+        ("a b", "a c", false),
+        ("a …", "a b c", true),
+        ("a … c", "a b c", true),
+        ("a … c … e", "a b c d e", true),
+        ("a … c", "a b d", false),
+        ("a …", "b", false),
+    ] {
+        assert_eq!(matches(expected, shown), same, "{expected} {shown}");
+    }
 }
 
 fn block<'a>(place: String, mut source: String, words: impl Iterator<Item = &'a str>) -> Block {
@@ -197,7 +291,7 @@ fn serve(block: &Block, database: &Database) {
     }
     let daemon = launch.ready();
     let mut mail = Mail::new("Hello, Bob.").from("alice@example.com").to(&["bob@example.org"]);
-    mail.message = b"From: alice@example.com\nSubject: A test\n\nHello, Bob.\n".to_vec();
+    mail.message = MAIL.into();
     let sockets: Vec<_> = files_below(daemon.site().dir(), "sock")
         .into_iter()
         .filter(|path| is_socket(path) && *path != next_hop)

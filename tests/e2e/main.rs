@@ -57,5 +57,6 @@ mod signals;
 mod start;
 mod stop;
 mod systemd;
+mod r#try;
 mod unit;
 mod unread;

@@ -31,6 +31,15 @@ pub struct Origin {
     pub socket: ClientSocket,
 }
 
+/// What a trial assumes about a client that has no connection.
+#[derive(Debug, Clone)]
+pub(crate) enum Assumed {
+    /// The client is the process that has the number now.
+    Process,
+    /// The client is in the control group with this path, which needs not exist.
+    Group(Arc<[u8]>),
+}
+
 /// A complete, valid request with its origin, and what its handler changed.
 #[derive(Debug)]
 pub struct Mail {
@@ -46,6 +55,7 @@ pub struct Mail {
     /// Whole fields, as ranges in the message, sorted, disjoint.
     removed: Vec<Range<usize>>,
     client: Option<Arc<Client>>,
+    assumed: Option<Assumed>,
     notes: Option<Writer<'static>>,
     default_domain: Option<Arc<str>>,
 }
@@ -63,6 +73,7 @@ impl Mail {
             inserted: Inserted::default(),
             removed: Vec::new(),
             client: None,
+            assumed: None,
             notes: None,
             default_domain: None,
         }
@@ -117,6 +128,16 @@ impl Mail {
     /// Keeps the client's process as long as the mail, for other mails of the same client.
     pub(crate) fn keep_client(&mut self, client: Arc<Client>) -> &Client {
         self.client.insert(client)
+    }
+
+    /// Has the client be looked for where it is assumed, instead of at the other end of its socket.
+    pub(crate) fn assume(&mut self, client: Assumed) {
+        self.assumed = Some(client);
+    }
+
+    /// Returns what is assumed about a client that has no connection.
+    pub(crate) fn assumed(&self) -> Option<&Assumed> {
+        self.assumed.as_ref()
     }
 
     /// The message as received, with every field.
@@ -197,6 +218,11 @@ impl Mail {
     /// The pieces of the message that `remove_fields` leaves; none of them is empty.
     pub fn kept(&self) -> impl Iterator<Item = &[u8]> {
         header::without(self.message(), &self.removed)
+    }
+
+    /// Returns the fields that `remove_fields` leaves out.
+    pub(crate) fn removed(&self) -> impl Iterator<Item = &[u8]> {
+        self.removed.iter().map(|range| &self.message()[range.clone()])
     }
 
     /// How many ranges of the message are left out at most.

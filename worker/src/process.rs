@@ -1,6 +1,7 @@
 //! The processes of this crate: the zygote, which runs config.lua and forks, and the workers.
 //!
-//! [`zygote::main`] is where both begin; [`check::check`] runs config.lua in any other process.
+//! [`zygote::main`] is where both begin. [`check`] and [`trial`] run config.lua in any other
+//! process.
 
 mod account;
 pub mod check;
@@ -8,5 +9,6 @@ mod control;
 mod hints;
 mod logging;
 mod sandbox;
+pub mod trial;
 mod worker;
 pub mod zygote;

@@ -42,7 +42,7 @@ pub use self::context::Context;
 
 use crate::client::socket::ClientSocket;
 use crate::clock::age;
-use crate::delivery::action::Action;
+use crate::delivery::action::{self, Action};
 use crate::delivery::connect;
 use crate::delivery::exec;
 use crate::delivery::exec_raw;
@@ -60,6 +60,15 @@ use crate::session::stage::{Stage, Unread};
 
 /// Why a request can't be read whose client has attached descriptors.
 const PASSED: &str = "the client has passed descriptors";
+
+/// Returns the answer to a mail with too many `Received` fields, and the cause for the log.
+pub(crate) fn loops(mail: &Mail, max_hops: u32) -> Option<(Reply, String)> {
+    let hops = received_count(mail.message());
+    (hops > max_hops as usize).then(|| {
+        let cause = format!("{hops} Received fields, max_hops={max_hops}");
+        (Reply::permanent(texts::TOO_MANY_HOPS), cause)
+    })
+}
 
 /// The messages that a session still owes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -167,16 +176,10 @@ impl Session {
                 let (mail, decision) = handling.finish();
                 let outcome = match decision {
                     Ok(action) => self.carry_out(context, &mail, &action, deadline),
-                    Err(HandlerError::Script) => {
-                        Outcome::failed(Reply::temporary(texts::SCRIPT_FAILED))
+                    Err(error @ HandlerError::NotBegun) => {
+                        Outcome::refused(error.reply(), "no worker was free in time")
                     }
-                    Err(HandlerError::NotBegun) => {
-                        let reply = Reply::temporary(texts::TRY_AGAIN);
-                        Outcome::refused(reply, "no worker was free in time")
-                    }
-                    Err(HandlerError::Deadline) => {
-                        Outcome::failed(Reply::temporary(texts::RELAY_FAILED))
-                    }
+                    Err(error) => Outcome::failed(error.reply()),
                 };
                 self.conclude(context, mail, &outcome, unread);
             }
@@ -298,12 +301,8 @@ impl Session {
         deadline: Deadline,
         unread: Unread,
     ) -> Stage {
-        let hops = received_count(mail.message());
-        let max_hops = context.settings.max_hops;
-        if hops > max_hops as usize {
-            let cause = format!("{hops} Received fields, max_hops={max_hops}");
-            let outcome = Outcome::refused(Reply::permanent(texts::TOO_MANY_HOPS), &cause);
-            return Stage::Settled(mail, outcome, unread);
+        if let Some((reply, cause)) = loops(&mail, context.settings.max_hops) {
+            return Stage::Settled(mail, Outcome::refused(reply, &cause), unread);
         }
         self.note(&mail);
         self.flight.enter(Phase::Lua);
@@ -352,8 +351,6 @@ impl Session {
         self.announce_timeout(context, action);
         self.note(mail);
         let name = action.name();
-        let text =
-            |own: &Option<Arc<str>>, default: &str| own.as_deref().unwrap_or(default).to_owned();
         let flight = &self.flight;
         let host = ProgramContext {
             children: &context.children,
@@ -362,11 +359,9 @@ impl Session {
             flight,
         };
         match action {
-            Action::Discard(own) => {
-                Outcome::own(name, Reply::accepted(text(own, texts::DISCARDED)))
-            }
-            Action::Reject(own) => Outcome::own(name, Reply::permanent(text(own, texts::REJECTED))),
-            Action::Defer(own) => Outcome::own(name, Reply::temporary(text(own, texts::DEFERRED))),
+            Action::Discard(own) => Outcome::own(name, action::discarded(own)),
+            Action::Reject(own) => Outcome::own(name, action::rejected(own)),
+            Action::Defer(own) => Outcome::own(name, action::deferred(own)),
             Action::Connect(target) => {
                 let limit = context.settings.connect_timeout;
                 let (delivery, spent) =

@@ -13,6 +13,7 @@
 
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use qrelay_shared::admin;
@@ -309,31 +310,37 @@ impl DictionaryServer {
     }
 }
 
-/// Returns an opener for the script of one process, with dictionaries that nobody else sees. A
-/// thread answers until the opener is closed. `None` if the system has no thread or no sockets.
+/// Returns an opener for the script of one process, with dictionaries that nobody else sees. They
+/// last until the opener and all channels are closed; a thread answers on each. `None` if the
+/// system has no thread or no sockets.
 pub fn alone() -> Option<OwnedFd> {
     let (opener, theirs) = OpenerChannel::pair().ok()?;
     std::thread::Builder::new().spawn(move || serve_alone(&opener)).ok()?;
     Some(theirs.into())
 }
 
-/// A script that has one question at a time needs another channel only when it has closed the last
-/// one.
 fn serve_alone(opener: &OpenerChannel) {
-    let generation = GenerationId::default();
-    let (mut dictionaries, mut buffer) = (Dictionaries::default(), RecvBuffer::new());
+    let dictionaries = Arc::new(Mutex::new(Dictionaries::default()));
+    let mut buffer = RecvBuffer::new();
     while opener.recv(&mut buffer).is_ok() {
         let Ok((channel, theirs)) = QuestionChannel::pair() else { return };
         let theirs = OwnedFd::from(theirs);
-        if opener.send(&Opened::Channel, &[theirs.as_fd()]).is_err() {
+        let own = Arc::clone(&dictionaries);
+        let answering = std::thread::Builder::new().spawn(move || answer_alone(&channel, &own));
+        if answering.is_err() || opener.send(&Opened::Channel, &[theirs.as_fd()]).is_err() {
             return;
         }
-        drop(theirs);
-        while let Ok(received) = channel.recv(&mut buffer) {
-            let answer = dictionaries.answer(generation, received.message, Instant::now());
-            if channel.send(&answer, &[]).is_err() {
-                break;
-            }
+    }
+}
+
+/// Answers on one channel until it is closed.
+fn answer_alone(channel: &QuestionChannel, dictionaries: &Mutex<Dictionaries>) {
+    let mut buffer = RecvBuffer::new();
+    while let Ok(received) = channel.recv(&mut buffer) {
+        let mut dictionaries = dictionaries.lock().unwrap_or_else(PoisonError::into_inner);
+        let answer = dictionaries.answer(GenerationId::default(), received.message, Instant::now());
+        if channel.send(&answer, &[]).is_err() {
+            return;
         }
     }
 }

@@ -230,6 +230,19 @@ impl Hierarchy {
         Ok(Cgroup { path: path.into(), directory: self.open(path)? })
     }
 
+    /// Returns the group with this path, without attributes if there is no such group.
+    ///
+    /// # Errors
+    /// See [`CgroupError`].
+    pub(crate) fn assumed(&self, path: &[u8]) -> Result<Cgroup, CgroupError> {
+        match self.group(path) {
+            Err(CgroupError::Os { error: Errno::ENOENT | Errno::ENOTDIR, .. }) => {
+                Ok(Cgroup { path: path.into(), directory: Directory::Hidden })
+            }
+            other => other,
+        }
+    }
+
     fn open(&self, path: &[u8]) -> Result<Directory, CgroupError> {
         let mut mount = self.mount.lock();
         if mount.is_none() {

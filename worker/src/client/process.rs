@@ -59,9 +59,12 @@ impl Client {
         Ok(Self { pid, process })
     }
 
-    /// Before Linux 6.5: the process that has the number, if it had it when the connection was
-    /// accepted.
-    fn by_number(pid: Pid, accepted: u64) -> Result<Self, IdentityError> {
+    /// Before Linux 6.5, and in a trial: the process that has the number, if it had it when the
+    /// connection was accepted.
+    ///
+    /// # Errors
+    /// See [`IdentityError`].
+    pub(crate) fn by_number(pid: Pid, accepted: u64) -> Result<Self, IdentityError> {
         let process = pidfd::open(pid).map_err(|error| match error {
             Errno::ESRCH => IdentityError::Exited,
             error => IdentityError::Os("pidfd_open", error),

@@ -8,6 +8,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use qrelay_shared::endpoint::Endpoint;
+use qrelay_shared::qmqp::Reply;
+use qrelay_shared::texts;
 
 /// The decision about one mail.
 #[derive(Debug, Clone)]
@@ -84,6 +86,21 @@ pub struct Exec {
     pub environment: Vec<CString>,
     /// Replaces the mail's deadline.
     pub timeout: Option<Duration>,
+}
+
+/// Returns the answer of [`Action::Discard`].
+pub(crate) fn discarded(own: &Option<Arc<str>>) -> Reply {
+    Reply::accepted(own.as_deref().unwrap_or(texts::DISCARDED))
+}
+
+/// Returns the answer of [`Action::Reject`].
+pub(crate) fn rejected(own: &Option<Arc<str>>) -> Reply {
+    Reply::permanent(own.as_deref().unwrap_or(texts::REJECTED))
+}
+
+/// Returns the answer of [`Action::Defer`].
+pub(crate) fn deferred(own: &Option<Arc<str>>) -> Reply {
+    Reply::temporary(own.as_deref().unwrap_or(texts::DEFERRED))
 }
 
 impl Action {

@@ -144,15 +144,6 @@ fn without_shebang(source: &[u8]) -> &[u8] {
 fn located(lua: &Lua, error: &mlua::Error, config: &Path) -> String {
     let (message, traceback) = error::describe(error);
     let message = function::with_fields(lua, message);
-    // `config.lua:12: …`, or `lua: config.lua:12: …` where a module failed to load.
-    let has_position = message.split(": ").next().is_some_and(|position| {
-        position.rsplit(':').next().is_some_and(|line| line.parse::<u32>().is_ok())
-    });
-    if has_position {
-        return message;
-    }
-    match traceback.as_deref().and_then(error::position) {
-        Some(position) => format!("{position}: {message}"),
-        None => format!("{}: {message}", config.display()),
-    }
+    error::located(message, traceback.as_deref())
+        .unwrap_or_else(|message| format!("{}: {message}", config.display()))
 }

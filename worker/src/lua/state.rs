@@ -37,8 +37,8 @@ use crate::lua::engine::watch::{Held, Watch};
 use crate::lua::library::action_object;
 use crate::lua::library::dictionary_client::{self, Opener};
 use crate::lua::library::every;
-use crate::lua::library::listen::Draft;
 pub use crate::lua::library::listen::Purpose;
+use crate::lua::library::listen::{Draft, SharedDraft};
 use crate::lua::library::mail_object::MailObject;
 use crate::lua::library::pg;
 use crate::lua::library::shared::SharedOpener;
@@ -81,7 +81,11 @@ pub struct State {
     memory: AtomicU64,
     dictionaries: SharedOpener,
     pg: Arc<pg::Library>,
+    draft: SharedDraft,
 }
+
+/// A handler that has ended: its mail, and its action or why there is none.
+pub(crate) type Ended = (Box<Mail>, Result<Action, Stop>);
 
 /// A listener's handler.
 struct Handler {
@@ -137,7 +141,7 @@ impl State {
         let result = config::run(&lua, &config, reload, &draft);
         output.flush(None);
         // No channel or connection may be inherited: each process has its own.
-        pg.close();
+        pg.close(purpose);
         dictionary_client::close_idle();
         *dictionaries.write() = Opener::default();
         result.map_err(|error| match watch.has_failed_for_now() {
@@ -174,6 +178,7 @@ impl State {
             memory: AtomicU64::new(0),
             dictionaries,
             pg,
+            draft,
         };
         Ok((state, declaration))
     }
@@ -212,52 +217,90 @@ impl State {
             slog::error!(self.logger, "no handler for listener {}", listener; "id" => &*mail.id());
             return Handling::Decided((mail, Err(HandlerError::Script)));
         };
+        let (job, slot) = self.context(listener, mail, deadline);
+        match self.begin(handler, &job, &slot) {
+            Ok(Progress::Waits(suspended)) => Handling::Waits(Box::new(move || {
+                let result = self.monitor.finish(&job, suspended, action_object::decision);
+                self.decided(self.ended(listener, &slot, result))
+            })),
+            Ok(Progress::Finished(decision)) => {
+                Handling::Decided(self.decided(self.ended(listener, &slot, Ok(decision))))
+            }
+            Err(stop) => Handling::Decided(self.decided(self.ended(listener, &slot, Err(stop)))),
+        }
+    }
+
+    /// Runs the listener's handler for a mail to its end, waits included, and logs no failure. The
+    /// listener is one that the script has declared.
+    pub(crate) fn handle(&self, listener: usize, mail: Box<Mail>, deadline: Deadline) -> Ended {
+        let (job, slot) = self.context(listener, mail, deadline);
+        let result = match self.begin(&self.handlers[listener], &job, &slot) {
+            Ok(Progress::Waits(suspended)) => {
+                self.monitor.finish(&job, suspended, action_object::decision)
+            }
+            Ok(Progress::Finished(decision)) => Ok(decision),
+            Err(stop) => Err(stop),
+        };
+        self.ended(listener, &slot, result)
+    }
+
+    /// Returns what a run of the listener's handler needs to know, and the place of the mail.
+    fn context(
+        &self,
+        listener: usize,
+        mail: Box<Mail>,
+        deadline: Deadline,
+    ) -> (RunContext, Arc<Slot>) {
         let number = mail.job();
         let slot = Slot::new(mail);
         let budget = self.settings.handler_timeout;
-        let job = RunContext {
-            number,
-            handler: Some(listener),
-            mail: Some(Arc::clone(&slot)),
-            deadline,
-            budget,
-        };
-        let object = MailObject::new(Arc::clone(&slot));
+        let mail = Some(Arc::clone(&slot));
+        (RunContext { number, handler: Some(listener), mail, deadline, budget }, slot)
+    }
+
+    fn begin(
+        &self,
+        handler: &Handler,
+        job: &RunContext,
+        slot: &Arc<Slot>,
+    ) -> Result<Progress<Result<Action, String>>, Stop> {
+        let object = MailObject::new(Arc::clone(slot));
         let argument = |lua: &Lua| {
             self.memory.store(lua.used_memory() as u64, Ordering::Relaxed);
             lua.create_any_userdata(object).map(Value::UserData)
         };
-        match self.monitor.start(&job, &handler.function, argument, action_object::decision) {
-            Ok(Progress::Waits(suspended)) => Handling::Waits(Box::new(move || {
-                let result = self.monitor.finish(&job, suspended, action_object::decision);
-                self.decided(listener, &slot, result)
-            })),
-            Ok(Progress::Finished(decision)) => {
-                Handling::Decided(self.decided(listener, &slot, Ok(decision)))
-            }
-            Err(stop) => Handling::Decided(self.decided(listener, &slot, Err(stop))),
-        }
+        self.monitor.start(job, &handler.function, argument, action_object::decision)
     }
 
-    /// Takes the mail back from a handler that has ended, and logs a failure.
-    fn decided(
+    /// Takes the mail back from a handler that has ended.
+    fn ended(
         &self,
         listener: usize,
         slot: &Slot,
         result: Result<Result<Action, String>, Stop>,
-    ) -> Decision {
+    ) -> Ended {
         let mail = slot.take().expect("nobody else takes the mail out of its slot");
         self.output.flush(Some(&mail.id()));
         let result = match result {
             Ok(Ok(action)) => Ok(action),
             Ok(Err(message)) => {
-                let place = self.handlers.get(listener).map_or("handler", |h| h.place.as_str());
+                let place = self.handler_place(listener);
                 Err(Stop::Error { message: format!("{place}: {message}"), traceback: None })
             }
             Err(stop) => Err(stop),
         };
+        (mail, result)
+    }
+
+    /// Logs a failure.
+    fn decided(&self, (mail, result): Ended) -> Decision {
         let result = result.map_err(|stop| self.failed(&mail, stop));
         (mail, result)
+    }
+
+    /// Returns the place of a call of `os.exit` that was refused.
+    pub(crate) fn left(&self) -> Option<String> {
+        self.draft.lock().left().map(str::to_owned)
     }
 
     /// Returns how long Lua has been held, and by which job. Takes no lock.
@@ -269,6 +312,11 @@ impl State {
     pub fn place(&self) -> &str {
         let handler = self.watch.handler().and_then(|index| self.handlers.get(index));
         handler.map_or("", |handler| handler.place.as_str())
+    }
+
+    /// Returns file and line of a listener's handler.
+    pub(crate) fn handler_place(&self, listener: usize) -> &str {
+        self.handlers.get(listener).map_or("handler", |handler| handler.place.as_str())
     }
 
     /// Whether the memory limit was reached even after a full collection; the process should then

@@ -36,17 +36,7 @@ pub fn check(
 ) -> Result<Checked, ConfigError> {
     // Rust's runtime ignores the signal, and so would the script's programs.
     disregard(Signal::SIGPIPE);
-    let names = std::env::var("LISTEN_FDNAMES").ok();
-    let split =
-        |names: String| names.split(':').filter(|n| !n.is_empty()).map(str::to_owned).collect();
-    let (_state, declaration) = State::load(LoadOptions {
-        config: config.to_owned(),
-        reload: false,
-        systemd: names.map(split),
-        purpose: Purpose::Trial,
-        logger,
-        dictionaries,
-    })?;
+    let (_state, declaration) = State::load(trial_options(config, logger, dictionaries))?;
     if let Some(account) = account::declared(&declaration.settings) {
         account::check(&account)
             .map_err(|message| ConfigError::Declaration { path: config.to_owned(), message })?;
@@ -58,6 +48,25 @@ pub fn check(
     let hints =
         hints.into_iter().map(|(line, hint)| format!("{}:{line}: {hint}", config.display()));
     Ok(Checked { text: describe(&declaration), note, hints: hints.collect() })
+}
+
+/// Returns how a script is loaded that is only tried.
+pub(super) fn trial_options(
+    config: &Path,
+    logger: Logger,
+    dictionaries: Option<OwnedFd>,
+) -> LoadOptions {
+    let names = std::env::var("LISTEN_FDNAMES").ok();
+    let split =
+        |names: String| names.split(':').filter(|n| !n.is_empty()).map(str::to_owned).collect();
+    LoadOptions {
+        config: config.to_owned(),
+        reload: false,
+        systemd: names.map(split),
+        purpose: Purpose::Trial,
+        logger,
+        dictionaries,
+    }
 }
 
 /// The result of a check.

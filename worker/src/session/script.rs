@@ -11,6 +11,8 @@ use std::time::Duration;
 use qrelay_shared::deadline::Deadline;
 use qrelay_shared::ids::JobId;
 use qrelay_shared::ipc::message::DatabaseState;
+use qrelay_shared::qmqp::Reply;
+use qrelay_shared::texts;
 use thiserror::Error;
 
 use crate::delivery::action::Action;
@@ -30,6 +32,17 @@ pub enum HandlerError {
     /// `Zrelay failed`.
     #[error("the deadline passed before the handler returned")]
     Deadline,
+}
+
+impl HandlerError {
+    /// Returns the answer to the client.
+    pub(crate) fn reply(self) -> Reply {
+        Reply::temporary(match self {
+            Self::Script => texts::SCRIPT_FAILED,
+            Self::NotBegun => texts::TRY_AGAIN,
+            Self::Deadline => texts::RELAY_FAILED,
+        })
+    }
 }
 
 /// A mail, and what its handler decided.

@@ -165,6 +165,22 @@ fn parts(error: &mlua::Error) -> (String, Option<String>) {
     }
 }
 
+/// Returns a message that begins with file and line, if the message or the traceback has them.
+/// Lua's own messages usually do: `config.lua:12: …`, or `lua: config.lua:12: …` where a module
+/// failed to load.
+pub(crate) fn located(message: String, traceback: Option<&str>) -> Result<String, String> {
+    let has_position = message.split(": ").next().is_some_and(|position| {
+        position.rsplit(':').next().is_some_and(|line| line.parse::<u32>().is_ok())
+    });
+    if has_position {
+        return Ok(message);
+    }
+    match traceback.and_then(position) {
+        Some(position) => Ok(format!("{position}: {message}")),
+        None => Err(message),
+    }
+}
+
 /// Whether an error comes from Rust and has no position yet.
 fn is_ours(error: &mlua::Error) -> bool {
     matches!(
@@ -183,7 +199,7 @@ fn with_position(message: &str, traceback: &str) -> String {
 }
 
 /// File and line of the innermost frame that is the script's.
-pub(crate) fn position(traceback: &str) -> Option<&str> {
+fn position(traceback: &str) -> Option<&str> {
     traceback.lines().map(str::trim).find_map(|frame| {
         let (position, _) = frame.split_once(": in ")?;
         let (chunk, line) = position.rsplit_once(':')?;

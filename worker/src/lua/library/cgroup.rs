@@ -19,13 +19,14 @@ use qrelay_shared::ipc::message::Peer;
 
 use crate::client::cache::clients;
 use crate::client::cgroup::{Cgroup, CgroupError, hierarchy, parent};
+use crate::client::process::Client;
 use crate::lua::binding::convert;
 use crate::lua::binding::error::Raise;
 use crate::lua::binding::function::{self, Class};
 use crate::lua::binding::strings::Strings;
 use crate::lua::engine::slot::Slot;
 use crate::lua::library::mail_object::MailObject;
-use crate::mail::Mail;
+use crate::mail::{Assumed, Mail};
 
 /// A group as a mail's script sees it.
 #[derive(Clone)]
@@ -69,10 +70,13 @@ impl Handle {
 
     /// Returns the parent group.
     fn parent(&self) -> Result<Option<Self>, Raise> {
-        self.slot.with(|_, cgroups| {
+        self.slot.with(|mail, cgroups| {
             let Some(path) = parent(&self.path) else { return Ok(None) };
             if !cgroups.iter().any(|cgroup| &**cgroup.path() == path) {
-                cgroups.push(hierarchy().group(path)?);
+                cgroups.push(match mail.assumed() {
+                    Some(Assumed::Group(_)) => hierarchy().assumed(path)?,
+                    Some(Assumed::Process) | None => hierarchy().group(path)?,
+                });
             }
             Ok(Some(Self { slot: Arc::clone(&self.slot), path: path.into() }))
         })
@@ -99,10 +103,20 @@ pub(crate) fn attribute(class: &mut Class<'_>) -> mlua::Result<()> {
 fn client(mail: &mut Mail, cgroups: &mut Vec<Cgroup>) -> Result<Option<Arc<[u8]>>, Raise> {
     if cgroups.is_empty() {
         let Peer::Local { pid: Some(pid), .. } = *mail.peer() else { return Ok(None) };
-        let (client, id) =
-            clients().of(mail.socket(), Pid::from_raw(pid)).map_err(CgroupError::from)?;
-        let client = mail.keep_client(client);
-        cgroups.extend(hierarchy().of_client(client, id)?);
+        let pid = Pid::from_raw(pid);
+        let group = match mail.assumed() {
+            Some(Assumed::Group(path)) => Some(hierarchy().assumed(path)?),
+            Some(Assumed::Process) => {
+                let client = Client::by_number(pid, u64::MAX).map_err(CgroupError::from)?;
+                let id = client.check().map_err(CgroupError::from)?;
+                hierarchy().of_client(&client, id)?
+            }
+            None => {
+                let (client, id) = clients().of(mail.socket(), pid).map_err(CgroupError::from)?;
+                hierarchy().of_client(mail.keep_client(client), id)?
+            }
+        };
+        cgroups.extend(group);
     }
     Ok(cgroups.first().map(|cgroup| Arc::clone(cgroup.path())))
 }

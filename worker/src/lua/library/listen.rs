@@ -75,7 +75,7 @@ pub(crate) struct Draft {
 pub enum Purpose {
     /// To decide about mails.
     Serve,
-    /// To be checked: it must not end the process.
+    /// To be checked or tried: it must not end the process, which never forks.
     Trial,
 }
 
@@ -119,6 +119,11 @@ impl Draft {
             true => "os.exit is no way to end a script: return, or raise an error".into(),
             false => "os.exit would end the worker: return an action, or raise an error".into(),
         })
+    }
+
+    /// Returns the place of a call of `os.exit` that was refused.
+    pub(crate) fn left(&self) -> Option<&str> {
+        self.left.as_deref()
     }
 
     /// Enters the phase in which the script's function `reload` runs.

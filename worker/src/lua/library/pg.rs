@@ -46,6 +46,7 @@ use crate::lua::binding::error::Raise;
 use crate::lua::binding::function::Class;
 use crate::lua::engine::background::Background;
 use crate::lua::engine::watch::Watch;
+use crate::lua::library::listen::Purpose;
 use crate::lua::library::pg::database::{DatabaseObject, WeakPool};
 use crate::lua::library::pg::listen::Channel;
 use crate::lua::library::pg::pool::Pool;
@@ -79,12 +80,13 @@ impl Library {
     }
 
     /// Closes, after loading, the connections that the script opened, and waits at most
-    /// [`pool::CLOSE_TIME`] for the end of their threads.
-    pub(crate) fn close(&self) {
+    /// [`pool::CLOSE_TIME`] for the end of their threads. Only a process that forks has to have a
+    /// single thread.
+    pub(crate) fn close(&self, purpose: Purpose) {
         let deadline = Deadline::after(pool::CLOSE_TIME);
         let pools: Vec<_> = self.pools.lock().iter().filter_map(WeakPool::upgrade).collect();
         pools.iter().for_each(|pool| pool.close(deadline));
-        if !pools.is_empty() {
+        if !pools.is_empty() && purpose == Purpose::Serve {
             wait_for_single_thread(deadline);
         }
     }
