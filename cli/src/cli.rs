@@ -169,7 +169,14 @@ pub enum Command {
     /// Run the daemon.
     Run(Options),
     /// Load the script, and print what it declares.
-    Check(Script),
+    Check {
+        /// The script.
+        script: Script,
+        /// The script's path as the caller has given it.
+        named: PathBuf,
+        /// Print all settings.
+        all: bool,
+    },
     /// Load the script, and print what it decides about a mail.
     Try(Script, Box<trial::Args>),
     /// Submit a mail, or files.
@@ -201,19 +208,21 @@ pub fn parse() -> Result<Command, Exit> {
     let level = Level::from(cli.common.log_level);
     let boot_timeout = cli.common.boot_timeout;
     let control = cli.common.control();
-    let config = absolute(cli.common.config)?;
+    let named = cli.common.config;
+    let config = absolute(&named)?;
     Ok(match cli.command {
         None => {
             let account = cli.user.map(|user| Account { user, group: cli.group });
             let control = match control {
-                Control::At(path) => Control::At(absolute(path)?),
+                Control::At(path) => Control::At(absolute(&path)?),
                 other => other,
             };
             Command::Run(Options { config, level, boot_timeout, control, account })
         }
-        Some(Verb::Check(check::Args { file })) => {
-            let config = file.map_or(Ok(config), absolute)?;
-            Command::Check(Script { config, level, boot_timeout })
+        Some(Verb::Check(check::Args { file, all })) => {
+            let named = file.unwrap_or(named);
+            let script = Script { config: absolute(&named)?, level, boot_timeout };
+            Command::Check { script, named, all }
         }
         Some(Verb::Try(args)) => Command::Try(Script { config, level, boot_timeout }, args),
         Some(Verb::Admin(verb)) => {
@@ -250,8 +259,8 @@ fn explained(error: clap::Error) -> Exit {
 }
 
 /// Makes a path absolute, because the zygote changes its working directory.
-fn absolute(path: PathBuf) -> Result<PathBuf, Exit> {
-    std::path::absolute(&path).map_err(|error| {
+fn absolute(path: &Path) -> Result<PathBuf, Exit> {
+    std::path::absolute(path).map_err(|error| {
         eprintln!("qrelay: {}: {}", path.display(), shown(&error));
         Exit::Usage
     })

@@ -42,7 +42,7 @@ fn main() -> ExitCode {
         Ok(Command::Run(options)) => daemon::run(options),
         Ok(Command::Zygote(level, limits)) => qrelay_worker::process::zygote::main(level, limits),
         Ok(Command::Admin(verb, path)) => admin::run(&verb, &path),
-        Ok(Command::Check(script)) => check::run(&script),
+        Ok(Command::Check { script, named, all }) => check::run(&script, &named, all),
         Ok(Command::Try(script, args)) => trial::run(&script, *args),
         Ok(Command::Send(args)) => send::run(&args),
         Ok(Command::Sendmail(args)) => sendmail::run(&args),

@@ -67,6 +67,81 @@ fn check_prints_listeners_and_settings_and_binds_nothing() {
 }
 
 #[test]
+fn check_says_first_whether_the_script_is_sound() {
+    let site = Site::with(
+        "settings{workers=3, client_timeout=2.5, shared_memory=2^25}
+         log_server = '192.0.2.9'
+         local function handler(m) return m:discard() end
+         qmqp_listen('/run/in', handler, {mode='0660', owner='root', group=65533})
+         qmqp_listen('/run/all', handler)
+         qmqp_listen('127.0.0.1:6289', handler, {max_size=2^20})
+         qmqp_listen(systemd['web'], handler, {allow={'192.0.2.0/24'}})",
+    );
+    let expected = "config.lua is sound: 4 listeners\n\
+        \n\
+        listener /run/in\n\
+        \x20 mode 0660, owner root, group 65533\n\
+        \x20 may connect: user root, group 65533\n\
+        listener /run/all\n\
+        \x20 mode 0666, owner the daemon's user, group the daemon's group\n\
+        \x20 may connect: every local user\n\
+        listener 127.0.0.1:6289\n\
+        \x20 may connect: loopback addresses only\n\
+        \x20 max_size 1 MiB\n\
+        listener systemd['web']\n\
+        \x20 may connect: 192.0.2.0/24\n\
+        \n\
+        log_server = 192.0.2.9:5479\n\
+        workers = 3 (default N)\n\
+        client_timeout = 2.5 s (default 5 s)\n\
+        shared_memory = 32 MiB (default 16 MiB)\n\
+        19 settings have their defaults (--all shows them)\n";
+    for named in [&["config.lua"][..], &["--config", "config.lua"]] {
+        let mut check = command(QRELAY);
+        let output = check.arg("check").args(named).current_dir(site.dir()).output();
+        let shown = stdout(&output.expect("runs"));
+        // The default is the number of processors.
+        let default = shown.split("workers = 3 (default ").nth(1).and_then(|s| s.split(')').next());
+        let default = format!("(default {})", default.expect("the setting"));
+        assert_eq!(shown.replacen(&default, "(default N)", 1), expected);
+    }
+    let all = stdout(&check(&site).arg("--all").output().expect("runs"));
+    for part in ["\nrelay_timeout = 55 s\n", "\nlua_memory_limit = 256 MiB\n", "backlog 1024\n"] {
+        assert!(all.contains(part), "{part:?} in\n{all}");
+    }
+    let both = check(&site).arg("config.lua").output().expect("runs");
+    assert_eq!(both.status.code(), Some(64), "{}", stderr(&both));
+}
+
+#[test]
+fn check_warns_of_places_where_no_socket_can_be_made() {
+    let site = Site::with(
+        "local function handler(m) return m:discard() end
+         qmqp_listen('$DIR/missing/in', handler)
+         qmqp_listen('$DIR/config.lua', handler)
+         qmqp_listen('$DIR/in', handler)",
+    );
+    let (missing, config) = (site.path("missing"), site.path("config.lua"));
+    let output = check(&site).output().expect("runs");
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    let warnings = |output: &Output| {
+        let told = stderr(output);
+        let warnings = told.lines().filter_map(|line| line.strip_prefix("qrelay: warning: "));
+        warnings.map(str::to_owned).collect::<Vec<_>>()
+    };
+    let [first, second] = &warnings(&output)[..] else { panic!("{}", stderr(&output)) };
+    assert!(first.starts_with(&format!("the directory {} doesn't exist", missing.display())));
+    assert!(second.starts_with(&format!("{} is there already", config.display())), "{second}");
+    let mut as_nobody = command("setpriv");
+    as_nobody.args(["--reuid", "65534", "--regid", "65534", "--clear-groups", QRELAY, "check"]);
+    let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+    std::fs::set_permissions(site.dir(), mode).expect("mode");
+    let output = as_nobody.arg(&config).output().expect("runs");
+    let told = format!("the directory {} can't be written by the user", site.dir().display());
+    assert_eq!(warnings(&output).iter().filter(|line| line.starts_with(&told)).count(), 2);
+}
+
+#[test]
 fn check_shows_file_and_line_of_an_error() {
     let site = Site::with("local x = 1\nqmqp_listen(x)\n");
     let output = command(QRELAY)
@@ -417,6 +492,7 @@ fn check_by_root_says_what_that_means() {
     let site = Site::with(&format!("settings{{user='nobody'}}\n{LISTEN}"));
     let told = stderr(&check(&site).output().expect("runs"));
     assert!(told.contains("as root") && told.contains("'nobody'"), "{told}");
+    assert!(told.contains("files that it makes belong to root"), "{told}");
     let mut as_nobody = command("setpriv");
     as_nobody.args(["--reuid", "65534", "--regid", "65534", "--clear-groups", QRELAY, "check"]);
     let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);
@@ -433,16 +509,19 @@ fn check_warns_of_globals_that_have_no_effect() {
          settings = {{workers=4}}
          max_size = 1 << 20
          reload = 'now'
-         drain_timeout = 5"
+         drain_timeout = 5
+         default_domain = 'example.com'"
     ));
     let output = check(&site).output().expect("runs");
     assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
     let told = stderr(&output);
+    assert_eq!(told.matches("qrelay: warning: ").count(), 5, "{told}");
     for part in [
         "settings was assigned, so it set nothing: call it, as in settings{…}",
         "max_size was set to 1048576 after the last qmqp_listen",
         "reload is 'now', but must be a function",
         "the global variable drain_timeout sets nothing: write settings{drain_timeout = 5}",
+        "default_domain sets nothing: write settings{default_domain = 'example.com'}",
     ] {
         assert!(told.contains(part), "{part:?} is not in:\n{told}");
     }

@@ -6,7 +6,6 @@
 mod account;
 pub mod check;
 mod control;
-mod hints;
 mod logging;
 mod sandbox;
 pub mod trial;

@@ -130,10 +130,7 @@ impl Listener {
 
     /// Returns whether clients from this address are served.
     pub(super) fn allows(&self, address: IpAddr) -> bool {
-        match self.declared.as_ref().and_then(|declared| declared.allow.as_ref()) {
-            Some(networks) => networks.iter().any(|network| network.contains(address)),
-            None => self.adopted || address.to_canonical().is_loopback(),
-        }
+        self.declared.as_ref().is_none_or(|declared| declared.allows(address))
     }
 }
 

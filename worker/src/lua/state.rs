@@ -82,6 +82,7 @@ pub struct State {
     dictionaries: SharedOpener,
     pg: Arc<pg::Library>,
     draft: SharedDraft,
+    warnings: Vec<String>,
 }
 
 /// A handler that has ended: its mail, and its action or why there is none.
@@ -155,11 +156,9 @@ impl State {
             .lock()
             .finish(&lua)
             .map_err(|message| ConfigError::Declaration { path: config, message })?;
-        if draft.lock().listens_in_vain() {
-            slog::warn!(logger, "the script listens on systemd, which passed no sockets for it");
-        }
-        for warning in draft.lock().oddities(&lua).map_err(internal)? {
-            slog::warn!(logger, "{}", warning);
+        let warnings = draft.lock().oddities(&lua).map_err(internal)?;
+        if purpose == Purpose::Serve {
+            warnings.iter().for_each(|warning| slog::warn!(logger, "{}", warning));
         }
         let settings = declaration.settings.clone();
         collector::limit_memory(&lua, settings.lua_memory_limit).map_err(internal)?;
@@ -179,6 +178,7 @@ impl State {
             dictionaries,
             pg,
             draft,
+            warnings,
         };
         Ok((state, declaration))
     }
@@ -296,6 +296,11 @@ impl State {
     fn decided(&self, (mail, result): Ended) -> Decision {
         let result = result.map_err(|stop| self.failed(&mail, stop));
         (mail, result)
+    }
+
+    /// Returns what the script has declared without effect. If the script serves, the log has it.
+    pub(crate) fn warnings(&self) -> &[String] {
+        &self.warnings
     }
 
     /// Returns the place of a call of `os.exit` that was refused.

@@ -153,8 +153,10 @@ impl Trial {
         disregard(Signal::SIGPIPE);
         let records = Records::default();
         let kept = dictionaries.as_ref().and_then(|channel| channel.try_clone().ok());
-        let options = check::trial_options(config, records.logger(level), dictionaries);
+        let logger = records.logger(level);
+        let options = check::trial_options(config, logger.clone(), dictionaries);
         let loaded = State::load(options).and_then(|(state, declaration)| {
+            state.warnings().iter().for_each(|warning| slog::warn!(logger, "{}", warning));
             become_user(&declaration.settings)
                 .map_err(|message| ConfigError::Declaration { path: config.to_owned(), message })?;
             Ok((state, declaration))

@@ -6,6 +6,15 @@ use crate::support::{Options, Script, config_error, mail};
 use qrelay_worker::lua::state::{LoadOptions, Purpose, State};
 
 #[test]
+fn globals_are_no_settings() {
+    for name in ["max_size", "log_server"] {
+        let error = config_error(&format!("\nsettings{{{name}=1}}"), Options::default());
+        let told = format!("config.lua:2: {name} is no setting but a global variable");
+        assert!(error.starts_with(&told), "{error}");
+    }
+}
+
+#[test]
 fn declarations() {
     let options = Options { systemd: vec!["web".into()], ..Options::default() };
     let (script, log) = Script::load_with(

@@ -166,7 +166,7 @@ impl Draft {
     }
 
     /// Whether the script listens on `systemd`, but no socket is left for it.
-    pub(crate) fn listens_in_vain(&self) -> bool {
+    fn listens_in_vain(&self) -> bool {
         let Some(passed) = &self.systemd else { return false };
         let claimed = |name: &String| {
             let by_name = ListenAddress::Systemd(Some(name.clone()));
@@ -176,13 +176,16 @@ impl Draft {
             && passed.iter().all(claimed)
     }
 
-    /// Returns warnings about globals that have no effect, or not the one that was meant.
+    /// Returns warnings about what has no effect, or not the one that was meant.
     ///
     /// # Errors
     /// Lua is out of memory.
     pub(crate) fn oddities(&self, lua: &Lua) -> mlua::Result<Vec<String>> {
         let globals = lua.globals();
         let mut warnings = Vec::new();
+        if self.listens_in_vain() {
+            warnings.push("the script listens on systemd, which passed no sockets for it".into());
+        }
         if !globals.raw_get::<Value>("settings")?.is_function() {
             warnings.push(
                 "settings was assigned, so it set nothing: call it, as in settings{…}".into(),
@@ -203,7 +206,8 @@ impl Draft {
         }
         for name in settings::plain_names() {
             let value: Value = globals.raw_get(name)?;
-            if matches!(value, Value::Integer(_) | Value::Number(_) | Value::Boolean(_)) {
+            let scalar = value.is_integer() || value.is_number() || value.is_string();
+            if scalar || value.is_boolean() {
                 warnings.push(format!(
                     "the global variable {name} sets nothing: write settings{{{name} = {}}}",
                     convert::describe(&value)

@@ -69,6 +69,9 @@ const KEYS: &[(&str, Kind)] = &[
     ("group", Kind::Name(|s| &mut s.group)),
 ];
 
+/// Global variables that one may take for settings.
+const GLOBALS: [&str; 2] = ["max_size", "log_server"];
+
 /// Copies the keys of the table that a script passes to `settings`. After an error `settings` must
 /// not be used.
 ///
@@ -78,6 +81,13 @@ pub(crate) fn apply(table: &Table, settings: &mut Settings) -> Result<(), Raise>
     for pair in table.pairs::<Value, Value>() {
         let (key, value) = pair?;
         let name = key.as_string().map(mlua::LuaString::to_string_lossy).unwrap_or_default();
+        if GLOBALS.contains(&&*name) {
+            return Err(format!(
+                "{name} is no setting but a global variable: write {name} = … in front of \
+                 qmqp_listen"
+            )
+            .into());
+        }
         let Some((name, kind)) = KEYS.iter().find(|(known, _)| *known == name) else {
             let known: Vec<&str> = KEYS.iter().map(|(name, _)| *name).collect();
             return Err(convert::unknown_name("settings", "key", &key, &known).into());
@@ -85,6 +95,12 @@ pub(crate) fn apply(table: &Table, settings: &mut Settings) -> Result<(), Raise>
         set(&Argument::Option { function: "settings", key: name }, kind, &value, settings)?;
     }
     Ok(())
+}
+
+/// Returns the names of all settings.
+#[cfg(test)]
+pub(crate) fn names() -> Vec<&'static str> {
+    KEYS.iter().map(|(name, _)| *name).collect()
 }
 
 /// Returns the names that are unlikely to be a script's own variables.
