@@ -1,4 +1,4 @@
-//! The exit statuses of all commands, from sysexits.h.
+//! The exit statuses of all commands, from sysexits.h where it has one.
 
 /// The exit status of a command.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -29,10 +29,10 @@ fn version_and_help() {
     assert_eq!(stdout(&version).trim(), concat!("qrelay ", env!("CARGO_PKG_VERSION")));
     let help = run(&["--help"]);
     assert_eq!(help.status.code(), Some(0));
-    for word in ["check", "send", "sink", "--config", "--log-level", "Example"] {
+    for word in ["check", "try", "send", "sink", "--config", "--log-level", "Example"] {
         assert!(stdout(&help).contains(word), "{word} in\n{}", stdout(&help));
     }
-    for command in ["check", "send", "sink"] {
+    for command in ["check", "try", "send", "sink"] {
         let help = run(&[command, "--help"]);
         assert_eq!(help.status.code(), Some(0), "{command}");
         assert!(stdout(&help).contains("Usage"), "{command}:\n{}", stdout(&help));
@@ -41,7 +41,7 @@ fn version_and_help() {
 
 #[test]
 fn wrong_usage_is_64() {
-    for args in [&["--no-such-option"][..], &["no-such-command"], &["send"], &["sink"]] {
+    for args in [&["--no-such-option"][..], &["no-such-command"], &["try"], &["send"], &["sink"]] {
         let output = run(args);
         assert_eq!(output.status.code(), Some(64), "{args:?}: {}", stderr(&output));
         assert!(stderr(&output).contains("Usage"), "{args:?}: {}", stderr(&output));

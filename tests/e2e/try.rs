@@ -8,7 +8,7 @@ use std::process::{Command, Output, Stdio};
 
 use crate::harness::control_group::Group;
 use crate::harness::daemon::{QRELAY, command};
-use crate::harness::{Daemon, Mail, Site, submit};
+use crate::harness::{Daemon, Mail, Site, eventually, submit};
 
 const MESSAGE: &str = "From: a@example.com\nSubject: one\nX-Spam: yes\n\nHello.\n";
 
@@ -337,6 +337,23 @@ fn clients_of_every_kind() {
     }
     let gone = attempt(&site, &["--pid", "4194303"]);
     assert!(answer(&gone).contains("the client has exited"), "{}", gone.shown);
+}
+
+/// The group of a process that is named by its number is that process' own.
+#[test]
+fn the_control_group_of_another_process() {
+    let group = Group::new();
+    let mut process = group.command().args(["/bin/sleep", "60"]).spawn().expect("a process");
+    let pid = process.id().to_string();
+    eventually("the process in the group", || {
+        let joined = std::fs::read_to_string(format!("/proc/{pid}/cgroup")).ok()?;
+        joined.contains(&group.path()).then_some(())
+    });
+    let site = handler("return m:discard(m.cgroup.path .. ' ' .. m.pid)");
+    let tried = attempt(&site, &["--pid", &pid]);
+    process.kill().expect("kill");
+    process.wait().expect("wait");
+    assert_eq!(answer(&tried), format!("K {} {pid}", group.path()), "{tried:?}");
 }
 
 #[test]

@@ -4,6 +4,8 @@ use std::fs::File;
 use std::time::Duration;
 
 use nix::errno::Errno;
+use nix::sys::socket::{setsockopt, sockopt};
+use nix::sys::time::{TimeVal, TimeValLike as _};
 use qrelay_shared::dictionary::{Answer, FromOpener, Request, ToOpener, Value, Wish};
 
 use super::*;
@@ -251,5 +253,29 @@ fn a_process_that_floods_has_its_share_of_a_turn() {
         }
         assert!(waited <= 40, "{waited} turns for 20 questions of another process");
         assert!(site.events.is_empty());
+    }
+}
+
+/// A script that is tried asks on several channels: for its handler, and for its timers.
+#[test]
+fn a_script_alone_has_several_channels_to_the_same_dictionaries() {
+    let limited = |fd: OwnedFd| {
+        let limit = TimeVal::seconds(5);
+        setsockopt(&fd, sockopt::ReceiveTimeout, &limit).expect("a time limit");
+        fd
+    };
+    let opener = Opener::from_fd(limited(alone().expect("an opener")));
+    let open = || {
+        let mut buffer = RecvBuffer::small();
+        opener.send(&Wish::Channel, &[]).expect("room");
+        let mut received = opener.recv(&mut buffer).expect("a channel");
+        Asking::from_fd(limited(received.fds.take().expect("its descriptor")))
+    };
+    let (first, second) = (open(), open());
+    for (channel, expected) in [(&second, 1), (&first, 2), (&second, 3)] {
+        increment(channel);
+        let mut buffer = RecvBuffer::new();
+        let answer = channel.recv(&mut buffer).expect("an answer").message;
+        assert_eq!(answer, Answer::Value(Some(Value::Integer(expected))));
     }
 }

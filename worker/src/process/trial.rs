@@ -13,7 +13,6 @@
 mod records;
 mod report;
 
-use std::fmt;
 use std::net::IpAddr;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
@@ -121,12 +120,6 @@ pub struct LoadFailed {
     pub error: ConfigError,
     /// The records, oldest first.
     pub log: Vec<Record>,
-}
-
-impl fmt::Display for LoadFailed {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.error.fmt(f)
-    }
 }
 
 /// A script that has been loaded to be tried.
