@@ -14,10 +14,11 @@
 //! that accepts everything. A port on 127.0.0.1 becomes a free port. /usr/sbin/sendmail becomes a
 //! program of the tests that keeps what it gets.
 //!
-//! A block of `console` with `qrelay try` in it is typed into a shell: each line after `$ `, in a
-//! directory where the last script before the block is config.lua, and where the file mail has a
-//! mail. The other lines are what standard output and standard error must show together. In such a
-//! line `…` stands for any text: what is different in each run, such as times and signatures.
+//! A block of `console` with `qrelay try` or `qrelay check` in it is typed into a shell: each line
+//! after `$ `, in a directory where the last script before the block is config.lua, and where the
+//! file mail has a mail. The other lines are what standard output and standard error must show
+//! together. In such a line `…` stands for any text: what is different in each run, such as times
+//! and signatures.
 //!
 //! Blocks that use `pg:` run with a database server of the tests. The `sql` blocks of all pages
 //! have been run in its database.
@@ -165,6 +166,8 @@ fn files_below(directory: &Path, extension: &str) -> Vec<PathBuf> {
 /// Finds the blocks of a page.
 fn read(page: &Path, blocks: &mut Vec<Block>, consoles: &mut Vec<Console>) {
     let text = fs::read_to_string(page).expect("page");
+    let before = blocks.len();
+    let runs = |line: &&str| line.contains("qrelay try ") || line.contains("qrelay check ");
     let mut lines = text.lines().zip(1..);
     while let Some((line, number)) = lines.next() {
         let Some(info) = line.strip_prefix("```").filter(|_| line.len() > 3) else { continue };
@@ -174,8 +177,9 @@ fn read(page: &Path, blocks: &mut Vec<Block>, consoles: &mut Vec<Console>) {
         let mut words = info.split_whitespace();
         match words.next() {
             Some("lua") => blocks.push(block(place, body.join("\n"), words)),
-            Some("console") if body.iter().any(|line| line.contains("qrelay try")) => {
-                let script = blocks.last().expect("a script before the commands").source.clone();
+            Some("console") if body.iter().any(runs) => {
+                let script = blocks[before..].last().expect("a script before the commands");
+                let script = script.source.clone();
                 let lines = body.into_iter().map(str::to_owned).collect();
                 consoles.push(Console { place, script, lines });
             }
