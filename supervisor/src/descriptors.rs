@@ -8,8 +8,8 @@
 use qrelay_shared::settings::Declaration;
 use qrelay_shared::sys::limits::of_others;
 
-/// Descriptors for standard streams, signals, logs, the first listener, zygotes, files that are open
-/// for a moment, and the control socket with its clients.
+/// Descriptors for standard streams, signals, logs, the first listener, zygotes, files that are
+/// open for a moment, and the control socket with its clients.
 const OWN: u64 = 28 + 19;
 
 /// Descriptors of a worker for everything but its jobs.

@@ -141,7 +141,7 @@ mod tests {
         assert_eq!(table.text(), "");
         table.row(["a".into(), "100".into()]);
         table.row(["b\u{1b}[31m".into(), "7".into()]);
-        assert_eq!(table.text(), "NAME     N\na      100\nb?[31m   7\n");
+        assert_eq!(table.text(), "NAME      N\na       100\nb?[31m    7\n");
         let long = "x".repeat(100);
         assert_eq!(cut(&long).chars().count(), CELL_MAX);
     }

@@ -217,7 +217,8 @@ impl SocketFile {
             fchownat(&self.file, "", uid, gid, AtFlags::AT_EMPTY_PATH)
                 .map_err(os("change the owner of", &path))?;
         }
-        // The file has the mode from the start, unless the umask forbids it or the owner has changed.
+        // The file has the mode from the start, unless the umask forbids it or the owner is
+        // another one now.
         let now = fstat(&self.file).map_err(os("inspect", &path))?;
         if now.st_mode & 0o7777 == declared.mode {
             return Ok(());
