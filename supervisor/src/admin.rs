@@ -8,7 +8,7 @@
 //!
 //! # Failure
 //! A client that says nothing, doesn't read or sends nonsense is closed, and costs nobody else
-//! anything: at most [`MOST_CLIENTS`] are connected, one request is served in a turn of the loop,
+//! anything: a few are connected at a time ([`commands`]), one request is served in a turn of the loop,
 //! and a request that took some time lets the next one wait for [`SHARE`] times as long.
 
 mod client;
@@ -26,13 +26,12 @@ use qrelay_shared::sys::rights::{self, PeerSocket, Rights};
 use slog::{Logger, warn};
 
 use crate::admin::client::{Client, Interest, Life, Waits};
+use crate::descriptors::commands;
 use crate::event::{Cursor, Event, Events};
 use crate::ids::{AdminId, GenerationId};
 use crate::system::System;
 use crate::watch::{Source, Watcher};
 
-/// Most clients at a time.
-const MOST_CLIENTS: usize = 16;
 /// How long a client may take to say something, or to read something.
 const PATIENCE: Duration = Duration::from_secs(5);
 /// Connections that are taken in a turn of the loop.
@@ -59,6 +58,8 @@ pub(crate) struct Admin {
     last: AdminId,
     /// The client that was served last: the others come first.
     served: AdminId,
+    /// Most clients at a time.
+    most: usize,
     /// When the next request is served at the earliest.
     next_service: Instant,
     /// No reload comes to an end any more.
@@ -69,6 +70,7 @@ impl Admin {
     /// Starts without a socket.
     pub(crate) fn new(log: Logger, watcher: Watcher, system: Rc<dyn System>, now: Instant) -> Self {
         Self {
+            most: commands(system.descriptor_limit()) as usize,
             log,
             watcher,
             system,
@@ -115,7 +117,7 @@ impl Admin {
             let _ = client.say(Body::Error { message: message.to_owned() });
             return;
         }
-        if self.clients.len() >= MOST_CLIENTS {
+        if self.clients.len() >= self.most {
             let idle = self.clients.iter().filter(|(_, client)| client.is_silent());
             let Some((&oldest, _)) = idle.min_by_key(|(_, client)| client.until) else {
                 let message = "too many commands wait for an answer".to_owned();

@@ -8,9 +8,13 @@
 use qrelay_shared::settings::Declaration;
 use qrelay_shared::sys::limits::of_others;
 
-/// Descriptors for standard streams, signals, logs, the first listener, zygotes, files that are
-/// open for a moment, and the control socket with its clients.
-const OWN: u64 = 28 + 19;
+/// Descriptors for standard streams, signals, logs, the first listener, the control socket,
+/// zygotes, and files that are open for a moment.
+const OWN: u64 = 28 + PER_LISTENER;
+
+/// Most clients of the control socket: more than there are administrators, their scripts, and a
+/// dashboard.
+const MAX_COMMANDS: u64 = 16;
 
 /// Descriptors of a worker for everything but its jobs.
 const OF_WORKER: u64 = 28;
@@ -52,13 +56,19 @@ pub(crate) struct Allotment {
     pub(crate) channels: usize,
 }
 
+/// Returns how many clients the control socket may have, with `limit` descriptors in all. With few,
+/// mails come first.
+pub(crate) fn commands(limit: u64) -> u64 {
+    (limit / 64).clamp(1, MAX_COMMANDS)
+}
+
 /// Divides `limit` descriptors (RLIMIT_NOFILE; workers may have [`of_others`]): half of what isn't
 /// kept goes to jobs, a quarter to connections without a worker, and a quarter to channels.
 pub(crate) fn allot(limit: u64, declaration: &Declaration) -> Allotment {
     let settings = &declaration.settings;
     let workers = u64::from(settings.workers.max(1));
     let listeners = PER_LISTENER * declaration.listeners.len().saturating_sub(1) as u64;
-    let free = limit.saturating_sub(OWN + listeners + PER_WORKER * workers);
+    let free = limit.saturating_sub(OWN + commands(limit) + listeners + PER_WORKER * workers);
     let credit = u64::from(settings.worker_connections)
         .min(free / 2 / workers)
         .min(of_others(limit).saturating_sub(OF_WORKER) / PER_JOB);
@@ -102,13 +112,13 @@ mod tests {
             (65_536, declaration(1, 64, 256), 4096, 256, 128),
             (u64::MAX, declaration(1, 2, 256), 4096, 256, 128),
             (1024, declaration(1, 2, 256), 240, 240, 117),
-            (132, declaration(1, 2, 256), 17, 17, 5),
-            (132, declaration(1, 2, 4), 17, 4, 5),
+            (132, declaration(1, 2, 256), 20, 20, 7),
+            (132, declaration(1, 2, 4), 20, 4, 7),
             // A worker needs more for a job than the supervisor.
             (1024, declaration(1, 1, 4096), 242, 249, 128),
             // And may have less.
             (16_384, declaration(1, 1, 4096), 4082, 3065, 128),
-            (48, declaration(1, 1, 256), 1, 1, 1),
+            (48, declaration(1, 1, 256), 2, 4, 1),
             (0, declaration(1, 1, 256), 1, 1, 1),
             // Listeners take theirs from what clients get.
             (1024, declaration(101, 2, 256), 165, 165, 79),

@@ -390,7 +390,7 @@ fn after_a_failed_dispatch_nothing_is_accepted_until_a_job_is_done() {
 /// has sent a byte. Returns what each of them is told.
 fn overfull(name: &'static str, request: &[u8]) -> (Site, Vec<String>) {
     let settings = Settings { workers: 2, ..Settings::default() };
-    let descriptors = 151;
+    let descriptors = 137;
     let mut site = Site::of(name, descriptors);
     let held = allot(descriptors, &site.declaration(&[0], settings.clone())).held;
     site.switch(FIRST, None, &[0], settings);

@@ -191,12 +191,12 @@ fn silent_clients_give_way_and_waiting_ones_do_not() {
     stage.admin.await_reload(id, GenerationId(1), stage.now);
     let crowd: Vec<_> = (0..100).map(|_| stage.connect()).collect();
     stage.run();
-    assert_eq!(stage.admin.clients.len(), MOST_CLIENTS);
+    assert_eq!(stage.admin.clients.len(), stage.admin.most);
     let open = crowd.iter().filter(|client| {
         client.set_nonblocking(true).expect("nonblocking");
         !matches!((&**client).read(&mut [0]), Ok(0))
     });
-    assert_eq!(open.count(), MOST_CLIENTS - 1);
+    assert_eq!(open.count(), stage.admin.most - 1);
     let mut last = stage.connect();
     last.write_all(STOP).expect("sent");
     assert_eq!(stage.ordered().1, Command::Stop { now: false });
