@@ -8,8 +8,9 @@
 //!
 //! # Failure
 //! A client that says nothing, doesn't read or sends nonsense is closed, and costs nobody else
-//! anything: a few are connected at a time ([`commands`]), one request is served in a turn of the loop,
-//! and a request that took some time lets the next one wait for [`SHARE`] times as long.
+//! anything: a few are connected at a time ([`commands`]), one request is served in a turn of the
+//! loop, and a request that took some time lets the next one wait for [`SHARE`] times as long. The
+//! silent ones give way to new ones; while there are only others, new ones wait in the backlog.
 
 mod client;
 
@@ -100,6 +101,9 @@ impl Admin {
     /// Takes some of the connections that have come.
     pub(crate) fn on_listener(&mut self, now: Instant) {
         for _ in 0..BATCH {
+            if self.clients.len() >= self.most && self.silent().is_none() {
+                break;
+            }
             let Some((listener, rights)) = &self.listener else { return };
             let (Ok((stream, _)), rights) = (listener.accept(), *rights) else { break };
             let client = Client::new(PeerSocket::new(stream.into(), rights), now + PATIENCE);
@@ -117,19 +121,21 @@ impl Admin {
             let _ = client.say(Body::Error { message: message.to_owned() });
             return;
         }
-        if self.clients.len() >= self.most {
-            let idle = self.clients.iter().filter(|(_, client)| client.is_silent());
-            let Some((&oldest, _)) = idle.min_by_key(|(_, client)| client.until) else {
-                let message = "too many commands wait for an answer".to_owned();
-                let _ = client.say(Body::Error { message });
-                return;
-            };
+        if self.clients.len() >= self.most
+            && let Some(oldest) = self.silent()
+        {
             self.close(oldest);
         }
         let id = self.last.advance();
         self.clients.insert(id, client);
         // Most have sent their request by now.
         self.on_client(id, now);
+    }
+
+    /// Returns the client that has been silent for longest.
+    fn silent(&self) -> Option<AdminId> {
+        let silent = self.clients.iter().filter(|(_, client)| client.is_silent());
+        silent.min_by_key(|(_, client)| client.until).map(|(&id, _)| id)
     }
 
     /// Judges who asks.
@@ -308,6 +314,11 @@ impl Admin {
     pub(crate) fn await_reload(&mut self, id: AdminId, last: GenerationId, now: Instant) {
         if self.stopping {
             return self.answer(id, stops(), now);
+        }
+        // The others are for commands that don't wait.
+        if self.those(|client| matches!(client.waits, Waits::Reload(_))).len() >= self.most / 2 {
+            let message = "too many commands wait for a reload".to_owned();
+            return self.answer(id, Body::Error { message }, now);
         }
         if let Some(client) = self.clients.get_mut(&id) {
             client.waits = Waits::Reload(last);

@@ -205,6 +205,41 @@ fn silent_clients_give_way_and_waiting_ones_do_not() {
 }
 
 #[test]
+fn commands_that_wait_leave_places_to_others() {
+    let mut stage = Stage::new();
+    let mut reloads = Vec::new();
+    for number in 0..stage.admin.most / 2 + 1 {
+        let mut client = stage.connect();
+        client.write_all(RELOAD).expect("sent");
+        let (id, _) = stage.ordered();
+        stage.admin.await_reload(id, GenerationId(1), stage.now);
+        if number == stage.admin.most / 2 {
+            assert!(error(&client).contains("too many commands wait"));
+        }
+        reloads.push(client);
+    }
+    // Requests that wait for their turn keep new ones out until they are served.
+    stage.admin.took(Duration::from_millis(100), stage.now);
+    let clients: Vec<_> = (0..30)
+        .map(|_| {
+            let mut client = stage.connect();
+            client.write_all(STOP).expect("sent");
+            client
+        })
+        .collect();
+    let mut served = 0;
+    while served < clients.len() {
+        stage.run();
+        assert!(!stage.events.is_empty(), "{served} were served");
+        while let Some(Event::Ordered { client, .. }) = stage.events.pop_front() {
+            assert!(stage.admin.clients.len() <= stage.admin.most);
+            stage.admin.answer(client, Body::Stopped {}, stage.now);
+            served += 1;
+        }
+    }
+}
+
+#[test]
 fn who_does_not_read_is_closed() {
     let mut stage = Stage::new();
     let mut client = stage.connect();
