@@ -6,7 +6,11 @@
 //! threads are started as jobs arrive only up to [`EAGER`], or twice as many if the jobs' handlers
 //! wait. More threads are started when jobs have to wait: one by a thread that takes a job older
 //! than [`STALE`], and as many as there are when jobs are queued and no thread has taken one for a
-//! while ([`Counts::stuck`]). No clock, no lock, no I/O.
+//! while ([`Counts::stuck`]).
+//!
+//! A thread more helps only if those that exist wait for somebody: for a next hop that takes its
+//! time, or while a processor is idle. In a crowd of clients that keeps the processors busy every
+//! job is old, and more threads would only disturb each other. No clock, no lock, no I/O.
 
 use std::time::Duration;
 
@@ -20,6 +24,16 @@ const EAGER_IF_WAITING: usize = 2 * EAGER;
 /// A job that has waited this long shows that there are too few threads.
 const STALE: Duration = Duration::from_millis(20);
 
+/// A job that has waited this long gets another thread in any case: the processors may be busy with
+/// something else.
+const FORGOTTEN: Duration = Duration::from_secs(1);
+
+/// Jobs that are served for longer than this, on average, wait for somebody most of the time.
+const SLOW: Duration = Duration::from_millis(10);
+
+/// How long jobs are counted for that average.
+const SPAN: Duration = Duration::from_millis(20);
+
 /// The threads of a worker by what they do. Every method is one event in the life of a thread.
 #[derive(Debug)]
 pub(crate) struct Counts {
@@ -28,6 +42,10 @@ pub(crate) struct Counts {
     waiting: usize,
     serving: usize,
     taken: u64,
+    /// When the average was taken last, and how many jobs had been taken by then.
+    span: (Duration, u64),
+    /// How long a job is served, on average.
+    service: Duration,
 }
 
 /// A job that a thread takes, as far as the counts depend on it.
@@ -39,6 +57,17 @@ pub(crate) struct Taken {
     pub(crate) handler_waits: bool,
     /// No thread leads, although jobs may come.
     pub(crate) leaderless: bool,
+    /// The moment.
+    pub(crate) moment: Moment,
+}
+
+/// A moment, and what the machine does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Moment {
+    /// The time.
+    pub(crate) now: Duration,
+    /// A processor has had nothing to do lately.
+    pub(crate) idle: bool,
 }
 
 impl Counts {
@@ -46,7 +75,15 @@ impl Counts {
     /// a time.
     pub(crate) fn new(connections: usize) -> Self {
         // One thread more, to lead.
-        Self { limit: connections.max(1) + 1, living: 1, waiting: 1, serving: 0, taken: 0 }
+        Self {
+            limit: connections.max(1) + 1,
+            living: 1,
+            waiting: 1,
+            serving: 0,
+            taken: 0,
+            span: (Duration::ZERO, 0),
+            service: Duration::ZERO,
+        }
     }
 
     /// A thread begins to wait for something to do.
@@ -74,9 +111,11 @@ impl Counts {
     pub(crate) fn took_job(&mut self, job: Taken) -> bool {
         self.taken += 1;
         self.serving += 1;
+        self.look_back(job.moment.now);
         let start = self.waiting == 0
             && self.living < self.limit
-            && (job.age > STALE
+            && (job.age > STALE && self.helps(job.moment.idle)
+                || job.age > FORGOTTEN
                 || job.leaderless && self.living <= EAGER
                 || job.handler_waits && self.living <= EAGER_IF_WAITING);
         if start {
@@ -84,6 +123,24 @@ impl Counts {
             self.waiting += 1;
         }
         start
+    }
+
+    /// Averages how long jobs are served: as many as are served now, and were taken since then
+    /// (Little's law).
+    fn look_back(&mut self, now: Duration) {
+        let (since, before) = self.span;
+        let passed = now.saturating_sub(since);
+        if passed >= SPAN {
+            let taken = u32::try_from(self.taken - before).unwrap_or(u32::MAX).max(1);
+            let serving = u32::try_from(self.serving).unwrap_or(u32::MAX);
+            self.service = passed.min(FORGOTTEN).saturating_mul(serving) / taken;
+            self.span = (now, self.taken);
+        }
+    }
+
+    /// Returns whether one more thread helps jobs that wait.
+    fn helps(&self, idle: bool) -> bool {
+        idle || self.service > SLOW
     }
 
     /// A thread has finished its job.
@@ -103,8 +160,12 @@ impl Counts {
 
     /// Jobs are queued, and no thread has taken one since `taken` were. Returns how many threads
     /// are to be started; the new threads count as living and waiting from now on.
-    pub(crate) fn stuck(&mut self, taken: u64) -> usize {
+    pub(crate) fn stuck(&mut self, taken: u64, moment: Moment) -> usize {
         if !self.all_busy() || self.taken != taken {
+            return 0;
+        }
+        self.look_back(moment.now);
+        if !self.helps(moment.idle) {
             return 0;
         }
         let start = self.living.min(self.limit.saturating_sub(self.living));
@@ -132,8 +193,10 @@ mod tests {
 
     const NOW: Duration = Duration::ZERO;
 
+    const IDLE: Moment = Moment { now: NOW, idle: true };
+
     fn taken(age: Duration, handler_waits: bool, leaderless: bool) -> Taken {
-        Taken { age, handler_waits, leaderless }
+        Taken { age, handler_waits, leaderless, moment: IDLE }
     }
 
     /// The first of at most `connections` and a leader has started and looks for a job.
@@ -153,7 +216,7 @@ mod tests {
             assert_eq!((counts.living, counts.waiting), (living, 0));
         }
         assert!(!counts.can_replace());
-        assert_eq!(counts.stuck(2), 0);
+        assert_eq!(counts.stuck(2, IDLE), 0);
         counts.came_back();
         assert!(!counts.took_job(taken(NOW, false, false)));
     }
@@ -206,15 +269,57 @@ mod tests {
             counts.woke();
         }
         let living = EAGER + 1;
-        assert_eq!(counts.stuck(counts.taken() - 1), 0, "one was taken");
-        assert_eq!(counts.stuck(counts.taken()), living);
-        assert_eq!(counts.stuck(counts.taken()), 0, "somebody waits");
+        assert_eq!(counts.stuck(counts.taken() - 1, IDLE), 0, "one was taken");
+        assert_eq!(counts.stuck(counts.taken(), IDLE), living);
+        assert_eq!(counts.stuck(counts.taken(), IDLE), 0, "somebody waits");
         for _ in 0..living {
             counts.woke();
             counts.took_job(taken(NOW, false, false));
         }
-        assert_eq!(counts.stuck(counts.taken()), EAGER * 3 + 1 - 2 * living);
+        assert_eq!(counts.stuck(counts.taken(), IDLE), EAGER * 3 + 1 - 2 * living);
         assert_eq!(counts.living, EAGER * 3 + 1);
+    }
+
+    #[test]
+    fn while_the_processors_are_busy_only_slow_jobs_start_threads() {
+        let old = STALE + Duration::from_millis(1);
+        // A crowd: each of six threads serves a job in two milliseconds.
+        let mut counts = one(100);
+        for _ in 0..EAGER {
+            counts.took_job(taken(NOW, false, true));
+            counts.woke();
+        }
+        let at = |milliseconds| Duration::from_millis(milliseconds);
+        let busy = |now| Moment { now, idle: false };
+        for step in 0..100 {
+            for _ in 0..EAGER {
+                counts.came_back();
+            }
+            for _ in 0..EAGER {
+                let moment = busy(at(2 * step));
+                assert!(!counts.took_job(Taken { moment, ..taken(old, false, false) }), "{step}");
+            }
+        }
+        // Then nothing comes back: the next hop has become slow.
+        assert_eq!(counts.stuck(counts.taken(), busy(at(205))), 0, "too early to tell");
+        assert_eq!(counts.stuck(counts.taken(), busy(at(230))), EAGER + 1);
+        assert!(counts.helps(false));
+    }
+
+    #[test]
+    fn a_forgotten_job_gets_its_thread() {
+        let mut counts = one(100);
+        for _ in 0..EAGER {
+            counts.took_job(taken(NOW, false, true));
+            counts.woke();
+            counts.came_back();
+        }
+        let moment = Moment { now: NOW, idle: false };
+        for (age, expected) in [(FORGOTTEN, false), (FORGOTTEN + Duration::from_millis(1), true)] {
+            let start = counts.took_job(Taken { age, moment, ..taken(NOW, false, false) });
+            assert_eq!(start, expected, "{age:?}");
+            counts.came_back();
+        }
     }
 
     #[test]

@@ -23,6 +23,8 @@ use slog::{error, warn};
 use crate::clock::now;
 use crate::session::progress::Step;
 use crate::session::{Context, Session};
+use crate::threads::counts::Moment;
+use crate::threads::processors::Processors;
 use crate::threads::scheduler::{
     Answer, Event, Left, Next, NextJob, Orders, Place, Reports, Scheduler, Stuck, Task, Threads,
 };
@@ -43,6 +45,7 @@ const PAUSE: Duration = Duration::from_millis(100);
 pub struct Pool {
     context: Context,
     scheduler: Mutex<Scheduler<Session>>,
+    processors: Processors,
     /// There is something to do.
     work: Condvar,
     /// The watcher is to look around.
@@ -73,6 +76,7 @@ impl Pool {
         Arc::new(Self {
             context,
             scheduler: Mutex::new(Scheduler::new(connections)),
+            processors: Processors::open(),
             work: Condvar::new(),
             watcher: Condvar::new(),
             end: Box::new(end),
@@ -152,19 +156,24 @@ impl Pool {
 
     /// Waits until there is something to do.
     fn orders(&self, event: Event) -> Orders<Session> {
-        let now_before = now();
+        let moment = self.moment();
         let mut scheduler = self.scheduler.lock();
-        let mut answer = scheduler.event(event, now_before);
+        let mut answer = scheduler.event(event, moment);
         loop {
             match answer {
                 Answer::Act(orders) => return orders,
                 Answer::Wait => {
                     let idle = self.work.wait_for(&mut scheduler, IDLE).timed_out();
                     let event = if idle { Event::Idle } else { Event::Woken };
-                    answer = scheduler.event(event, now());
+                    answer = scheduler.event(event, self.moment());
                 }
             }
         }
+    }
+
+    fn moment(&self) -> Moment {
+        let now = now();
+        Moment { now, idle: self.processors.are_idle(now) }
     }
 
     fn obey(self: &Arc<Self>, threads: Threads) {
@@ -242,10 +251,11 @@ impl Pool {
             drop(scheduler);
             std::thread::sleep(WATCH_INTERVAL);
             reports.flush();
-            let stuck = self.scheduler.lock().stuck();
+            let moment = self.moment();
+            let stuck = self.scheduler.lock().stuck(moment);
             let needed = match stuck {
                 Stuck::Start(needed) => needed,
-                Stuck::Ask if reports.has_job() => self.scheduler.lock().job_waits(),
+                Stuck::Ask if reports.has_job() => self.scheduler.lock().job_waits(moment),
                 Stuck::Ask => 0,
             };
             let started = (0..needed).filter(|_| self.start_another()).count();

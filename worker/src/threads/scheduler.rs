@@ -29,7 +29,7 @@ use std::collections::VecDeque;
 use std::fmt;
 use std::time::Duration;
 
-use crate::threads::counts::{Counts, Taken};
+use crate::threads::counts::{Counts, Moment, Taken};
 
 /// How long the leader begins the jobs of one datagram itself. After a handler has run for longer,
 /// the leader queues the other jobs as they are, and other threads do meanwhile what doesn't need
@@ -209,7 +209,7 @@ impl<T: Task> Scheduler<T> {
     }
 
     /// Decides what a thread does next.
-    pub(crate) fn event(&mut self, event: Event, now: Duration) -> Answer<T> {
+    pub(crate) fn event(&mut self, event: Event, moment: Moment) -> Answer<T> {
         match event {
             Event::Started | Event::Woken | Event::Idle => self.counts.woke(),
             Event::Finished => self.counts.came_back(),
@@ -220,7 +220,7 @@ impl<T: Task> Scheduler<T> {
         if self.may_serve()
             && let Some(task) = self.tasks.pop_front()
         {
-            return Answer::Act(self.serve(task, event, now));
+            return Answer::Act(self.serve(task, event, moment));
         }
         if self.leaderless() {
             return Answer::Act(self.lead(event));
@@ -256,12 +256,13 @@ impl<T: Task> Scheduler<T> {
         !self.leaderless() || self.counts.can_replace()
     }
 
-    fn serve(&mut self, task: T, event: Event, now: Duration) -> Orders<T> {
+    fn serve(&mut self, task: T, event: Event, moment: Moment) -> Orders<T> {
         let leaderless = self.leaderless();
         let start = self.counts.took_job(Taken {
-            age: now.saturating_sub(task.since()),
+            age: moment.now.saturating_sub(task.since()),
             handler_waits: task.handler_waits(),
             leaderless,
+            moment,
         });
         let threads = if start {
             Threads::Start
@@ -318,9 +319,9 @@ impl<T: Task> Scheduler<T> {
     }
 
     /// The watcher has paused, and sent the reports.
-    pub(crate) fn stuck(&mut self) -> Stuck {
+    pub(crate) fn stuck(&mut self, moment: Moment) -> Stuck {
         if !self.tasks.is_empty() {
-            Stuck::Start(self.counts.stuck(self.watched))
+            Stuck::Start(self.counts.stuck(self.watched, moment))
         } else if self.leaderless() {
             Stuck::Ask
         } else {
@@ -330,9 +331,9 @@ impl<T: Task> Scheduler<T> {
 
     /// The watcher has found that a job waits in the job socket. Returns how many threads are to
     /// be started, which are counted already.
-    pub(crate) fn job_waits(&mut self) -> usize {
+    pub(crate) fn job_waits(&mut self, moment: Moment) -> usize {
         let more = self.leaderless() || !self.tasks.is_empty();
-        if more { self.counts.stuck(self.watched) } else { 0 }
+        if more { self.counts.stuck(self.watched, moment) } else { 0 }
     }
 }
 

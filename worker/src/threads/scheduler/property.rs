@@ -11,8 +11,8 @@ use std::collections::VecDeque;
 use std::time::Duration;
 
 use super::{
-    Answer, Event, Left, Next, NextJob, Orders, Place, Reports, Scheduler, Stuck, TURN, Task,
-    Threads,
+    Answer, Event, Left, Moment, Next, NextJob, Orders, Place, Reports, Scheduler, Stuck, TURN,
+    Task, Threads,
 };
 
 const SEEDS: u64 = 2000;
@@ -117,6 +117,7 @@ struct Habits {
     start_fails: usize,
     handler_waits: usize,
     slow: usize,
+    idle_processors: usize,
 }
 
 #[derive(Debug)]
@@ -149,6 +150,7 @@ impl World {
             start_fails: [0, 0, 20, 80][random.below(4)],
             handler_waits: [0, 50, 100][random.below(3)],
             slow: [0, 5, 30][random.below(3)],
+            idle_processors: [0, 50, 100][random.below(3)],
         };
         Self {
             seed,
@@ -191,11 +193,16 @@ impl World {
         self.check();
     }
 
+    fn moment(&self, random: &mut Random) -> Moment {
+        Moment { now: self.now, idle: random.percent(self.habits.idle_processors) }
+    }
+
     fn step_thread(&mut self, index: usize, random: &mut Random) {
+        let moment = self.moment(random);
         let thread = std::mem::replace(&mut self.threads[index], Thread::Gone);
         let thread = match thread {
             Thread::Starts => Thread::Asks(Event::Started),
-            Thread::Asks(event) => match self.scheduler.event(event, self.now) {
+            Thread::Asks(event) => match self.scheduler.event(event, moment) {
                 Answer::Wait => Thread::Waits,
                 Answer::Act(orders) => Thread::Obeys(orders),
             },
@@ -320,19 +327,20 @@ impl World {
     }
 
     fn step_watcher(&mut self, random: &mut Random) {
+        let moment = self.moment(random);
         self.watcher = match self.watcher {
             Watcher::Waits => Watcher::Waits,
             Watcher::Looks if self.scheduler.needs_watching(self.gathered) => Watcher::Pauses,
             Watcher::Looks => Watcher::Waits,
             Watcher::Pauses => {
                 self.gathered = false;
-                match self.scheduler.stuck() {
+                match self.scheduler.stuck(moment) {
                     Stuck::Start(needed) => Watcher::Starts(needed),
                     Stuck::Ask => Watcher::Polls,
                 }
             }
             Watcher::Polls if self.socket.is_empty() => Watcher::Looks,
-            Watcher::Polls => Watcher::Starts(self.scheduler.job_waits()),
+            Watcher::Polls => Watcher::Starts(self.scheduler.job_waits(moment)),
             Watcher::Starts(0) => Watcher::Looks,
             Watcher::Starts(needed) => {
                 self.start(random);

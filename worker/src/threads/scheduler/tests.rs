@@ -3,6 +3,7 @@
 use super::*;
 
 const NOW: Duration = Duration::from_secs(1000);
+const MOMENT: Moment = Moment { now: NOW, idle: true };
 const RECENT: Place = Place { received: NOW, last: false };
 const LAST: Place = Place { received: NOW, last: true };
 
@@ -38,7 +39,7 @@ const REPORT: Answer<Job> =
 
 impl Scheduler<Job> {
     fn tell(&mut self, event: Event) -> Answer<Job> {
-        self.event(event, NOW)
+        self.event(event, MOMENT)
     }
 
     /// Tells of events whose answers don't matter here.
@@ -268,12 +269,12 @@ fn the_watcher_acts_when_something_may_lie() {
     for (what, scheduler, gathered, watched, stuck) in table {
         let mut scheduler = scheduler();
         assert_eq!(scheduler.needs_watching(gathered), watched, "{what}");
-        assert_eq!(scheduler.stuck(), stuck, "{what}");
+        assert_eq!(scheduler.stuck(MOMENT), stuck, "{what}");
     }
     let mut scheduler = leaderless();
     assert!(scheduler.needs_watching(false));
-    assert_eq!(scheduler.job_waits(), 1);
-    assert_eq!(scheduler.job_waits(), 0, "a thread is being started");
+    assert_eq!(scheduler.job_waits(MOMENT), 1);
+    assert_eq!(scheduler.job_waits(MOMENT), 0, "a thread is being started");
 }
 
 #[test]
@@ -282,7 +283,7 @@ fn the_watcher_adds_no_thread_while_tasks_are_taken() {
     scheduler.queue_all(&[1, 2]);
     assert!(scheduler.needs_watching(false));
     scheduler.tell_all(&[Event::Finished]);
-    assert_eq!(scheduler.stuck(), Stuck::Start(0));
+    assert_eq!(scheduler.stuck(MOMENT), Stuck::Start(0));
     assert!(scheduler.needs_watching(false));
-    assert_eq!(scheduler.stuck(), Stuck::Start(2));
+    assert_eq!(scheduler.stuck(MOMENT), Stuck::Start(2));
 }
