@@ -8,6 +8,7 @@ mod envelope;
 mod exchange;
 pub(crate) mod exec;
 pub(crate) mod exec_raw;
+pub(crate) mod lead;
 pub(crate) mod program;
 pub(crate) mod resolve;
 

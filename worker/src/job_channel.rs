@@ -9,7 +9,7 @@
 //! Once the supervisor is gone, reports are dropped in silence, because nobody reads them. The
 //! mails that are still here are finished all the same.
 
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
@@ -19,6 +19,7 @@ use nix::sys::socket::{setsockopt, sockopt};
 use nix::sys::time::{TimeVal, TimeValLike};
 use nix::unistd::Pid;
 use parking_lot::Mutex;
+use qrelay_shared::deadline::Deadline;
 use qrelay_shared::ids::JobId;
 use qrelay_shared::ipc::channel::{
     Batch, Channel, MAX_BATCH, Messages, RecvBuffer, RecvError, SendError,
@@ -78,6 +79,15 @@ impl Reports {
     pub(crate) fn has_job(&self) -> bool {
         let mut fds = [PollFd::new(self.channel.as_fd(), PollFlags::POLLIN)];
         poll(&mut fds, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
+    }
+
+    /// Waits until `other` can be read, a job waits in the socket, or the time is over. Returns
+    /// whether a job waits, or no further ones come.
+    pub(crate) fn job_comes_first(&self, other: BorrowedFd<'_>, deadline: Deadline) -> bool {
+        let mut fds = [self.channel.as_fd(), other].map(|fd| PollFd::new(fd, PollFlags::POLLIN));
+        let limit = PollTimeout::try_from(deadline.remaining()).unwrap_or(PollTimeout::MAX);
+        // After an error or a signal another thread leads, which is always right.
+        poll(&mut fds, limit).is_err() || fds[0].any().unwrap_or(true)
     }
 
     /// Reports that this worker can take jobs.

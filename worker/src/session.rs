@@ -46,6 +46,7 @@ use crate::delivery::action::{self, Action};
 use crate::delivery::connect;
 use crate::delivery::exec;
 use crate::delivery::exec_raw;
+use crate::delivery::lead::{Follower, Lead};
 use crate::delivery::program::ProgramContext;
 use crate::flight::Flight;
 use crate::mail::{Mail, Origin};
@@ -53,7 +54,7 @@ use crate::session::context::Listener;
 use crate::session::progress::Step;
 use crate::session::record::{Answered, Outcome, record, refusal};
 use crate::session::refusal::Refusal;
-use crate::session::reply::{answer, drop_surplus, linger};
+use crate::session::reply::{answer, has_surplus, linger};
 use crate::session::request::{Incoming, Terms};
 use crate::session::script::{HandlerError, Handling};
 use crate::session::stage::{Stage, Unread};
@@ -120,6 +121,11 @@ impl Session {
         matches!(self.stage, Stage::Handled(Handling::Waits(_), ..))
     }
 
+    /// Returns whether serving the client to the end waits for a next hop at most.
+    pub(crate) fn is_brief(&self) -> bool {
+        matches!(&self.stage, Stage::Handled(handling, _, Unread::Unknown) if handling.is_brief())
+    }
+
     /// Goes as far as possible without waiting. Several sessions that one thread begins in turn
     /// cost less than others, because what they need, Lua above all, stays in the processor's
     /// caches.
@@ -147,41 +153,49 @@ impl Session {
     }
 
     /// Serves the client to the end.
-    pub(crate) fn finish(mut self, context: &Context) {
+    pub(crate) fn finish(mut self, context: &Context, lead: &dyn Lead) {
         let stage = mem::replace(&mut self.stage, Stage::Gone);
-        let finished = catch_unwind(AssertUnwindSafe(|| self.serve(context, stage)));
+        let finished = catch_unwind(AssertUnwindSafe(|| self.serve(context, stage, lead)));
         if let Err(panic) = finished {
             self.log_panic(context, &*panic);
-            self.serve(context, Stage::failed());
+            self.serve(context, Stage::failed(), lead);
         }
     }
 
-    fn serve(&mut self, context: &Context, stage: Stage) {
+    fn serve(&mut self, context: &Context, stage: Stage, lead: &dyn Lead) {
         match stage {
             Stage::Request(mut buffer) => {
                 let Some((listener, terms)) = self.terms(context) else {
-                    return self.serve(context, Stage::failed());
+                    return self.serve(context, Stage::failed(), lead);
                 };
+                lead.give_up();
                 let (incoming, memory) = terms.read(&self.client, &mut buffer);
                 let stage = self.received(context, listener, &terms.limits, incoming, buffer);
-                self.serve(context, stage);
+                self.serve(context, stage, lead);
                 // The buffer has been freed: other sessions may use the memory.
                 drop(memory);
             }
-            Stage::Refused(refusal, unread) => self.refuse(context, &refusal, unread),
+            Stage::Refused(refusal, unread) => {
+                lead.give_up();
+                self.refuse(context, &refusal, unread);
+            }
             Stage::Settled(mail, outcome, unread) => {
-                self.conclude(context, mail, &outcome, unread);
+                lead.give_up();
+                self.conclude(context, mail, &outcome, (unread, lead));
             }
             Stage::Handled(handling, deadline, unread) => {
+                if !handling.is_brief() {
+                    lead.give_up();
+                }
                 let (mail, decision) = handling.finish();
                 let outcome = match decision {
-                    Ok(action) => self.carry_out(context, &mail, &action, deadline),
+                    Ok(action) => self.carry_out(context, &mail, &action, deadline, lead),
                     Err(error @ HandlerError::NotBegun) => {
                         Outcome::refused(error.reply(), "no worker was free in time")
                     }
                     Err(error) => Outcome::failed(error.reply()),
                 };
-                self.conclude(context, mail, &outcome, unread);
+                self.conclude(context, mail, &outcome, (unread, lead));
             }
             Stage::Gone => self.done(context, None),
         }
@@ -327,8 +341,14 @@ impl Session {
     }
 
     /// Answers the mail's client, and reports the mail to the supervisor.
-    fn conclude(&mut self, context: &Context, mail: Box<Mail>, outcome: &Outcome, unread: Unread) {
-        self.answer(context, &outcome.reply, unread);
+    fn conclude(
+        &mut self,
+        context: &Context,
+        mail: Box<Mail>,
+        outcome: &Outcome,
+        (unread, lead): (Unread, &dyn Lead),
+    ) {
+        self.answer(context, &outcome.reply, unread, lead);
         self.done(context, Some(record(&mail, outcome, self.answered())));
         context.buffers.give(mail.into_buffer());
     }
@@ -347,6 +367,7 @@ impl Session {
         mail: &Mail,
         action: &Action,
         deadline: Deadline,
+        lead: &dyn Lead,
     ) -> Outcome {
         self.announce_timeout(context, action);
         self.note(mail);
@@ -365,7 +386,7 @@ impl Session {
             Action::Connect(target) => {
                 let limit = context.settings.connect_timeout;
                 let (delivery, spent) =
-                    connect::relay(mail, target, limit, deadline, &context.logger, flight);
+                    connect::relay(mail, target, limit, deadline, &context.logger, (flight, lead));
                 self.spent = spent;
                 Outcome::delivery(name, delivery)
             }
@@ -388,7 +409,7 @@ impl Session {
     /// Answers a request that never became a mail, unless its client left.
     fn refuse(&mut self, context: &Context, refused: &Refusal, unread: Unread) {
         if let Some(reply) = &refused.reply {
-            self.answer(context, reply, unread);
+            self.answer(context, reply, unread, &Follower);
         }
         self.done(context, Some(refusal(refused, self.answered())));
     }
@@ -399,7 +420,7 @@ impl Session {
     }
 
     /// Answers the client, unless that was done before a panic.
-    fn answer(&mut self, context: &Context, reply: &Reply, unread: Unread) {
+    fn answer(&mut self, context: &Context, reply: &Reply, unread: Unread, lead: &dyn Lead) {
         if self.due != Due::Answer {
             return;
         }
@@ -413,7 +434,12 @@ impl Session {
         self.flight.enter(Phase::Answered(reply.status));
         self.answered = Some(Answered::now(self.job.accepted, self.flight.times()));
         match unread {
-            Unread::Unknown => drop_surplus(&self.client),
+            Unread::Unknown => {
+                if has_surplus(&self.client) {
+                    lead.give_up();
+                    linger(&self.client);
+                }
+            }
             Unread::Refused => {
                 if let Some((_, terms)) = self.terms(context) {
                     terms.drop_rest(&self.client);
@@ -490,7 +516,9 @@ mod tests {
             ("nothing", |_, _, _| {}, failed),
             (
                 "answered",
-                |session, context, reply| session.answer(context, reply, Unread::Unknown),
+                |session, context, reply| {
+                    session.answer(context, reply, Unread::Unknown, &Follower)
+                },
                 "9:Drejected,",
             ),
             (
@@ -512,7 +540,7 @@ mod tests {
             let mut session = Session::new(&context, job, server.into());
             before(&mut session, &context, &rejected);
             // As after a panic.
-            session.serve(&context, Stage::failed());
+            session.serve(&context, Stage::failed(), &Follower);
             drop(session);
             let mut answer = String::new();
             client.read_to_string(&mut answer).expect("an end of stream");

@@ -104,6 +104,18 @@ pub(crate) fn deferred(own: &Option<Arc<str>>) -> Reply {
 }
 
 impl Action {
+    /// Returns whether the action waits for a next hop at most: not for a program, and not for a
+    /// name to be looked up.
+    pub(crate) fn is_brief(&self) -> bool {
+        match self {
+            Self::Connect(connect) => {
+                connect.places.iter().all(|place| matches!(place, Place::Address(_)))
+            }
+            Self::Exec(_) | Self::ExecRaw(_) => false,
+            Self::Discard(_) | Self::Reject(_) | Self::Defer(_) => true,
+        }
+    }
+
     /// The action's name in the log.
     pub(crate) fn name(&self) -> &'static str {
         match self {

@@ -27,6 +27,7 @@ use crate::delivery::dial::dial;
 use crate::delivery::envelope::Envelope;
 use crate::delivery::exchange::ExchangeError;
 use crate::delivery::exchange::exchange;
+use crate::delivery::lead::Lead;
 use crate::delivery::resolve::{self, LookupError};
 use crate::flight::Flight;
 use crate::mail::Mail;
@@ -41,10 +42,11 @@ pub(crate) fn relay(
     connect_timeout: Duration,
     deadline: Deadline,
     logger: &Logger,
-    flight: &Flight,
+    (flight, lead): (&Flight, &dyn Lead),
 ) -> (Delivery, Option<PeerSocket>) {
     let attempt = Attempt {
         flight,
+        lead,
         logger,
         id: &mail.id(),
         deadline: action.timeout.map_or(deadline, Deadline::after),
@@ -80,6 +82,7 @@ fn unsent(text: &str, next_hop: Option<Arc<str>>) -> Delivery {
 /// The terms of one mail's relay.
 struct Attempt<'a> {
     flight: &'a Flight,
+    lead: &'a dyn Lead,
     logger: &'a Logger,
     id: &'a str,
     deadline: Deadline,
@@ -115,6 +118,7 @@ impl Attempt<'_> {
     }
 
     fn reach_name(&self, host: &Arc<str>, port: u16) -> Reached {
+        self.lead.give_up();
         let addresses = resolve::addresses(host, port, self.deadline).map_err(|error| {
             warn!(self.logger, # "next_hop,error", "connect failed"; "id" => self.id,
                 "next_hop" => &**host, "error" => %error);
@@ -133,7 +137,8 @@ impl Attempt<'_> {
 
     fn dial(&self, hop: &NextHop) -> Result<PeerSocket, DialFailure> {
         self.flight.next_hop(&hop.name);
-        dial(&hop.endpoint, self.deadline.at_most(self.connect_timeout)).map_err(|error| {
+        let deadline = self.deadline.at_most(self.connect_timeout);
+        dial(&hop.endpoint, deadline, self.lead).map_err(|error| {
             warn!(self.logger, # "next_hop,error", "connect failed"; "id" => self.id,
                 "next_hop" => &*hop.name, "error" => error.desc());
             if self.deadline.expired() { DialFailure::Late } else { DialFailure::Failed }
@@ -141,7 +146,9 @@ impl Attempt<'_> {
     }
 
     fn exchange(&self, mail: &Mail, socket: &PeerSocket, next_hop: &str) -> Reply {
-        exchange(socket, &mut Envelope::new(mail).pieces(), self.deadline).unwrap_or_else(|error| {
+        let envelope = Envelope::new(mail);
+        let reply = exchange(socket, &mut envelope.pieces(), self.deadline, self.lead);
+        reply.unwrap_or_else(|error| {
             warn!(self.logger, # "next_hop,error", "relay failed"; "id" => self.id,
                 "next_hop" => next_hop, "error" => %error);
             Reply::temporary(match error {
@@ -175,6 +182,7 @@ fn random_below(bound: usize) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::delivery::lead::Follower;
     use crate::mail::test::mail;
     use std::collections::HashSet;
     use std::io::{Read, Write};
@@ -202,7 +210,15 @@ mod tests {
     fn run(action: &Connect, remaining: Duration) -> Delivery {
         let mail = mail(b"A: b\n\n", b"s@x", &[b"r@x"]);
         let limit = Duration::from_secs(5);
-        relay(&mail, action, limit, Deadline::after(remaining), &logger(), &Flight::unrecorded()).0
+        relay(
+            &mail,
+            action,
+            limit,
+            Deadline::after(remaining),
+            &logger(),
+            (&Flight::unrecorded(), &Follower),
+        )
+        .0
     }
 
     const LONG: Duration = Duration::from_secs(5);

@@ -21,6 +21,8 @@ use qrelay_shared::sys::rights::{PeerError, PeerSocket};
 use qrelay_shared::sys::wait::{socket_timeout, wait};
 use thiserror::Error;
 
+use crate::delivery::lead::Lead;
+
 /// Most pieces that one sendmsg(2) takes (UIO_MAXIOV of Linux).
 const MAX_PIECES: usize = 1024;
 
@@ -69,10 +71,14 @@ pub(super) fn exchange(
     socket: &PeerSocket,
     pieces: &mut [IoSlice<'_>],
     deadline: Deadline,
+    lead: &dyn Lead,
 ) -> Result<Reply, ExchangeError> {
     let mut incoming = Incoming::default();
-    match write(socket, pieces, deadline, &mut incoming)? {
-        Written::All => incoming.wait(socket, deadline),
+    match write(socket, pieces, (deadline, lead), &mut incoming)? {
+        Written::All => {
+            lead.await_input(socket.as_fd(), deadline);
+            incoming.wait(socket, deadline)
+        }
         Written::Answered(reply) => not_accepted(reply, ExchangeError::Early),
         Written::Broken(error) => match incoming.wait(socket, deadline) {
             Ok(reply) => not_accepted(reply, ExchangeError::Early),
@@ -89,7 +95,7 @@ fn not_accepted(reply: Reply, error: ExchangeError) -> Result<Reply, ExchangeErr
 fn write(
     socket: &PeerSocket,
     mut left: &mut [IoSlice<'_>],
-    deadline: Deadline,
+    (deadline, lead): (Deadline, &dyn Lead),
     incoming: &mut Incoming,
 ) -> Result<Written, ExchangeError> {
     let flags = MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT;
@@ -108,6 +114,7 @@ fn write(
             }
             Err(Errno::EINTR) => {}
             Err(Errno::EAGAIN) => {
+                lead.give_up();
                 if let Some(reply) = incoming.watch(socket, deadline)? {
                     return Ok(Written::Answered(reply));
                 }
@@ -190,6 +197,7 @@ impl Incoming {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::delivery::lead::Follower;
     use qrelay_shared::sys::rights::Rights;
     use std::io::{Read, Write};
     use std::net::{TcpListener, TcpStream};
@@ -206,7 +214,7 @@ mod tests {
             let socket = PeerSocket::new(client.into(), Rights::Refused);
             let deadline = Deadline::after(Duration::from_millis(500));
             let mut pieces = [&b"head"[..], &message, b"tail"].map(IoSlice::new);
-            match exchange(&socket, &mut pieces, deadline) {
+            match exchange(&socket, &mut pieces, deadline, &Follower) {
                 Ok(reply) => String::from_utf8_lossy(&reply.encode()).into_owned(),
                 Err(error) => error.to_string(),
             }

@@ -50,11 +50,9 @@ fn send_all(client: BorrowedFd<'_>, mut bytes: &[u8], timeout: Duration) -> Resu
     Ok(())
 }
 
-/// Drops what the client sent after its request. Costs one system call if there is nothing.
-pub(crate) fn drop_surplus(client: &PeerSocket) {
-    if client.look() == Ok(Look::Data) {
-        linger(client);
-    }
+/// Returns whether the client has sent something after its request, which [`linger`] drops.
+pub(crate) fn has_surplus(client: &PeerSocket) -> bool {
+    client.look() == Ok(Look::Data)
 }
 
 /// Reads and drops bytes until the client has closed its side, for at most [`LINGER`]. Bytes that
@@ -113,10 +111,11 @@ mod tests {
     fn surplus_is_dropped() {
         let (mut client, server) = pair(Rights::Refused);
         answer(&server, &Reply::accepted("ok"), MoreInput::Unlikely);
-        drop_surplus(&server);
+        assert!(!has_surplus(&server));
         client.write_all(b"surplus").expect("write");
         client.shutdown(std::net::Shutdown::Write).expect("shutdown");
-        drop_surplus(&server);
+        assert!(has_surplus(&server));
+        linger(&server);
         drop(server);
         let mut reply = String::new();
         client.read_to_string(&mut reply).expect("no reset");
@@ -128,7 +127,8 @@ mod tests {
         let (mut client, server) = pair(Rights::Possible);
         client.write_all(b"surplus").expect("write");
         answer(&server, &Reply::accepted("ok"), MoreInput::Unlikely);
-        drop_surplus(&server);
+        assert!(has_surplus(&server));
+        linger(&server);
         client.write_all(b"more").expect_err("the stream is over");
         drop(server);
         let mut reply = String::new();

@@ -57,6 +57,14 @@ pub enum Handling {
 }
 
 impl Handling {
+    /// Returns whether the handler has decided, and its action waits for a next hop at most.
+    pub(crate) fn is_brief(&self) -> bool {
+        match self {
+            Self::Decided((_, Ok(action))) => action.is_brief(),
+            Self::Decided((_, Err(_))) | Self::Waits(_) => false,
+        }
+    }
+
     /// Waits, if need be, until the handler has decided.
     pub fn finish(self) -> Decision {
         match self {

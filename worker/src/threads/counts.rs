@@ -125,6 +125,28 @@ impl Counts {
         start
     }
 
+    /// A thread has taken a job, and leads on: no other thread is needed.
+    pub(crate) fn took_only_job(&mut self) {
+        self.taken += 1;
+        self.serving += 1;
+    }
+
+    /// Returns whether a thread serves a job.
+    pub(crate) fn any_serving(&self) -> bool {
+        self.serving > 0
+    }
+
+    /// Returns whether a thread is to be started that leads, because no other one waits; the new
+    /// thread counts as living and waiting from now on.
+    pub(crate) fn start_leader(&mut self) -> bool {
+        let start = self.living < self.limit && self.living <= EAGER;
+        if start {
+            self.living += 1;
+            self.waiting += 1;
+        }
+        start
+    }
+
     /// Averages how long jobs are served: as many as are served now, and were taken since then
     /// (Little's law).
     fn look_back(&mut self, now: Duration) {

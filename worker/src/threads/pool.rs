@@ -10,17 +10,21 @@
 //! A datagram that makes no sense ends the process, because nobody could say which clients the
 //! datagram was about.
 
+use std::cell::Cell;
 use std::fmt;
 use std::io;
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
 use parking_lot::{Condvar, Mutex};
+use qrelay_shared::deadline::Deadline;
 use qrelay_shared::ipc::channel::{RecvBuffer, RecvError};
 use qrelay_shared::sys::thread::{LUA_STACK, spawn};
 use slog::{error, warn};
 
 use crate::clock::now;
+use crate::delivery::lead::{Follower, Lead};
 use crate::session::progress::Step;
 use crate::session::{Context, Session};
 use crate::threads::counts::Moment;
@@ -28,6 +32,10 @@ use crate::threads::processors::Processors;
 use crate::threads::scheduler::{
     Answer, Event, Left, Next, NextJob, Orders, Place, Reports, Scheduler, Stuck, Task, Threads,
 };
+
+/// How long a thread that leads waits for something else before another thread leads. The kernel
+/// rounds it up to a few milliseconds.
+const LEADERS_PATIENCE: Duration = Duration::from_millis(1);
 
 /// How long a thread waits for something to do. Then it ends, if another thread waits too.
 pub(crate) const IDLE: Duration = Duration::from_secs(30);
@@ -66,6 +74,35 @@ impl Task for Session {
 
     fn handler_waits(&self) -> bool {
         Self::handler_waits(self)
+    }
+
+    fn is_brief(&self) -> bool {
+        Self::is_brief(self)
+    }
+}
+
+/// A thread that leads while it serves a job.
+struct Leader<'p> {
+    pool: &'p Arc<Pool>,
+    leads: Cell<bool>,
+}
+
+impl Lead for Leader<'_> {
+    fn give_up(&self) {
+        if self.leads.replace(false) {
+            let threads = self.pool.scheduler.lock().give_up();
+            self.pool.obey(threads);
+        }
+    }
+
+    fn patience(&self) -> Option<Duration> {
+        self.leads.get().then_some(LEADERS_PATIENCE)
+    }
+
+    fn await_input(&self, socket: BorrowedFd<'_>, deadline: Deadline) {
+        if self.leads.get() && self.pool.context.reports.job_comes_first(socket, deadline) {
+            self.give_up();
+        }
     }
 }
 
@@ -129,8 +166,13 @@ impl Pool {
             }
             event = match next {
                 Next::Serve(session) => {
-                    session.finish(&self.context);
+                    session.finish(&self.context, &Follower);
                     Event::Finished
+                }
+                Next::ServeLeading(session) => {
+                    let leader = Leader { pool: &self, leads: Cell::new(true) };
+                    session.finish(&self.context, &leader);
+                    if leader.leads.get() { Event::FinishedLeading } else { Event::Finished }
                 }
                 Next::Lead => match self.lead(&mut buffer) {
                     Ok(event) => event,
@@ -182,6 +224,7 @@ impl Pool {
             Threads::WakeOne => drop(self.work.notify_one()),
             Threads::WakeAll => drop(self.work.notify_all()),
             Threads::Start => drop(self.start_another()),
+            Threads::CallWatcher => drop(self.watcher.notify_one()),
         }
     }
 

@@ -9,7 +9,11 @@
 //! starts another thread if there is more to do: another task, or leading. A thread that has
 //! finished a task takes the next one from the queue, so that under load no thread is woken.
 //!
-//! A leader takes a task only if another thread can lead. A client's socket on its way from process
+//! A leader that has received one job, while no thread serves another one, serves it and leads on:
+//! it waits for the next hop and for jobs at the same time, and wakes another thread only when a
+//! job comes ([`Scheduler::give_up`]).
+//!
+//! Otherwise a leader takes a task only if another thread can lead. A client's socket on its way from process
 //! to process makes every close of a local socket on this machine start the kernel's search for
 //! sockets that no process can receive any more (Linux 6.18, net/unix/garbage.c), and the search
 //! costs more than waking a thread. So datagrams mustn't lie in the job socket.
@@ -43,6 +47,9 @@ pub(crate) trait Task {
 
     /// Returns whether the job's handler has begun and waits.
     fn handler_waits(&self) -> bool;
+
+    /// Returns whether serving the job waits for a next hop at most.
+    fn is_brief(&self) -> bool;
 }
 
 /// Something has happened to a thread, which asks what to do next.
@@ -50,8 +57,10 @@ pub(crate) trait Task {
 pub(crate) enum Event {
     /// The thread has started.
     Started,
-    /// The thread has served its task to the end.
+    /// The thread has served its task to the end, and doesn't lead.
     Finished,
+    /// The thread has served its task to the end, and leads still.
+    FinishedLeading,
     /// The thread has sent the reports.
     Reported,
     /// The thread was woken while it waited.
@@ -98,6 +107,8 @@ pub(crate) enum Threads {
     WakeAll,
     /// Start a thread, which is counted already.
     Start,
+    /// Call the watcher, because all threads are busy.
+    CallWatcher,
 }
 
 /// Orders about reports that have gathered.
@@ -116,6 +127,10 @@ pub(crate) enum Reports {
 pub(crate) enum Next<T> {
     /// Serve this task to its end, then [`Event::Finished`].
     Serve(T),
+    /// Serve this task to its end, then [`Event::FinishedLeading`], and lead meanwhile. Before a
+    /// wait in which a job may come unnoticed, and when a job has come, [`Scheduler::give_up`];
+    /// then [`Event::Finished`].
+    ServeLeading(T),
     /// Receive a datagram and [`Scheduler::queue`] its jobs, then [`Event::Received`],
     /// [`Event::Quiet`] or [`Event::Closed`].
     Lead,
@@ -213,6 +228,10 @@ impl<T: Task> Scheduler<T> {
         match event {
             Event::Started | Event::Woken | Event::Idle => self.counts.woke(),
             Event::Finished => self.counts.came_back(),
+            Event::FinishedLeading => {
+                self.counts.came_back();
+                self.led = false;
+            }
             Event::Reported => {}
             Event::Received | Event::Quiet => self.led = false,
             Event::Closed => (self.led, self.ended) = (false, true),
@@ -227,9 +246,11 @@ impl<T: Task> Scheduler<T> {
         }
         match event {
             // A thread sends the reports that have gathered before it waits.
-            Event::Started | Event::Finished | Event::Received | Event::Quiet => {
-                report(Threads::Leave)
-            }
+            Event::Started
+            | Event::Finished
+            | Event::FinishedLeading
+            | Event::Received
+            | Event::Quiet => report(Threads::Leave),
             Event::Closed => report(Threads::WakeAll),
             Event::Reported | Event::Woken | Event::Idle if self.ended => {
                 Answer::Act(alone(Next::End(Left::nobody(self.counts.ended()))))
@@ -257,6 +278,9 @@ impl<T: Task> Scheduler<T> {
     }
 
     fn serve(&mut self, task: T, event: Event, moment: Moment) -> Orders<T> {
+        if event == Event::Received && self.tasks.is_empty() && task.is_brief() && self.is_alone() {
+            return self.serve_leading(task);
+        }
         let leaderless = self.leaderless();
         let start = self.counts.took_job(Taken {
             age: moment.now.saturating_sub(task.since()),
@@ -274,6 +298,29 @@ impl<T: Task> Scheduler<T> {
             Threads::Leave
         };
         Orders { threads, reports: self.reports(), next: Next::Serve(task) }
+    }
+
+    /// Returns whether no thread serves a job.
+    fn is_alone(&self) -> bool {
+        !self.counts.any_serving()
+    }
+
+    /// While nothing else is there to do, waking another thread would take longer than the task.
+    fn serve_leading(&mut self, task: T) -> Orders<T> {
+        self.led = true;
+        self.counts.took_only_job();
+        Orders { threads: Threads::Leave, reports: Reports::Send, next: Next::ServeLeading(task) }
+    }
+
+    /// As leader that serves a task: another thread has to lead from now on. If none can, the
+    /// watcher is to be called.
+    pub(crate) fn give_up(&mut self) -> Threads {
+        self.led = false;
+        match self.counts.has_waiting() {
+            true => Threads::WakeOne,
+            false if self.counts.start_leader() => Threads::Start,
+            false => Threads::CallWatcher,
+        }
     }
 
     fn lead(&mut self, event: Event) -> Orders<T> {

@@ -21,6 +21,7 @@ use qrelay_shared::sys::wait::socket_timeout;
 use thiserror::Error;
 
 use crate::delivery::dial::dial_as;
+use crate::delivery::lead::Follower;
 
 /// Why nothing could be sent.
 #[derive(Debug, Error)]
@@ -160,7 +161,7 @@ impl OutgoingSocket {
     fn dial(&self, deadline: Deadline) -> Result<PeerSocket, SocketError> {
         let mut error = SocketError::Closed;
         for endpoint in &self.endpoints {
-            match dial_as(endpoint, self.kind, deadline) {
+            match dial_as(endpoint, self.kind, deadline, &Follower) {
                 Ok(fd) => return Ok(fd),
                 Err(Errno::ETIMEDOUT) if deadline.expired() => {
                     return Err(SocketError::TimedOut);

@@ -64,6 +64,10 @@ impl Task for Job {
     fn handler_waits(&self) -> bool {
         self.handler_waits
     }
+
+    fn is_brief(&self) -> bool {
+        !self.handler_waits && self.id % 3 > 0
+    }
 }
 
 /// A thread, by the step that it does next.
@@ -73,6 +77,10 @@ enum Thread {
     Asks(Event),
     Obeys(Orders<Job>),
     Serves(Job),
+    /// Waits at the job socket, and for something else.
+    ServesLeading(Job),
+    /// Carries out what follows from giving up the lead.
+    GivesUp(Threads, Job),
     /// Waits at the job socket.
     Receives,
     /// Queues the jobs of a datagram that are left.
@@ -212,6 +220,22 @@ impl World {
                 self.gathered = true;
                 Thread::Asks(Event::Finished)
             }
+            Thread::ServesLeading(job) if !self.socket.is_empty() || self.closed => {
+                Thread::GivesUp(self.scheduler.give_up(), job)
+            }
+            // It has to wait for something else as well.
+            Thread::ServesLeading(job) if random.percent(self.habits.slow) => {
+                Thread::GivesUp(self.scheduler.give_up(), job)
+            }
+            Thread::ServesLeading(job) if random.percent(self.habits.finish) => {
+                self.served[job.id] += 1;
+                self.gathered = true;
+                Thread::Asks(Event::FinishedLeading)
+            }
+            Thread::GivesUp(threads, job) => {
+                self.help(threads, random);
+                Thread::Serves(job)
+            }
             Thread::Receives => self.receive(random),
             Thread::Queues(datagram) => self.queue(datagram),
             Thread::Helps(threads, datagram) => {
@@ -229,7 +253,10 @@ impl World {
                 Thread::Asks(Event::Idle)
             }
             Thread::Waits if random.percent(self.habits.spurious) => Thread::Asks(Event::Woken),
-            still @ (Thread::Serves(_) | Thread::Waits | Thread::Gone) => still,
+            still @ (Thread::Serves(_)
+            | Thread::ServesLeading(_)
+            | Thread::Waits
+            | Thread::Gone) => still,
         };
         self.threads[index] = thread;
     }
@@ -237,7 +264,12 @@ impl World {
     /// The idle time is longer than starting a thread takes.
     fn may_be_idle(&self) -> bool {
         let starts = |thread: &Thread| {
-            matches!(thread, Thread::Obeys(Orders { threads: Threads::Start, .. }) | Thread::Starts)
+            matches!(
+                thread,
+                Thread::Obeys(Orders { threads: Threads::Start, .. })
+                    | Thread::GivesUp(Threads::Start, _)
+                    | Thread::Starts
+            )
         };
         !self.threads.iter().any(starts) && !matches!(self.watcher, Watcher::Starts(_))
     }
@@ -251,6 +283,7 @@ impl World {
         }
         match orders.next {
             Next::Serve(job) => Thread::Serves(job),
+            Next::ServeLeading(job) => Thread::ServesLeading(job),
             Next::Lead => Thread::Receives,
             Next::Report => Thread::Sends,
             Next::Retire => Thread::Gone,
@@ -281,6 +314,7 @@ impl World {
                 waiting.into_iter().for_each(|thread| *thread = Thread::Asks(Event::Woken));
             }
             Threads::Start => self.start(random),
+            Threads::CallWatcher => self.call_watcher(),
         }
     }
 
@@ -358,7 +392,7 @@ impl World {
         let to_receive = !self.socket.is_empty() || self.closed;
         self.count(|thread| match thread {
             Thread::Serves(_) | Thread::Waits | Thread::Gone => false,
-            Thread::Receives => to_receive,
+            Thread::Receives | Thread::ServesLeading(_) => to_receive,
             _ => true,
         }) > 0
     }
@@ -375,11 +409,18 @@ impl World {
         let seed = self.seed;
         let limit = self.habits.connections + 1;
         assert!(self.living() <= limit, "seed {seed}: too many threads: {self:#?}");
-        let serving = self.count(|thread| matches!(thread, Thread::Serves(_)));
+        let serving = self.count(|thread| {
+            matches!(thread, Thread::Serves(_) | Thread::ServesLeading(_) | Thread::GivesUp(..))
+        });
         assert!(serving <= limit, "seed {seed}: {self:#?}");
         let leading = self.count(|thread| {
-            matches!(thread, Thread::Receives | Thread::Queues(_) | Thread::Helps(..))
-                || matches!(thread, Thread::Obeys(Orders { next: Next::Lead, .. }))
+            matches!(
+                thread,
+                Thread::Receives | Thread::ServesLeading(_) | Thread::Queues(_) | Thread::Helps(..)
+            ) || matches!(
+                thread,
+                Thread::Obeys(Orders { next: Next::Lead | Next::ServeLeading(_), .. })
+            )
         });
         assert!(leading <= 1, "seed {seed}: two leaders: {self:#?}");
         assert!(self.begun.iter().all(|&times| times <= 1), "seed {seed}: {self:#?}");

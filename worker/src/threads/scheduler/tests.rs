@@ -19,7 +19,14 @@ impl Task for Job {
     fn handler_waits(&self) -> bool {
         self.2
     }
+
+    fn is_brief(&self) -> bool {
+        self.0 >= BRIEF
+    }
 }
+
+/// Jobs from this number on wait for a next hop at most.
+const BRIEF: u32 = 100;
 
 fn job(number: u32) -> Job {
     Job(number, Duration::ZERO, false)
@@ -34,6 +41,11 @@ type Make = fn() -> Scheduler<Job>;
 
 const LEAD: Answer<Job> =
     Answer::Act(Orders { threads: Threads::Leave, reports: Reports::Send, next: Next::Lead });
+const BUSY_LEAD: Answer<Job> = Answer::Act(Orders {
+    threads: Threads::Leave,
+    reports: Reports::LeaveToWatcher,
+    next: Next::Lead,
+});
 const REPORT: Answer<Job> =
     Answer::Act(Orders { threads: Threads::Leave, reports: Reports::Leave, next: Next::Report });
 
@@ -286,4 +298,58 @@ fn the_watcher_adds_no_thread_while_tasks_are_taken() {
     assert_eq!(scheduler.stuck(MOMENT), Stuck::Start(0));
     assert!(scheduler.needs_watching(false));
     assert_eq!(scheduler.stuck(MOMENT), Stuck::Start(2));
+}
+
+#[test]
+fn a_leader_serves_the_only_job_itself_and_leads_on() {
+    let mut scheduler = led(10);
+    let alone = |number| act(Threads::Leave, Reports::Send, Next::ServeLeading(job(number)));
+    for number in [BRIEF, BRIEF + 1] {
+        scheduler.queue(job(number), LAST, NOW);
+        assert_eq!(scheduler.tell(Event::Received), alone(number));
+        assert!(scheduler.led);
+        assert_eq!(scheduler.tell(Event::FinishedLeading), LEAD);
+    }
+    // A job comes meanwhile: a thread is started that leads.
+    scheduler.queue(job(BRIEF), LAST, NOW);
+    assert_eq!(scheduler.tell(Event::Received), alone(BRIEF));
+    assert_eq!(scheduler.give_up(), Threads::Start);
+    assert_eq!(scheduler.tell(Event::Started), BUSY_LEAD);
+    // Somebody serves a job, so the next one is served by the usual way.
+    scheduler.queue(job(BRIEF + 1), LAST, NOW);
+    let usual = act(Threads::Start, Reports::Send, Next::Serve(job(BRIEF + 1)));
+    assert_eq!(scheduler.tell(Event::Received), usual);
+    assert_eq!(scheduler.tell(Event::Finished), LEAD);
+}
+
+#[test]
+fn who_gives_up_the_lead_wakes_a_thread_or_calls_the_watcher() {
+    let mut scheduler = with_one_waiting(10);
+    scheduler.queue(job(BRIEF), LAST, NOW);
+    let alone = act(Threads::Leave, Reports::Send, Next::ServeLeading(job(BRIEF)));
+    assert_eq!(scheduler.tell(Event::Received), alone);
+    assert_eq!(scheduler.give_up(), Threads::WakeOne);
+    assert_eq!(scheduler.tell(Event::Woken), BUSY_LEAD);
+    // Several jobs, or one that waits for something else, are served as usual.
+    let mut scheduler = led(10);
+    scheduler.queue_all(&[BRIEF, BRIEF + 1]);
+    let usual = act(Threads::Start, Reports::Send, Next::Serve(job(BRIEF)));
+    assert_eq!(scheduler.tell(Event::Received), usual);
+    let mut scheduler = led(10);
+    scheduler.queue(job(1), LAST, NOW);
+    let usual = act(Threads::Start, Reports::Send, Next::Serve(job(1)));
+    assert_eq!(scheduler.tell(Event::Received), usual);
+    // No further thread may be started.
+    let mut scheduler = led(10);
+    scheduler.counts = Counts::new(0);
+    scheduler.tell(Event::Started);
+    scheduler.queue(job(BRIEF), LAST, NOW);
+    assert_eq!(
+        scheduler.tell(Event::Received),
+        Answer::Act(Orders {
+            threads: Threads::Leave,
+            reports: Reports::Send,
+            next: Next::ServeLeading(job(BRIEF)),
+        })
+    );
 }
