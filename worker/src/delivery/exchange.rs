@@ -205,6 +205,10 @@ mod tests {
 
     /// Sends `size` bytes to a next hop that behaves as `server` does.
     fn run(size: usize, server: impl FnOnce(TcpStream) + Send) -> String {
+        run_within(Duration::from_secs(20), size, server)
+    }
+
+    fn run_within(limit: Duration, size: usize, server: impl FnOnce(TcpStream) + Send) -> String {
         let listener = TcpListener::bind("127.0.0.1:0").expect("bind");
         let client = TcpStream::connect(listener.local_addr().expect("address")).expect("connect");
         let (peer, _) = listener.accept().expect("accept");
@@ -212,7 +216,7 @@ mod tests {
         std::thread::scope(|scope| {
             scope.spawn(|| server(peer));
             let socket = PeerSocket::new(client.into(), Rights::Refused);
-            let deadline = Deadline::after(Duration::from_millis(500));
+            let deadline = Deadline::after(limit);
             let mut pieces = [&b"head"[..], &message, b"tail"].map(IoSlice::new);
             match exchange(&socket, &mut pieces, deadline, &Follower) {
                 Ok(reply) => String::from_utf8_lossy(&reply.encode()).into_owned(),
@@ -332,8 +336,10 @@ mod tests {
     #[test]
     fn silence() {
         for size in [SMALL, LARGE] {
-            let reply = run(size, |stream| {
-                std::thread::sleep(Duration::from_millis(700));
+            let reply = run_within(Duration::from_millis(100), size, |mut stream| {
+                // Until the sender has given up; what it has sent isn't read before.
+                std::thread::sleep(Duration::from_millis(300));
+                let _ = stream.read(&mut [0; 1]);
                 drop(stream);
             });
             assert_eq!(reply, "timeout");
