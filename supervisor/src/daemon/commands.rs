@@ -104,11 +104,7 @@ impl Daemon {
         let figures = services.figures();
         let separation = services.separation();
         let own = self.system.usage(Pid::this());
-        let counts = workers.at_next_hops();
-        let mut next_hops = figures.next_hops(now);
-        for hop in &mut next_hops {
-            hop.in_flight = counts.get(&hop.next_hop).copied().unwrap_or(0);
-        }
+        let next_hops = figures.next_hops(now, &workers.at_next_hops());
         Status {
             program: env!("CARGO_PKG_VERSION").to_owned(),
             pid: Pid::this().as_raw(),

@@ -3,6 +3,7 @@
 //! Contract: counting a mail takes no system call and, but for a next hop that is new, no memory.
 //! The tables are bounded: what doesn't fit any more is counted under [`OTHER`].
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -275,17 +276,39 @@ impl Figures {
         mails
     }
 
-    /// Returns the next hops in the order of their names, without what is in flight.
-    pub(crate) fn next_hops(&self, now: Instant) -> Vec<admin::NextHop> {
+    /// Returns the next hops in the order of their names, with those that only have mails
+    /// `in_flight`.
+    pub(crate) fn next_hops(
+        &self,
+        now: Instant,
+        in_flight: &BTreeMap<String, u64>,
+    ) -> Vec<admin::NextHop> {
         let second = self.second(now);
-        let shown = self.next_hops.iter().map(|(name, hop)| admin::NextHop {
-            next_hop: name.to_string(),
+        let shown = |name: &str, hop: &Hop| admin::NextHop {
+            next_hop: name.to_owned(),
             in_flight: 0,
             answers: hop.answers,
             connect_failures: hop.connect_failures,
             times: hop.times.shown(second),
-        });
-        shown.collect()
+        };
+        let mut hops: Vec<_> = self.next_hops.iter().map(|(name, hop)| shown(name, hop)).collect();
+        let find = |hops: &[admin::NextHop], name: &str| {
+            hops.binary_search_by(|hop| hop.next_hop.as_str().cmp(name))
+        };
+        for (name, count) in in_flight {
+            let mut name = name.as_str();
+            let mut found = find(&hops, name);
+            if found.is_err() && hops.len() >= MOST {
+                name = OTHER;
+                found = find(&hops, name);
+            }
+            let at = found.unwrap_or_else(|at| {
+                hops.insert(at, shown(name, &Hop::default()));
+                at
+            });
+            hops[at].in_flight += count;
+        }
+        hops
     }
 }
 

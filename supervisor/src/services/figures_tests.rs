@@ -55,12 +55,15 @@ fn mails_are_counted_by_what_they_have_in_common() {
     assert_eq!(shown, expected);
     let answers = admin::Answers { accepted: 3, temporary: 1, permanent: 0, unanswered: 1 };
     assert_eq!(figures.answers(), answers);
-    let hops = figures.next_hops(start);
+    let in_flight = BTreeMap::from([("hop".into(), 2), ("hangs".into(), 3)]);
+    let hops = figures.next_hops(start, &in_flight);
+    let waiting: Vec<_> = hops.iter().map(|hop| (&*hop.next_hop, hop.in_flight)).collect();
+    assert_eq!(waiting, [("gone", 0), ("hangs", 3), ("hop", 2)]);
     let brief =
         |hop: &admin::NextHop| (hop.next_hop.clone(), hop.answers.accepted, hop.connect_failures);
     let brief: Vec<_> = hops.iter().map(brief).collect();
-    assert_eq!(brief, [("gone".into(), 0, 1), ("hop".into(), 2, 0)]);
-    assert_eq!(hops[1].times.buckets.iter().sum::<u64>(), 2);
+    assert_eq!(brief, [("gone".into(), 0, 1), ("hangs".into(), 0, 0), ("hop".into(), 2, 0)]);
+    assert_eq!(hops[2].times.buckets.iter().sum::<u64>(), 2);
 }
 
 #[test]
@@ -131,8 +134,10 @@ fn tables_are_bounded() {
         let listener: Arc<str> = name.as_str().into();
         figures.count(&mail("connect", Some(&name), K), Some(&listener), start);
     }
-    let hops = figures.next_hops(start);
+    let in_flight = (0..9).map(|number| (format!("new {number}"), 1)).collect();
+    let hops = figures.next_hops(start, &in_flight);
     assert_eq!(hops.len(), MOST + 1);
+    assert_eq!(hops.iter().map(|hop| hop.in_flight).sum::<u64>(), 9);
     assert_eq!(hops.iter().map(|hop| hop.answers.accepted).sum::<u64>(), 1000);
     assert!(hops.iter().any(|hop| hop.next_hop == OTHER));
     assert_eq!(figures.mails().len(), MOST + 1);

@@ -8,7 +8,6 @@ use qrelay_shared::admin;
 use qrelay_shared::flight::{Flight, Phase};
 use qrelay_shared::ids::JobId;
 use qrelay_shared::sys::recorder;
-use rustc_hash::FxHashMap;
 use slog::info;
 
 use crate::event::{Cursor, Event, Events};
@@ -100,13 +99,16 @@ impl Workers {
         self.ends
     }
 
-    /// Counts the mails that go to each next hop or program at the moment.
-    pub(crate) fn at_next_hops(&self) -> FxHashMap<String, u64> {
-        let mut counts = FxHashMap::default();
+    /// Counts the mails that go to each next hop or program at the moment. A mail whose next hop is
+    /// still looked up counts for none.
+    pub(crate) fn at_next_hops(&self) -> BTreeMap<String, u64> {
+        let mut counts = BTreeMap::new();
         for process in self.processes.values() {
             let flights = process.flights.as_ref().map(recorder::flights);
             for flight in flights.and_then(Result::ok).into_iter().flatten() {
-                if matches!(flight.phase, Phase::Connecting | Phase::NextHop | Phase::Program) {
+                let goes =
+                    matches!(flight.phase, Phase::Connecting | Phase::NextHop | Phase::Program);
+                if goes && !flight.next_hop.is_empty() {
                     *counts.entry(flight.next_hop).or_default() += 1;
                 }
             }
