@@ -168,6 +168,10 @@ impl Connection {
             Err(error) if error.kind() == ErrorKind::InvalidData => {
                 Err(Failure::Nonsense { path: self.path.clone(), cause: error.to_string() })
             }
+            // The system's word for the end of a time limit says nothing to a person.
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                Err(Failure::Broken(ErrorKind::TimedOut.into()))
+            }
             Err(error) => Err(Failure::Broken(error)),
         }
     }
