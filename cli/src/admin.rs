@@ -7,7 +7,7 @@
 
 mod mails;
 mod screen;
-mod status;
+pub mod status;
 
 use std::io::{self, BufRead, BufReader, ErrorKind, Write};
 use std::path::{Path, PathBuf};
@@ -23,7 +23,7 @@ use crate::client::stream::Stream;
 use crate::output::print;
 
 /// How long the daemon may take for an answer that doesn't wait for anything.
-const PATIENCE: Duration = Duration::from_secs(5);
+pub const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Longest time limit, for an answer that waits for mails or for a script.
 const AGES: Duration = Duration::from_secs(365 * 24 * 3600);
@@ -204,7 +204,7 @@ impl Connection {
     }
 
     /// Returns the failure for an answer that doesn't fit the question.
-    fn unexpected(&self, body: &Body) -> Failure {
+    pub fn unexpected(&self, body: &Body) -> Failure {
         Failure::Nonsense { path: self.path.clone(), cause: format!("it answered {body:?}") }
     }
 }

@@ -24,7 +24,7 @@ use crate::client::{send, sendmail};
 use crate::completions;
 use crate::script::Script;
 use crate::values::{seconds, socket};
-use crate::{check, trial};
+use crate::{check, trial, web};
 
 /// Default path of the configuration, the same as the original program's.
 const DEFAULT_CONFIG: &str = "/etc/cm4all/qrelay/config.lua";
@@ -147,6 +147,7 @@ enum Verb {
     #[command(flatten)]
     Admin(admin::Verb),
     Completions(completions::Args),
+    Web(web::Args),
     /// Internal: the process that the supervisor forks workers from.
     #[command(hide = true)]
     Zygote {
@@ -189,6 +190,8 @@ pub enum Command {
     Admin(admin::Verb, PathBuf),
     /// Print this text.
     Print(String),
+    /// Serve metrics and a page about the daemon that listens for commands at this path.
+    Web(web::Args, PathBuf),
     /// Run a zygote.
     Zygote(Level, Limits),
 }
@@ -234,6 +237,10 @@ pub fn parse() -> Result<Command, Exit> {
         Some(Verb::Sendmail(args)) => Command::Sendmail(args),
         Some(Verb::Completions(args)) => {
             Command::Print(completions::script(&args, &Cli::command()))
+        }
+        Some(Verb::Web(args)) => {
+            let path = cli.common.control.unwrap_or_else(|| DEFAULT_PATH.into());
+            Command::Web(args, path)
         }
         Some(Verb::Sink { listen, answer, output }) => {
             let answer = match answer {

@@ -24,6 +24,7 @@ mod output;
 mod script;
 mod trial;
 mod values;
+mod web;
 
 use crate::cli::Command;
 use crate::client::{send, sendmail, sink};
@@ -48,6 +49,7 @@ fn main() -> ExitCode {
         Ok(Command::Sendmail(args)) => sendmail::run(&args),
         Ok(Command::Print(text)) => print(&text),
         Ok(Command::Sink(options)) => sink::run(&options),
+        Ok(Command::Web(args, control)) => web::run(&args, control),
     };
     exit.into()
 }

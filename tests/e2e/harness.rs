@@ -20,6 +20,7 @@ pub mod record;
 pub mod sink;
 pub mod slow_file;
 pub mod target;
+pub mod web;
 
 pub use client::{Client, Outcome, burst, submit};
 pub use daemon::{Daemon, Site, run};

@@ -60,3 +60,4 @@ mod systemd;
 mod r#try;
 mod unit;
 mod unread;
+mod web;

@@ -5,13 +5,14 @@
 //! the unit as it is, and something for a unit that restricts more; so the list itself is tested.
 
 use std::fs;
-use std::net::UdpSocket;
+use std::net::{TcpListener, TcpStream, UdpSocket};
 use std::os::unix::fs::PermissionsExt as _;
 
 use crate::harness::control_group::set_attribute;
 use crate::harness::machine::{Machine, SERVICE, UNITS};
 use crate::harness::network::in_own_network;
 use crate::harness::postgres::Cluster;
+use crate::harness::web;
 use crate::harness::{Client, Daemon, Mail, PATIENCE, Sink, Target, eventually, submit};
 
 const SOCKET: &str = "/run/cm4all/qrelay/qrelay.sock";
@@ -301,6 +302,33 @@ fn the_socket_unit_starts_the_service() {
     // The socket stays while the service is away.
     machine.succeed(&["systemctl", "kill", "--kill-whom=main", "-s", "KILL", SERVICE]);
     assert_eq!(submit(machine.path(SOCKET), &Mail::new("x")).status(), 'K');
+}
+
+#[test]
+fn the_page_has_a_unit_of_its_own() {
+    let machine = Machine::boot("qmqp_listen('/run/cm4all/qrelay/in', function() end)");
+    assert!(machine.restart(), "{}", machine.journal());
+    let free = TcpListener::bind("127.0.0.1:0").expect("bind");
+    let port = free.local_addr().expect("address").port();
+    drop(free);
+    let start = format!("ExecStart=\nExecStart=/usr/bin/qrelay web --listen 127.0.0.1:{port}");
+    let unit = "cm4all-qrelay-web.service";
+    machine.write(
+        &format!("/etc/systemd/system/{unit}.d/test.conf"),
+        &format!("[Service]\n{start}\n"),
+    );
+    machine.succeed(&["systemctl", "daemon-reload"]);
+    machine.succeed(&["systemctl", "start", unit]);
+    eventually("the port", || TcpStream::connect(("127.0.0.1", port)).ok());
+    let metrics = web::get(port, "/metrics").body;
+    assert!(metrics.contains("\nqrelay_up 1\n"), "{metrics}");
+    assert_eq!(web::get(port, "/").status, 200);
+    // The page outlives the daemon, and says that the daemon is down.
+    machine.succeed(&["systemctl", "stop", SERVICE]);
+    eventually("a daemon that is down", || {
+        web::get(port, "/metrics").body.contains("\nqrelay_up 0\n").then_some(())
+    });
+    machine.succeed(&["systemctl", "is-active", unit]);
 }
 
 #[test]

@@ -92,9 +92,15 @@ fn get(path: &Path) -> Result<Box<Status>, Failure> {
     get_json(path).map(|(_, status)| status)
 }
 
-/// Asks for the state. Returns it as the daemon has sent it, too.
 fn get_json(path: &Path) -> Result<(String, Box<Status>), Failure> {
-    let mut connection = Connection::open(path)?;
+    ask(&mut Connection::open(path)?)
+}
+
+/// Asks for the state. Returns the state as the daemon has sent it, too.
+///
+/// # Errors
+/// See [`Failure`].
+pub fn ask(connection: &mut Connection) -> Result<(String, Box<Status>), Failure> {
     connection.ask(Command::Status)?;
     let line = connection.line(Some(PATIENCE))?;
     match connection.parse(&line)? {

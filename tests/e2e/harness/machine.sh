@@ -49,7 +49,7 @@ printf '[Journal]\nAudit=no\nReadKMsg=no\nStorage=volatile\n' \
 echo 0123456789abcdef0123456789abcdef >"$root/etc/machine-id"
 
 # What docs/operations.md installs.
-cp "$source/cm4all-qrelay.service" "$source/cm4all-qrelay.socket" "$units"
+cp "$source"/cm4all-qrelay*.service "$source/cm4all-qrelay.socket" "$units"
 cp "$source/sysusers.d/cm4all-qrelay.conf" "$root/etc/sysusers.d"
 cp "$source/tmpfiles.d/cm4all-qrelay.conf" "$root/etc/tmpfiles.d"
 touch "$root/usr/bin/qrelay"
