@@ -77,6 +77,10 @@ function count(value) {
   return known(value) ? grouped.format(value) : '–';
 }
 
+function counted(value, one, many) {
+  return `${count(value)} ${value === 1 ? one : many}`;
+}
+
 function perSecond(value) {
   if (!known(value)) return '–';
   return value >= 100 ? grouped.format(value) : String(Number(value.toPrecision(3)));
@@ -510,11 +514,11 @@ function showTiles() {
       more: `99 % within ${seconds(times.all.p99)}` },
     { name: 'in flight', value: count(status.in_flight), more: `of ${count(credit)} at most` },
     { name: 'waiting for a worker', value: count(status.waiting),
-      more: `${count(status.held)} connections held`, bad: status.waiting > credit && credit > 0 },
+      more: `${counted(status.held, 'connection', 'connections')} held`, bad: status.waiting > credit && credit > 0 },
     { name: 'mails accepted', value: count(answers.accepted),
       more: `${count(answers.temporary)} not now, ${count(answers.permanent)} refused` },
     { name: 'workers ready', value: count(ready), bad: ready === 0,
-      more: `${count(ends.crashes)} crashed, ${count(ends.lost_mails)} mails lost` },
+      more: `${count(ends.crashes)} crashed, ${counted(ends.lost_mails, 'mail', 'mails')} lost` },
   ]);
 }
 
