@@ -23,6 +23,7 @@ mod cli;
 mod completions;
 mod control;
 mod crash;
+mod definitions;
 mod docs;
 mod exec;
 mod exec_end;
