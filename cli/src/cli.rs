@@ -275,11 +275,57 @@ fn absolute(path: &Path) -> Result<PathBuf, Exit> {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
     use super::*;
 
     #[test]
     fn the_command_line_is_consistent() {
         Cli::command().debug_assert();
         Sendmail::command().debug_assert();
+    }
+
+    /// The synopsis of qrelay(8) names each command once, with its options.
+    #[test]
+    fn the_manual_has_every_command_and_option() {
+        let page = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/man/qrelay.8");
+        let page = std::fs::read_to_string(page).expect("the manual");
+        let synopsis = page.split(".Sh ").find(|part| part.starts_with("SYNOPSIS\n"));
+        let mut documented = BTreeSet::new();
+        for part in synopsis.expect("a synopsis").split(".Nm\n").skip(1) {
+            let command = part.strip_prefix(".Cm ").and_then(|part| part.lines().next());
+            let command = command.unwrap_or_default().to_owned();
+            documented.extend(options(part).map(|option| (command.clone(), option)));
+            documented.insert((command, String::new()));
+        }
+        let command = Cli::command();
+        let mut known = long_options(&command);
+        known.insert((String::new(), String::new()));
+        for command in command.get_subcommands().filter(|command| !command.is_hide_set()) {
+            known.extend(long_options(command));
+            known.insert((command.get_name().to_owned(), String::new()));
+        }
+        // Options that every command takes are only shown where they have an effect.
+        let global = |(command, option): &(String, String)| {
+            !command.is_empty()
+                && !option.is_empty()
+                && documented.contains(&(String::new(), option.clone()))
+        };
+        let local: BTreeSet<_> = documented.iter().filter(|pair| !global(pair)).collect();
+        assert_eq!(local, known.iter().collect());
+    }
+
+    /// Returns the long options that a piece of the manual names.
+    fn options(text: &str) -> impl Iterator<Item = String> {
+        text.split("Fl -").skip(1).filter_map(|rest| Some(rest.split_whitespace().next()?.into()))
+    }
+
+    /// Returns a command's own long options, each with the command's name if it is a subcommand.
+    /// Every command has --help.
+    fn long_options(command: &clap::Command) -> BTreeSet<(String, String)> {
+        let name = if command.get_name() == "qrelay" { "" } else { command.get_name() };
+        let options = command.get_arguments().filter_map(clap::Arg::get_long);
+        let options = options.filter(|option| *option != "help");
+        options.map(|option| (name.to_owned(), option.to_owned())).collect()
     }
 }

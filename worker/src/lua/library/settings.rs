@@ -209,6 +209,23 @@ pub(crate) fn consistent(settings: &Settings, listeners: &[ListenerDecl]) -> Res
 mod tests {
     use super::*;
 
+    /// The manual page qrelay-config(5) is made of the same file.
+    #[test]
+    fn the_documentation_has_every_setting() {
+        let page = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/configuration.md");
+        let page = std::fs::read_to_string(page).expect("the documentation");
+        let section = page.split("\n## ").find(|part| part.starts_with("Settings\n"));
+        let rows = section.expect("a section").lines().skip_while(|line| !line.starts_with("### "));
+        // The sandbox has a table of its own behind the settings.
+        let rows = rows.take_while(|line| !line.starts_with("#### "));
+        let mut documented: Vec<&str> =
+            rows.filter_map(|row| row.strip_prefix("| `")?.split('`').next()).collect();
+        let mut known: Vec<&str> = KEYS.iter().map(|(name, _)| *name).collect();
+        documented.sort_unstable();
+        known.sort_unstable();
+        assert_eq!(documented, known);
+    }
+
     #[test]
     fn the_default_memory_for_mails_follows_the_largest_mail() {
         let listener = |max_size| ListenerDecl {
