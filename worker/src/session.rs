@@ -517,7 +517,7 @@ mod tests {
             (
                 "answered",
                 |session, context, reply| {
-                    session.answer(context, reply, Unread::Unknown, &Follower)
+                    session.answer(context, reply, Unread::Unknown, &Follower);
                 },
                 "9:Drejected,",
             ),

@@ -66,7 +66,7 @@ impl Task for Job {
     }
 
     fn is_brief(&self) -> bool {
-        !self.handler_waits && self.id % 3 > 0
+        !self.handler_waits && !self.id.is_multiple_of(3)
     }
 }
 
