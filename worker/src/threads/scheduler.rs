@@ -13,10 +13,10 @@
 //! it waits for the next hop and for jobs at the same time, and wakes another thread only when a
 //! job comes ([`Scheduler::give_up`]).
 //!
-//! Otherwise a leader takes a task only if another thread can lead. A client's socket on its way from process
-//! to process makes every close of a local socket on this machine start the kernel's search for
-//! sockets that no process can receive any more (Linux 6.18, net/unix/garbage.c), and the search
-//! costs more than waking a thread. So datagrams mustn't lie in the job socket.
+//! Otherwise a leader takes a task only if another thread can lead. A client's socket on its way
+//! from process to process makes every close of a local socket on this machine start the kernel's
+//! search for sockets that no process can receive any more (Linux 6.18, net/unix/garbage.c), and
+//! the search costs more than waking a thread. So datagrams mustn't lie in the job socket.
 //!
 //! While all threads are busy, their reports may wait for each other; the watcher, a thread of its
 //! own, sends them soon after ([`Reports::LeaveToWatcher`]) and adds threads if tasks are stuck.
