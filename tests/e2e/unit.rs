@@ -186,6 +186,21 @@ fn example(name: &str) -> String {
     fs::read_to_string(format!("{UNITS}/examples/{name}.conf")).expect("an example")
 }
 
+/// The script answers with a variable of the environment file, and the options there count.
+#[test]
+fn options_and_variables_come_from_a_file() {
+    let machine = Machine::boot(&format!(
+        "qmqp_listen('{SOCKET}', function(m) return m:discard(os.getenv('GREETING')) end)"
+    ));
+    machine.write(
+        "/etc/default/cm4all-qrelay",
+        "QRELAY_OPTIONS=\"--log-level debug --boot-timeout 20\"\nGREETING=hello\n",
+    );
+    assert!(machine.restart(), "{}", machine.journal());
+    assert_eq!(submit(machine.path(SOCKET), &Mail::new("x")), "Khello");
+    machine.wait_for_log("worker ready");
+}
+
 #[test]
 fn everything_works_as_the_unit_runs_it() {
     in_own_network(|| {
