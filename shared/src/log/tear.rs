@@ -17,23 +17,38 @@ impl Tear {
         line: &[u8],
         write: impl Fn(&[IoSlice<'_>]) -> nix::Result<usize>,
     ) -> bool {
+        self.write_some(line, write) == line.len()
+    }
+
+    /// Writes lines as [`Self::write`] does. Returns how many bytes of them were written.
+    pub(super) fn write_some(
+        &self,
+        lines: &[u8],
+        write: impl Fn(&[IoSlice<'_>]) -> nix::Result<usize>,
+    ) -> usize {
         let begin: &[u8] = if self.0.load(Ordering::Relaxed) { b"\n" } else { b"" };
-        let parts = [IoSlice::new(begin), IoSlice::new(line)];
+        let parts = [IoSlice::new(begin), IoSlice::new(lines)];
         let result = loop {
             match write(&parts) {
                 Err(Errno::EINTR) => {}
                 other => break other,
             }
         };
-        let (whole, torn) = match result {
-            Ok(n) if n == begin.len() + line.len() => (true, false),
-            Ok(n) => (false, n > begin.len() || (n == 0 && !begin.is_empty())),
-            Err(Errno::EAGAIN) => return false,
+        let (written, torn) = match result {
+            Ok(n) => {
+                let written = n.saturating_sub(begin.len());
+                let torn = match lines[..written].last() {
+                    Some(&last) => last != b'\n',
+                    None => n < begin.len(),
+                };
+                (written, torn)
+            }
+            Err(Errno::EAGAIN) => return 0,
             // A full disk may have cut the line of another process, which has the same file.
-            Err(_) => (false, true),
+            Err(_) => (0, true),
         };
         self.0.store(torn, Ordering::Relaxed);
-        whole
+        written
     }
 }
 
@@ -72,6 +87,19 @@ mod tests {
             assert_eq!(tear.write(b"two\n", |parts| disk.write(parts)), room == 8);
             disk.room = 100;
             assert!(tear.write(b"three\n", |parts| disk.write(parts)));
+            assert_eq!(String::from_utf8_lossy(&disk.file.borrow()), file, "{room}");
+        }
+    }
+
+    #[test]
+    fn of_several_lines_some_may_be_written() {
+        for (room, written, file) in
+            [(3, 3, "one\nlast\n"), (4, 4, "one\nlast\n"), (6, 6, "one\ntw\nlast\n")]
+        {
+            let (tear, mut disk) = (Tear::default(), Disk { file: RefCell::default(), room });
+            assert_eq!(tear.write_some(b"one\ntwo\n", |parts| disk.write(parts)), written);
+            disk.room = 100;
+            assert!(tear.write(b"last\n", |parts| disk.write(parts)));
             assert_eq!(String::from_utf8_lossy(&disk.file.borrow()), file, "{room}");
         }
     }
