@@ -1,6 +1,6 @@
 //! The supervisor's life: start, serve, reload, stop.
 //!
-//! `Daemon` owns the four owners, the queue of events, and the phase of life. A turn of the loop
+//! `Daemon` owns the five owners, the queue of events, and the phase of life. A turn of the loop
 //! reads what is ready and does what is due, hands every event to the owners concerned until none
 //! is left, passes waiting connections to workers, and then ends what no connection waits for.
 //!
