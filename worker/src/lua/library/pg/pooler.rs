@@ -9,9 +9,9 @@
 //! do.
 //!
 //! # Failure
-//! The server's or the connection's error. A pooler in transaction mode that is so busy that no
-//! process is seen twice counts as one in session mode. Then statements and transactions still
-//! work, because a prepared statement that is missing is prepared again.
+//! The server's or the connection's error. A pooler that is too busy to tell is unknown: nothing is
+//! prepared there, because another client's statement might have the same name, and the next
+//! connection asks again.
 
 use std::time::Duration;
 
@@ -35,6 +35,8 @@ pub(super) enum Pooling {
     Session,
     /// Each transaction may have another session.
     Transaction,
+    /// One of both.
+    Unknown,
 }
 
 /// Returns the configuration with the mark.
@@ -64,9 +66,10 @@ pub(super) fn is_direct(client: &mut Client) -> Result<bool, Error> {
 /// # Errors
 /// See the module.
 pub(super) fn pooling(one: &mut Client, other: &mut Client) -> Result<Pooling, Error> {
-    // In session mode the other connection may wait for one that ends.
+    // In session mode the other connection may wait for one that ends; in any mode for a pooler
+    // that is busy.
     if other.is_valid(PATIENCE).is_err() {
-        return Ok(Pooling::Session);
+        return Ok(Pooling::Unknown);
     }
     let process = "SELECT pg_catalog.pg_backend_pid()";
     let (first, second) = (value(one, process)?, value(other, process)?);

@@ -223,7 +223,9 @@ impl Session {
         let parameters = &statement::literals(parameters);
         let rows = match (self.in_transaction, self.pooling) {
             (true, _) => self.execute_within(sql, parameters)?,
-            (false, Pooling::Transaction) => self.execute_alone(sql, parameters)?,
+            (false, Pooling::Transaction | Pooling::Unknown) => {
+                self.execute_alone(sql, parameters)?
+            }
             (false, Pooling::Session) => match self.execute_prepared(sql, parameters) {
                 // The prepared statement is gone, or a table has changed. Nothing was done yet.
                 Err(error) if is_outdated(&error) => {

@@ -272,7 +272,10 @@ impl Server {
             Some(pooling) => pooling,
             None => pooler::pooling(&mut client, &mut self.open(&self.config, logger)?)?,
         };
-        Ok((client, *self.pooling.get_or_init(|| pooling)))
+        Ok(match pooling {
+            Pooling::Unknown => (client, Pooling::Unknown),
+            known => (client, *self.pooling.get_or_init(|| known)),
+        })
     }
 
     fn open(&self, config: &Config, logger: &Logger) -> Result<Client, Error> {
