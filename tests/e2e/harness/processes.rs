@@ -9,6 +9,8 @@ use std::path::PathBuf;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
+use crate::harness::eventually;
+
 /// Environment variable that marks the processes of a daemon.
 pub const TAG: &str = "QRELAY_TEST_TAG";
 
@@ -38,17 +40,21 @@ pub fn look(pid: i32) -> Option<Process> {
     })
 }
 
-/// Returns the only thread of this name in a process.
+/// Returns the only thread of this name in a process, as soon as there is one.
+#[track_caller]
 pub fn thread_named(pid: i32, name: &str) -> Pid {
-    let tasks = fs::read_dir(format!("/proc/{pid}/task")).expect("a process");
-    let named = |entry: std::io::Result<fs::DirEntry>| {
-        let path = entry.expect("entry").path();
-        let is = fs::read_to_string(path.join("comm")).is_ok_and(|comm| comm.trim_end() == name);
-        is.then(|| path.file_name()?.to_str()?.parse().ok().map(Pid::from_raw))?
-    };
-    let threads: Vec<Pid> = tasks.filter_map(named).collect();
-    assert_eq!(threads.len(), 1, "threads {name} of {pid}");
-    threads[0]
+    eventually("a thread of this name", || {
+        let tasks = fs::read_dir(format!("/proc/{pid}/task")).expect("a process");
+        let named = |entry: std::io::Result<fs::DirEntry>| {
+            let path = entry.ok()?.path();
+            let comm = fs::read_to_string(path.join("comm")).ok()?;
+            let tid = path.file_name()?.to_str()?.parse().ok()?;
+            (comm.trim_end() == name).then(|| Pid::from_raw(tid))
+        };
+        let threads: Vec<Pid> = tasks.filter_map(named).collect();
+        assert!(threads.len() <= 1, "threads {name} of {pid}");
+        threads.first().copied()
+    })
 }
 
 fn pids() -> impl Iterator<Item = i32> {
