@@ -82,12 +82,15 @@ impl Reports {
     }
 
     /// Waits until `other` can be read, a job waits in the socket, or the time is over. Returns
-    /// whether a job waits, or no further ones come.
-    pub(crate) fn job_comes_first(&self, other: BorrowedFd<'_>, deadline: Deadline) -> bool {
+    /// whether a job waits, or no further ones come, and whether `other` can be read.
+    pub(crate) fn wait_beside(&self, other: BorrowedFd<'_>, deadline: Deadline) -> (bool, bool) {
         let mut fds = [self.channel.as_fd(), other].map(|fd| PollFd::new(fd, PollFlags::POLLIN));
         let limit = PollTimeout::try_from(deadline.remaining()).unwrap_or(PollTimeout::MAX);
         // After an error or a signal another thread leads, which is always right.
-        poll(&mut fds, limit).is_err() || fds[0].any().unwrap_or(true)
+        match poll(&mut fds, limit) {
+            Ok(_) => (fds[0].any().unwrap_or(true), fds[1].any().unwrap_or(false)),
+            Err(_) => (true, false),
+        }
     }
 
     /// Reports that this worker can take jobs.

@@ -76,7 +76,11 @@ pub(super) fn exchange(
     let mut incoming = Incoming::default();
     match write(socket, pieces, (deadline, lead), &mut incoming)? {
         Written::All => {
-            lead.await_input(socket.as_fd(), deadline);
+            if lead.await_input(socket.as_fd(), deadline)
+                && let Some(reply) = incoming.look(socket)?
+            {
+                return Ok(reply);
+            }
             incoming.wait(socket, deadline)
         }
         Written::Answered(reply) => not_accepted(reply, ExchangeError::Early),

@@ -21,8 +21,8 @@ pub(crate) trait Lead {
     fn patience(&self) -> Option<Duration>;
 
     /// Waits until a socket can be read, a job has come or the time is over. If a job has come,
-    /// another thread receives it.
-    fn await_input(&self, socket: BorrowedFd<'_>, deadline: Deadline);
+    /// another thread receives it. Returns whether the socket can be read.
+    fn await_input(&self, socket: BorrowedFd<'_>, deadline: Deadline) -> bool;
 }
 
 /// A thread that has no such duty.
@@ -36,5 +36,7 @@ impl Lead for Follower {
         None
     }
 
-    fn await_input(&self, _: BorrowedFd<'_>, _: Deadline) {}
+    fn await_input(&self, _: BorrowedFd<'_>, _: Deadline) -> bool {
+        false
+    }
 }

@@ -99,10 +99,15 @@ impl Lead for Leader<'_> {
         self.leads.get().then_some(LEADERS_PATIENCE)
     }
 
-    fn await_input(&self, socket: BorrowedFd<'_>, deadline: Deadline) {
-        if self.leads.get() && self.pool.context.reports.job_comes_first(socket, deadline) {
+    fn await_input(&self, socket: BorrowedFd<'_>, deadline: Deadline) -> bool {
+        if !self.leads.get() {
+            return false;
+        }
+        let (job, readable) = self.pool.context.reports.wait_beside(socket, deadline);
+        if job {
             self.give_up();
         }
+        readable
     }
 }
 
