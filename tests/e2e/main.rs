@@ -34,6 +34,7 @@ mod hostile;
 mod inherited;
 mod isolation;
 mod journal;
+mod large;
 mod libraries;
 mod limits;
 mod lua;

@@ -1,5 +1,6 @@
 //! A mail: the request as received, and the changes of its handler. No Lua, no I/O.
 
+mod kept;
 pub(crate) mod memory;
 pub(crate) mod received;
 

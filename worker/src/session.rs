@@ -172,7 +172,7 @@ impl Session {
                 let (incoming, memory) = terms.read(&self.client, &mut buffer);
                 let stage = self.received(context, listener, &terms.limits, incoming, buffer);
                 self.serve(context, stage, lead);
-                // The buffer has been freed: other sessions may use the memory.
+                // The buffer has been freed or is kept: other sessions may use the memory.
                 drop(memory);
             }
             Stage::Refused(refusal, unread) => {
@@ -215,6 +215,7 @@ impl Session {
             memory_timeout: settings.relay_timeout,
             client: self.job.peer.into(),
             budget: &context.budget,
+            buffers: &context.buffers,
             readings: &context.readings,
         };
         Some((listener, terms))
@@ -230,7 +231,8 @@ impl Session {
         mut buffer: Vec<u8>,
     ) -> Stage {
         let no_mail = |buffer, refusal, unread| {
-            context.buffers.give(buffer);
+            // A large buffer is freed, because its memory isn't counted any more.
+            drop(context.buffers.give(buffer));
             Stage::Refused(Box::new(refusal), unread)
         };
         let (total, at_once) = match incoming {
@@ -350,7 +352,7 @@ impl Session {
     ) {
         self.answer(context, &outcome.reply, unread, lead);
         self.done(context, Some(record(&mail, outcome, self.answered())));
-        context.buffers.give(mail.into_buffer());
+        context.give_back(mail.into_buffer());
     }
 
     /// Reports the end of the job to the supervisor, unless that was done before a panic.

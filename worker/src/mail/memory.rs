@@ -11,20 +11,43 @@
 //! whatever the share. And the oldest of all goes on even beyond the bound if no complete mail has
 //! memory to give back. So the bound is exceeded by one message at most.
 //!
+//! Large buffers of finished mails are kept for the next requests ([`Kept`]), in memory that no
+//! request needs: kept buffers are freed as soon as they and what requests hold exceed the bound,
+//! so no request waits because of one. Kept buffers add little to what requests hold, or are few
+//! ([`KEPT_PART`], [`KEPT_MORE`]). A request that gets such a buffer takes all of the buffer's
+//! memory at once, within its client's share. Bytes that had arrived were in it before, so what is
+//! only announced still takes nothing from anybody.
+//!
 //! # Failure
 //! A thread that waits until its deadline gets nothing.
 
 use std::collections::BTreeMap;
+use std::time::Instant;
 
 use parking_lot::{Condvar, Mutex};
 use qrelay_shared::client::{Client, Share};
 use qrelay_shared::deadline::Deadline;
 
+use crate::mail::kept::Kept;
+
+/// The part of the bound up to which memory is kept: with the defaults three of the largest mails.
+const KEPT_PART: usize = 10;
+
+/// The part of what requests have that may be kept in any case.
+const KEPT_MORE: usize = 8;
+
 /// The memory of a worker for messages.
 #[derive(Debug)]
 pub(crate) struct Budget {
-    ledger: Mutex<Ledger>,
+    memory: Mutex<Memory>,
     changed: Condvar,
+}
+
+/// What requests hold, and what nobody holds.
+#[derive(Debug)]
+struct Memory {
+    ledger: Ledger,
+    kept: Kept,
 }
 
 /// The memory of one request; dropping it gives all of it back.
@@ -38,40 +61,87 @@ impl Budget {
     /// A budget of `limit` bytes, of which one client takes `share` at most.
     pub(crate) fn new(limit: usize, share: Share) -> Self {
         let ledger = Ledger { limit, share, used: 0, accounts: BTreeMap::new(), last: 0 };
-        Self { ledger: Mutex::new(ledger), changed: Condvar::new() }
+        let memory = Memory { ledger, kept: Kept::default() };
+        Self { memory: Mutex::new(memory), changed: Condvar::new() }
     }
 
     /// Begins to count for a request of `client`, which has announced `total` bytes and holds
     /// nothing yet.
     pub(crate) fn open(&self, client: Client, total: usize) -> Holding<'_> {
-        Holding { budget: self, number: self.ledger.lock().open(client, total) }
+        Holding { budget: self, number: self.memory.lock().ledger.open(client, total) }
+    }
+
+    /// Keeps the buffer of a finished mail for another one. How much is kept is decided when the
+    /// mail's holding is dropped, because the memory counts as held until then.
+    pub(crate) fn keep(&self, buffer: Vec<u8>) {
+        self.memory.lock().kept.push(buffer, Instant::now());
+    }
+
+    /// Frees the kept buffers that nobody has used for a while. Waits for no lock: if another
+    /// thread has it, the next call does.
+    pub(crate) fn tidy(&self) {
+        let given = self.memory.try_lock().map(|mut memory| memory.trim(Instant::now()));
+        drop(given);
+    }
+}
+
+impl Memory {
+    /// Returns how much memory kept buffers may have: so much that requests and kept buffers
+    /// together have a small part of the bound, or a little more than what requests need.
+    fn room(&self) -> usize {
+        let Ledger { limit, used, .. } = self.ledger;
+        let room = (limit / KEPT_PART).saturating_sub(used).max(used / KEPT_MORE);
+        room.min(limit.saturating_sub(used))
+    }
+
+    /// Takes out the kept buffers that are to be freed.
+    fn trim(&mut self, now: Instant) -> Vec<Vec<u8>> {
+        self.kept.trim(self.room(), now)
     }
 }
 
 impl Holding<'_> {
     /// Takes `bytes` more, waiting for them until the deadline. Returns whether they were had.
     pub(crate) fn grow(&self, bytes: usize, deadline: Deadline) -> bool {
-        let mut ledger = self.budget.ledger.lock();
-        while !ledger.grow(self.number, bytes) {
-            if self.budget.changed.wait_until(&mut ledger, deadline.instant()).timed_out() {
+        let mut memory = self.budget.memory.lock();
+        while !memory.ledger.grow(self.number, bytes) {
+            if self.budget.changed.wait_until(&mut memory, deadline.instant()).timed_out() {
                 return false;
             }
         }
+        let given = memory.trim(Instant::now());
+        drop(memory);
+        drop(given);
         true
+    }
+
+    /// Takes a kept buffer with room for a request of `total` bytes, and its memory, if there is
+    /// such a buffer and the request may take so much now.
+    pub(crate) fn kept(&self, total: usize) -> Option<Vec<u8>> {
+        let mut memory = self.budget.memory.lock();
+        let capacity = memory.kept.fitting(total)?;
+        if !memory.ledger.grow(self.number, capacity) {
+            return None;
+        }
+        memory.kept.take(capacity)
     }
 
     /// Notes that the request is complete: it takes no more, and gives back what it has as soon as
     /// its mail is finished.
     pub(crate) fn complete(&self) {
-        self.budget.ledger.lock().complete(self.number);
+        self.budget.memory.lock().ledger.complete(self.number);
         self.budget.changed.notify_all();
     }
 }
 
 impl Drop for Holding<'_> {
     fn drop(&mut self) {
-        self.budget.ledger.lock().close(self.number);
+        let mut memory = self.budget.memory.lock();
+        memory.ledger.close(self.number);
+        let given = memory.trim(Instant::now());
+        drop(memory);
         self.budget.changed.notify_all();
+        drop(given);
     }
 }
 
@@ -293,6 +363,50 @@ mod tests {
             assert!(waits.join().expect("joins"));
         });
         drop(second);
-        assert_eq!(budget.ledger.lock().used, 0);
+        assert_eq!(budget.memory.lock().ledger.used, 0);
+    }
+
+    #[test]
+    fn a_kept_buffer_takes_memory_from_nobody() {
+        let budget = Budget::new(1200, Share::new(1.0));
+        let soon = || Deadline::after(Duration::from_millis(5));
+        let kept = || budget.memory.lock().kept.fitting(100);
+        let first = budget.open(A, 100);
+        assert!(first.kept(100).is_none() && first.grow(100, soon()));
+        first.complete();
+        budget.keep(vec![b'x'; 100]);
+        drop(first);
+        assert_eq!(kept(), Some(100));
+        let second = budget.open(B, 60);
+        let buffer = second.kept(60).expect("a buffer");
+        assert!(buffer.is_empty() && buffer.capacity() == 100 && kept().is_none());
+        assert_eq!(budget.memory.lock().ledger.used, 100, "all of its memory");
+        budget.keep(buffer);
+        assert!(second.grow(1000, soon()) && kept().is_some(), "there is room for both");
+        assert!(second.grow(1, soon()) && kept().is_none(), "the request goes first");
+        drop(second);
+        assert_eq!(budget.memory.lock().ledger.used, 0);
+    }
+
+    #[test]
+    fn a_request_gets_a_kept_buffer_only_within_its_share() {
+        let budget = Budget::new(1200, Share::new(0.75));
+        let soon = || Deadline::after(Duration::from_millis(5));
+        let first = budget.open(A, 850);
+        assert!(first.grow(850, soon()));
+        budget.keep(vec![b'x'; 100]);
+        assert!(budget.open(A, 100).kept(100).is_none());
+        assert!(budget.open(B, 100).kept(100).is_some());
+    }
+
+    #[test]
+    fn kept_buffers_add_little_to_what_requests_have() {
+        let budget = Budget::new(1200, Share::new(1.0));
+        let soon = || Deadline::after(Duration::from_millis(5));
+        for (used, expected) in [(0, 120), (60, 60), (90, 30), (400, 50), (1180, 20), (1200, 0)] {
+            let request = budget.open(A, used);
+            assert!(request.grow(used, soon()));
+            assert_eq!(budget.memory.lock().room(), expected, "{used}");
+        }
     }
 }

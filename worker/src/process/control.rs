@@ -1,5 +1,5 @@
-//! The control thread: answers the supervisor's pings, reports counted errors, and notices the
-//! supervisor's end.
+//! The control thread: answers the supervisor's pings, reports counted errors, frees memory that no
+//! mail needs, and notices the supervisor's end.
 //!
 //! Contract: the thread waits for no lock and doesn't touch Lua, so that it answers whatever the
 //! other threads do.
@@ -38,6 +38,7 @@ pub(crate) fn run(channel: &Channel<FromControl, ToControl>, context: &Context) 
                         return;
                     }
                     report_repeats(&context.logger, Instant::now());
+                    context.budget.tidy();
                 }
             },
             Err(RecvError::Empty) => {}

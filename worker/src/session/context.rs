@@ -39,7 +39,7 @@ pub struct Context {
     pub(crate) budget: Budget,
     /// The requests that threads wait for.
     pub(crate) readings: Readings,
-    /// Buffers that requests are read into.
+    /// Small buffers that requests are read into first.
     pub(crate) buffers: Buffers,
     /// What each mail is doing.
     pub(crate) recorder: Arc<Recorder>,
@@ -83,6 +83,13 @@ impl Context {
             children: Children::new(Arc::clone(&reports)),
             reports,
             logger,
+        }
+    }
+
+    /// Takes back the buffer of a finished mail for another request.
+    pub(crate) fn give_back(&self, buffer: Vec<u8>) {
+        if let Some(large) = self.buffers.give(buffer) {
+            self.budget.keep(large);
         }
     }
 }

@@ -8,6 +8,7 @@
 //! silent or slow for too long, or when it gives way to another one ([`Readings`]). A client that
 //! leaves before the request's last comma gets no answer.
 
+use std::mem;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -29,11 +30,11 @@ use crate::session::readings::{Reading, Readings};
 /// Bytes of a new buffer: most mails fit.
 pub(crate) const BUFFER_SIZE: usize = 64 * 1024;
 
-/// Largest buffer that is kept for another mail, in bytes.
-const KEPT_BUFFER_SIZE: usize = 256 * 1024;
+/// Largest buffer in bytes that counts as small, and is kept without being counted.
+const SMALL_BUFFER_SIZE: usize = 256 * 1024;
 
-/// How many buffers are kept.
-const KEPT_BUFFERS: usize = 16;
+/// How many small buffers are kept.
+const SMALL_BUFFERS: usize = 16;
 
 /// Which requests are accepted, and what they may cost.
 #[derive(Debug)]
@@ -52,6 +53,8 @@ pub(crate) struct Terms<'w> {
     pub(crate) client: Client,
     /// Memory for large requests.
     pub(crate) budget: &'w Budget,
+    /// Where a small buffer goes in whose place a large one is used.
+    pub(crate) buffers: &'w Buffers,
     /// The requests that are waited for.
     pub(crate) readings: &'w Readings,
 }
@@ -151,6 +154,9 @@ impl Run<'_, '_> {
         let timed_out =
             || Incoming::Refused(Reply::temporary(texts::REQUEST_TIMED_OUT), "timed out");
         let try_again = |why| Incoming::Refused(Reply::temporary(texts::TRY_AGAIN), why);
+        // Whether the last call has taken all that had come, so that another one would find
+        // nothing.
+        let mut drained = false;
         loop {
             let total = match progress(buffer, &self.terms.limits) {
                 Ok(Progress::Complete { total }) => {
@@ -165,17 +171,20 @@ impl Run<'_, '_> {
             if buffer.len() == buffer.capacity() && !self.grow(buffer, total) {
                 return try_again("no memory");
             }
+            if drained {
+                match self.wait(buffer.len()) {
+                    Ok(true) => {}
+                    Ok(false) => return timed_out(),
+                    Err(_) => return Incoming::Gone,
+                }
+            }
             match receive(self.client, buffer) {
                 Ok(0) if self.reading.as_ref().is_some_and(Reading::gives_way) => {
                     return try_again("gave way");
                 }
                 Ok(0) => return Incoming::Gone,
-                Ok(_) => {}
-                Err(PeerError::Os(Errno::EAGAIN)) => match self.wait(buffer.len()) {
-                    Ok(true) => {}
-                    Ok(false) => return timed_out(),
-                    Err(_) => return Incoming::Gone,
-                },
+                Ok(_) => drained = buffer.len() < buffer.capacity(),
+                Err(PeerError::Os(Errno::EAGAIN)) => drained = true,
                 Err(PeerError::Os(_)) => return Incoming::Gone,
                 Err(PeerError::Rights) => return Incoming::Rights,
             }
@@ -216,8 +225,18 @@ impl Run<'_, '_> {
         let Some(total) = total else { return false };
         let missing = total.saturating_sub(buffer.len()).max(1);
         let more = missing.min(buffer.len());
-        let Terms { budget, client, memory_timeout, .. } = *self.terms;
+        let Terms { budget, buffers, client, memory_timeout, .. } = *self.terms;
+        let first = self.memory.is_none();
         let memory = self.memory.get_or_insert_with(|| budget.open(client, total));
+        if first
+            && total > SMALL_BUFFER_SIZE
+            && let Some(mut kept) = memory.kept(total)
+        {
+            kept.extend_from_slice(buffer);
+            // A first buffer is never large.
+            drop(buffers.give(mem::replace(buffer, kept)));
+            return true;
+        }
         let begin = Instant::now();
         let allowed = memory.grow(more, self.deadline.at_most(memory_timeout));
         // The client isn't slow while its bytes have no room.
@@ -241,7 +260,7 @@ fn receive(client: &PeerSocket, buffer: &mut Vec<u8>) -> Result<usize, PeerError
     }
 }
 
-/// Buffers for the next requests: empty, and of at most [`KEPT_BUFFER_SIZE`].
+/// Small buffers for the next requests: empty, and of at most [`SMALL_BUFFER_SIZE`].
 #[derive(Debug, Default)]
 pub(crate) struct Buffers(Mutex<Vec<Vec<u8>>>);
 
@@ -251,15 +270,17 @@ impl Buffers {
         self.0.lock().pop().unwrap_or_default()
     }
 
-    /// Takes back a buffer, and keeps it if it isn't too large.
-    pub(crate) fn give(&self, mut buffer: Vec<u8>) {
-        if buffer.capacity() <= KEPT_BUFFER_SIZE {
-            buffer.clear();
-            let mut kept = self.0.lock();
-            if kept.len() < KEPT_BUFFERS {
-                kept.push(buffer);
-            }
+    /// Takes back a buffer, and keeps it if there is room. Returns it if it isn't small.
+    pub(crate) fn give(&self, mut buffer: Vec<u8>) -> Option<Vec<u8>> {
+        if buffer.capacity() > SMALL_BUFFER_SIZE {
+            return Some(buffer);
         }
+        buffer.clear();
+        let mut kept = self.0.lock();
+        if kept.len() < SMALL_BUFFERS {
+            kept.push(buffer);
+        }
+        None
     }
 }
 
@@ -288,6 +309,7 @@ mod tests {
             memory_timeout: Duration::from_millis(5),
             client: CLIENT,
             budget,
+            buffers: &Buffers::default(),
             readings: &readings,
         };
         read_on(&terms, write)
@@ -406,6 +428,7 @@ mod tests {
             memory_timeout: Duration::ZERO,
             client: CLIENT,
             budget: &budget,
+            buffers: &Buffers::default(),
             readings: &readings,
         };
         // A byte every 5 ms is never silent for long. The first write that fails ends the client.
@@ -433,16 +456,16 @@ mod tests {
     }
 
     #[test]
-    fn large_buffers_are_not_kept() {
+    fn small_buffers_are_kept() {
         let buffers = Buffers::default();
-        buffers.give(vec![0; KEPT_BUFFER_SIZE + 1]);
-        assert_eq!(buffers.take().capacity(), 0);
-        buffers.give(vec![0; KEPT_BUFFER_SIZE]);
+        let large = buffers.give(vec![0; SMALL_BUFFER_SIZE + 1]).expect("a large buffer");
+        assert_eq!((large.len(), buffers.take().capacity()), (SMALL_BUFFER_SIZE + 1, 0));
+        assert_eq!(buffers.give(vec![0; SMALL_BUFFER_SIZE]), None);
         let buffer = buffers.take();
-        assert!(buffer.is_empty() && buffer.capacity() == KEPT_BUFFER_SIZE);
-        for _ in 0..=KEPT_BUFFERS {
-            buffers.give(vec![0]);
+        assert!(buffer.is_empty() && buffer.capacity() == SMALL_BUFFER_SIZE);
+        for _ in 0..=SMALL_BUFFERS {
+            assert_eq!(buffers.give(vec![0]), None);
         }
-        assert_eq!(buffers.0.lock().len(), KEPT_BUFFERS);
+        assert_eq!(buffers.0.lock().len(), SMALL_BUFFERS);
     }
 }
