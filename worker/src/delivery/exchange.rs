@@ -106,25 +106,19 @@ fn write(
     while !left.is_empty() {
         let now = &left[..left.len().min(MAX_PIECES)];
         match sendmsg::<()>(socket.as_fd().as_raw_fd(), now, &[], flags, None) {
-            Ok(sent) => {
-                IoSlice::advance_slices(&mut left, sent);
-                // Writing never waits while the next hop reads as fast, so check for a reply here,
-                // too.
-                if !left.is_empty()
-                    && let Some(reply) = incoming.look(socket)?
-                {
-                    return Ok(Written::Answered(reply));
-                }
-            }
-            Err(Errno::EINTR) => {}
-            Err(Errno::EAGAIN) => {
-                lead.give_up();
-                if let Some(reply) = incoming.watch(socket, deadline)? {
-                    return Ok(Written::Answered(reply));
-                }
-            }
+            Ok(sent) => IoSlice::advance_slices(&mut left, sent),
+            Err(Errno::EINTR) => continue,
+            Err(Errno::EAGAIN) => {}
             Err(error @ (Errno::EPIPE | Errno::ECONNRESET)) => return Ok(Written::Broken(error)),
             Err(error) => return Err(error.into()),
+        }
+        // The kernel takes no more now. Even if it soon does, because the next hop reads as fast as
+        // this thread writes, a reply must be seen.
+        if !left.is_empty() {
+            lead.give_up();
+            if let Some(reply) = incoming.watch(socket, deadline)? {
+                return Ok(Written::Answered(reply));
+            }
         }
     }
     Ok(Written::All)
