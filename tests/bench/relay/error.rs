@@ -29,6 +29,9 @@ pub enum BenchError {
     /// Mails were answered with something other than `K`, which makes every number meaningless.
     #[error("{0} answers were not K")]
     NotAccepted(u64),
+    /// qrelay executes more instructions per mail than recorded.
+    #[error("{0} counts have grown or aren't recorded: with a reason, record them anew (--write)")]
+    Instructions(u32),
     /// Mails got no answer at all.
     #[error("of {mails} mails only {answered} were answered")]
     Unanswered { mails: u64, answered: u64 },

@@ -142,9 +142,10 @@ fn measure(
     let dir = tempfile::tempdir().map_err(system("temporary directory"))?;
     let program = Program::Qrelay {
         build: Build::Ours,
-        script: SCRIPT,
+        script: SCRIPT.to_owned(),
         log: log.map(Path::to_owned),
         descriptors: attack.descriptors,
+        callgrind: None,
     };
     let qrelay = Subject::start("qrelay", &program, dir.path(), sink.port)?;
     for dir in qrelay.socket.ancestors().skip(1).take(2) {

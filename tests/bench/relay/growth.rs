@@ -132,8 +132,13 @@ pub fn run(kind: &Kind, mails: u64, extent: &Extent, log: Option<&Path>) -> Resu
     let dir = tempfile::tempdir().map_err(system("temporary directory"))?;
     let sink = Sink::start(extent.threads)?;
     let log = log.map(Path::to_owned);
-    let program =
-        Program::Qrelay { build: Build::Ours, script: kind.script, log, descriptors: None };
+    let program = Program::Qrelay {
+        build: Build::Ours,
+        script: kind.script.to_owned(),
+        log,
+        descriptors: None,
+        callgrind: None,
+    };
     let qrelay = Subject::start("qrelay", &program, dir.path(), sink.port)?;
     println!("{:>9} {:>7}  {:^34}  {:^34}", "", "", "worker", "supervisor");
     let columns = format!("{:>12} {:>11} {:>9}", "RSS MiB", "descriptors", "threads");

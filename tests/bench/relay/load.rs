@@ -98,6 +98,15 @@ pub fn submit(socket: &Path, size: usize) -> io::Result<Vec<u8>> {
     Ok(answer)
 }
 
+/// Returns the first byte of the text of a complete answer.
+pub fn verdict(answer: &[u8]) -> Option<u8> {
+    let colon = answer.iter().position(|byte| *byte == b':')?;
+    match extent(answer) {
+        Extent::Total(total) if answer.len() == total => answer.get(colon + 1).copied(),
+        _ => None,
+    }
+}
+
 fn own_cpu() -> io::Result<Duration> {
     let usage = getrusage(UsageWho::RUSAGE_SELF)?;
     let micros = (usage.user_time() + usage.system_time()).num_microseconds();

@@ -15,6 +15,7 @@ mod bare;
 mod error;
 mod flood;
 mod growth;
+mod instructions;
 mod load;
 mod measure;
 mod netstring;
@@ -80,6 +81,9 @@ struct Options {
     /// Mails that `growth` and `growth-plain` send
     #[arg(long, default_value_t = 1_000_000, value_parser = clap::value_parser!(u64).range(10..))]
     mails: u64,
+    /// Records the counts of `instructions` instead of comparing with them
+    #[arg(long)]
+    write: bool,
     /// Passed by `cargo bench`
     #[arg(long, hide = true)]
     bench: bool,
@@ -88,7 +92,7 @@ struct Options {
 fn names() -> PossibleValuesParser {
     let names = SCENARIOS.iter().map(|scenario| scenario.name);
     let growth = growth::KINDS.iter().map(|kind| kind.name);
-    names.chain(growth).chain([flood::NAME]).collect::<Vec<_>>().into()
+    names.chain(growth).chain([flood::NAME, instructions::NAME]).collect::<Vec<_>>().into()
 }
 
 fn seconds(text: &str) -> Result<f64, String> {
@@ -174,7 +178,8 @@ fn run_all(options: &Options) -> Result<(), BenchError> {
     if options.list {
         let known = SCENARIOS.iter().map(|scenario| (scenario.name, scenario.about));
         let more = growth::KINDS.iter().map(|kind| (kind.name, kind.about));
-        for (name, about) in known.chain(more).chain([(flood::NAME, flood::ABOUT)]) {
+        let others = [(flood::NAME, flood::ABOUT), (instructions::NAME, instructions::ABOUT)];
+        for (name, about) in known.chain(more).chain(others) {
             println!("{name:<12} {about}");
         }
         return Ok(());
@@ -194,6 +199,10 @@ fn run_all(options: &Options) -> Result<(), BenchError> {
     if options.scenarios.iter().any(|name| name == flood::NAME) {
         flood::run(&options.extent(), options.log.as_deref())?;
     }
+    if options.scenarios.iter().any(|name| name == instructions::NAME) {
+        let counts = Path::new(env!("CARGO_MANIFEST_DIR")).join(COUNTS);
+        instructions::run(&counts, options.write, options.log.as_deref())?;
+    }
     Ok(())
 }
 
@@ -203,11 +212,12 @@ fn line_up(
     options: &Options,
     dir: &Path,
 ) -> Result<Vec<(&'static str, Program)>, BenchError> {
-    let qrelay = |build, script| Program::Qrelay {
+    let qrelay = |build, script: &str| Program::Qrelay {
         build,
-        script,
+        script: script.to_owned(),
         log: options.log.clone(),
         descriptors: None,
+        callgrind: None,
     };
     let mut relays = Vec::new();
     let (name, again, baseline) = match (&options.against, scenario.baseline) {
@@ -231,6 +241,9 @@ fn line_up(
     relays.push((again, baseline));
     Ok(relays)
 }
+
+/// The recorded counts of instructions, from the directory of the package.
+const COUNTS: &str = "../tests/bench/instructions.json";
 
 /// Name of the C relay in the report.
 const FLOOR: &str = "floor.c";

@@ -28,6 +28,7 @@ use nix::{
 use crate::{
     bare,
     error::{BenchError, system},
+    instructions::Callgrind,
     load,
     outcome::Outcome,
     usage,
@@ -55,10 +56,12 @@ pub enum Program {
     /// A build of qrelay with this script.
     Qrelay {
         build: Build,
-        script: &'static str,
+        script: String,
         log: Option<PathBuf>,
         /// RLIMIT_NOFILE, if it isn't to be the benchmark's own.
         descriptors: Option<u32>,
+        /// Counts qrelay's instructions, if they are to be counted.
+        callgrind: Option<Callgrind>,
     },
 }
 
@@ -72,7 +75,8 @@ pub enum Build {
 }
 
 impl Build {
-    fn executable(&self) -> &Path {
+    /// Returns the path of the executable.
+    pub fn executable(&self) -> &Path {
         match self {
             Self::Ours => Path::new(env!("CARGO_BIN_EXE_qrelay")),
             Self::Other(executable) => executable,
@@ -93,10 +97,11 @@ impl Program {
                 command.arg(socket).arg(bare::THREADS.to_string()).arg(port.to_string());
                 command
             }
-            Self::Qrelay { build, script, log, descriptors } => {
-                let mut command = match descriptors {
-                    None => Command::new(build.executable()),
-                    Some(limit) => {
+            Self::Qrelay { build, script, log, descriptors, callgrind } => {
+                let mut command = match (callgrind, descriptors) {
+                    (Some(callgrind), _) => callgrind.command(build.executable()),
+                    (None, None) => Command::new(build.executable()),
+                    (None, Some(limit)) => {
                         let mut command = Command::new("prlimit");
                         command.arg(format!("--nofile={limit}:{limit}")).arg(build.executable());
                         command
@@ -222,9 +227,7 @@ fn wait_for_answer(
 ) -> Result<(), BenchError> {
     loop {
         let last = match load::submit(socket, 2048) {
-            Ok(answer) if answer.split(|byte| *byte == b':').nth(1).is_some_and(is_accepted) => {
-                return Ok(());
-            }
+            Ok(answer) if load::verdict(&answer) == Some(b'K') => return Ok(()),
             Ok(answer) => String::from_utf8_lossy(&answer).into_owned(),
             Err(error) => error.to_string(),
         };
@@ -238,10 +241,6 @@ fn wait_for_answer(
         }
         thread::sleep(POLL);
     }
-}
-
-fn is_accepted(text: &[u8]) -> bool {
-    text.starts_with(b"K")
 }
 
 /// A part of the benchmark that runs until it is dropped.
