@@ -1,71 +1,86 @@
 //! The bare relay: the floor that qrelay is measured against. The bare relay takes QMQP on a local
-//! socket and sends it on over TCP, without Lua, processes, log or checks.
+//! socket and sends it on, without Lua, processes, log or checks.
 //!
-//! Contract: `THREADS` threads serve the socket. Each mail costs exactly accept4, read, socket,
-//! connect, write, read, write and two closes, as long as request and reply fit one read each.
+//! Contract: `THREADS` threads serve the socket. Each mail costs exactly accept4, recv, socket,
+//! connect, send, recv, send and two closes, as long as request and reply fit one call each. A
+//! discarded mail costs accept4, recv, send and close.
 //!
 //! # Failure
 //! The client of a failed mail is hung up on without an answer, and the benchmark fails.
 
 use std::{
     io,
-    net::{Ipv4Addr, TcpStream},
     os::{
-        fd::AsFd,
-        unix::net::{UnixListener, UnixStream},
+        fd::{AsRawFd, RawFd},
+        unix::net::UnixListener,
     },
     path::Path,
     thread,
 };
 
-use nix::unistd::{read, write};
+use nix::sys::socket::{Backlog, MsgFlags, listen, recv, send};
 
-use crate::netstring::{Extent, extent};
+use crate::{
+    hop::NextHop,
+    netstring::{Extent, extent},
+};
 
 /// Number of threads of the bare relay; each carries one mail at a time.
 pub const THREADS: usize = 32;
 
-/// Largest request in bytes.
-const BUFFER: usize = 2 << 20;
+/// Largest request in bytes. Pages that no request reaches cost no memory.
+const BUFFER: usize = 17 << 20;
 
-/// Relays from the socket `path` to 127.0.0.1:`port` until the process is ended.
-pub fn run(path: &Path, port: u16) -> io::Result<()> {
+/// Connections that may wait for a relay to accept them: more than there are clients.
+pub const BACKLOG: i32 = 4096;
+
+/// Answer to a mail that goes nowhere.
+const DISCARDED: &[u8] = b"10:Kdiscarded,";
+
+/// Relays from the socket `path` to `hop` until the process is ended.
+pub fn run(path: &Path, hop: &NextHop) -> io::Result<()> {
     let listener = UnixListener::bind(path)?;
+    // std listens with a backlog of 128.
+    listen(&listener, Backlog::new(BACKLOG)?)?;
     thread::scope(|scope| {
         for _ in 0..THREADS {
-            scope.spawn(|| serve(&listener, port));
+            scope.spawn(|| serve(&listener, hop));
         }
     });
     Ok(())
 }
 
-fn serve(listener: &UnixListener, port: u16) {
-    let mut buffer = vec![0; BUFFER];
+fn serve(listener: &UnixListener, hop: &NextHop) {
+    let mut buffer = buffer();
     loop {
         if let Ok((client, _)) = listener.accept() {
             // The load generator counts the missing answer, so the error needs no report here.
-            let _ = relay(client, port, &mut buffer);
+            let _ = relay(client.as_raw_fd(), hop, &mut buffer);
         }
     }
 }
 
-fn relay(client: UnixStream, port: u16, buffer: &mut [u8]) -> io::Result<()> {
-    let length = read_request(&client, buffer)?;
-    let next_hop = TcpStream::connect((Ipv4Addr::LOCALHOST, port))?;
-    write_all(&next_hop, &buffer[..length])?;
+/// Returns a thread's memory for requests.
+pub fn buffer() -> Vec<u8> {
+    vec![0; BUFFER]
+}
+
+/// Carries one mail from its client to the next hop, and the answer back.
+pub fn relay(client: RawFd, hop: &NextHop, buffer: &mut [u8]) -> io::Result<()> {
+    let length = read_request(client, buffer)?;
+    let Some(next_hop) = hop.connect()? else { return send_all(client, DISCARDED) };
+    send_all(next_hop.as_raw_fd(), &buffer[..length])?;
     let mut reply = [0; 512];
-    let received = read(&next_hop, &mut reply)?;
+    let received = recv(next_hop.as_raw_fd(), &mut reply, MsgFlags::empty())?;
     drop(next_hop);
-    write_all(&client, &reply[..received])
+    send_all(client, &reply[..received])
 }
 
 /// Reads until the request is complete, and returns its size in bytes.
-///
-/// The bare relay calls `read` and `write` directly, because std uses recv and send on sockets.
-fn read_request(client: &UnixStream, buffer: &mut [u8]) -> io::Result<usize> {
+fn read_request(client: RawFd, buffer: &mut [u8]) -> io::Result<usize> {
     let mut filled = 0;
     loop {
-        match read(client, &mut buffer[filled..])? {
+        match recv(client, &mut buffer[filled..], MsgFlags::empty())? {
             0 => return Err(io::ErrorKind::UnexpectedEof.into()),
             count => filled += count,
         }
@@ -77,9 +92,9 @@ fn read_request(client: &UnixStream, buffer: &mut [u8]) -> io::Result<usize> {
     }
 }
 
-fn write_all(to: impl AsFd, mut bytes: &[u8]) -> io::Result<()> {
+fn send_all(to: RawFd, mut bytes: &[u8]) -> io::Result<()> {
     while !bytes.is_empty() {
-        bytes = &bytes[write(to.as_fd(), bytes)?..];
+        bytes = &bytes[send(to, bytes, MsgFlags::MSG_NOSIGNAL)?..];
     }
     Ok(())
 }

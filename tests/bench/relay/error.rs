@@ -20,8 +20,8 @@ pub enum BenchError {
     /// A measured program runs, but its first mail got no `K` in time.
     #[error("{name} didn't answer K on {socket}: {last}", socket = socket.display())]
     NoAnswer { name: String, socket: PathBuf, last: String },
-    /// The C relay can't be compiled.
-    #[error("gcc can't compile {source_file}: {status}", source_file = source_file.display())]
+    /// A C program can't be compiled.
+    #[error("cc can't compile {source_file}: {status}", source_file = source_file.display())]
     Compiler { source_file: PathBuf, status: ExitStatus },
     /// The load generator or the sink printed an unexpected line.
     #[error("{role} reported {line:?}")]

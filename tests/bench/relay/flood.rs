@@ -125,7 +125,7 @@ pub fn run(extent: &Extent, log: Option<&Path>) -> Result<(), BenchError> {
     println!("{:<12} {:>23}  {:>23}", "", "alone", "beside the attack");
     let columns = format!("{:>7} {:>7} {:>7}", "mails/s", "p50 ms", "p99 ms");
     println!("{:<12} {columns}  {columns}", "");
-    let sink = Sink::start(extent.threads)?;
+    let sink = Sink::start(extent.threads, Duration::ZERO, None)?;
     for attack in ATTACKS {
         measure(attack, &sink, extent, log)?;
     }
@@ -147,7 +147,7 @@ fn measure(
         descriptors: attack.descriptors,
         callgrind: None,
     };
-    let qrelay = Subject::start("qrelay", &program, dir.path(), sink.port)?;
+    let qrelay = Subject::start("qrelay", &program, dir.path(), &sink.surroundings())?;
     for dir in qrelay.socket.ancestors().skip(1).take(2) {
         let all = fs::Permissions::from_mode(0o755);
         fs::set_permissions(dir, all).map_err(system(dir.display().to_string()))?;
@@ -180,14 +180,18 @@ fn attackers(attack: &Attack, uid: u32, socket: &Path) -> Result<Helper, BenchEr
 
 /// Sends the normal client's mails for one slot.
 fn send(qrelay: &Subject, extent: &Extent) -> Result<Outcome, BenchError> {
-    let outcome = generate(&load::Plan {
-        socket: &qrelay.socket,
-        clients: NORMAL,
-        threads: 1,
-        size: extent.size,
-        duration: extent.slot,
-        mails: u64::MAX,
-    })?;
+    let outcome = generate(
+        &load::Plan {
+            socket: &qrelay.socket,
+            clients: NORMAL,
+            threads: 1,
+            size: extent.size,
+            duration: extent.slot,
+            mails: u64::MAX,
+            rate: 0.0,
+        },
+        false,
+    )?;
     match outcome.answers.failed() {
         0 => Ok(outcome),
         failed => Err(BenchError::NotAccepted(failed)),

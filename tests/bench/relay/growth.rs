@@ -130,7 +130,7 @@ pub fn run(kind: &Kind, mails: u64, extent: &Extent, log: Option<&Path>) -> Resu
     println!("scenario {}: {}", kind.name, kind.about);
     println!("{mails} mails of {} bytes from {} clients\n", extent.size, extent.clients);
     let dir = tempfile::tempdir().map_err(system("temporary directory"))?;
-    let sink = Sink::start(extent.threads)?;
+    let sink = Sink::start(extent.threads, Duration::ZERO, None)?;
     let log = log.map(Path::to_owned);
     let program = Program::Qrelay {
         build: Build::Ours,
@@ -139,7 +139,7 @@ pub fn run(kind: &Kind, mails: u64, extent: &Extent, log: Option<&Path>) -> Resu
         descriptors: None,
         callgrind: None,
     };
-    let qrelay = Subject::start("qrelay", &program, dir.path(), sink.port)?;
+    let qrelay = Subject::start("qrelay", &program, dir.path(), &sink.surroundings())?;
     println!("{:>9} {:>7}  {:^34}  {:^34}", "", "", "worker", "supervisor");
     let columns = format!("{:>12} {:>11} {:>9}", "RSS MiB", "descriptors", "threads");
     println!("{:>9} {:>7}  {columns}  {columns}", "mails", "mails/s");
@@ -165,14 +165,18 @@ pub fn run(kind: &Kind, mails: u64, extent: &Extent, log: Option<&Path>) -> Resu
 
 /// Sends `mails` mails, each of which must be answered, and returns their number per second.
 fn send(mails: u64, qrelay: &Subject, extent: &Extent) -> Result<f64, BenchError> {
-    let outcome = generate(&load::Plan {
-        socket: &qrelay.socket,
-        clients: extent.clients,
-        threads: extent.threads,
-        size: extent.size,
-        duration: STEP_LIMIT,
-        mails,
-    })?;
+    let outcome = generate(
+        &load::Plan {
+            socket: &qrelay.socket,
+            clients: extent.clients,
+            threads: extent.threads,
+            size: extent.size,
+            duration: STEP_LIMIT,
+            mails,
+            rate: 0.0,
+        },
+        false,
+    )?;
     let Answers { accepted, temporary, permanent, silent } = outcome.answers;
     let answered = accepted + temporary + permanent;
     if silent > 0 || answered != mails {

@@ -23,6 +23,7 @@ use std::{
     os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
     process::Command,
+    time::Duration,
 };
 
 use nix::{
@@ -34,8 +35,8 @@ use serde_json::{Value, json};
 use crate::{
     error::{BenchError, system},
     load,
-    process::{Build, Program, Sink, Subject},
-    scenario,
+    process::{Build, Program, Sink, Subject, Surroundings},
+    scenario, spawn,
 };
 
 /// Name on the command line, among the scenarios.
@@ -76,6 +77,8 @@ const CELLS: &[Cell] = &[
     Cell { name: "relay, 64 KiB", scenario: "relay", size: 64 << 10, mails: 1000 },
     Cell { name: "relay, 1 MiB", scenario: "relay", size: 1 << 20, mails: 200 },
     Cell { name: "attributes", scenario: "attributes", size: 2 << 10, mails: 2000 },
+    Cell { name: "discard", scenario: "discard", size: 2 << 10, mails: 3000 },
+    Cell { name: "exec-raw", scenario: "exec-raw", size: 2 << 10, mails: 300 },
     Cell { name: "incr", scenario: "incr", size: 2 << 10, mails: 2000 },
 ];
 
@@ -113,9 +116,10 @@ impl Callgrind {
         // Options on the command line would be lost: qrelay writes its title over them. So the
         // launcher gets an empty word for `--tool`.
         let counts = format!("--callgrind-out-file={}/counts.%p", self.dir.display());
-        command
-            .arg("--tool=callgrind")
-            .env("VALGRIND_OPTS", format!("--quiet --trace-children=yes {counts}"));
+        command.arg("--tool=callgrind").env(
+            "VALGRIND_OPTS",
+            format!("--quiet --trace-children=yes --trace-children-skip=*/program {counts}"),
+        );
         command.arg(executable);
         command
     }
@@ -147,12 +151,14 @@ pub fn run(file: &Path, write: bool, log: Option<&Path>) -> Result<(), BenchErro
         }
     };
     stay_on_one_cpu().map_err(system("sched_setaffinity"))?;
-    let sink = Sink::start(1)?;
+    let dir = tempfile::tempdir().map_err(system("temporary directory"))?;
+    let sink = Sink::start(1, Duration::ZERO, None)?;
+    let around = Surroundings { program: spawn::compile(dir.path())?, ..sink.surroundings() };
     let mut counts = BTreeMap::new();
     let mut exceeded = 0;
     println!("{:<16} {:>10} {:>10} {:>7}", "instructions", "per mail", "recorded", "");
     for cell in CELLS {
-        let count = count(cell, &sink, log)?;
+        let count = count(cell, &around, log)?;
         counts.insert(cell.name, count);
         let recorded = known["per_mail"][cell.name].as_u64();
         let ratio = recorded.map(|recorded| count as f64 / recorded as f64);
@@ -187,14 +193,19 @@ pub fn run(file: &Path, write: bool, log: Option<&Path>) -> Result<(), BenchErro
 }
 
 /// Returns the instructions per mail of one cell.
-fn count(cell: &Cell, sink: &Sink, log: Option<&Path>) -> Result<u64, BenchError> {
-    let few = total(cell, FEW, sink, log)?;
-    let many = total(cell, FEW + cell.mails, sink, log)?;
+fn count(cell: &Cell, around: &Surroundings, log: Option<&Path>) -> Result<u64, BenchError> {
+    let few = total(cell, FEW, around, log)?;
+    let many = total(cell, FEW + cell.mails, around, log)?;
     Ok(many.saturating_sub(few) / cell.mails)
 }
 
 /// Returns the instructions of a qrelay from its start to its end, with this number of mails.
-fn total(cell: &Cell, mails: u64, sink: &Sink, log: Option<&Path>) -> Result<u64, BenchError> {
+fn total(
+    cell: &Cell,
+    mails: u64,
+    around: &Surroundings,
+    log: Option<&Path>,
+) -> Result<u64, BenchError> {
     let dir = tempfile::tempdir().map_err(system("temporary directory"))?;
     let callgrind =
         Callgrind::new(dir.path(), Build::Ours.executable()).map_err(system("launcher"))?;
@@ -207,7 +218,7 @@ fn total(cell: &Cell, mails: u64, sink: &Sink, log: Option<&Path>) -> Result<u64
         descriptors: None,
         callgrind: Some(callgrind.clone()),
     };
-    let qrelay = Subject::start("qrelay", &program, dir.path(), sink.port)?;
+    let qrelay = Subject::start("qrelay", &program, dir.path(), around)?;
     for _ in 0..mails {
         let answer = load::submit(&qrelay.socket, cell.size).map_err(system("mail"))?;
         if load::verdict(&answer) != Some(b'K') {

@@ -10,7 +10,13 @@
 //! Answers that aren't `K` don't end the run: they are counted, and `main` reports them at the end
 //! as an error.
 
-use std::time::Duration;
+use std::{
+    sync::mpsc::{self, RecvTimeoutError},
+    thread,
+    time::Duration,
+};
+
+use nix::sys::signal::Signal;
 
 use crate::{
     error::BenchError,
@@ -19,7 +25,7 @@ use crate::{
     process::{Sink, Subject, generate},
 };
 
-/// The size of a run.
+/// The size of a measurement.
 #[derive(Clone, Copy, Debug)]
 pub struct Extent {
     /// Number of rounds, and so of pairs per comparison.
@@ -32,7 +38,17 @@ pub struct Extent {
     pub threads: usize,
     /// Size of each message in bytes.
     pub size: usize,
+    /// Whether mails come in an open loop.
+    pub open: bool,
+    /// Time between two reloads of the subject named `qrelay`; zero for none.
+    pub reload: Duration,
 }
+
+/// Name of the subject that the benchmark is about.
+pub const QRELAY: &str = "qrelay";
+
+/// Clients of the warm-up of an open loop.
+const WARM_UP: usize = 64;
 
 /// The measurements of one slot.
 #[derive(Clone, Copy, Debug)]
@@ -43,6 +59,8 @@ pub struct Slot {
     pub cpu: Duration,
     /// CPU time of the sink.
     pub sink_cpu: Duration,
+    /// Peak of the relay's memory in KiB, beyond that before the first load.
+    pub peak: u64,
 }
 
 impl Slot {
@@ -54,6 +72,16 @@ impl Slot {
     /// Returns the relay's CPU time per accepted mail, in microseconds.
     pub fn cpu_per_mail(&self) -> f64 {
         self.per_mail(self.cpu)
+    }
+
+    /// Returns the time that one mail in a hundred exceeds, in milliseconds.
+    pub fn p99(&self) -> f64 {
+        self.outcome.p99.as_secs_f64() * 1e3
+    }
+
+    /// Returns the peak of the memory beyond that before the first load, in MiB.
+    pub fn peak_mib(&self) -> f64 {
+        self.peak as f64 / 1024.0
     }
 
     /// Returns `time` per accepted mail, in microseconds.
@@ -75,16 +103,21 @@ pub fn run(subjects: &[Subject], sink: &Sink, extent: &Extent) -> Result<Series,
     let mut slots: Vec<Vec<Slot>> = subjects.iter().map(|_| Vec::new()).collect();
     let mut answers = Answers::default();
     let warm_up = Extent { slot: extent.slot / 4, ..*extent };
+    let mut capacity = f64::INFINITY;
     for subject in subjects {
-        answers += slot(subject, sink, &warm_up)?.outcome.answers;
+        let outcome = slot(subject, sink, &warm_up, 0.0)?.outcome;
+        answers += outcome.answers;
+        capacity = capacity.min(outcome.rate());
     }
+    // All relays get the same load, so the slowest one decides.
+    let rate = if extent.open { capacity / 2.0 } else { 0.0 };
     for round in 0..extent.rounds {
         let mut order: Vec<usize> = (0..subjects.len()).collect();
         if round % 2 == 1 {
             order.reverse();
         }
         for index in order {
-            let slot = slot(&subjects[index], sink, extent)?;
+            let slot = slot(&subjects[index], sink, extent, rate)?;
             answers += slot.outcome.answers;
             slots[index].push(slot);
         }
@@ -92,19 +125,41 @@ pub fn run(subjects: &[Subject], sink: &Sink, extent: &Extent) -> Result<Series,
     Ok(Series { slots, answers })
 }
 
-fn slot(subject: &Subject, sink: &Sink, extent: &Extent) -> Result<Slot, BenchError> {
+/// Measures one slot, at `rate` mails per second, or as many as possible if that is 0.
+fn slot(subject: &Subject, sink: &Sink, extent: &Extent, rate: f64) -> Result<Slot, BenchError> {
+    subject.reset_peak();
     let before = (subject.cpu(), sink.cpu());
-    let outcome = generate(&load::Plan {
+    let plan = load::Plan {
         socket: &subject.socket,
-        clients: extent.clients,
+        // A closed loop of as many clients as an open one needs at most would be no warm-up.
+        clients: if extent.open && rate == 0.0 { WARM_UP } else { extent.clients },
         threads: extent.threads,
         size: extent.size,
         duration: extent.slot,
         mails: u64::MAX,
+        rate,
+    };
+    let outcome = thread::scope(|scope| {
+        let (stop, stopped) = mpsc::channel::<()>();
+        if !extent.reload.is_zero() && subject.name == QRELAY {
+            scope.spawn(move || {
+                // The channel's end, when the load is over, ends the loop.
+                while stopped.recv_timeout(extent.reload) == Err(RecvTimeoutError::Timeout) {
+                    subject.signal(Signal::SIGHUP);
+                }
+            });
+        }
+        let outcome = generate(&plan, subject.is_loop());
+        drop(stop);
+        outcome
     })?;
     // A process that dies between the two readings can make the sum smaller.
-    let cpu = subject.cpu().saturating_sub(before.0);
-    Ok(Slot { outcome, cpu, sink_cpu: sink.cpu().saturating_sub(before.1) })
+    let cpu = match subject.is_loop() {
+        true => outcome.cpu,
+        false => subject.cpu().saturating_sub(before.0),
+    };
+    let sink_cpu = sink.cpu().saturating_sub(before.1);
+    Ok(Slot { outcome, cpu, sink_cpu, peak: subject.peak() })
 }
 
 /// Returns the median of `numbers`, or 0 if there are none.

@@ -13,7 +13,7 @@
 use std::{
     env,
     fs::{self, File},
-    io::{self, BufRead, BufReader},
+    io::{BufRead, BufReader},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     thread,
@@ -28,6 +28,7 @@ use nix::{
 use crate::{
     bare,
     error::{BenchError, system},
+    hop::NextHop,
     instructions::Callgrind,
     load,
     outcome::Outcome,
@@ -46,13 +47,17 @@ const STOP: Duration = Duration::from_secs(20);
 /// Pause between two checks of a condition that no event announces.
 const POLL: Duration = Duration::from_millis(1);
 
-/// A relay that can be measured.
+/// Something that can be measured.
 #[derive(Clone, Debug)]
 pub enum Program {
-    /// The bare relay of this benchmark.
-    Bare,
-    /// The bare relay in C, already compiled.
+    /// The bare relay of this benchmark, or the one of qrelay's shape.
+    Bare(Shape),
+    /// The same in C, already compiled.
     Floor(PathBuf),
+    /// Another QMQP daemon: its command, and where it listens if its script doesn't say that.
+    Peer { command: String, socket: Option<PathBuf>, script: String },
+    /// A loop that starts this program.
+    Spawn(PathBuf),
     /// A build of qrelay with this script.
     Qrelay {
         build: Build,
@@ -63,6 +68,26 @@ pub enum Program {
         /// Counts qrelay's instructions, if they are to be counted.
         callgrind: Option<Callgrind>,
     },
+}
+
+/// How a bare relay is built; the value is the name of its role.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Shape {
+    /// One process with threads.
+    Single,
+    /// A supervisor that passes the clients to workers.
+    Passing,
+}
+
+/// What a script finds, besides its socket.
+#[derive(Clone, Debug)]
+pub struct Surroundings {
+    /// The next hop.
+    pub hop: NextHop,
+    /// A program for `exec`.
+    pub program: PathBuf,
+    /// Variables by which a script finds a database.
+    pub environment: Vec<(&'static str, String)>,
 }
 
 /// Which build of qrelay runs.
@@ -85,18 +110,43 @@ impl Build {
 }
 
 impl Program {
-    fn command(&self, dir: &Path, socket: &Path, port: u16) -> Result<Command, BenchError> {
+    fn command(
+        &self,
+        dir: &Path,
+        socket: &Path,
+        around: &Surroundings,
+    ) -> Result<Command, BenchError> {
         Ok(match self {
-            Self::Bare => {
-                let mut command = role("bare")?;
-                command.arg(socket).arg(port.to_string());
+            Self::Bare(shape) => {
+                let mut command = role(match shape {
+                    Shape::Single => "bare",
+                    Shape::Passing => "shape",
+                })?;
+                command.arg(socket).arg(around.hop.to_string());
                 command
             }
             Self::Floor(executable) => {
+                let port = match &around.hop {
+                    NextHop::Tcp(port) => *port,
+                    NextHop::Local(_) | NextHop::Nowhere => 0,
+                };
                 let mut command = Command::new(executable);
                 command.arg(socket).arg(bare::THREADS.to_string()).arg(port.to_string());
                 command
             }
+            Self::Peer { command, script, .. } => {
+                let config = write_config(dir, socket, around, script)?;
+                let fill = |word: &str| {
+                    word.replace("{config}", &config.display().to_string())
+                        .replace("{socket}", &socket.display().to_string())
+                        .replace("{next_hop}", &around.hop.to_string())
+                };
+                let mut words = command.split_ascii_whitespace().map(fill);
+                let mut command = Command::new(words.next().unwrap_or_default());
+                command.args(words).stderr(Stdio::null());
+                command
+            }
+            Self::Spawn(program) => Command::new(program),
             Self::Qrelay { build, script, log, descriptors, callgrind } => {
                 let mut command = match (callgrind, descriptors) {
                     (Some(callgrind), _) => callgrind.command(build.executable()),
@@ -107,7 +157,7 @@ impl Program {
                         command
                     }
                 };
-                command.arg("--config").arg(write_config(dir, socket, port, script)?);
+                command.arg("--config").arg(write_config(dir, socket, around, script)?);
                 command.stderr(log_file(log.as_deref())?);
                 command
             }
@@ -116,18 +166,25 @@ impl Program {
 }
 
 /// Returns a command that runs this executable in a role.
-fn role(name: &str) -> Result<Command, BenchError> {
+pub fn role(name: &str) -> Result<Command, BenchError> {
     let executable = env::current_exe().map_err(system("own executable"))?;
     let mut command = Command::new(executable);
     command.arg(ROLE).arg(name);
     Ok(command)
 }
 
-fn write_config(dir: &Path, socket: &Path, port: u16, script: &str) -> Result<PathBuf, BenchError> {
+fn write_config(
+    dir: &Path,
+    socket: &Path,
+    around: &Surroundings,
+    script: &str,
+) -> Result<PathBuf, BenchError> {
     let path = dir.join("config.lua");
     let text = format!(
-        "local socket = '{}'\nlocal next_hop = '127.0.0.1:{port}'\n{script}",
-        socket.display()
+        "local socket, next_hop = '{}', '{}'\nlocal program = '{}'\n{script}",
+        socket.display(),
+        around.hop,
+        around.program.display()
     );
     fs::write(&path, text).map_err(system(path.display().to_string()))?;
     Ok(path)
@@ -179,15 +236,17 @@ impl Drop for Process {
     }
 }
 
-/// A relay under test that has answered its first mail.
+/// A relay under test that has answered its first mail, or a loop that starts a program.
 pub struct Subject {
     /// Name in the report.
     pub name: &'static str,
     /// Time from starting the program to its first answer.
     pub start: Duration,
-    /// Path of the socket on which the relay listens.
+    /// Path of the socket on which the relay listens; of the program if there is no relay.
     pub socket: PathBuf,
-    process: Process,
+    /// Resident memory before the first load, of all processes, in KiB.
+    pub idle: u64,
+    process: Option<Process>,
 }
 
 impl Subject {
@@ -196,26 +255,66 @@ impl Subject {
         name: &'static str,
         program: &Program,
         dir: &Path,
-        port: u16,
+        around: &Surroundings,
     ) -> Result<Self, BenchError> {
         let dir = tempfile::tempdir_in(dir).map_err(system("temporary directory"))?.keep();
-        let socket = dir.join("q.sock");
-        let mut command = program.command(&dir, &socket, port)?;
-        command.stdout(Stdio::null());
+        let socket = match program {
+            Program::Spawn(program) => {
+                let (start, socket) = (Duration::ZERO, program.clone());
+                return Ok(Self { name, start, socket, idle: 0, process: None });
+            }
+            Program::Peer { socket: Some(socket), .. } => socket.clone(),
+            _ => dir.join("q.sock"),
+        };
+        let mut command = program.command(&dir, &socket, around)?;
+        command.stdout(Stdio::null()).envs(around.environment.iter().cloned());
         let begin = Instant::now();
         let mut process = Process::spawn(command)?;
         wait_for_answer(name, &mut process, &socket, begin)?;
-        Ok(Self { name, start: begin.elapsed(), socket, process })
+        let mut subject =
+            Self { name, start: begin.elapsed(), socket, idle: 0, process: Some(process) };
+        subject.idle = subject.memory().iter().map(|process| process.resident).sum();
+        Ok(subject)
+    }
+
+    fn pid(&self) -> Option<u32> {
+        self.process.as_ref().map(|process| process.child.id())
     }
 
     /// Returns the CPU time that the program and all its children have used so far.
     pub fn cpu(&self) -> Duration {
-        usage::cpu(self.process.child.id())
+        self.pid().map_or(Duration::ZERO, usage::cpu)
     }
 
     /// Returns the memory of each process of the program, the first process first.
     pub fn memory(&self) -> Vec<usage::Memory> {
-        usage::memory(self.process.child.id())
+        self.pid().map_or_else(Vec::new, usage::memory)
+    }
+
+    /// Lets the peak of the memory begin anew.
+    pub fn reset_peak(&self) {
+        if let Some(pid) = self.pid() {
+            usage::reset_peak(pid);
+        }
+    }
+
+    /// Returns the peak of the memory in KiB beyond that before the first load. The peaks of the
+    /// processes count together, also if they weren't at the same moment.
+    pub fn peak(&self) -> u64 {
+        self.pid().map_or(0, usage::peak).saturating_sub(self.idle)
+    }
+
+    /// Whether this is a loop that starts a program.
+    pub fn is_loop(&self) -> bool {
+        self.process.is_none()
+    }
+
+    /// Sends a signal to the program's first process.
+    pub fn signal(&self, signal: Signal) {
+        if let Some(pid) = self.pid() {
+            // The child hasn't been waited for, so the pid is its own.
+            let _ = kill(Pid::from_raw(pid.cast_signed()), signal);
+        }
     }
 }
 
@@ -272,21 +371,27 @@ impl Helper {
 
 /// The running next hop.
 pub struct Sink {
-    /// Port on 127.0.0.1.
-    pub port: u16,
+    /// Address of the sink.
+    pub hop: NextHop,
     helper: Helper,
 }
 
 impl Sink {
-    /// Starts the sink with `threads` threads and waits until it has printed its port.
-    pub fn start(threads: usize) -> Result<Self, BenchError> {
+    /// Starts the sink with `threads` threads and waits until it has printed its address. It
+    /// listens on TCP, or on the local socket `path`.
+    pub fn start(threads: usize, delay: Duration, path: Option<&Path>) -> Result<Self, BenchError> {
         let helper = Helper::start("sink", |command| {
-            command.arg(threads.to_string());
+            command.arg(threads.to_string()).arg(delay.as_micros().to_string()).args(path);
         })?;
-        let port = helper.line.trim().parse();
-        let port =
-            port.map_err(|_| BenchError::Report { role: "sink", line: helper.line.clone() })?;
-        Ok(Self { port, helper })
+        let hop = helper.line.trim().parse();
+        let hop =
+            hop.map_err(|_| BenchError::Report { role: "sink", line: helper.line.clone() })?;
+        Ok(Self { hop, helper })
+    }
+
+    /// Returns what a script finds that only relays.
+    pub fn surroundings(&self) -> Surroundings {
+        Surroundings { hop: self.hop.clone(), program: PathBuf::new(), environment: Vec::new() }
     }
 
     /// Returns the CPU time that the sink has used so far.
@@ -295,33 +400,30 @@ impl Sink {
     }
 }
 
-/// Runs the load generator in a process of its own.
-pub fn generate(plan: &load::Plan<'_>) -> Result<Outcome, BenchError> {
-    let mut command = role("load")?;
+/// Runs the load generator in a process of its own, or the loop that starts a program.
+pub fn generate(plan: &load::Plan<'_>, is_loop: bool) -> Result<Outcome, BenchError> {
+    let mut command = role(if is_loop { "spawn" } else { "load" })?;
     command.arg(plan.socket);
     for number in [plan.clients, plan.threads, plan.size] {
         command.arg(number.to_string());
     }
     command.arg(plan.duration.as_micros().to_string()).arg(plan.mails.to_string());
+    command.arg(plan.rate.ceil().to_string());
     let output = command.stderr(Stdio::inherit()).output().map_err(system("load generator"))?;
     let line = String::from_utf8_lossy(&output.stdout).trim_end().to_owned();
     line.parse().map_err(|line| BenchError::Report { role: "load generator", line })
 }
 
-/// Compiles the bare relay in C into `dir`. Returns `None` if there is no source or no gcc.
-pub fn compile_floor(dir: &Path) -> Result<Option<PathBuf>, BenchError> {
-    let beside = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../shared/bench/floor.c");
-    let source_file = env::var_os("QRELAY_FLOOR_C").map_or(beside, PathBuf::from);
-    if !source_file.exists() {
-        return Ok(None);
-    }
-    let executable = dir.join("floor");
-    let mut gcc = Command::new("gcc");
+/// Compiles the relay in C whose source the environment variable names into `dir`. Returns `None`
+/// without such a variable.
+pub fn compile_floor(dir: &Path, variable: &str) -> Result<Option<PathBuf>, BenchError> {
+    let Some(source_file) = env::var_os(variable).map(PathBuf::from) else { return Ok(None) };
+    let executable = dir.join(variable);
+    let mut gcc = Command::new("cc");
     gcc.args(["-O2", "-w", "-pthread", "-o"]).arg(&executable).arg(&source_file);
-    match gcc.status() {
-        Ok(status) if status.success() => Ok(Some(executable)),
-        Ok(status) => Err(BenchError::Compiler { source_file, status }),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-        Err(error) => Err(system("gcc")(error)),
+    let status = gcc.status().map_err(system("cc"))?;
+    match status.success() {
+        true => Ok(Some(executable)),
+        false => Err(BenchError::Compiler { source_file, status }),
     }
 }

@@ -7,9 +7,10 @@
 //! A process that ends while it is read is left out; the next reading finds its CPU time at its
 //! parent.
 
-use std::{collections::HashMap, fs, time::Duration};
+use std::{collections::HashMap, fs, thread, time::Duration};
 
 use nix::unistd::{SysconfVar, sysconf};
+use serde_json::{Value, json};
 
 /// The numbers of one process from /proc/PID/stat that are used here.
 struct Stat {
@@ -54,10 +55,40 @@ pub fn memory(root: u32) -> Vec<Memory> {
         .collect()
 }
 
+/// Lets the highest resident set of `root` and of all processes below it count from now.
+pub fn reset_peak(root: u32) {
+    for (pid, _) in tree(root) {
+        // proc_pid_clear_refs(5): 5 resets the peak. A process that has ended needs none.
+        let _ = fs::write(format!("/proc/{pid}/clear_refs"), "5");
+    }
+}
+
+/// Returns the sum of the highest resident sets of `root` and of all processes below it, in KiB.
+pub fn peak(root: u32) -> u64 {
+    let status = |pid| fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    tree(root).iter().map(|(pid, _)| sum_of(&status(pid), "VmHWM:")).sum()
+}
+
 /// Returns the number of entries in a directory of /proc/PID: `fd` has the descriptors, `task` the
 /// threads.
 pub fn entries(pid: u32, directory: &str) -> usize {
     fs::read_dir(format!("/proc/{pid}/{directory}")).map_or(0, Iterator::count)
+}
+
+/// Describes the machine, for those who read the numbers elsewhere.
+pub fn machine() -> Value {
+    let field = |file: &str, name: &str| {
+        let text = fs::read_to_string(file).unwrap_or_default();
+        let line = text.lines().find(|line| line.starts_with(name)).unwrap_or_default().to_owned();
+        line.split_once(':').map_or_else(String::new, |(_, value)| value.trim().to_owned())
+    };
+    let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    json!({
+        "processor": field("/proc/cpuinfo", "model name"),
+        "cpus": thread::available_parallelism().map_or(1, usize::from),
+        "memory": field("/proc/meminfo", "MemTotal"),
+        "kernel": kernel.trim(),
+    })
 }
 
 /// Returns the sum of the KiB in the lines that start with `prefix`.
