@@ -339,7 +339,13 @@ fn line_up(
     }
     if options.floor_only {
         pairs.clear();
-        for (variable, name, rival) in FLOORS {
+        // Of the two programs, floor2.c also discards, and both relay over TCP only.
+        let floors = match scenario.hop {
+            Hop::Tcp => FLOORS.as_slice(),
+            Hop::Nowhere => &FLOORS[1..],
+            Hop::Local => &[],
+        };
+        for (variable, name, rival) in floors {
             if let Some(executable) = process::compile_floor(dir, variable)? {
                 relays.push((name, Program::Floor(executable)));
                 pairs.push((rival.names().0, name));

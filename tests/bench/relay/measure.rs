@@ -102,7 +102,9 @@ pub struct Series {
 pub fn run(subjects: &[Subject], sink: &Sink, extent: &Extent) -> Result<Series, BenchError> {
     let mut slots: Vec<Vec<Slot>> = subjects.iter().map(|_| Vec::new()).collect();
     let mut answers = Answers::default();
-    let warm_up = Extent { slot: extent.slot / 4, ..*extent };
+    // The rate of an open loop comes from its warm-up.
+    let warm_up = if extent.open { extent.slot } else { extent.slot / 4 };
+    let warm_up = Extent { slot: warm_up, ..*extent };
     let mut capacity = f64::INFINITY;
     for subject in subjects {
         let outcome = slot(subject, sink, &warm_up, 0.0)?.outcome;

@@ -11,8 +11,11 @@ use std::{collections::BTreeMap, fs, io, path::Path};
 
 use plotters::{
     backend::SVGBackend,
-    chart::ChartBuilder,
-    coord::Shift,
+    chart::{ChartBuilder, SeriesLabelPosition},
+    coord::{
+        Shift,
+        ranged1d::{AsRangedCoord, Ranged, ValueFormatter},
+    },
     drawing::{DrawingArea, DrawingAreaErrorKind, IntoDrawingArea as _},
     element::{Circle, PathElement},
     prelude::IntoLogRange as _,
@@ -96,27 +99,37 @@ fn draw_file<'a>(
     area.fill(&WHITE)?;
     let halves = area.split_evenly((1, panels.len()));
     for (half, (title, lines)) in halves.iter().zip(panels) {
-        draw_panel(half, axis, title, lines)?;
+        let values = || lines.values().flatten().flat_map(|(_, numbers)| *numbers);
+        let (least, most) = values().fold((f64::INFINITY, 0.0), |(a, b), x| (x.min(a), x.max(b)));
+        // Large mails cost a thousand times as much as small ones. The names of the relays have
+        // room above the lines.
+        match least * 100.0 < most {
+            true => draw_panel(half, axis, title, lines, (least / 2.0..most * 20.0).log_scale())?,
+            false => draw_panel(half, axis, title, lines, 0.0..most * 1.4)?,
+        }
     }
     area.present()
 }
 
-fn draw_panel<'a>(
+fn draw_panel<'a, Values>(
     area: &Area<'a>,
     axis: &str,
     title: &str,
     lines: &Lines,
-) -> Result<(), DrawError<'a>> {
+    values: Values,
+) -> Result<(), DrawError<'a>>
+where
+    Values: AsRangedCoord<Value = f64>,
+    Values::CoordDescType: ValueFormatter<f64> + Ranged<ValueType = f64>,
+{
     let places = lines.values().flatten().map(|(place, _)| *place);
     let (first, last) = places.fold((f64::INFINITY, 0.0), |(a, b), x| (x.min(a), x.max(b)));
-    let values = lines.values().flatten().map(|(_, [_, _, most])| *most);
-    let highest = values.fold(0.0, f64::max) * 1.1;
     let mut chart = ChartBuilder::on(area)
         .caption(title, ("sans-serif", 18))
         .margin(10)
         .x_label_area_size(40)
         .y_label_area_size(70)
-        .build_cartesian_2d((first..last * 1.01).log_scale(), 0.0..highest)?;
+        .build_cartesian_2d((first..last * 1.01).log_scale(), values)?;
     let whole = |value: &f64| format!("{value:.0}");
     let mut mesh = chart.configure_mesh();
     mesh.x_desc(axis).max_light_lines(0).x_label_formatter(&whole).y_label_formatter(&whole);
@@ -134,5 +147,7 @@ fn draw_panel<'a>(
         });
         chart.draw_series(bars)?;
     }
-    chart.configure_series_labels().background_style(WHITE.mix(0.8)).border_style(BLACK).draw()
+    let mut labels = chart.configure_series_labels();
+    labels.position(SeriesLabelPosition::UpperRight);
+    labels.background_style(WHITE.mix(0.8)).border_style(BLACK).draw()
 }

@@ -157,6 +157,10 @@ impl Program {
                         command
                     }
                 };
+                if matches!(build, Build::Ours) {
+                    // The machine's own qrelay may have the default one. Older builds have none.
+                    command.args(["--control", "none"]);
+                }
                 command.arg("--config").arg(write_config(dir, socket, around, script)?);
                 command.stderr(log_file(log.as_deref())?);
                 command

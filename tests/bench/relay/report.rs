@@ -78,10 +78,8 @@ pub fn table(subjects: &[Subject], series: &Series) -> Value {
     for (subject, slots) in subjects.iter().zip(&series.slots) {
         let columns = NUMBERS.map(|(_, number)| Spread::new(slots.iter().map(number)));
         let [rate, cpu, p50, p99, peak, load, sink] = columns.map(|spread| spread.median);
-        println!(
-            "{:<24} {rate:>8.0} {cpu:>9.1} {p50:>8.2} {p99:>8.2} {peak:>8.1} {load:>9.1} {sink:>9.1}",
-            subject.name
-        );
+        print!("{:<24} {rate:>8.0} {cpu:>9.1} {p50:>8.2} {p99:>8.2}", subject.name);
+        println!(" {peak:>8.1} {load:>9.1} {sink:>9.1}");
         let named = NUMBERS.iter().zip(columns);
         let named = named.map(|((name, _), spread)| (*name, spread.record()));
         relays.insert(subject.name, named.collect::<BTreeMap<_, _>>());

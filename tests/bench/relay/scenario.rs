@@ -1,4 +1,5 @@
-//! The table of scenarios: which handler qrelay runs, under which load, and what it is compared with.
+//! The table of scenarios: which handler qrelay runs, under which load, and what it is compared
+//! with.
 //!
 //! Contract: one scenario is one entry of `SCENARIOS`; a new scenario needs no other change. A
 //! script can use three locals: `socket` (path to listen on), `next_hop` (address of the sink) and
@@ -140,8 +141,8 @@ pub struct Scenario {
     pub hop: Hop,
     /// Milliseconds that the next hop waits before it answers.
     pub delay: u64,
-    /// Whether mails come at random moments, half as many as the slowest relay can carry, instead of
-    /// one after the other from each client.
+    /// Whether mails come at random moments, half as many as the slowest relay can carry, instead
+    /// of one after the other from each client.
     pub open: bool,
     /// Seconds between two reloads of qrelay, 0 for none. Its rivals aren't reloaded.
     pub reload: u64,
