@@ -75,7 +75,7 @@ struct Cell {
 const CELLS: &[Cell] = &[
     Cell { name: "relay", scenario: "relay", size: 2 << 10, mails: 3000 },
     Cell { name: "relay, 64 KiB", scenario: "relay", size: 64 << 10, mails: 1000 },
-    Cell { name: "relay, 1 MiB", scenario: "relay", size: 1 << 20, mails: 200 },
+    Cell { name: "relay, 1 MiB", scenario: "relay", size: 1 << 20, mails: 800 },
     Cell { name: "attributes", scenario: "attributes", size: 2 << 10, mails: 2000 },
     Cell { name: "discard", scenario: "discard", size: 2 << 10, mails: 3000 },
     Cell { name: "exec-raw", scenario: "exec-raw", size: 2 << 10, mails: 300 },
