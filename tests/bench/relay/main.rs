@@ -149,7 +149,8 @@ impl Options {
     fn extent(&self, scenario: &Scenario) -> Extent {
         let half = thread::available_parallelism().map_or(1, |cpus| (cpus.get() / 2).max(1));
         let clients = self.clients.map_or(scenario.clients, |clients| clients as usize);
-        let slot = Duration::from_secs_f64(self.slot);
+        let reload = Duration::from_secs(scenario.reload);
+        let slot = Duration::from_secs_f64(self.slot).max(reload * 2);
         Extent {
             rounds: self.rounds as usize,
             slot,
@@ -157,7 +158,7 @@ impl Options {
             threads: self.threads.map_or(half, |threads| threads as usize).min(clients),
             size: self.size.unwrap_or(scenario.size),
             open: scenario.open,
-            reload: Duration::from_secs(scenario.reload).min(slot / 2),
+            reload,
         }
     }
 }

@@ -145,9 +145,12 @@ fn slot(subject: &Subject, sink: &Sink, extent: &Extent, rate: f64) -> Result<Sl
         let (stop, stopped) = mpsc::channel::<()>();
         if !extent.reload.is_zero() && subject.name == QRELAY {
             scope.spawn(move || {
-                // The channel's end, when the load is over, ends the loop.
-                while stopped.recv_timeout(extent.reload) == Err(RecvTimeoutError::Timeout) {
+                // The first reload comes early, so that slots have the same number of them. The
+                // channel's end, when the load is over, ends the loop.
+                let mut wait = extent.reload / 2;
+                while stopped.recv_timeout(wait) == Err(RecvTimeoutError::Timeout) {
                     subject.signal(Signal::SIGHUP);
+                    wait = extent.reload;
                 }
             });
         }
