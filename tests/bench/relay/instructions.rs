@@ -4,7 +4,7 @@
 //! Contract: one entry of `CELLS` is one count. Valgrind runs the supervisor and all its children,
 //! with one worker and one client that waits for each answer. Everything runs on one CPU, so that
 //! the processes take turns in the same order in every run; the counts of two runs then differ by
-//! some tenths of a percent. Each cell runs twice, with few and with many mails. The difference of
+//! about one percent, less on a quiet machine. Each cell runs twice, with few and with many mails. The difference of
 //! the two is free of what starting and stopping costs. Instructions of the kernel don't count, nor
 //! do those of programs that qrelay runs.
 //!
