@@ -416,7 +416,7 @@ fn run_scenario(scenario: &Scenario, options: &Options) -> Result<(Value, u64), 
     let targets = if options.against.is_some() { AGAINST } else { scenario.targets };
     let verdict = |target| report::verdict(target, scenario, &extent, &subjects, &series);
     let verdicts: Vec<Value> = targets.iter().filter_map(verdict).collect();
-    report::headroom(&series, &extent);
+    report::headroom(&subjects, &series, &extent);
     if let Some(qrelay) = qrelay {
         println!();
         report::processes("after the load", qrelay, &qrelay.memory());

@@ -172,12 +172,12 @@ pub fn claim(what: &str, value: Spread, met: bool) -> Value {
 
 /// Prints the load of the load generator and of the sink. Close to 100 %, they and not the relay
 /// would limit the numbers.
-pub fn headroom(series: &Series, extent: &Extent) {
+pub fn headroom(subjects: &[Subject], series: &Series, extent: &Extent) {
     let busy = |cpu: fn(&Slot) -> f64| {
-        let shares = series
-            .slots
-            .iter()
-            .flatten()
+        // A loop that starts programs gets no load.
+        let relays = subjects.iter().zip(&series.slots).filter(|(subject, _)| !subject.is_loop());
+        let shares = relays
+            .flat_map(|(_, slots)| slots)
             .map(|slot| cpu(slot) / slot.outcome.elapsed.as_secs_f64() / extent.threads as f64);
         shares.fold(0.0, f64::max) * 100.0
     };
