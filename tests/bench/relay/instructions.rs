@@ -257,6 +257,7 @@ fn toolchain() -> Value {
     let level = if has("avx2") { "avx2" } else { "no avx2" };
     json!({
         "rustc": version("rustc", "--version"),
+        "cc": version("cc", "--version"),
         "libc": version("getconf", "GNU_LIBC_VERSION"),
         "valgrind": version("valgrind", "--version"),
         "processor": format!("{} {level}", env::consts::ARCH),
