@@ -40,6 +40,10 @@ use crate::threads::counts::{Counts, Moment, Taken};
 /// Lua.
 const TURN: Duration = Duration::from_millis(10);
 
+/// After a leader has had to give up, so many jobs are served in the usual way: there is more to do
+/// than one thread can, and every attempt costs a system call and a wake-up that come too late.
+const CROWDED: u64 = 64;
+
 /// A job on its way through the threads.
 pub(crate) trait Task {
     /// Returns when the job began to wait, on the clock whose time the scheduler is given.
@@ -204,6 +208,8 @@ pub(crate) struct Scheduler<T> {
     ended: bool,
     /// How many tasks had been taken when the watcher began its pause.
     watched: u64,
+    /// How many tasks have to be taken before a leader serves one itself.
+    crowded: u64,
 }
 
 impl<T> fmt::Debug for Scheduler<T> {
@@ -220,7 +226,7 @@ impl<T: Task> Scheduler<T> {
     /// `connections` tasks are served at a time.
     pub(crate) fn new(connections: usize) -> Self {
         let counts = Counts::new(connections);
-        Self { counts, tasks: VecDeque::new(), led: false, ended: false, watched: 0 }
+        Self { counts, tasks: VecDeque::new(), led: false, ended: false, watched: 0, crowded: 0 }
     }
 
     /// Decides what a thread does next.
@@ -300,9 +306,9 @@ impl<T: Task> Scheduler<T> {
         Orders { threads, reports: self.reports(), next: Next::Serve(task) }
     }
 
-    /// Returns whether no thread serves a job.
+    /// Returns whether no thread serves a job, and none has had to give up lately.
     fn is_alone(&self) -> bool {
-        !self.counts.any_serving()
+        !self.counts.any_serving() && self.counts.taken() >= self.crowded
     }
 
     /// While nothing else is there to do, waking another thread would take longer than the task.
@@ -316,6 +322,7 @@ impl<T: Task> Scheduler<T> {
     /// watcher is to be called.
     pub(crate) fn give_up(&mut self) -> Threads {
         self.led = false;
+        self.crowded = self.counts.taken() + CROWDED;
         match self.counts.has_waiting() {
             true => Threads::WakeOne,
             false if self.counts.start_leader() => Threads::Start,
