@@ -13,6 +13,7 @@ use std::io::{self, BufRead, BufReader, ErrorKind, Write};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use qrelay_shared::address::printable;
 use qrelay_shared::admin::{Answer, Body, Command, Request, VERSION};
 use qrelay_shared::endpoint::Endpoint;
 use qrelay_shared::exit::Exit;
@@ -133,6 +134,9 @@ impl Connection {
             Err(error) if error.kind() == ErrorKind::PermissionDenied => {
                 return Err(Failure::NoPermission(path));
             }
+            Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {
+                return Err(Failure::Broken(error));
+            }
             Err(cause) => return Err(Failure::NotRunning { path, cause }),
         };
         Ok(Self { stream: BufReader::new(stream), path })
@@ -192,7 +196,7 @@ impl Connection {
         };
         let value: serde_json::Value = serde_json::from_str(line).map_err(nonsense)?;
         if let Some(message) = value.pointer("/error/message").and_then(|text| text.as_str()) {
-            return Err(Failure::Refused(message.to_owned()));
+            return Err(Failure::Refused(printable(message.as_bytes()).into_owned()));
         }
         match value.get("version").and_then(serde_json::Value::as_u64) {
             Some(version) if version != u64::from(VERSION) => {
@@ -233,6 +237,7 @@ fn reload(path: &Path) -> Result<Exit, Failure> {
             None => Ok(print(&format!("generation {} serves\n", load.generation))),
             Some(message) => {
                 let hint = if load.may_pass { "; trying again may help" } else { "" };
+                let message = printable(message.as_bytes());
                 eprintln!("qrelay: the old configuration serves on: {message}{hint}");
                 Ok(Exit::Refused)
             }

@@ -175,6 +175,7 @@ impl Admin {
                 client.until = now + PATIENCE;
                 client.send()
             }
+            Some(Interest::Hangup) => Life::Over,
             None => Life::On,
         };
         self.settle(id, life);
@@ -196,6 +197,7 @@ impl Admin {
         let added = match interest {
             Some(Interest::Input) => self.watcher.add(&client.socket, Source::Admin(id)),
             Some(Interest::Output) => self.watcher.add_output(&client.socket, Source::Admin(id)),
+            Some(Interest::Hangup) => self.watcher.add_end(&client.socket, Source::Admin(id)),
             None => return,
         };
         match added {
@@ -310,20 +312,26 @@ impl Admin {
         self.settle(id, life);
     }
 
-    /// Has a client wait for the outcome of the first reload after this generation.
-    pub(crate) fn await_reload(&mut self, id: AdminId, last: GenerationId, now: Instant) {
+    /// Has a client wait for the outcome of the first reload after this generation. Returns false
+    /// if the client is refused.
+    pub(crate) fn await_reload(&mut self, id: AdminId, last: GenerationId, now: Instant) -> bool {
         if self.stopping {
-            return self.answer(id, stops(), now);
+            self.answer(id, stops(), now);
+            return false;
         }
         // The others are for commands that don't wait.
-        if self.those(|client| matches!(client.waits, Waits::Reload(_))).len() >= self.most / 2 {
+        if self.those(|client| matches!(client.waits, Waits::Reload(_))).len()
+            >= (self.most / 2).max(1)
+        {
             let message = "too many commands wait for a reload".to_owned();
-            return self.answer(id, Body::Error { message }, now);
+            self.answer(id, Body::Error { message }, now);
+            return false;
         }
         if let Some(client) = self.clients.get_mut(&id) {
             client.waits = Waits::Reload(last);
             self.settle(id, Life::On);
         }
+        true
     }
 
     /// Tells those who wait for it how a reload has ended.

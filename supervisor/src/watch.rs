@@ -94,6 +94,15 @@ impl Watcher {
         self.add_for(fd, EpollFlags::EPOLLOUT, source)
     }
 
+    /// Starts to watch for the end of a connection in both directions.
+    ///
+    /// # Errors
+    /// As [`Self::add`].
+    pub(crate) fn add_end(&self, fd: impl AsFd, source: Source) -> Result<(), Errno> {
+        // EPOLLHUP is always watched for.
+        self.add_for(fd, EpollFlags::empty(), source)
+    }
+
     fn add_for(&self, fd: impl AsFd, flags: EpollFlags, source: Source) -> Result<(), Errno> {
         #[cfg(test)]
         if self.full.get() {

@@ -1,14 +1,18 @@
 //! The behaviours of a next hop, and what the client is told in each case. The client is told `K`
 //! only if the next hop sent `K` after it had received the whole request.
 
+use std::fs;
+use std::io::Write;
 use std::net::{SocketAddr, UdpSocket};
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::time::{Duration, Instant};
 
 use crate::harness::mail::netstring;
 use crate::harness::network::in_own_network;
 use crate::harness::sink::{Behaviour, answer};
-use crate::harness::{Client, Daemon, Mail, Reply, Sink, Site, Target, submit};
+use crate::harness::{
+    Client, Daemon, Mail, Reply, Sink, Site, Target, eventually, processes, submit,
+};
 
 /// Starts a relay whose handler returns `m:connect(ARGUMENTS)`.
 fn relay(settings: &str, arguments: &str) -> Daemon {
@@ -379,4 +383,39 @@ fn a_client_that_is_gone_does_not_cancel_a_relay() {
     let line = daemon.wait_for_log("action=connect");
     assert!(line.contains("status=K"), "{line}");
     assert_eq!(sink.mails(), [Mail::new("x").relayed()]);
+}
+
+/// The only thread of a quiet worker serves a mail itself. A next hop that answers half a reply
+/// holds up its own mail, and no other one.
+#[test]
+fn half_a_reply_holds_up_no_other_mail() {
+    let daemon = relay("", "'$DIR/out'");
+    let listener = UnixListener::bind(daemon.path("out")).expect("bind");
+    let first = begin(&daemon);
+    let (mut slow, _) = listener.accept().expect("accept");
+    let worker = daemon.workers()[0];
+    let thread = processes::thread_named(worker, "mail");
+    let waits = || -> String {
+        let status = fs::read_to_string(format!("/proc/{worker}/task/{thread}/status"));
+        let status = status.expect("a thread");
+        let waits = status.lines().find(|line| line.starts_with("voluntary_ctxt_switches"));
+        waits.expect("a count").to_owned()
+    };
+    let before = waits();
+    slow.write_all(b"3:K").expect("half a reply");
+    eventually("a thread that has read it and waits again", || (waits() != before).then_some(()));
+    let second = begin(&daemon);
+    let (mut fast, _) = listener.accept().expect("accept");
+    fast.write_all(b"3:Kno,").expect("a reply");
+    let (mut first, mut second) = (first, second);
+    assert_eq!(second.outcome(), "Kno");
+    slow.write_all(b"ok,").expect("the rest");
+    assert_eq!(first.outcome(), "Kok");
+}
+
+/// Sends a mail whose next hop has not answered yet.
+fn begin(daemon: &Daemon) -> Client {
+    let mut client = Client::connect(daemon.path("in"));
+    client.send(&Mail::new("").request());
+    client
 }

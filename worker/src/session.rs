@@ -371,7 +371,12 @@ impl Session {
         deadline: Deadline,
         lead: &dyn Lead,
     ) -> Outcome {
-        self.announce_timeout(context, action);
+        let timeout = action.timeout().filter(|&limit| limit > context.settings.drain_timeout);
+        if let Some(timeout) = timeout {
+            // A drain waits for this action. The report may wait for memory.
+            lead.give_up();
+            context.reports.timeout(self.job.job, timeout);
+        }
         self.note(mail);
         let name = action.name();
         let flight = &self.flight;
@@ -396,15 +401,6 @@ impl Session {
             Action::ExecRaw(program) => {
                 Outcome::delivery(name, exec_raw::run(&host, mail, program))
             }
-        }
-    }
-
-    /// Lets a drain wait for an action that may take longer than the drain time.
-    fn announce_timeout(&self, context: &Context, action: &Action) {
-        if let Some(timeout) = action.timeout()
-            && timeout > context.settings.drain_timeout
-        {
-            context.reports.timeout(self.job.job, timeout);
         }
     }
 

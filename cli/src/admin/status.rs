@@ -5,6 +5,7 @@ use std::io::{self, IsTerminal, Write as _};
 use std::path::Path;
 use std::time::Duration;
 
+use qrelay_shared::address::printable;
 use qrelay_shared::admin::{Body, Command, Status};
 use qrelay_shared::exit::Exit;
 use qrelay_shared::system_error::shown;
@@ -154,7 +155,9 @@ fn head(text: &mut String, status: &Status) -> std::fmt::Result {
         let ago = duration(status.now - load.at);
         match &load.failure {
             None => writeln!(text, "loaded    {ago} ago")?,
-            Some(message) => writeln!(text, "REFUSED   {ago} ago: {message}")?,
+            Some(message) => {
+                writeln!(text, "REFUSED   {ago} ago: {}", printable(message.as_bytes()))?;
+            }
         }
     }
     if let Some(level) = &status.sandbox {

@@ -72,6 +72,8 @@ pub(super) enum Interest {
     Input,
     /// Room to write.
     Output,
+    /// The end of the connection, of which only half is left.
+    Hangup,
 }
 
 impl Client {
@@ -94,6 +96,9 @@ impl Client {
         if !self.output.is_empty() {
             return Some(Interest::Output);
         }
+        if self.ended && matches!(self.waits, Waits::Reload(_) | Waits::Stop) {
+            return Some(Interest::Hangup);
+        }
         let reads = !self.ended && !self.has_line() && self.input.len() < REQUEST_MAX;
         reads.then_some(Interest::Input)
     }
@@ -108,9 +113,9 @@ impl Client {
             }
     }
 
-    /// Returns whether the client has said nothing that isn't served.
+    /// Returns whether the client has said nothing that isn't served, and has read every answer.
     pub(super) fn is_silent(&self) -> bool {
-        self.waits == Waits::Idle && !self.wants_service()
+        self.waits == Waits::Idle && self.output.is_empty() && !self.wants_service()
     }
 
     /// Returns whether the connection has nothing to wait for any more.

@@ -71,8 +71,9 @@ impl Daemon {
             Command::Mails => {}
             Command::Reload => {
                 let last = self.rollout.last();
-                self.admin.await_reload(client, last, now);
-                self.events.push_back(Event::ReloadRequested);
+                if self.admin.await_reload(client, last, now) {
+                    self.events.push_back(Event::ReloadRequested);
+                }
             }
             Command::Stop { now: at_once } => {
                 let in_flight = self.workers.in_flight() as u64;

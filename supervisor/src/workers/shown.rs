@@ -30,7 +30,7 @@ impl PastErrors {
     /// Adds errors to those of a database.
     pub(super) fn add(&mut self, database: &str, errors: u64) {
         if let Some(sum) = self.0.get_mut(database) {
-            *sum += errors;
+            *sum = sum.saturating_add(errors);
         } else if self.0.len() < MOST_DATABASES {
             self.0.insert(database.to_owned(), errors);
         }
@@ -84,11 +84,11 @@ impl Workers {
             sum.connections += u64::from(pool.connections);
             sum.busy += busy;
             sum.waiting += u64::from(pool.outstanding) - busy;
-            sum.errors += pool.errors;
+            sum.errors = sum.errors.saturating_add(pool.errors);
         }
         let named = sums.into_iter().map(|(name, sum)| admin::Database {
             database: name.to_owned(),
-            errors: sum.errors + self.past_errors.0.get(name).copied().unwrap_or(0),
+            errors: sum.errors.saturating_add(self.past_errors.0.get(name).copied().unwrap_or(0)),
             ..sum
         });
         named.collect()
@@ -103,7 +103,8 @@ impl Workers {
     /// still looked up counts for none.
     pub(crate) fn at_next_hops(&self) -> BTreeMap<String, u64> {
         let mut counts = BTreeMap::new();
-        for process in self.processes.values() {
+        let busy = self.processes.iter().filter(|&(&worker, _)| self.pool.jobs_of(worker) > 0);
+        for (_, process) in busy {
             let flights = process.flights.as_ref().map(recorder::flights);
             for flight in flights.and_then(Result::ok).into_iter().flatten() {
                 let goes =
@@ -123,7 +124,8 @@ impl Workers {
         worker: WorkerId,
         slot: usize,
     ) -> Option<(WorkerId, Vec<Flight>, Cursor)> {
-        let (&worker, process) = self.processes.range(worker..).next()?;
+        let (&found, process) = self.processes.range(worker..).next()?;
+        let (worker, slot) = (found, if found == worker { slot } else { 0 });
         let flights = process.flights.as_ref().map(|memory| recorder::part(memory, slot, PART));
         // What a worker notes isn't believed: only mails that it has are listed.
         let own = |flight: &Flight| self.pool.has(flight.job, worker);

@@ -127,7 +127,7 @@ pub fn cpu_ticks(pid: i32) -> u64 {
 /// Stops a process with SIGSTOP, and waits until none of its threads runs.
 pub fn stop(pid: i32) {
     signal(pid, Signal::SIGSTOP);
-    super::eventually("a stopped process", || {
+    eventually("a stopped process", || {
         let threads = fs::read_dir(format!("/proc/{pid}/task")).ok()?;
         let mut states = threads.flatten().map(|thread| {
             let stat = fs::read_to_string(thread.path().join("stat")).unwrap_or_default();

@@ -77,18 +77,23 @@ pub(super) fn exchange(
     match write(socket, pieces, (deadline, lead), &mut incoming)? {
         Written::All => {
             if lead.await_input(socket.as_fd(), deadline)
-                && let Some(reply) = incoming.look(socket)?
+                && let Some(reply) = incoming.read(socket)?
             {
                 return Ok(reply);
             }
+            // Only a part of the reply has come, or a job.
+            lead.give_up();
             incoming.wait(socket, deadline)
         }
         Written::Answered(reply) => not_accepted(reply, ExchangeError::Early),
-        Written::Broken(error) => match incoming.wait(socket, deadline) {
-            Ok(reply) => not_accepted(reply, ExchangeError::Early),
-            Err(ExchangeError::Closed) => Err(error.into()),
-            Err(other) => Err(other),
-        },
+        Written::Broken(error) => {
+            lead.give_up();
+            match incoming.wait(socket, deadline) {
+                Ok(reply) => not_accepted(reply, ExchangeError::Early),
+                Err(ExchangeError::Closed) => Err(error.into()),
+                Err(other) => Err(other),
+            }
+        }
     }
 }
 
@@ -153,6 +158,16 @@ impl Incoming {
             Err(PeerError::Rights) => Err(ExchangeError::Rights),
             // The next write reports any connection error.
             Err(PeerError::Os(_)) => Ok(None),
+        }
+    }
+
+    /// Reads what has come of a reply, when nothing more is to be written.
+    fn read(&mut self, socket: &PeerSocket) -> Result<Option<Reply>, ExchangeError> {
+        match self.receive(socket, MsgFlags::MSG_DONTWAIT) {
+            Ok(received) => self.take(received),
+            Err(PeerError::Os(Errno::EAGAIN | Errno::EINTR)) => Ok(None),
+            Err(PeerError::Os(error)) => Err(error.into()),
+            Err(PeerError::Rights) => Err(ExchangeError::Rights),
         }
     }
 

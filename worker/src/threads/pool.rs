@@ -87,6 +87,15 @@ struct Leader<'p> {
     leads: Cell<bool>,
 }
 
+/// A thread that ends by a panic can't lead on.
+impl Drop for Leader<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.give_up();
+        }
+    }
+}
+
 impl Lead for Leader<'_> {
     fn give_up(&self) {
         if self.leads.replace(false) {
