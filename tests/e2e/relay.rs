@@ -391,8 +391,10 @@ fn a_client_that_is_gone_does_not_cancel_a_relay() {
 fn half_a_reply_holds_up_no_other_mail() {
     let daemon = relay("", "'$DIR/out'");
     let listener = UnixListener::bind(daemon.path("out")).expect("bind");
-    let first = begin(&daemon);
-    let (mut slow, _) = listener.accept().expect("accept");
+    listener.set_nonblocking(true).expect("nonblocking");
+    let accept = || eventually("a mail", || listener.accept().ok().map(|(stream, _)| stream));
+    let mut first = begin(&daemon);
+    let mut slow = accept();
     let worker = daemon.workers()[0];
     let thread = processes::thread_named(worker, "mail");
     let waits = || -> String {
@@ -404,10 +406,8 @@ fn half_a_reply_holds_up_no_other_mail() {
     let before = waits();
     slow.write_all(b"3:K").expect("half a reply");
     eventually("a thread that has read it and waits again", || (waits() != before).then_some(()));
-    let second = begin(&daemon);
-    let (mut fast, _) = listener.accept().expect("accept");
-    fast.write_all(b"3:Kno,").expect("a reply");
-    let (mut first, mut second) = (first, second);
+    let mut second = begin(&daemon);
+    accept().write_all(b"3:Kno,").expect("a reply");
     assert_eq!(second.outcome(), "Kno");
     slow.write_all(b"ok,").expect("the rest");
     assert_eq!(first.outcome(), "Kok");
