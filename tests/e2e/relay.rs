@@ -194,7 +194,7 @@ fn failover() {
     assert_eq!(submit(daemon.path("in"), &mail), "Kfirst");
     assert_eq!(first.only(), mail.relayed());
     drop(first);
-    std::fs::remove_file(daemon.path("out")).expect("socket");
+    fs::remove_file(daemon.path("out")).expect("socket");
     assert_eq!(submit(daemon.path("in"), &mail), "Ksecond");
     assert_eq!(second.only(), mail.relayed());
 }
@@ -213,7 +213,7 @@ fn no_failover_once_the_request_is_on_its_way() {
 fn a_next_hop_that_does_not_accept() {
     let daemon = relay("connect_timeout=0.3", "{'$DIR/full', '$DIR/out'}");
     let _sink = Sink::answering(daemon.path("out"), "Kok");
-    let full = std::os::unix::net::UnixListener::bind(daemon.path("full")).expect("bind");
+    let full = UnixListener::bind(daemon.path("full")).expect("bind");
     nix::sys::socket::listen(&full, nix::sys::socket::Backlog::new(0).expect("fits"))
         .expect("smaller backlog");
     let _fill = UnixStream::connect(daemon.path("full")).expect("the only place");
