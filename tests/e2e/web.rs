@@ -7,7 +7,7 @@ use std::net::TcpStream;
 use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -373,12 +373,26 @@ fn every_metric_is_documented_and_moves() {
         shown.look(&web).contains("qrelay_log_records_lost_total").then_some(())
     });
 
-    // More clients than there are descriptors for.
+    // Clients come faster than they are accepted: with few descriptors each one takes another's
+    // place.
     let site = Site::with("qmqp_listen('$DIR/in', function(m) return m:discard() end)");
     let few = ["sh", "-c", "ulimit -n 128 && exec \"$@\"", "sh"];
     let (crowded, web) = watched(site.launch().through(&few));
-    let _clients: Vec<_> = (0..200).map(|_| Client::connect(crowded.path("in"))).collect();
-    shown.wait_for(&web, &["qrelay_listener_backlog"]);
+    let over = AtomicBool::new(false);
+    thread::scope(|scope| {
+        for _ in 0..2 {
+            scope.spawn(|| {
+                while !over.load(Ordering::Relaxed) {
+                    let crowd = (0..100).map(|_| UnixStream::connect(crowded.path("in")));
+                    drop(crowd.collect::<Vec<_>>());
+                }
+            });
+        }
+        let seen =
+            within(PATIENCE, || shown.look(&web).contains("qrelay_listener_backlog").then_some(()));
+        over.store(true, Ordering::Relaxed);
+        assert!(seen.is_some(), "no backlog was seen");
+    });
 
     let page: BTreeMap<_, _> =
         documented().into_iter().map(|(name, kind, labels)| (name, (kind, labels))).collect();
