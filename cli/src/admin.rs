@@ -252,7 +252,7 @@ fn stop(path: &Path, now: bool) -> Result<Exit, Failure> {
     match connection.answer(Some(PATIENCE))? {
         Body::Stopping { in_flight: 0 } => {}
         Body::Stopping { in_flight } => {
-            eprintln!("qrelay: {in_flight} mails are in flight, waiting for them");
+            eprintln!("qrelay: waiting for the mails in flight: {in_flight}");
         }
         body => return Err(connection.unexpected(&body)),
     }

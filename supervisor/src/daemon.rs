@@ -6,7 +6,7 @@
 //!
 //! # Failure
 //! Before READY, a failure ends the start with one message and an exit status. Afterwards only
-//! SIGTERM and SIGINT end the daemon, or an epoll instance that fails.
+//! SIGTERM, SIGINT and `qrelay stop` end the daemon, or an epoll instance that fails.
 
 mod commands;
 

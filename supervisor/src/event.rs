@@ -27,9 +27,9 @@ use crate::ids::{AdminId, GenerationId, JobId, WorkerId, ZygoteId};
 pub(crate) enum Event {
     /// SIGCHLD, or nobody has looked for a while.
     ChildEnded,
-    /// SIGHUP.
+    /// SIGHUP, or an administrator's command.
     ReloadRequested,
-    /// SIGTERM or SIGINT.
+    /// SIGTERM, SIGINT, or an administrator's command.
     StopRequested,
     /// SIGUSR1.
     StatusRequested,
@@ -185,7 +185,7 @@ impl Default for Cursor {
 pub(crate) enum Cause {
     /// The daemon starts: a failure ends it.
     Boot,
-    /// SIGHUP: the script's `reload` is called.
+    /// SIGHUP or a command: the script's `reload` is called.
     Reload,
     /// The current generation has lost its zygote and its standby.
     Recovery,

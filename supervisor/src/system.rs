@@ -232,6 +232,12 @@ impl System for Linux {
     }
 }
 
+/// Returns the time in nanoseconds of CLOCK_BOOTTIME, which workers use as well.
+pub(crate) fn boottime() -> u64 {
+    nix::time::clock_gettime(nix::time::ClockId::CLOCK_BOOTTIME)
+        .map_or(0, |time| time.tv_sec() as u64 * 1_000_000_000 + time.tv_nsec() as u64)
+}
+
 /// Puts a wait status into words.
 pub(crate) fn describe(status: WaitStatus) -> String {
     match status {

@@ -119,7 +119,7 @@ fn a_stop_waits_for_the_mails_in_flight() {
     assert_eq!(client.outcome(), "Kok");
     let output = stop.wait_with_output().expect("ended");
     assert_eq!((output.status.code(), &*stdout(&output)), (Some(0), "stopped\n"));
-    assert!(stderr(&output).contains("1 mails are in flight"), "{output:?}");
+    assert!(stderr(&output).contains("waiting for the mails in flight: 1\n"), "{output:?}");
     assert!(daemon.wait_exit().success());
     assert!(!daemon.path("control-socket").exists());
 }

@@ -148,7 +148,11 @@ fn head(text: &mut String, status: &Status) -> std::fmt::Result {
     writeln!(text, "qrelay {}: {state}, up {up}, pid {}", status.program, status.pid)?;
     write!(text, "config    {}", status.config)?;
     if let Some(generation) = status.generation {
-        write!(text, ", generation {generation} of {} in memory", status.generations)?;
+        write!(text, ", generation {generation}")?;
+        match status.generations.saturating_sub(1) {
+            0 => {}
+            others => write!(text, " ({others} more finish or are being loaded)")?,
+        }
     }
     writeln!(text)?;
     if let Some(load) = &status.last_load {

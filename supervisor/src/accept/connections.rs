@@ -30,6 +30,7 @@ use crate::accept::eviction::{Held, Worth};
 use crate::accept::listeners::{Listener, Socket, canonical};
 use crate::event::{LostAnswer, Origin};
 use crate::ids::{GenerationId, JobId, ListenerId, WorkerId};
+use crate::system::boottime;
 use crate::watch::{Source, Watcher};
 
 /// How long the rest of an answered request is read and dropped.
@@ -451,11 +452,6 @@ fn accept_one(listener: &Listener) -> io::Result<(PeerSocket, Peer)> {
             Ok((fd, Peer::Remote(canonical(address))))
         }
     }
-}
-
-fn boottime() -> u64 {
-    nix::time::clock_gettime(nix::time::ClockId::CLOCK_BOOTTIME)
-        .map_or(0, |time| time.tv_sec() as u64 * 1_000_000_000 + time.tv_nsec() as u64)
 }
 
 #[cfg(test)]

@@ -13,6 +13,7 @@ use crate::accept::{Shown, bind_private};
 use crate::daemon::{Control, Daemon, Phase};
 use crate::event::{Cursor, Event};
 use crate::ids::{AdminId, WorkerId};
+use crate::system::boottime;
 
 /// Waiting connections that are listed at a time.
 const PART: usize = 64;
@@ -216,10 +217,4 @@ impl Daemon {
             ..queued
         }
     }
-}
-
-/// Returns the time in nanoseconds of CLOCK_BOOTTIME.
-fn boottime() -> u64 {
-    nix::time::clock_gettime(nix::time::ClockId::CLOCK_BOOTTIME)
-        .map_or(0, |time| time.tv_sec() as u64 * 1_000_000_000 + time.tv_nsec() as u64)
 }
