@@ -44,6 +44,15 @@ pub struct Reports {
     gathered: AtomicBool,
 }
 
+/// What can be read after a wait.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Readable {
+    /// A job waits in the job socket, or no further ones come.
+    pub(crate) jobs: bool,
+    /// The other socket can be read.
+    pub(crate) other: bool,
+}
+
 /// Every `Done` that hasn't been sent, encoded, and its job.
 #[derive(Debug, Default)]
 struct Finished {
@@ -81,15 +90,17 @@ impl Reports {
         poll(&mut fds, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
     }
 
-    /// Waits until `other` can be read, a job waits in the socket, or the time is over. Returns
-    /// whether a job waits, or no further ones come, and whether `other` can be read.
-    pub(crate) fn wait_beside(&self, other: BorrowedFd<'_>, deadline: Deadline) -> (bool, bool) {
+    /// Waits until `other` can be read, a job waits in the socket, or the time is over.
+    pub(crate) fn wait_beside(&self, other: BorrowedFd<'_>, deadline: Deadline) -> Readable {
         let mut fds = [self.channel.as_fd(), other].map(|fd| PollFd::new(fd, PollFlags::POLLIN));
         let limit = PollTimeout::try_from(deadline.remaining()).unwrap_or(PollTimeout::MAX);
         // After an error or a signal another thread leads, which is always right.
         match poll(&mut fds, limit) {
-            Ok(_) => (fds[0].any().unwrap_or(true), fds[1].any().unwrap_or(false)),
-            Err(_) => (true, false),
+            Ok(_) => Readable {
+                jobs: fds[0].any().unwrap_or(true),
+                other: fds[1].any().unwrap_or(false),
+            },
+            Err(_) => Readable { jobs: true, other: false },
         }
     }
 

@@ -112,11 +112,11 @@ impl Lead for Leader<'_> {
         if !self.leads.get() {
             return false;
         }
-        let (job, readable) = self.pool.context.reports.wait_beside(socket, deadline);
-        if job {
+        let readable = self.pool.context.reports.wait_beside(socket, deadline);
+        if readable.jobs {
             self.give_up();
         }
-        readable
+        readable.other
     }
 }
 
