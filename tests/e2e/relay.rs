@@ -413,6 +413,32 @@ fn half_a_reply_holds_up_no_other_mail() {
     assert_eq!(first.outcome(), "Kok");
 }
 
+/// The thread that receives jobs serves a mail that is handed to nobody at once. If the client sends
+/// on, the thread reads that for a while, and another thread receives jobs.
+#[test]
+fn a_client_that_sends_on_holds_up_no_other_mail() {
+    let daemon = Daemon::start(
+        "settings{workers=1}
+         qmqp_listen('$DIR/in', function(m)
+           if m.sender == 'first@example.com' then
+             print('waiting')
+             -- Without sleep, which would give the mail to another thread.
+             while io.open('$DIR/go') == nil do end
+           end
+           return m:discard()
+         end)",
+    );
+    let mut first = Client::connect(daemon.path("in"));
+    first.send(&Mail { sender: b"first@example.com".into(), ..Mail::new("") }.request());
+    daemon.wait_for_log("waiting");
+    first.send(b"surplus");
+    fs::write(daemon.path("go"), "").expect("written");
+    assert_eq!(first.outcome(), "Kdiscarded");
+    assert_eq!(submit(daemon.path("in"), &Mail::new("")), "Kdiscarded");
+    daemon.wait_for_log("from=<sender@example.com>");
+    assert_eq!(daemon.count_log("from=<first@example.com>"), 0, "its client may still send");
+}
+
 /// Sends a mail whose next hop has not answered yet.
 fn begin(daemon: &Daemon) -> Client {
     let mut client = Client::connect(daemon.path("in"));

@@ -46,7 +46,7 @@ use crate::delivery::action::{self, Action};
 use crate::delivery::connect;
 use crate::delivery::exec;
 use crate::delivery::exec_raw;
-use crate::delivery::lead::{Follower, Lead};
+use crate::delivery::lead::Lead;
 use crate::delivery::program::ProgramContext;
 use crate::flight::Flight;
 use crate::mail::{Mail, Origin};
@@ -126,11 +126,23 @@ impl Session {
         matches!(&self.stage, Stage::Handled(handling, _, Unread::Unknown) if handling.is_brief())
     }
 
-    /// Goes as far as possible without waiting. Several sessions that one thread begins in turn
-    /// cost less than others, because what they need, Lua above all, stays in the processor's
-    /// caches.
-    pub(crate) fn begin(&mut self, context: &Context) {
-        let begun = catch_unwind(AssertUnwindSafe(|| self.try_begin(context)));
+    /// Returns whether nothing is left to do.
+    pub(crate) fn is_over(&self) -> bool {
+        matches!(self.stage, Stage::Over)
+    }
+
+    /// Goes as far as possible without waiting: to the end if the mail is handed to nobody. Several
+    /// sessions that one thread begins in turn cost less than others, because what they need, Lua
+    /// above all, stays in the processor's caches.
+    pub(crate) fn begin(&mut self, context: &Context, lead: &dyn Lead) {
+        let begun = catch_unwind(AssertUnwindSafe(|| {
+            let stage = self.try_begin(context);
+            if !stage.is_settled() {
+                return stage;
+            }
+            self.serve(context, stage, lead);
+            Stage::Over
+        }));
         self.stage = begun.unwrap_or_else(|panic| {
             self.log_panic(context, &*panic);
             Stage::failed()
@@ -146,7 +158,9 @@ impl Session {
         match terms.try_read(&self.client, &mut buffer) {
             Some(incoming) => {
                 context.leader.note(Step::InLua);
-                self.received(context, listener, &terms.limits, incoming, buffer)
+                let stage = self.received(context, listener, &terms.limits, incoming, buffer);
+                context.leader.note(Step::Begins);
+                stage
             }
             None => Stage::Request(buffer),
         }
@@ -154,7 +168,7 @@ impl Session {
 
     /// Serves the client to the end.
     pub(crate) fn finish(mut self, context: &Context, lead: &dyn Lead) {
-        let stage = mem::replace(&mut self.stage, Stage::Gone);
+        let stage = mem::replace(&mut self.stage, Stage::Over);
         let finished = catch_unwind(AssertUnwindSafe(|| self.serve(context, stage, lead)));
         if let Err(panic) = finished {
             self.log_panic(context, &*panic);
@@ -175,16 +189,12 @@ impl Session {
                 // The buffer has been freed or is kept: other sessions may use the memory.
                 drop(memory);
             }
-            Stage::Refused(refusal, unread) => {
-                lead.give_up();
-                self.refuse(context, &refusal, unread);
-            }
+            Stage::Refused(refusal, unread) => self.refuse(context, &refusal, (unread, lead)),
             Stage::Settled(mail, outcome, unread) => {
-                lead.give_up();
                 self.conclude(context, mail, &outcome, (unread, lead));
             }
             Stage::Handled(handling, deadline, unread) => {
-                if !handling.is_brief() {
+                if !handling.is_brief() && !handling.is_settled() {
                     lead.give_up();
                 }
                 let (mail, decision) = handling.finish();
@@ -198,6 +208,7 @@ impl Session {
                 self.conclude(context, mail, &outcome, (unread, lead));
             }
             Stage::Gone => self.done(context, None),
+            Stage::Over => {}
         }
     }
 
@@ -405,9 +416,14 @@ impl Session {
     }
 
     /// Answers a request that never became a mail, unless its client left.
-    fn refuse(&mut self, context: &Context, refused: &Refusal, unread: Unread) {
+    fn refuse(
+        &mut self,
+        context: &Context,
+        refused: &Refusal,
+        (unread, lead): (Unread, &dyn Lead),
+    ) {
         if let Some(reply) = &refused.reply {
-            self.answer(context, reply, unread, &Follower);
+            self.answer(context, reply, unread, lead);
         }
         self.done(context, Some(refusal(refused, self.answered())));
     }
@@ -428,22 +444,19 @@ impl Session {
             Unread::Some | Unread::Refused => MoreInput::Likely,
         };
         self.flight.enter(Phase::Answering(reply.status));
-        answer(&self.client, reply, input);
+        answer(&self.client, reply, input, lead);
         self.flight.enter(Phase::Answered(reply.status));
         self.answered = Some(Answered::now(self.job.accepted, self.flight.times()));
         match unread {
-            Unread::Unknown => {
-                if has_surplus(&self.client) {
-                    lead.give_up();
-                    linger(&self.client);
-                }
-            }
+            Unread::Unknown if !has_surplus(&self.client) => {}
             Unread::Refused => {
+                lead.give_up();
                 if let Some((_, terms)) = self.terms(context) {
                     terms.drop_rest(&self.client);
                 }
             }
-            Unread::Some => {
+            Unread::Unknown | Unread::Some => {
+                lead.give_up();
                 drop(self.spent.take());
                 linger(&self.client);
             }
@@ -471,6 +484,7 @@ mod tests {
     use qrelay_shared::sys::rights::Rights;
     use slog::{Discard, Logger};
 
+    use crate::delivery::lead::Follower;
     use crate::flight::Recorder;
     use crate::job_channel::Reports;
     use crate::session::script::Script;
@@ -523,7 +537,7 @@ mod tests {
                 "done",
                 |session, context, reply| {
                     let refusal = Refusal::unread(reply.clone(), "test");
-                    session.refuse(context, &refusal, Unread::Unknown);
+                    session.refuse(context, &refusal, (Unread::Unknown, &Follower));
                 },
                 "9:Drejected,",
             ),

@@ -104,6 +104,11 @@ pub(crate) fn deferred(own: &Option<Arc<str>>) -> Reply {
 }
 
 impl Action {
+    /// Returns whether the action hands the mail to nobody.
+    pub(crate) fn is_own(&self) -> bool {
+        matches!(self, Self::Discard(_) | Self::Reject(_) | Self::Defer(_))
+    }
+
     /// Returns whether the action waits for a next hop at most: not for a program, and not for a
     /// name to be looked up.
     pub(crate) fn is_brief(&self) -> bool {

@@ -18,6 +18,8 @@ use qrelay_shared::qmqp::Reply;
 use qrelay_shared::sys::rights::{Look, MoreInput, PeerError, PeerSocket};
 use qrelay_shared::sys::wait::wait;
 
+use crate::delivery::lead::Lead;
+
 /// How long a reply (at most 262 bytes) may wait for a client that doesn't read.
 const SEND_TIMEOUT: Duration = Duration::from_secs(3);
 
@@ -25,13 +27,18 @@ const SEND_TIMEOUT: Duration = Duration::from_secs(3);
 const LINGER: Duration = Duration::from_secs(2);
 
 /// Sends the reply and ends the stream.
-pub(crate) fn answer(client: &PeerSocket, reply: &Reply, input: MoreInput) {
+pub(crate) fn answer(client: &PeerSocket, reply: &Reply, input: MoreInput, lead: &dyn Lead) {
     // A client that doesn't get the whole reply sees the stream end early, and tries again later.
-    let _ = send_all(client.as_fd(), &reply.encode(), SEND_TIMEOUT);
+    let _ = send_all(client.as_fd(), &reply.encode(), SEND_TIMEOUT, lead);
     client.end_output(input);
 }
 
-fn send_all(client: BorrowedFd<'_>, mut bytes: &[u8], timeout: Duration) -> Result<(), Errno> {
+fn send_all(
+    client: BorrowedFd<'_>,
+    mut bytes: &[u8],
+    timeout: Duration,
+    lead: &dyn Lead,
+) -> Result<(), Errno> {
     let flags = MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT;
     let mut deadline = None;
     while !bytes.is_empty() {
@@ -39,6 +46,7 @@ fn send_all(client: BorrowedFd<'_>, mut bytes: &[u8], timeout: Duration) -> Resu
             Ok(sent) => bytes = bytes.get(sent..).unwrap_or_default(),
             Err(Errno::EINTR) => {}
             Err(Errno::EAGAIN) => {
+                lead.give_up();
                 let deadline = *deadline.get_or_insert_with(|| Deadline::after(timeout));
                 if wait(client, PollFlags::POLLOUT, deadline)?.is_empty() {
                     return Err(Errno::ETIMEDOUT);
@@ -83,6 +91,8 @@ mod tests {
 
     use qrelay_shared::sys::rights::Rights;
 
+    use crate::delivery::lead::Follower;
+
     fn pair(rights: Rights) -> (UnixStream, PeerSocket) {
         let (client, server) = UnixStream::pair().expect("pair");
         (client, PeerSocket::new(server.into(), rights))
@@ -93,7 +103,7 @@ mod tests {
         for rights in [Rights::Refused, Rights::Possible] {
             let (mut client, server) = pair(rights);
             client.write_all(&[b'x'; 100_000]).expect("write");
-            answer(&server, &Reply::permanent("malformed input"), MoreInput::Likely);
+            answer(&server, &Reply::permanent("malformed input"), MoreInput::Likely, &Follower);
             std::thread::scope(|scope| {
                 scope.spawn(move || {
                     linger(&server);
@@ -110,7 +120,7 @@ mod tests {
     #[test]
     fn surplus_is_dropped() {
         let (mut client, server) = pair(Rights::Refused);
-        answer(&server, &Reply::accepted("ok"), MoreInput::Unlikely);
+        answer(&server, &Reply::accepted("ok"), MoreInput::Unlikely, &Follower);
         assert!(!has_surplus(&server));
         client.write_all(b"surplus").expect("write");
         client.shutdown(std::net::Shutdown::Write).expect("shutdown");
@@ -126,7 +136,7 @@ mod tests {
     fn surplus_is_dropped_where_descriptors_can_come() {
         let (mut client, server) = pair(Rights::Possible);
         client.write_all(b"surplus").expect("write");
-        answer(&server, &Reply::accepted("ok"), MoreInput::Unlikely);
+        answer(&server, &Reply::accepted("ok"), MoreInput::Unlikely, &Follower);
         assert!(has_surplus(&server));
         linger(&server);
         client.write_all(b"more").expect_err("the stream is over");
@@ -148,8 +158,8 @@ mod tests {
                 Err(error) => panic!("{error}"),
             }
         }
-        assert_eq!(send_all(server.as_fd(), b"3:Kok,", soon), Err(Errno::ETIMEDOUT));
+        assert_eq!(send_all(server.as_fd(), b"3:Kok,", soon, &Follower), Err(Errno::ETIMEDOUT));
         drop(client);
-        assert_eq!(send_all(server.as_fd(), b"3:Kok,", soon), Err(Errno::EPIPE));
+        assert_eq!(send_all(server.as_fd(), b"3:Kok,", soon, &Follower), Err(Errno::EPIPE));
     }
 }

@@ -65,6 +65,15 @@ impl Handling {
         }
     }
 
+    /// Returns whether the handler has decided, and nothing has to be waited for.
+    pub(crate) fn is_settled(&self) -> bool {
+        match self {
+            Self::Decided((_, Ok(action))) => action.is_own(),
+            Self::Decided((_, Err(_))) => true,
+            Self::Waits(_) => false,
+        }
+    }
+
     /// Waits, if need be, until the handler has decided.
     pub fn finish(self) -> Decision {
         match self {

@@ -32,12 +32,26 @@ pub(crate) enum Stage {
     Handled(Handling, Deadline, Unread),
     /// The client left without having said anything.
     Gone,
+    /// Nothing is left to do.
+    Over,
 }
 
 impl Stage {
     /// Nothing has been read.
     pub(crate) fn untouched() -> Self {
         Self::Request(Vec::new())
+    }
+
+    /// Returns whether nothing has to be waited for, as far as is known.
+    pub(crate) fn is_settled(&self) -> bool {
+        match self {
+            Self::Settled(_, _, unread) => *unread == Unread::Unknown,
+            Self::Handled(handling, _, unread) => {
+                *unread == Unread::Unknown && handling.is_settled()
+            }
+            Self::Gone | Self::Over => true,
+            Self::Request(_) | Self::Refused(..) => false,
+        }
     }
 
     /// qrelay itself has failed, and the client is told so.

@@ -81,10 +81,18 @@ impl Task for Session {
     }
 }
 
-/// A thread that leads while it serves a job.
+/// A thread that leads while it serves or begins a job.
 struct Leader<'p> {
     pool: &'p Arc<Pool>,
     leads: Cell<bool>,
+    /// Tells the scheduler that the thread gives up the lead.
+    tell: fn(&mut Scheduler<Session>) -> Threads,
+}
+
+impl<'p> Leader<'p> {
+    fn new(pool: &'p Arc<Pool>, tell: fn(&mut Scheduler<Session>) -> Threads) -> Self {
+        Self { pool, leads: Cell::new(true), tell }
+    }
 }
 
 /// A thread that ends by a panic can't lead on.
@@ -99,7 +107,7 @@ impl Drop for Leader<'_> {
 impl Lead for Leader<'_> {
     fn give_up(&self) {
         if self.leads.replace(false) {
-            let threads = self.pool.scheduler.lock().give_up();
+            let threads = (self.tell)(&mut self.pool.scheduler.lock());
             self.pool.obey(threads);
         }
     }
@@ -184,7 +192,7 @@ impl Pool {
                     Event::Finished
                 }
                 Next::ServeLeading(session) => {
-                    let leader = Leader { pool: &self, leads: Cell::new(true) };
+                    let leader = Leader::new(&self, Scheduler::give_up);
                     session.finish(&self.context, &leader);
                     if leader.leads.get() { Event::FinishedLeading } else { Event::Finished }
                 }
@@ -242,18 +250,20 @@ impl Pool {
         }
     }
 
-    /// As leader: receives a datagram, and queues its jobs.
+    /// As leader: receives a datagram, and begins or queues its jobs.
     fn lead(self: &Arc<Self>, buffer: &mut RecvBuffer) -> Result<Event, RecvError> {
         self.context.leader.note(Step::Receives);
         let led = self.receive(buffer);
-        self.context.leader.note(Step::None);
+        if !matches!(led, Ok(Event::Finished)) {
+            self.context.leader.note(Step::None);
+        }
         led
     }
 
     fn receive(self: &Arc<Self>, buffer: &mut RecvBuffer) -> Result<Event, RecvError> {
-        let Context { reports, logger, leader, .. } = &self.context;
+        let Context { reports, logger, .. } = &self.context;
         let next = reports.next(buffer);
-        leader.note(Step::Begins);
+        self.context.leader.note(Step::Begins);
         let mut messages = match next {
             Ok(messages) => messages,
             Err(RecvError::Empty) => return Ok(Event::Quiet),
@@ -267,6 +277,7 @@ impl Pool {
             Err(error) => return Err(error),
         };
         let received = now();
+        let leader = Leader::new(self, Scheduler::relieve);
         let mut next = NextJob::Begin;
         let mut lost = false;
         while let Some(message) = messages.next() {
@@ -277,12 +288,15 @@ impl Pool {
                 continue;
             };
             let mut session = Session::new(&self.context, job, client);
-            if next == NextJob::Begin {
-                session.begin(&self.context);
-                leader.note(Step::Begins);
+            if next == NextJob::Begin && leader.leads.get() {
+                session.begin(&self.context, &leader);
+            }
+            let now = now();
+            if session.is_over() {
+                next = NextJob::after(now.saturating_sub(received));
+                continue;
             }
             let place = Place { received, last: messages.is_empty() };
-            let now = now();
             let queued = self.scheduler.lock().queue(session, place, now);
             self.obey(queued.threads);
             next = queued.next;
@@ -292,7 +306,7 @@ impl Pool {
             reports.flush();
             std::thread::sleep(PAUSE);
         }
-        Ok(Event::Received)
+        Ok(if leader.leads.get() { Event::Received } else { Event::Finished })
     }
 
     /// The life of the watcher, which never ends.

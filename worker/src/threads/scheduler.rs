@@ -4,8 +4,9 @@
 //! back. The scheduler holds the queue of tasks and knows no clock, no lock and no I/O: the caller
 //! passes the time in and holds a lock meanwhile.
 //!
-//! One thread at a time, the leader, waits at the job socket. The leader begins the jobs of a
-//! datagram as far as they go without waiting, and queues them. A thread that takes a task wakes or
+//! One thread at a time, the leader, waits at the job socket. The leader takes the jobs of a
+//! datagram as far as they go without waiting, which is to the end for mails that are handed to
+//! nobody, and queues the others. A thread that takes a task wakes or
 //! starts another thread if there is more to do: another task, or leading. A thread that has
 //! finished a task takes the next one from the queue, so that under load no thread is woken.
 //!
@@ -61,7 +62,7 @@ pub(crate) trait Task {
 pub(crate) enum Event {
     /// The thread has started.
     Started,
-    /// The thread has served its task to the end, and doesn't lead.
+    /// The thread has served its task to the end, and doesn't lead, or leads no more.
     Finished,
     /// The thread has served its task to the end, and leads still.
     FinishedLeading,
@@ -71,7 +72,7 @@ pub(crate) enum Event {
     Woken,
     /// The thread has waited for the whole idle time.
     Idle,
-    /// As leader, the thread has queued the jobs of a datagram, or is to try again.
+    /// As leader, the thread has served or queued the jobs of a datagram, or is to try again.
     Received,
     /// As leader, the thread has received nothing for the whole idle time.
     Quiet,
@@ -135,8 +136,9 @@ pub(crate) enum Next<T> {
     /// wait in which a job may come unnoticed, and when a job has come, [`Scheduler::give_up`];
     /// then [`Event::Finished`].
     ServeLeading(T),
-    /// Receive a datagram and [`Scheduler::queue`] its jobs, then [`Event::Received`],
-    /// [`Event::Quiet`] or [`Event::Closed`].
+    /// Receive a datagram, and begin its jobs or [`Scheduler::queue`] them; then
+    /// [`Event::Received`], [`Event::Quiet`] or [`Event::Closed`]. Before a wait in between
+    /// [`Scheduler::relieve`].
     Lead,
     /// Send the reports, then [`Event::Reported`].
     Report,
@@ -186,6 +188,13 @@ pub(crate) enum NextJob {
     Begin,
     /// Untouched.
     PassOn,
+}
+
+impl NextJob {
+    /// Returns what is to be done so long after the datagram was received.
+    pub(crate) fn after(turn: Duration) -> Self {
+        if turn < TURN { Self::Begin } else { Self::PassOn }
+    }
 }
 
 /// Orders for the watcher after its pause.
@@ -321,13 +330,20 @@ impl<T: Task> Scheduler<T> {
     /// As leader that serves a task: another thread has to lead from now on. If none can, the
     /// watcher is to be called.
     pub(crate) fn give_up(&mut self) -> Threads {
-        self.led = false;
         self.crowded = self.counts.taken() + CROWDED;
+        self.led = false;
         match self.counts.has_waiting() {
             true => Threads::WakeOne,
             false if self.counts.start_leader() => Threads::Start,
             false => Threads::CallWatcher,
         }
+    }
+
+    /// As leader that begins the jobs of a datagram: as [`Self::give_up`], because one of the jobs
+    /// has to be waited for. When all are begun or queued, [`Event::Finished`].
+    pub(crate) fn relieve(&mut self) -> Threads {
+        self.counts.took_only_job();
+        self.give_up()
     }
 
     fn lead(&mut self, event: Event) -> Orders<T> {
@@ -353,7 +369,7 @@ impl<T: Task> Scheduler<T> {
         let turn = now.saturating_sub(place.received);
         Queued {
             threads: if wake { Threads::WakeOne } else { Threads::Leave },
-            next: if turn < TURN { NextJob::Begin } else { NextJob::PassOn },
+            next: NextJob::after(turn),
         }
     }
 

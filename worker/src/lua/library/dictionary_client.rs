@@ -263,6 +263,8 @@ impl DictionaryChannel {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use nix::poll::PollFlags;
+    use qrelay_shared::sys::wait::wait;
     use std::sync::Arc;
 
     type Theirs = Channel<FromDictionary, ToDictionary>;
@@ -322,10 +324,18 @@ mod tests {
         matches!(answer, Err(AskError::Expired))
     }
 
+    /// Whether the other end is closed, here and in every child of another test, which has a copy
+    /// until it executes its program.
     fn closed(channel: &Theirs) -> bool {
+        let soon = Deadline::after(Duration::from_secs(10));
         let mut buffer = RecvBuffer::new();
-        while channel.try_recv(&mut buffer).is_ok() {}
-        matches!(channel.try_recv(&mut buffer), Err(RecvError::Closed))
+        loop {
+            wait(channel.as_fd(), PollFlags::POLLIN, soon).expect("poll");
+            match channel.try_recv(&mut buffer) {
+                Ok(_) => {}
+                Err(error) => return matches!(error, RecvError::Closed),
+            }
+        }
     }
 
     #[test]

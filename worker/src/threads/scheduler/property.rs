@@ -87,6 +87,10 @@ enum Thread {
     Queues(Datagram),
     /// Carries out what follows from a queued job.
     Helps(Threads, Datagram),
+    /// Carries out what follows from giving up the lead while it begins a job.
+    Relieves(Threads, Datagram),
+    /// Waits for the job that it begins.
+    Lingers(Datagram),
     Sends,
     /// Waits at the condition variable.
     Waits,
@@ -98,6 +102,19 @@ struct Datagram {
     jobs: VecDeque<Job>,
     received: Duration,
     next: NextJob,
+    /// The thread leads still.
+    led: bool,
+}
+
+impl Datagram {
+    /// What the thread does after a job.
+    fn after_job(self) -> Thread {
+        match (self.jobs.is_empty(), self.led) {
+            (false, _) => Thread::Queues(self),
+            (true, true) => Thread::Asks(Event::Received),
+            (true, false) => Thread::Asks(Event::Finished),
+        }
+    }
 }
 
 /// The watcher, by the step that it does next.
@@ -124,6 +141,8 @@ struct Habits {
     spurious: usize,
     start_fails: usize,
     handler_waits: usize,
+    /// Jobs that the leader serves to the end while it begins them.
+    own: usize,
     slow: usize,
     idle_processors: usize,
 }
@@ -157,6 +176,7 @@ impl World {
             spurious: [0, 1][random.below(2)],
             start_fails: [0, 0, 20, 80][random.below(4)],
             handler_waits: [0, 50, 100][random.below(3)],
+            own: [0, 50, 100][random.below(3)],
             slow: [0, 5, 30][random.below(3)],
             idle_processors: [0, 50, 100][random.below(3)],
         };
@@ -237,13 +257,17 @@ impl World {
                 Thread::Serves(job)
             }
             Thread::Receives => self.receive(random),
-            Thread::Queues(datagram) => self.queue(datagram),
+            Thread::Queues(datagram) => self.queue(datagram, random),
             Thread::Helps(threads, datagram) => {
                 self.help(threads, random);
-                match datagram.jobs.is_empty() {
-                    true => Thread::Asks(Event::Received),
-                    false => Thread::Queues(datagram),
-                }
+                datagram.after_job()
+            }
+            Thread::Relieves(threads, datagram) => {
+                self.help(threads, random);
+                Thread::Lingers(datagram)
+            }
+            Thread::Lingers(datagram) if random.percent(self.habits.finish) => {
+                Thread::Queues(datagram)
             }
             Thread::Sends => {
                 self.gathered = false;
@@ -255,6 +279,7 @@ impl World {
             Thread::Waits if random.percent(self.habits.spurious) => Thread::Asks(Event::Woken),
             still @ (Thread::Serves(_)
             | Thread::ServesLeading(_)
+            | Thread::Lingers(_)
             | Thread::Waits
             | Thread::Gone) => still,
         };
@@ -268,6 +293,8 @@ impl World {
                 thread,
                 Thread::Obeys(Orders { threads: Threads::Start, .. })
                     | Thread::GivesUp(Threads::Start, _)
+                    | Thread::Helps(Threads::Start, _)
+                    | Thread::Relieves(Threads::Start, _)
                     | Thread::Starts
             )
         };
@@ -337,7 +364,8 @@ impl World {
     fn receive(&mut self, random: &mut Random) -> Thread {
         match self.socket.pop_front() {
             Some(jobs) => {
-                Thread::Queues(Datagram { jobs, received: self.now, next: NextJob::Begin })
+                let next = NextJob::Begin;
+                Thread::Queues(Datagram { jobs, received: self.now, next, led: true })
             }
             None if self.closed => Thread::Asks(Event::Closed),
             None if self.may_be_idle() && random.percent(self.habits.idle) => {
@@ -347,10 +375,19 @@ impl World {
         }
     }
 
-    fn queue(&mut self, mut datagram: Datagram) -> Thread {
+    fn queue(&mut self, mut datagram: Datagram, random: &mut Random) -> Thread {
+        if datagram.led && random.percent(self.habits.slow) {
+            datagram.led = false;
+            return Thread::Relieves(self.scheduler.relieve(), datagram);
+        }
         let job = datagram.jobs.pop_front().expect("jobs are left");
-        if datagram.next == NextJob::Begin {
+        if datagram.next == NextJob::Begin && datagram.led {
             self.begun[job.id] += 1;
+            if random.percent(self.habits.own) {
+                self.served[job.id] += 1;
+                self.gathered = true;
+                return datagram.after_job();
+            }
         }
         let place = Place { received: datagram.received, last: datagram.jobs.is_empty() };
         let queued = self.scheduler.queue(job, place, self.now);
@@ -391,16 +428,18 @@ impl World {
     fn somebody_is_awake(&self) -> bool {
         let to_receive = !self.socket.is_empty() || self.closed;
         self.count(|thread| match thread {
-            Thread::Serves(_) | Thread::Waits | Thread::Gone => false,
+            Thread::Serves(_) | Thread::Lingers(_) | Thread::Waits | Thread::Gone => false,
             Thread::Receives | Thread::ServesLeading(_) => to_receive,
             _ => true,
         }) > 0
     }
 
-    /// A thread that has been told to retire is about to end, and does nothing else.
+    /// A thread that has been told to end does nothing else.
     fn living(&self) -> usize {
-        self.count(|thread| {
-            !matches!(thread, Thread::Gone | Thread::Obeys(Orders { next: Next::Retire, .. }))
+        self.count(|thread| match thread {
+            Thread::Gone => false,
+            Thread::Obeys(orders) => !matches!(orders.next, Next::Retire | Next::End(_)),
+            _ => true,
         })
     }
 
@@ -410,17 +449,21 @@ impl World {
         let limit = self.habits.connections + 1;
         assert!(self.living() <= limit, "seed {seed}: too many threads: {self:#?}");
         let serving = self.count(|thread| {
-            matches!(thread, Thread::Serves(_) | Thread::ServesLeading(_) | Thread::GivesUp(..))
-        });
-        assert!(serving <= limit, "seed {seed}: {self:#?}");
-        let leading = self.count(|thread| {
             matches!(
                 thread,
-                Thread::Receives | Thread::ServesLeading(_) | Thread::Queues(_) | Thread::Helps(..)
-            ) || matches!(
-                thread,
-                Thread::Obeys(Orders { next: Next::Lead | Next::ServeLeading(_), .. })
+                Thread::Serves(_)
+                    | Thread::ServesLeading(_)
+                    | Thread::GivesUp(..)
+                    | Thread::Relieves(..)
+                    | Thread::Lingers(_)
             )
+        });
+        assert!(serving <= limit, "seed {seed}: {self:#?}");
+        let leading = self.count(|thread| match thread {
+            Thread::Receives | Thread::ServesLeading(_) => true,
+            Thread::Queues(datagram) | Thread::Helps(_, datagram) => datagram.led,
+            Thread::Obeys(orders) => matches!(orders.next, Next::Lead | Next::ServeLeading(_)),
+            _ => false,
         });
         assert!(leading <= 1, "seed {seed}: two leaders: {self:#?}");
         assert!(self.begun.iter().all(|&times| times <= 1), "seed {seed}: {self:#?}");
@@ -430,8 +473,9 @@ impl World {
         }
         let watched = self.watcher != Watcher::Waits;
         let full = self.living() == limit;
+        // Where all threads serve jobs, the first one that is free leads.
         assert!(
-            leading == 1 || watched && !full || self.scheduler.ended,
+            leading == 1 || serving == limit || watched && !full || self.scheduler.ended,
             "seed {seed}: nobody leads or will: {self:#?}"
         );
         assert!(watched || !self.gathered, "seed {seed}: reports lie here: {self:#?}");
@@ -476,7 +520,8 @@ fn run(seed: u64) -> usize {
     }
     world.closed = true;
     world.finish(&mut random, "a thread doesn't end", |world| {
-        world.living() == 0 && !matches!(world.watcher, Watcher::Starts(1..))
+        world.threads.iter().all(|thread| matches!(thread, Thread::Gone))
+            && !matches!(world.watcher, Watcher::Starts(1..))
     });
     assert!(world.all_served(), "seed {seed}: a job is lost: {world:#?}");
     assert_eq!(world.last, 1, "seed {seed}: the last thread: {world:#?}");

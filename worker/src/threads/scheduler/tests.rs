@@ -339,6 +339,11 @@ fn who_gives_up_the_lead_wakes_a_thread_or_calls_the_watcher() {
     scheduler.queue(job(1), LAST, NOW);
     let usual = act(Threads::Start, Reports::Send, Next::Serve(job(1)));
     assert_eq!(scheduler.tell(Event::Received), usual);
+    // The same while the leader begins the jobs of a datagram.
+    let mut scheduler = with_one_waiting(10);
+    assert_eq!(scheduler.relieve(), Threads::WakeOne);
+    assert_eq!(scheduler.tell(Event::Woken), BUSY_LEAD);
+    assert_eq!(scheduler.tell(Event::Finished), REPORT);
     // No further thread may be started.
     let mut scheduler = led(10);
     scheduler.counts = Counts::new(0);
