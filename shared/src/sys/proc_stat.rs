@@ -8,7 +8,8 @@
 //! Without /proc, or without a free descriptor to read it, there is no list. A process that ends
 //! while it is read, or that is hidden from the caller (hidepid), is left out.
 
-use std::io;
+use std::fs::File;
+use std::io::{self, Read};
 use std::str::SplitAsciiWhitespace;
 use std::time::Duration;
 
@@ -51,7 +52,7 @@ const ENDING: u32 = 0x4;
 /// # Errors
 /// Returns an error if a descriptor or memory is lacking.
 pub fn identify(pid: Pid) -> io::Result<Option<Identity>> {
-    Ok(read(pid.as_raw())?.and_then(|stat| parse_identity(pid, &stat)))
+    read(pid, |stat| parse_identity(pid, stat))
 }
 
 /// What a process takes up.
@@ -70,8 +71,8 @@ pub struct Usage {
 pub fn usage(pid: Pid) -> Option<Usage> {
     let ticks = sysconf(SysconfVar::CLK_TCK).ok().flatten()?;
     let page = sysconf(SysconfVar::PAGE_SIZE).ok().flatten()?;
-    let stat = read(pid.as_raw()).ok()??;
-    parse_usage(&stat, u64::try_from(ticks).ok()?, u64::try_from(page).ok()?)
+    let (ticks, page) = (u64::try_from(ticks).ok()?, u64::try_from(page).ok()?);
+    read(pid, |stat| parse_usage(stat, ticks, page)).ok()?
 }
 
 /// Returns all processes of the system.
@@ -83,18 +84,25 @@ pub fn processes() -> io::Result<Vec<Process>> {
     for entry in std::fs::read_dir("/proc")? {
         let name = entry?.file_name();
         let Some(pid) = name.to_str().and_then(|name| name.parse().ok()) else { continue };
-        all.extend(look(pid)?);
+        all.extend(look(Pid::from_raw(pid))?);
     }
     Ok(all)
 }
 
-fn look(pid: i32) -> io::Result<Option<Process>> {
-    Ok(read(pid)?.and_then(|stat| parse(Pid::from_raw(pid), &stat)))
+fn look(pid: Pid) -> io::Result<Option<Process>> {
+    read(pid, |stat| parse(pid, stat))
 }
 
-fn read(pid: i32) -> io::Result<Option<Vec<u8>>> {
-    match std::fs::read(format!("/proc/{pid}/stat")) {
-        Ok(stat) => Ok(Some(stat)),
+/// Longest content of /proc/PID/stat in bytes, with room to spare: the name has at most 64 bytes,
+/// and each of the 51 numbers at most 20 digits (fs/proc/array.c, `do_task_stat`).
+const MAX_STAT: usize = 2048;
+
+/// Reads the file in one call, and parses it.
+fn read<T>(pid: Pid, parse: impl FnOnce(&[u8]) -> Option<T>) -> io::Result<Option<T>> {
+    let mut stat = [0; MAX_STAT];
+    let read = File::open(format!("/proc/{pid}/stat")).and_then(|mut file| file.read(&mut stat));
+    match read {
+        Ok(length) => Ok(stat.get(..length).and_then(parse)),
         Err(error) => match error.raw_os_error().map(Errno::from_raw) {
             Some(Errno::EMFILE | Errno::ENFILE | Errno::ENOMEM) => Err(error),
             _ => Ok(None),
@@ -233,7 +241,7 @@ mod tests {
             Command::new("/bin/sleep").arg("60").process_group(group).spawn().expect("b");
         let group = Pid::from_raw(group);
         leader.kill().expect("kill");
-        let look = |pid: Pid| look(pid.as_raw()).expect("/proc");
+        let look = |pid| look(pid).expect("/proc");
         let is_alive = |group| {
             let all = processes().expect("/proc");
             all.iter().any(|process| process.alive && process.group == group)

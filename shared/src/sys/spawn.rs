@@ -193,8 +193,9 @@ fn close_others() {
 
 /// Sets a soft limit, as far as the hard limit allows.
 fn set_limit(resource: Resource, soft: libc::rlim_t) -> Result<(), Errno> {
-    let (_, hard) = getrlimit(resource)?;
-    setrlimit(resource, soft.min(hard), hard)
+    let (now, hard) = getrlimit(resource)?;
+    let soft = soft.min(hard);
+    if soft == now { Ok(()) } else { setrlimit(resource, soft, hard) }
 }
 
 #[cfg(test)]

@@ -26,19 +26,22 @@ pub fn spawn(name: &str, stack: usize, run: impl FnOnce() + Send + 'static) -> i
     Ok(())
 }
 
-/// Blocks every signal but those that a fault of the thread itself causes.
+/// Blocks every signal but those that a fault of the thread itself causes, and SIGCHLD: the kernel
+/// drops a signal that has no effect, but a thread that blocks it might want it later. So the end
+/// of each program would wake the main thread.
 fn block_signals() {
     let mut blocked = SigSet::all();
-    for fault in [
+    for open in [
         Signal::SIGABRT,
         Signal::SIGBUS,
+        Signal::SIGCHLD,
         Signal::SIGFPE,
         Signal::SIGILL,
         Signal::SIGSEGV,
         Signal::SIGSYS,
         Signal::SIGTRAP,
     ] {
-        blocked.remove(fault);
+        blocked.remove(open);
     }
     // Blocking fails only for an invalid argument.
     let _ = blocked.thread_block();
