@@ -1,7 +1,7 @@
 //! The bare relay: the floor that qrelay is measured against. The bare relay takes QMQP on a local
 //! socket and sends it on, without Lua, processes, log or checks.
 //!
-//! Contract: `THREADS` threads serve the socket. Each mail costs exactly accept4, recv, socket,
+//! Contract: a number of threads serve the socket. Each mail costs exactly accept4, recv, socket,
 //! connect, send, recv, send and two closes, as long as request and reply fit one call each. A
 //! discarded mail costs accept4, recv, send and close.
 //!
@@ -25,9 +25,6 @@ use crate::{
     netstring::{Extent, extent},
 };
 
-/// Number of threads of the bare relay; each carries one mail at a time.
-pub const THREADS: usize = 32;
-
 /// Largest request in bytes. Pages that no request reaches cost no memory.
 const BUFFER: usize = 17 << 20;
 
@@ -37,13 +34,14 @@ pub const BACKLOG: i32 = 4096;
 /// Answer to a mail that goes nowhere.
 const DISCARDED: &[u8] = b"10:Kdiscarded,";
 
-/// Relays from the socket `path` to `hop` until the process is ended.
-pub fn run(path: &Path, hop: &NextHop) -> io::Result<()> {
+/// Relays from the socket `path` to `hop` until the process is ended. Each of the threads carries
+/// one mail at a time.
+pub fn run(path: &Path, hop: &NextHop, threads: usize) -> io::Result<()> {
     let listener = UnixListener::bind(path)?;
     // std listens with a backlog of 128.
     listen(&listener, Backlog::new(BACKLOG)?)?;
     thread::scope(|scope| {
-        for _ in 0..THREADS {
+        for _ in 0..threads {
             scope.spawn(|| serve(&listener, hop));
         }
     });

@@ -150,7 +150,10 @@ impl Options {
         let half = thread::available_parallelism().map_or(1, |cpus| (cpus.get() / 2).max(1));
         let clients = self.clients.map_or(scenario.clients, |clients| clients as usize);
         let reload = Duration::from_secs(scenario.reload);
-        let slot = Duration::from_secs_f64(self.slot).max(reload * 2);
+        // At the end of a slot each client waits for its last answer, on average for half of the
+        // next hop's delay longer than the slot: 1 % of 50 delays.
+        let delays = Duration::from_millis(scenario.delay) * 50;
+        let slot = Duration::from_secs_f64(self.slot).max(reload * 2).max(delays);
         Extent {
             rounds: self.rounds as usize,
             slot,
@@ -203,9 +206,9 @@ fn run_role(role: &str, words: &[String]) -> Result<(), BenchError> {
             let delay = Duration::from_micros(number(1)?);
             sink::run(number(0)? as usize, delay, words.get(2).map(Path::new))
         }
-        "bare" => bare::run(path(0)?, &hop(1)?),
-        "shape" => shape::run(path(0)?, &hop(1)?),
-        "shape-worker" => shape::work(&hop(0)?),
+        "bare" => bare::run(path(0)?, &hop(1)?, number(2)? as usize),
+        "shape" => shape::run(path(0)?, &hop(1)?, number(2)? as usize),
+        "shape-worker" => shape::work(&hop(0)?, number(1)? as usize),
         "attack" => {
             let begin = words.get(3).map_or("", String::as_str);
             flood::attack(path(0)?, number(1)? as usize, number(2)? as usize, begin)
@@ -322,8 +325,8 @@ fn line_up(
     }
     for rival in scenario.rivals.iter().filter(|_| options.against.is_none()) {
         let relay = match (rival, &options.peer) {
-            (Rival::Bare, _) => Program::Bare(Shape::Single),
-            (Rival::Shape, _) => Program::Bare(Shape::Passing),
+            (Rival::Bare, _) => Program::Bare(Shape::Single, scenario.threads),
+            (Rival::Shape, _) => Program::Bare(Shape::Passing, scenario.threads),
             (Rival::Spawn, _) => Program::Spawn(program.to_owned()),
             (Rival::Script(script), _) => qrelay(Build::Ours, script),
             (Rival::Peer, Some(command)) => Program::Peer {
@@ -348,7 +351,7 @@ fn line_up(
         };
         for (variable, name, rival) in floors {
             if let Some(executable) = process::compile_floor(dir, variable)? {
-                relays.push((name, Program::Floor(executable)));
+                relays.push((name, Program::Floor(executable, scenario.threads)));
                 pairs.push((rival.names().0, name));
             }
         }

@@ -26,7 +26,6 @@ use nix::{
 };
 
 use crate::{
-    bare,
     error::{BenchError, system},
     hop::NextHop,
     instructions::Callgrind,
@@ -50,10 +49,11 @@ const POLL: Duration = Duration::from_millis(1);
 /// Something that can be measured.
 #[derive(Clone, Debug)]
 pub enum Program {
-    /// The bare relay of this benchmark, or the one of qrelay's shape.
-    Bare(Shape),
+    /// The bare relay of this benchmark, or the one of qrelay's shape, with so many threads per
+    /// process.
+    Bare(Shape, usize),
     /// The same in C, already compiled.
-    Floor(PathBuf),
+    Floor(PathBuf, usize),
     /// Another QMQP daemon: its command, and where it listens if its script doesn't say that.
     Peer { command: String, socket: Option<PathBuf>, script: String },
     /// A loop that starts this program.
@@ -117,21 +117,21 @@ impl Program {
         around: &Surroundings,
     ) -> Result<Command, BenchError> {
         Ok(match self {
-            Self::Bare(shape) => {
+            Self::Bare(shape, threads) => {
                 let mut command = role(match shape {
                     Shape::Single => "bare",
                     Shape::Passing => "shape",
                 })?;
-                command.arg(socket).arg(around.hop.to_string());
+                command.arg(socket).arg(around.hop.to_string()).arg(threads.to_string());
                 command
             }
-            Self::Floor(executable) => {
+            Self::Floor(executable, threads) => {
                 let port = match &around.hop {
                     NextHop::Tcp(port) => *port,
                     NextHop::Local(_) | NextHop::Nowhere => 0,
                 };
                 let mut command = Command::new(executable);
-                command.arg(socket).arg(bare::THREADS.to_string()).arg(port.to_string());
+                command.arg(socket).arg(threads.to_string()).arg(port.to_string());
                 command
             }
             Self::Peer { command, script, .. } => {

@@ -141,6 +141,8 @@ pub struct Scenario {
     pub hop: Hop,
     /// Milliseconds that the next hop waits before it answers.
     pub delay: u64,
+    /// Threads of each process of a bare relay. A thread carries one mail at a time.
+    pub threads: usize,
     /// Whether mails come at random moments, half as many as the slowest relay can carry, instead
     /// of one after the other from each client.
     pub open: bool,
@@ -170,6 +172,7 @@ const RELAYING: Scenario = Scenario {
     size: 2 << 10,
     hop: Hop::Tcp,
     delay: 0,
+    threads: 32,
     open: false,
     reload: 0,
     rivals: &[Rival::Bare, Rival::Shape, Rival::Peer],
@@ -327,7 +330,8 @@ end)
 ",
         clients: 1000,
         delay: 100,
-        rivals: &[],
+        threads: 1000,
+        rivals: &[Rival::Bare, Rival::Shape],
         targets: &[target(Quantity::Delayed, 0.95)],
         ..RELAYING
     },

@@ -37,7 +37,7 @@ use nix::{
 };
 
 use crate::{
-    bare::{self, BACKLOG, THREADS},
+    bare::{self, BACKLOG},
     hop::NextHop,
     process::ROLE,
 };
@@ -65,13 +65,13 @@ struct Held {
 }
 
 /// Supervises the workers and passes clients to them until the process is ended.
-pub fn run(path: &Path, hop: &NextHop) -> io::Result<()> {
+pub fn run(path: &Path, hop: &NextHop, threads: usize) -> io::Result<()> {
     let listener = UnixListener::bind(path)?;
     listen(&listener, Backlog::new(BACKLOG)?)?;
     listener.set_nonblocking(true)?;
     let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
     epoll.add(&listener, EpollEvent::new(EpollFlags::EPOLLIN, LISTENER))?;
-    let mut workers = (0..WORKERS).map(|_| start(hop)).collect::<io::Result<Vec<_>>>()?;
+    let mut workers = (0..WORKERS).map(|_| start(hop, threads)).collect::<io::Result<Vec<_>>>()?;
     for (index, worker) in workers.iter().enumerate() {
         epoll.add(&worker.channel, EpollEvent::new(EpollFlags::EPOLLIN, index as u64))?;
     }
@@ -88,11 +88,12 @@ pub fn run(path: &Path, hop: &NextHop) -> io::Result<()> {
     }
 }
 
-fn start(hop: &NextHop) -> io::Result<Worker> {
+fn start(hop: &NextHop, threads: usize) -> io::Result<Worker> {
     let flags = SockFlag::SOCK_CLOEXEC;
     let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags)?;
     let mut command = Command::new(env::current_exe()?);
-    command.args([ROLE, "shape-worker"]).arg(hop.to_string()).stdin(Stdio::from(theirs));
+    command.args([ROLE, "shape-worker"]).arg(hop.to_string()).arg(threads.to_string());
+    command.stdin(Stdio::from(theirs));
     Ok(Worker { channel: ours, mails: 0, _process: command.spawn()? })
 }
 
@@ -133,9 +134,9 @@ fn take_reports(index: usize, workers: &mut [Worker], held: &mut [Option<Held>])
 }
 
 /// Serves as a worker, with the supervisor's channel as standard input.
-pub fn work(hop: &NextHop) -> io::Result<()> {
+pub fn work(hop: &NextHop, threads: usize) -> io::Result<()> {
     thread::scope(|scope| {
-        let threads: Vec<_> = (0..THREADS).map(|_| scope.spawn(|| carry(hop))).collect();
+        let threads: Vec<_> = (0..threads).map(|_| scope.spawn(|| carry(hop))).collect();
         threads.into_iter().filter_map(|thread| thread.join().ok()).collect()
     })
 }
