@@ -39,7 +39,10 @@ const SPAN: Duration = Duration::from_millis(20);
 pub(crate) struct Counts {
     limit: usize,
     living: usize,
+    /// Those that wait for something to do, or have been woken or started and will ask soon.
     waiting: usize,
+    /// Those of them that will ask soon.
+    coming: usize,
     serving: usize,
     taken: u64,
     /// When the average was taken last, and how many jobs had been taken by then.
@@ -79,6 +82,7 @@ impl Counts {
             limit: connections.max(1) + 1,
             living: 1,
             waiting: 1,
+            coming: 1,
             serving: 0,
             taken: 0,
             span: (Duration::ZERO, 0),
@@ -94,6 +98,34 @@ impl Counts {
     /// A thread has been woken, or has just started.
     pub(crate) fn woke(&mut self) {
         self.waiting = self.waiting.saturating_sub(1);
+        self.coming = self.coming.saturating_sub(1);
+    }
+
+    /// There is so much to do for threads that wait. Returns whether one more is to be woken; it
+    /// counts as coming from now on.
+    pub(crate) fn wake(&mut self, to_do: usize) -> bool {
+        let wake = self.coming < to_do.min(self.waiting);
+        if wake {
+            self.coming += 1;
+        }
+        wake
+    }
+
+    /// All threads that wait are woken.
+    pub(crate) fn wake_all(&mut self) {
+        self.coming = self.waiting;
+    }
+
+    /// Returns how many threads will ask soon what to do.
+    pub(crate) fn coming(&self) -> usize {
+        self.coming
+    }
+
+    /// A thread is being started.
+    fn start(&mut self) {
+        self.living += 1;
+        self.waiting += 1;
+        self.coming += 1;
     }
 
     /// Returns whether a thread waits, or is being started.
@@ -119,8 +151,7 @@ impl Counts {
                 || job.leaderless && self.living <= EAGER
                 || job.handler_waits && self.living <= EAGER_IF_WAITING);
         if start {
-            self.living += 1;
-            self.waiting += 1;
+            self.start();
         }
         start
     }
@@ -141,8 +172,7 @@ impl Counts {
     pub(crate) fn start_leader(&mut self) -> bool {
         let start = self.living < self.limit && self.living <= EAGER;
         if start {
-            self.living += 1;
-            self.waiting += 1;
+            self.start();
         }
         start
     }
@@ -191,8 +221,7 @@ impl Counts {
             return 0;
         }
         let start = self.living.min(self.limit.saturating_sub(self.living));
-        self.living += start;
-        self.waiting += start;
+        (0..start).for_each(|_| self.start());
         start
     }
 

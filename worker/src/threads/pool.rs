@@ -166,7 +166,8 @@ impl Pool {
     fn start_another(self: &Arc<Self>) -> bool {
         let Err(error) = self.start() else { return true };
         warn!(self.context.logger, # "error", "no further thread"; "error" => %error);
-        let left = self.scheduler.lock().not_started();
+        let (left, threads) = self.scheduler.lock().not_started();
+        self.obey(threads);
         self.watcher.notify_one();
         if left == Left::Nobody {
             (self.end)();

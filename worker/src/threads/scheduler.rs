@@ -266,7 +266,7 @@ impl<T: Task> Scheduler<T> {
             | Event::FinishedLeading
             | Event::Received
             | Event::Quiet => report(Threads::Leave),
-            Event::Closed => report(Threads::WakeAll),
+            Event::Closed => report(self.wake_all()),
             Event::Reported | Event::Woken | Event::Idle if self.ended => {
                 Answer::Act(alone(Next::End(Left::nobody(self.counts.ended()))))
             }
@@ -306,11 +306,9 @@ impl<T: Task> Scheduler<T> {
         let threads = if start {
             Threads::Start
         } else if event == Event::Closed {
-            Threads::WakeAll
-        } else if leaderless || !self.tasks.is_empty() {
-            Threads::WakeOne
+            self.wake_all()
         } else {
-            Threads::Leave
+            self.wake()
         };
         Orders { threads, reports: self.reports(), next: Next::Serve(task) }
     }
@@ -332,11 +330,23 @@ impl<T: Task> Scheduler<T> {
     pub(crate) fn give_up(&mut self) -> Threads {
         self.crowded = self.counts.taken() + CROWDED;
         self.led = false;
-        match self.counts.has_waiting() {
-            true => Threads::WakeOne,
-            false if self.counts.start_leader() => Threads::Start,
-            false => Threads::CallWatcher,
+        match self.wake() {
+            Threads::Leave if self.counts.coming() > 0 => Threads::Leave,
+            Threads::Leave if self.counts.start_leader() => Threads::Start,
+            Threads::Leave => Threads::CallWatcher,
+            wake => wake,
         }
+    }
+
+    /// Has one more thread come, if too few come for what is there to do.
+    fn wake(&mut self) -> Threads {
+        let to_do = self.tasks.len() + usize::from(self.leaderless());
+        if self.counts.wake(to_do) { Threads::WakeOne } else { Threads::Leave }
+    }
+
+    fn wake_all(&mut self) -> Threads {
+        self.counts.wake_all();
+        Threads::WakeAll
     }
 
     /// As leader that begins the jobs of a datagram: as [`Self::give_up`], because one of the jobs
@@ -350,7 +360,7 @@ impl<T: Task> Scheduler<T> {
         if event == Event::Quiet && self.counts.has_waiting() {
             // The other thread leads.
             self.counts.ended();
-            return Orders { threads: Threads::WakeOne, ..alone(Next::Retire) };
+            return Orders { threads: self.wake(), ..alone(Next::Retire) };
         }
         self.led = true;
         Orders { threads: Threads::Leave, reports: self.reports(), next: Next::Lead }
@@ -365,17 +375,18 @@ impl<T: Task> Scheduler<T> {
         self.tasks.push_back(task);
         // One task is for the leader itself, if another thread can lead.
         let own = place.last && self.tasks.len() == 1;
-        let wake = self.counts.has_waiting() && !own;
         let turn = now.saturating_sub(place.received);
         Queued {
-            threads: if wake { Threads::WakeOne } else { Threads::Leave },
+            threads: if own { Threads::Leave } else { self.wake() },
             next: NextJob::after(turn),
         }
     }
 
-    /// The thread that was to be started couldn't be. The watcher is to be called.
-    pub(crate) fn not_started(&mut self) -> Left {
-        Left::nobody(self.counts.not_started())
+    /// The thread that was to be started couldn't be. The watcher is to be called, and perhaps a
+    /// thread that waits.
+    pub(crate) fn not_started(&mut self) -> (Left, Threads) {
+        let left = Left::nobody(self.counts.not_started());
+        (left, self.wake())
     }
 
     /// The watcher looks around, where `gathered` says whether reports wait to be sent. Returns

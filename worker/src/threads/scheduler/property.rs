@@ -347,8 +347,9 @@ impl World {
 
     fn start(&mut self, random: &mut Random) {
         if random.percent(self.habits.start_fails) {
-            let left = self.scheduler.not_started();
+            let (left, threads) = self.scheduler.not_started();
             self.end(left);
+            self.help(threads, random);
             self.call_watcher();
         } else {
             self.threads.push(Thread::Starts);
