@@ -1,7 +1,7 @@
 //! Threads other than the main thread.
 //!
-//! Contract: a thread that is started here takes no signals, because a signal would only interrupt
-//! its system calls; the main thread takes them.
+//! Contract: a thread that is started here takes no signals but SIGCHLD, because a signal would
+//! only interrupt its system calls; the main thread takes them.
 
 use std::io;
 use std::marker::PhantomData;
@@ -26,9 +26,9 @@ pub fn spawn(name: &str, stack: usize, run: impl FnOnce() + Send + 'static) -> i
     Ok(())
 }
 
-/// Blocks every signal but those that a fault of the thread itself causes, and SIGCHLD: the kernel
-/// drops a signal that has no effect, but a thread that blocks it might want it later. So the end
-/// of each program would wake the main thread.
+/// Blocks every signal but those that a fault of the thread itself causes, and SIGCHLD. Where
+/// SIGCHLD has no effect, the kernel drops it at once, unless the thread whose child has ended blocks
+/// it: then the end of each program would wake the main thread.
 fn block_signals() {
     let mut blocked = SigSet::all();
     for open in [

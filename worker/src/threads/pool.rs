@@ -107,6 +107,8 @@ impl Drop for Leader<'_> {
 impl Lead for Leader<'_> {
     fn give_up(&self) {
         if self.leads.replace(false) {
+            // From here on it is the next leader who makes progress.
+            self.pool.context.leader.note(Step::None);
             let threads = (self.tell)(&mut self.pool.scheduler.lock());
             self.pool.obey(threads);
         }

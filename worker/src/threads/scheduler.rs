@@ -6,8 +6,8 @@
 //!
 //! One thread at a time, the leader, waits at the job socket. The leader takes the jobs of a
 //! datagram as far as they go without waiting, which is to the end for mails that are handed to
-//! nobody, and queues the others. A thread that takes a task wakes or
-//! starts another thread if there is more to do: another task, or leading. A thread that has
+//! nobody, and queues the others. A thread that takes a task wakes or starts another thread if
+//! there is more to do, another task or leading, than threads are on their way. A thread that has
 //! finished a task takes the next one from the queue, so that under load no thread is woken.
 //!
 //! A leader that has received one job, while no thread serves another one, serves it and leads on:
@@ -338,6 +338,13 @@ impl<T: Task> Scheduler<T> {
         }
     }
 
+    /// As leader that begins the jobs of a datagram: as [`Self::give_up`], because one of the jobs
+    /// has to be waited for. When all are begun or queued, [`Event::Finished`].
+    pub(crate) fn relieve(&mut self) -> Threads {
+        self.counts.took_only_job();
+        self.give_up()
+    }
+
     /// Has one more thread come, if too few come for what is there to do.
     fn wake(&mut self) -> Threads {
         let to_do = self.tasks.len() + usize::from(self.leaderless());
@@ -347,13 +354,6 @@ impl<T: Task> Scheduler<T> {
     fn wake_all(&mut self) -> Threads {
         self.counts.wake_all();
         Threads::WakeAll
-    }
-
-    /// As leader that begins the jobs of a datagram: as [`Self::give_up`], because one of the jobs
-    /// has to be waited for. When all are begun or queued, [`Event::Finished`].
-    pub(crate) fn relieve(&mut self) -> Threads {
-        self.counts.took_only_job();
-        self.give_up()
     }
 
     fn lead(&mut self, event: Event) -> Orders<T> {
