@@ -413,8 +413,8 @@ fn half_a_reply_holds_up_no_other_mail() {
     assert_eq!(first.outcome(), "Kok");
 }
 
-/// The thread that receives jobs serves a mail that is handed to nobody at once. If the client sends
-/// on, the thread reads that for a while, and another thread receives jobs.
+/// The thread that receives jobs serves a mail that is handed to nobody at once. If the client
+/// sends on, the thread reads that for a while, and another thread receives jobs.
 #[test]
 fn a_client_that_sends_on_holds_up_no_other_mail() {
     let daemon = Daemon::start(

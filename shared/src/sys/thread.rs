@@ -27,8 +27,8 @@ pub fn spawn(name: &str, stack: usize, run: impl FnOnce() + Send + 'static) -> i
 }
 
 /// Blocks every signal but those that a fault of the thread itself causes, and SIGCHLD. Where
-/// SIGCHLD has no effect, the kernel drops it at once, unless the thread whose child has ended blocks
-/// it: then the end of each program would wake the main thread.
+/// SIGCHLD has no effect, the kernel drops it at once, unless the thread whose child has ended
+/// blocks it: then the end of each program would wake the main thread.
 fn block_signals() {
     let mut blocked = SigSet::all();
     for open in [
