@@ -7,6 +7,8 @@ use std::net::{SocketAddr, UdpSocket};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::time::{Duration, Instant};
 
+use nix::sys::signal::Signal;
+
 use crate::harness::mail::netstring;
 use crate::harness::network::in_own_network;
 use crate::harness::sink::{Behaviour, answer};
@@ -413,21 +415,22 @@ fn half_a_reply_holds_up_no_other_mail() {
     assert_eq!(first.outcome(), "Kok");
 }
 
+/// Discards every mail, the first one when the test says so.
+const SPINS: &str = "settings{workers=1}
+    qmqp_listen('$DIR/in', function(m)
+      if m.sender == 'first@example.com' then
+        print('waiting')
+        -- Without sleep, which would give the mail to another thread.
+        while io.open('$DIR/go') == nil do end
+      end
+      return m:discard()
+    end)";
+
 /// The thread that receives jobs serves a mail that is handed to nobody at once. If the client
 /// sends on, the thread reads that for a while, and another thread receives jobs.
 #[test]
 fn a_client_that_sends_on_holds_up_no_other_mail() {
-    let daemon = Daemon::start(
-        "settings{workers=1}
-         qmqp_listen('$DIR/in', function(m)
-           if m.sender == 'first@example.com' then
-             print('waiting')
-             -- Without sleep, which would give the mail to another thread.
-             while io.open('$DIR/go') == nil do end
-           end
-           return m:discard()
-         end)",
-    );
+    let daemon = Daemon::start(SPINS);
     let mut first = Client::connect(daemon.path("in"));
     first.send(&Mail { sender: b"first@example.com".into(), ..Mail::new("") }.request());
     daemon.wait_for_log("waiting");
@@ -435,6 +438,25 @@ fn a_client_that_sends_on_holds_up_no_other_mail() {
     fs::write(daemon.path("go"), "").expect("written");
     assert_eq!(first.outcome(), "Kdiscarded");
     assert_eq!(submit(daemon.path("in"), &Mail::new("")), "Kdiscarded");
+    daemon.wait_for_log("from=<sender@example.com>");
+    assert_eq!(daemon.count_log("from=<first@example.com>"), 0, "its client may still send");
+}
+
+/// As above, for a mail that the worker has received together with the first one.
+#[test]
+fn a_client_that_sends_on_holds_up_no_mail_of_its_datagram() {
+    let daemon = Daemon::start(SPINS);
+    // The supervisor accepts both at once, and passes them on in one datagram.
+    processes::stop(daemon.pid());
+    let mut first = Client::connect(daemon.path("in"));
+    first.send(&Mail { sender: b"first@example.com".into(), ..Mail::new("") }.request());
+    let mut second = begin(&daemon);
+    daemon.signal(Signal::SIGCONT);
+    daemon.wait_for_log("waiting");
+    first.send(b"surplus");
+    fs::write(daemon.path("go"), "").expect("written");
+    assert_eq!(first.outcome(), "Kdiscarded");
+    assert_eq!(second.outcome(), "Kdiscarded");
     daemon.wait_for_log("from=<sender@example.com>");
     assert_eq!(daemon.count_log("from=<first@example.com>"), 0, "its client may still send");
 }

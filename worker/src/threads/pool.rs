@@ -10,7 +10,8 @@
 //! A datagram that makes no sense ends the process, because nobody could say which clients the
 //! datagram was about.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
+use std::collections::VecDeque;
 use std::fmt;
 use std::io;
 use std::os::fd::BorrowedFd;
@@ -85,12 +86,12 @@ impl Task for Session {
 struct Leader<'p> {
     pool: &'p Arc<Pool>,
     leads: Cell<bool>,
-    /// Tells the scheduler that the thread gives up the lead.
-    tell: fn(&mut Scheduler<Session>) -> Threads,
+    /// Has other threads do what the thread would do next.
+    tell: &'p dyn Fn(),
 }
 
 impl<'p> Leader<'p> {
-    fn new(pool: &'p Arc<Pool>, tell: fn(&mut Scheduler<Session>) -> Threads) -> Self {
+    fn new(pool: &'p Arc<Pool>, tell: &'p dyn Fn()) -> Self {
         Self { pool, leads: Cell::new(true), tell }
     }
 }
@@ -109,8 +110,7 @@ impl Lead for Leader<'_> {
         if self.leads.replace(false) {
             // From here on it is the next leader who makes progress.
             self.pool.context.leader.note(Step::None);
-            let threads = (self.tell)(&mut self.pool.scheduler.lock());
-            self.pool.obey(threads);
+            (self.tell)();
         }
     }
 
@@ -195,7 +195,11 @@ impl Pool {
                     Event::Finished
                 }
                 Next::ServeLeading(session) => {
-                    let leader = Leader::new(&self, Scheduler::give_up);
+                    let tell = || {
+                        let threads = self.scheduler.lock().give_up();
+                        self.obey(threads);
+                    };
+                    let leader = Leader::new(&self, &tell);
                     session.finish(&self.context, &leader);
                     if leader.leads.get() { Event::FinishedLeading } else { Event::Finished }
                 }
@@ -280,29 +284,38 @@ impl Pool {
             Err(error) => return Err(error),
         };
         let received = now();
-        let leader = Leader::new(self, Scheduler::relieve);
-        let mut next = NextJob::Begin;
+        let mut jobs = VecDeque::new();
         let mut lost = false;
         while let Some(message) = messages.next() {
             let job = message?;
-            let Some(client) = messages.fds.take() else {
-                reports.lost(job.job);
-                lost = true;
-                continue;
-            };
-            let mut session = Session::new(&self.context, job, client);
-            if next == NextJob::Begin && leader.leads.get() {
+            match messages.fds.take() {
+                Some(client) => jobs.push_back(Session::new(&self.context, job, client)),
+                None => {
+                    reports.lost(job.job);
+                    lost = true;
+                }
+            }
+        }
+        let jobs = RefCell::new(jobs);
+        // The other jobs of the datagram can't wait for the one that has to be waited for.
+        let tell = || {
+            for session in jobs.take() {
+                self.queue(session, Place { received, last: false });
+            }
+            let threads = self.scheduler.lock().relieve();
+            self.obey(threads);
+        };
+        let leader = Leader::new(self, &tell);
+        let mut next = NextJob::Begin;
+        let first = || jobs.borrow_mut().pop_front();
+        while let Some(mut session) = first() {
+            if next == NextJob::Begin {
                 session.begin(&self.context, &leader);
             }
-            let now = now();
-            if session.is_over() {
-                next = NextJob::after(now.saturating_sub(received));
-                continue;
-            }
-            let place = Place { received, last: messages.is_empty() };
-            let queued = self.scheduler.lock().queue(session, place, now);
-            self.obey(queued.threads);
-            next = queued.next;
+            next = match session.is_over() {
+                true => NextJob::after(now().saturating_sub(received)),
+                false => self.queue(session, Place { received, last: jobs.borrow().is_empty() }),
+            };
         }
         if lost {
             warn!(logger, # "message", "connections were lost: too many open files");
@@ -310,6 +323,14 @@ impl Pool {
             std::thread::sleep(PAUSE);
         }
         Ok(if leader.leads.get() { Event::Received } else { Event::Finished })
+    }
+
+    /// As leader: queues a job. Returns how the next one is queued.
+    fn queue(self: &Arc<Self>, session: Session, place: Place) -> NextJob {
+        let now = now();
+        let queued = self.scheduler.lock().queue(session, place, now);
+        self.obey(queued.threads);
+        queued.next
     }
 
     /// The life of the watcher, which never ends.
